@@ -1,0 +1,103 @@
+"""Which bytes a Range asks for, and how they are framed: RFC 9110 section 14, as pure functions."""
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_RANGES = 64
+"""More parts than this, after joining what touches, are not worth framing: the whole is sent instead."""
+
+PART_OVERHEAD = 80
+"""Bytes that a part's own head costs at least; a smaller gap between two ranges is sent along with them."""
+
+_SPEC = re.compile(r"(\d+)-(\d*)|-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive bytes: `offset` of the first, and how many."""
+
+    offset: int
+    count: int
+
+    def content_range(self, size: int) -> str:
+        """The value of Content-Range for this part of `size` bytes."""
+        return f"bytes {self.offset}-{self.offset + self.count - 1}/{size}"
+
+
+class Unsatisfiable(Exception):
+    """A well-formed Range of which not a single byte exists: 416."""
+
+
+def parse(field: str | None, size: int) -> list[Span] | None:
+    """Read a Range for a representation of `size` bytes; None means the whole.
+
+    An unknown unit, a malformed field and a set of too many parts are ignored, as section 14.2 allows. Ranges that
+    overlap or nearly touch are joined, so that no answer is much larger than the file. Raises Unsatisfiable. Takes
+    time linear in the field's length but for one sort.
+    """
+    if field is None:
+        return None
+    unit, equals, text = field.partition("=")
+    if unit.strip().lower() != "bytes" or not equals:
+        return None
+    spans: list[Span] = []
+    specs = [spec.strip() for spec in text.split(",")]
+    for spec in filter(None, specs):
+        match = _SPEC.fullmatch(spec)
+        if match is None or any(len(digits or "") > 20 for digits in match.groups()):
+            return None
+        first, last, suffix = match.groups()
+        if suffix is not None:
+            count = min(int(suffix), size)
+            if size == 0 and int(suffix) > 0:
+                return None  # satisfiable, yet no Content-Range can say so
+            offset = size - count
+        else:
+            offset = int(first)
+            if last and int(last) < offset:
+                return None
+            count = min(int(last) + 1 if last else size, size) - offset
+        if count > 0:
+            spans.append(Span(offset, count))
+    if not any(specs):
+        return None
+    if not spans:
+        raise Unsatisfiable
+    spans = _joined(spans)
+    return spans if len(spans) <= MAX_RANGES else None
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Join spans that overlap or nearly touch; where none do, the order asked for stays."""
+    ordered = sorted(spans, key=lambda span: span.offset)
+    joined = [ordered[0]]
+    for span in ordered[1:]:
+        last = joined[-1]
+        if span.offset <= last.offset + last.count + PART_OVERHEAD:
+            end = max(last.offset + last.count, span.offset + span.count)
+            joined[-1] = Span(last.offset, end - last.offset)
+        else:
+            joined.append(span)
+    return spans if len(joined) == len(spans) else joined
+
+
+@dataclass(frozen=True, slots=True)
+class Multipart:
+    """Several ranges as multipart/byteranges (section 14.6): the head of each part, and how long the body is."""
+
+    content_type: str
+    parts: Sequence[tuple[bytes, Span]]
+    closing: bytes
+    length: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], *, size: int, media_type: str) -> "Multipart":
+        """Frame spans of a representation of `size` bytes."""
+        boundary = secrets.token_hex(16)
+        head = f"\r\n--{boundary}\r\nContent-Type: {media_type}\r\nContent-Range: "
+        parts = [(f"{head}{span.content_range(size)}\r\n\r\n".encode(), span) for span in spans]
+        closing = f"\r\n--{boundary}--\r\n".encode()
+        length = sum(len(head) + span.count for head, span in parts) + len(closing)
+        return cls(f"multipart/byteranges; boundary={boundary}", parts, closing, length)

@@ -1,0 +1,247 @@
+"""Bytes of known length that a download sends: a file of the disk, or a generated pattern."""
+
+import asyncio
+import hashlib
+import mimetypes
+import os
+import random
+import stat
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from aiofiles.threadpool import wrap
+
+from streamlab import Problem, Stream
+
+from .conditions import Validators
+
+CHUNK = 1024 * 1024
+"""Bytes read at once where they pass through Python."""
+
+PROOF = 64 * 1024
+"""The last bytes of a body are held back until the file is known to be still the one that was promised."""
+
+
+class Representation(Protocol):
+    """What a download needs to know of its bytes, and the way to send some of them."""
+
+    @property
+    def name(self) -> str:
+        """The file name a client should save it under."""
+
+    @property
+    def media_type(self) -> str:
+        """Its media type."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+
+    @property
+    def validators(self) -> Validators:
+        """Entity-tag and date of this very state."""
+
+    async def send(self, stream: Stream, offset: int, count: int, *, last: bool, rate: int | None) -> None:
+        """Write `count` bytes from `offset`, at most `rate` a second; `last`: the body ends with them."""
+
+    async def digest(self) -> bytes:
+        """SHA-256 of all bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRepresentation:
+    """An open file, as it was when it was opened."""
+
+    file: BinaryIO
+    status: os.stat_result
+    name: str
+
+    @property
+    def media_type(self) -> str:
+        """By the name's ending; what is compressed stays so."""
+        guess, encoding = mimetypes.guess_type(self.name)
+        if encoding is not None:
+            return {"gzip": "application/gzip"}.get(encoding, "application/octet-stream")
+        return guess or "application/octet-stream"
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.status.st_size
+
+    @property
+    def validators(self) -> Validators:
+        """Strong: inode, size and time of change in nanoseconds."""
+        status = self.status
+        tag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"'
+        return Validators(tag, status.st_mtime_ns // 1_000_000_000)
+
+    async def send(self, stream: Stream, offset: int, count: int, *, last: bool, rate: int | None) -> None:
+        """Send by the kernel where it can be, else read ahead in a thread.
+
+        Raises EOFError when the file was cut short, RuntimeError when it was changed in the meantime: the stream
+        fails before its last bytes, and no client takes the mixture for the file.
+        """
+        held_back = min(PROOF, count) if last else 0
+        bulk = count - held_back
+        if bulk:
+            try:
+                if rate is not None:
+                    raise NotImplementedError
+                await stream.sendfile(self.file, offset, bulk)
+            except NotImplementedError:
+                await self._read_and_write(stream, offset, bulk, rate)
+        if held_back:
+            proven = await asyncio.to_thread(self._read_proven, offset + bulk, held_back)
+            await write_paced(stream, proven, rate)
+
+    async def _read_and_write(self, stream: Stream, offset: int, count: int, rate: int | None) -> None:
+        file = wrap(self.file)
+        await file.seek(offset)
+        async with asyncio.TaskGroup() as group:
+            ahead = group.create_task(file.read(min(CHUNK, count)))
+            while count:
+                chunk = await ahead
+                if not chunk:
+                    raise EOFError(f"{self.name} ended {count} bytes early")
+                count -= len(chunk)
+                if count:
+                    ahead = group.create_task(file.read(min(CHUNK, count)))
+                await write_paced(stream, chunk, rate)
+
+    def _read_proven(self, offset: int, count: int) -> bytes:
+        self.file.seek(offset)
+        data = self.file.read(count)
+        now = os.fstat(self.file.fileno())
+        if len(data) < count:
+            raise EOFError(f"{self.name} ended {count - len(data)} bytes early")
+        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+            raise RuntimeError(f"{self.name} was changed while it was sent")
+        return data
+
+    async def digest(self) -> bytes:
+        """Read the whole file in a thread; stops when the caller is cancelled."""
+        given_up = threading.Event()
+        try:
+            return await asyncio.to_thread(self._digest, given_up)
+        finally:
+            given_up.set()
+
+    def _digest(self, given_up: threading.Event) -> bytes:
+        digest = hashlib.sha256()
+        self.file.seek(0)
+        while not given_up.is_set() and (chunk := self.file.read(CHUNK)):
+            digest.update(chunk)
+        now = os.fstat(self.file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+            raise Problem(503, "This file is being written; ask again.", headers={"Retry-After": "1"})
+        return digest.digest()
+
+
+@asynccontextmanager
+async def held(file: BinaryIO, name: str) -> AsyncIterator[FileRepresentation]:
+    """Hold an open file while it is sent, then close it off the loop."""
+    try:
+        yield FileRepresentation(file, os.fstat(file.fileno()), name)
+    finally:
+        # In a thread: a read that was given up may still hold the file's lock.
+        await asyncio.shield(wrap(file).close())
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file that the operator named; anything else is FileNotFoundError."""
+    return regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
+    """Open what `parts` name below `root`, never anything outside, whatever changes meanwhile; return a descriptor.
+
+    Symbolic links are followed as long as they stay inside. Raises OSError (FileNotFoundError for what leads out).
+    """
+    home = root.resolve(strict=True)
+    target = home.joinpath(*parts).resolve(strict=True)
+    if not target.is_relative_to(home):
+        raise FileNotFoundError(target)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(home, flags | os.O_DIRECTORY)
+    for part in target.relative_to(home).parts:
+        folder = descriptor
+        try:
+            descriptor = os.open(part, flags, dir_fd=folder)
+        finally:
+            os.close(folder)
+    return descriptor
+
+
+def regular(descriptor: int) -> BinaryIO:
+    """Take over a descriptor of a regular file; anything else is closed, and FileNotFoundError."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError("not a regular file")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return os.fdopen(descriptor, "rb")
+
+
+# -- generated bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Bytes that no disk holds: a fixed pattern whose every MiB begins with its number, so that it can be resumed."""
+
+    size: int
+    name: str = "large-file.bin"
+    media_type: str = "application/octet-stream"
+
+    @property
+    def validators(self) -> Validators:
+        """The pattern never changes."""
+        return Validators(f'"generated-1-{self.size:x}"', 0)
+
+    async def send(self, stream: Stream, offset: int, count: int, *, last: bool, rate: int | None) -> None:
+        """Write a part of the pattern."""
+        while count:
+            start = offset % CHUNK
+            piece = memoryview(block(offset // CHUNK))[start : start + count]
+            await write_paced(stream, piece, rate)
+            offset, count = offset + len(piece), count - len(piece)
+
+    async def digest(self) -> bytes:
+        """Hash the whole pattern in a thread."""
+        return await asyncio.to_thread(self._digest)
+
+    def _digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for number in range(-(-self.size // CHUNK)):
+            digest.update(memoryview(block(number))[: self.size - number * CHUNK])
+        return digest.digest()
+
+
+def block(number: int) -> bytes:
+    """The MiB `number` of the pattern: 8 bytes of its number, big-endian, then always the same noise."""
+    return number.to_bytes(8, "big") + _noise()
+
+
+@cache
+def _noise() -> bytes:
+    return random.Random(1).randbytes(CHUNK - 8)  # noqa: S311 - a pattern, not a secret
+
+
+async def write_paced(stream: Stream, data: bytes | memoryview, rate: int | None) -> None:
+    """Write data, at most `rate` bytes a second in ten even steps, or at once without a rate."""
+    if rate is None:
+        await stream.write(data)
+        return
+    loop = asyncio.get_running_loop()
+    due, step, view = loop.time(), max(1, rate // 10), memoryview(data)
+    for offset in range(0, len(view), step):
+        piece = view[offset : offset + step]
+        await stream.write(piece)
+        due += len(piece) / rate
+        await asyncio.sleep(due - loop.time())

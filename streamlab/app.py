@@ -1,0 +1,283 @@
+"""The aiohttp application, put together and taken down."""
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import signal
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
+from fnmatch import fnmatchcase
+
+from aiohttp import web
+
+from .config import Config, ConfigError, Fault, Server
+from .observe import AccessLog, Metrics
+from .problems import Problem, from_http_exception
+from .registry import Plugin, Registry
+from .scenario import Handler, Route
+from .site import METRICS, REGISTRY, ROUTES, STARTED_AT, Site
+from .streaming import SCENARIO, STREAM, STREAMS, HeadersOnly, Stream, Streams
+from .validation import read_parameters
+
+log = logging.getLogger(__name__)
+
+CONFIG = web.AppKey("config", Config)
+
+BODY_LIMIT = 1024 * 1024
+"""Bytes of a request body; a larger one is refused with 413."""
+
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open, and how long a request's headers may trickle in."""
+
+
+def create_app(config: Config) -> web.Application:
+    """Build the application; twice gives two independent servers. Raises ConfigError with every fault at once."""
+    registry = Registry.load(config)
+    streams = Streams(
+        limit=config.server.max_streams,
+        stall_seconds=config.server.stall_seconds,
+        on_end=lambda request, summary: registry.hook.on_stream_end(request=request, summary=summary),
+    )
+    metrics = Metrics(streams)
+    registry.manager.register(metrics, name="streamlab:metrics")
+    registry.manager.register(AccessLog(), name="streamlab:access-log")
+
+    app = web.Application(middlewares=[_frontier], client_max_size=BODY_LIMIT)
+    app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
+    app[STARTED_AT] = time.monotonic()
+    app[ROUTES] = _add_routes(app, registry, config)
+    app.on_response_prepare.append(_sign)
+    app.cleanup_ctx.append(_hold_lifespans)
+    app.on_shutdown.append(_drain)
+    return app
+
+
+async def serve(config: Config, *, on_ready: Callable[[web.Application, str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts what is still open.
+
+    `on_ready` is called with the application and the address once connections are accepted. Raises ConfigError, also
+    for an address that cannot be listened on.
+    """
+    server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
+    streams, stopping = app[STREAMS], asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            for stream in streams:
+                stream.stop("cut")
+        stopping.set()
+
+    # handler_cancellation: without it an idle handler never learns that its client has left.
+    # shutdown_timeout: the drain below has ended every stream by then; 0 would mean to wait for ever.
+    runner = web.AppRunner(
+        app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None, keepalive_timeout=KEEP_ALIVE_SECONDS
+    )
+    tls = _tls(config)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, server.host, server.port, ssl_context=tls, backlog=1024).start()
+        except OSError as error:
+            raise _cannot_listen(config, error) from None
+        address, port = runner.addresses[0][:2]
+        host = f"[{address}]" if ":" in address else address
+        on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
+        await stopping.wait()
+        for site in list(runner.sites):
+            await site.stop()
+        await streams.drain(server.drain_seconds)
+    finally:
+        await runner.cleanup()
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    if certificate is None or key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or "is not a certificate with its key"
+        raise ConfigError([config.fault(("server", "tls_certificate"), reason, str(certificate))]) from None
+    return context
+
+
+def _cannot_listen(config: Config, error: OSError) -> ConfigError:
+    host, port = config.server.host, config.server.port
+    if error.errno == errno.EADDRINUSE:
+        reason = f"another program listens on {host}:{port}; stop it, or take another port (--port {port + 1})"
+        return ConfigError([config.fault(("server", "port"), reason, port)])
+    return ConfigError([config.fault(("server", "host"), f"cannot listen there: {error.strerror or error}", host)])
+
+
+# -- routes
+
+
+def _add_routes(app: web.Application, registry: Registry, config: Config) -> list[Route]:
+    """Give the router every route of the site and of the plugins; a path that two of them claim is a fault."""
+    site = Plugin("site", "streamlab", scenarios=[Site()])
+    owners: dict[tuple[str, str], str] = {}
+    routes: list[Route] = []
+    faults: list[Fault] = []
+    for plugin in (site, *registry.plugins):
+        claims = [(route.endpoint.method, route.endpoint.path, route) for route in plugin.routes]
+        lost = [(method, path, None) for method, path in plugin.lost_routes]
+        for method, path, route in (*claims, *lost):
+            owner = owners.setdefault((method, path), plugin.name)
+            if owner != plugin.name:
+                faults.append(Fault(plugin.origin, "", f"{method} {path} belongs to the plugin {owner!r} already"))
+                continue
+            handler = _bind(route, plugin) if route else _out_of_service(plugin)
+            app.router.add_route(method, path, handler)
+            if method == "GET":
+                app.router.add_route("HEAD", path, handler)
+            routes += [route] if route else []
+    if faults:
+        raise ConfigError(faults)
+    return routes
+
+
+def _bind(route: Route, plugin: Plugin) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if plugin.state == "failed":
+            return await _out_of_service(plugin)(request)
+        request[SCENARIO] = route.scenario
+        return await route.handler(request, **await read_parameters(request, route.endpoint))
+
+    return handle
+
+
+def _out_of_service(plugin: Plugin) -> Handler:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        raise Problem(503, f"The plugin {plugin.name} is out of service: {plugin.reason}")
+
+    return refuse
+
+
+# -- what every request passes
+
+
+@web.middleware
+async def _frontier(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Let a request in, and every answer and refusal out: nothing else leaves the server."""
+    started = time.monotonic()
+    with request.config_dict[STREAMS].request():
+        try:
+            _check_host(request)
+            response: web.StreamResponse = await handler(request)
+            if not isinstance(response, web.StreamResponse):
+                raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
+        except HeadersOnly:
+            response = request[STREAM]
+        except Exception as error:
+            response = _answer_to(error, request)
+    if STREAM not in request:
+        resource = request.match_info.route.resource
+        route, seconds = resource.canonical if resource else "none", time.monotonic() - started
+        request.config_dict[METRICS].observe_request(route, response.status, seconds)
+        AccessLog.request(request, route, response.status, seconds)
+    return response
+
+
+def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse:
+    """Turn what a handler raised into what its client gets; a fault of the server is logged, once, here."""
+    stream: Stream | None = request.get(STREAM)
+    if stream is not None and stream.client_gone and stream.error is None:
+        return stream
+    problem = error if isinstance(error, Problem) else None
+    if isinstance(error, web.HTTPException):
+        if error.status < 400:
+            raise error
+        problem = from_http_exception(error)
+    if problem is None:
+        log.error("%s %s failed", request.method, request.path, exc_info=error)
+        problem = Problem(500, "The server failed to answer this request; its log says why.")
+    return stream if stream is not None and stream.headers_sent else problem.response()
+
+
+def _check_host(request: web.Request) -> None:
+    """Refuse a Host that is not ours: a page of another site must not reach a server on loopback (DNS rebinding)."""
+    server = request.config_dict[CONFIG].server
+    host = request.headers.get("Host")
+    if host is None:
+        if request.version >= (1, 1):
+            raise Problem(400, "A request of HTTP/1.1 needs a Host (RFC 9112 section 3.2).")
+        return
+    if not _is_allowed(host, server):
+        raise Problem(421, "This server does not answer to that Host; `server.allowed_hosts` names those it does.")
+
+
+def _is_allowed(host: str, server: Server) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name = name.strip("[]").rstrip(".").lower()
+    listens_locally = _is_local(server.host)
+    if listens_locally and _is_local(name):
+        return True
+    if not server.allowed_hosts:
+        return not listens_locally
+    return any(fnmatchcase(name, allowed.lower()) for allowed in server.allowed_hosts)
+
+
+def _is_local(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False
+
+
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "streamlab"
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    if request.config_dict[STREAMS].draining:
+        response.force_close()
+
+
+# -- life
+
+
+async def _hold_lifespans(app: web.Application) -> AsyncIterator[None]:
+    """Hold every plugin's lifespan open, each in a task of its own: where one fails, that plugin fails alone."""
+    registry = app[REGISTRY]
+    async with asyncio.TaskGroup() as group:
+        held: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
+        for name, enter in registry.lifespans(app):
+            opened, close = asyncio.Event(), asyncio.Event()
+            held.append((close, group.create_task(_hold(registry, name, enter, opened, close))))
+            await opened.wait()
+        yield
+        for close, task in reversed(held):
+            close.set()
+            await task
+
+
+async def _hold(
+    registry: Registry,
+    name: str,
+    enter: Callable[[], AbstractAsyncContextManager[None]],
+    opened: asyncio.Event,
+    close: asyncio.Event,
+) -> None:
+    try:
+        async with enter():
+            opened.set()
+            await close.wait()
+    except Exception as error:
+        registry.fail(name, error)
+    finally:
+        opened.set()
+
+
+async def _drain(app: web.Application) -> None:
+    await app[STREAMS].drain(app[CONFIG].server.drain_seconds)

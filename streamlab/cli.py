@@ -1,0 +1,176 @@
+"""The command line and its exit codes: 0 done, 1 failed, 2 the configuration or the call is wrong."""
+
+import asyncio
+import dataclasses
+import resource
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from aiohttp import web
+from rich.console import Console
+from rich.table import Table
+from watchfiles import PythonFilter, run_process
+
+from . import openapi
+from .app import create_app, serve
+from .config import Config, ConfigError
+from .observe import logging_to
+from .registry import find
+from .scaffold import write_plugin
+from .site import REGISTRY, ROUTES, version
+
+DEFAULT_CONFIG = Path("config.toml")
+
+cli = typer.Typer(
+    help="Streamlab: a streaming server for backends.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="The configuration file; config.toml of this folder, if there is one."),
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(prog_name="streamlab")
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Say everything that is wrong, a line each, and leave with status 2."""
+    try:
+        yield
+    except ConfigError as error:
+        for fault in error.faults:
+            typer.echo(fault, err=True)
+        count = len(error.faults)
+        typer.echo(f"streamlab: {count} {'fault' if count == 1 else 'faults'}; nothing was started", err=True)
+        raise typer.Exit(2) from None
+
+
+def _read(path: Path | None) -> Config:
+    return Config.read(path if path is not None else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+
+
+@cli.command()
+def run(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Listen on this address instead of server.host.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Listen on this port instead of server.port.")
+    ] = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Restart when the configuration or a plugin changes.")
+    ] = False,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    if reload:
+        _run_reloading(config, host, port)
+        return
+    with _refusing():
+        settings = _read(config)
+        given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        settings = dataclasses.replace(settings, server=settings.server.model_copy(update=given))
+        server = settings.server
+        with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
+            _raise_file_limit(server.max_streams)
+            asyncio.run(serve(settings, on_ready=_announce))
+
+
+def _run_reloading(config: Path | None, host: str | None, port: int | None) -> None:
+    """Run the server as a child that is replaced when a watched file changes; Ctrl-C or SIGTERM ends both."""
+    watched = (config or DEFAULT_CONFIG).absolute()
+    with _refusing():
+        folders = _read(config).plugins.path
+    words = [sys.executable, "-m", "streamlab", "run"]
+    for option, value in (("--config", config), ("--host", host), ("--port", port)):
+        words += [] if value is None else [option, str(value)]
+    packages = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
+    run_process(
+        *{folder for folder in (watched.parent, *folders, *packages) if folder.is_dir()},
+        target=shlex.join(words),
+        target_type="command",
+        watch_filter=lambda change, path: Path(path) == watched or PythonFilter()(change, path),
+        callback=lambda changes: typer.echo(f"changed: {', '.join(sorted(path for _, path in changes))}; restarting"),
+        recursive=False,
+    )
+
+
+def _raise_file_limit(streams: int) -> None:
+    """Allow this process as many open files as its streams may need, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * streams + 256
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and limit > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _announce(app: web.Application, address: str) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("plugin", "state", "routes"):
+        table.add_column(title)
+    for plugin in app[REGISTRY].plugins:
+        paths = ", ".join(dict.fromkeys(route.endpoint.template for route in plugin.routes))
+        table.add_row(plugin.name, plugin.state, plugin.reason or paths)
+    console = Console()
+    console.print(table)
+    print(f"streamlab {version()} serves {address}", flush=True)
+
+
+@cli.command()
+def routes(config: ConfigOption = None) -> None:
+    """List every route with a curl command that tries it."""
+    with _refusing():
+        settings = _read(config)
+        app = create_app(settings)
+        origin = f"http://{settings.server.host}:{settings.server.port}"
+        for route in app[ROUTES]:
+            typer.echo(
+                f"{route.endpoint.method:6} {route.endpoint.template:24} {route.scenario:12} {route.endpoint.summary}"
+            )
+            typer.echo(f"       {openapi.curl(route.endpoint, origin)}")
+
+
+@cli.command()
+def check(config: ConfigOption = None) -> None:
+    """Validate configuration and plugins; exit with 2 if anything is wrong."""
+    with _refusing():
+        app = create_app(_read(config))
+    failed = [plugin for plugin in app[REGISTRY].plugins if plugin.state == "failed"]
+    for plugin in app[REGISTRY].plugins:
+        typer.echo(
+            f"{plugin.name}: {plugin.state}{f' - {plugin.reason}' if plugin.reason else ''}", err=bool(plugin.reason)
+        )
+    if failed:
+        raise typer.Exit(2)
+
+
+@cli.command()
+def new(name: str, config: ConfigOption = None) -> None:
+    """Write a working plugin called NAME, and its test."""
+    with _refusing():
+        settings = _read(config)
+    taken = next((plugin.origin for plugin in find(settings) if plugin.name == name), None)
+    if taken:
+        typer.echo(f"streamlab: a plugin {name!r} exists already: {taken}", err=True)
+        raise typer.Exit(2)
+    folder = next(iter(settings.plugins.path), settings.base / "plugins")
+    try:
+        paths = write_plugin(name, folder=folder, tests=folder.parent / "tests")
+    except (ValueError, OSError) as error:
+        typer.echo(f"streamlab: {error}", err=True)
+        raise typer.Exit(2) from None
+    for path in paths:
+        typer.echo(f"wrote {path}")
+    typer.echo(
+        f"try it: streamlab run, then curl -N http://{settings.server.host}:{settings.server.port}/stream/{name}"
+    )

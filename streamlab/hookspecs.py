@@ -1,0 +1,33 @@
+"""What a plugin may be asked, and the two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from .scenario import Scenario
+    from .streaming import StreamSummary
+
+hookspec = pluggy.HookspecMarker("streamlab")
+hookimpl = pluggy.HookimplMarker("streamlab")
+
+
+@hookspec
+def register_scenarios() -> Iterable[type[Scenario]]:
+    """Name the scenarios this plugin brings; asked once, before a socket is bound."""
+
+
+@hookspec
+def lifespan(app: web.Application) -> AbstractAsyncContextManager[None]:
+    """Return what is held open while the server serves: entered before the first request, left last in, first out."""
+
+
+@hookspec
+def on_stream_end(request: web.Request, summary: StreamSummary) -> None:
+    """Hear that a stream is over, whatever the reason; must neither block nor raise."""

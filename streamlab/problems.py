@@ -1,0 +1,65 @@
+"""Every refusal as `application/problem+json` (RFC 9457)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(Exception):
+    """A refusal to be raised by a handler: an HTTP status from 400 on, what was wrong, and what would be right.
+
+    `errors` lists every bad parameter as `{"in": "query", "name": "start", "detail": "..."}`. `detail` is read by
+    clients: no path of this machine, no traceback, no secret.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        errors: Sequence[Mapping[str, Any]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.errors = tuple(errors)
+        self.headers = dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        """The members of the problem document: type, title, status, detail and, where there are any, errors."""
+        members: dict[str, Any] = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        if self.errors:
+            members["errors"] = [dict(error) for error in self.errors]
+        return members
+
+    def response(self) -> web.Response:
+        """The whole answer; never cached."""
+        text = json.dumps(self.document(), ensure_ascii=False) + "\n"
+        headers = {"Cache-Control": "no-store", **self.headers}
+        return web.Response(status=self.status, text=text, content_type=MEDIA_TYPE, headers=headers)
+
+
+_DETAILS = {
+    404: "Nothing is served at this path. GET / lists every route.",
+    413: "The body is larger than this server takes.",
+}
+
+
+def from_http_exception(error: web.HTTPException) -> Problem:
+    """A refusal that aiohttp itself raised (no such route, wrong method, body too large), in our words."""
+    headers = {name: value for name, value in error.headers.items() if name in ("Allow", "Retry-After", "Location")}
+    detail = _DETAILS.get(error.status, error.reason)
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        detail = f"This path takes {', '.join(sorted(error.allowed_methods))}."
+    return Problem(error.status, detail, headers=headers)

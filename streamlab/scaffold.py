@@ -1,0 +1,87 @@
+"""The plugin and the test that `streamlab new` writes."""
+
+import keyword
+from pathlib import Path
+
+PLUGIN = '''"""{title}: say hello a number of times."""
+
+import asyncio
+
+from aiohttp import web
+from pydantic import BaseModel, Field, NonNegativeFloat
+
+from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+
+class Greeting(BaseModel):
+    times: int = Field(3, ge=1, le=1000, description="How many lines to send.", examples=[3])
+
+
+class {title}(Scenario):
+    """Say hello, a line at a time."""
+
+    interval: NonNegativeFloat = 0.5  # [scenarios.{name}] interval = 1.0
+
+    @endpoint("GET", "/stream/{name}", query=Greeting, sends="text/plain")
+    async def greet(self, request: web.Request, query: Greeting) -> web.StreamResponse:
+        """Send a line at a time, with a pause between."""
+        async with open_stream(request, "text/plain") as response:
+            for number in range(1, query.times + 1):
+                await response.write(f"hello {{number}}\\n".encode())
+                await asyncio.sleep(self.interval)
+        return response
+
+
+@hookimpl
+def register_scenarios():
+    return [{title}]
+'''
+
+TEST = '''"""The scenario {name}, asked over a real socket."""
+
+import asyncio
+from pathlib import Path
+
+from aiohttp.test_utils import TestClient, TestServer
+
+from streamlab.app import create_app
+from streamlab.config import Config
+
+HERE = Path(__file__).parent
+
+
+def ask(path: str) -> tuple[int, str]:
+    async def asking() -> tuple[int, str]:
+        config = Config.of({{"scenarios": {{"{name}": {{"interval": 0.0}}}}}}, base=HERE.parent)
+        async with TestClient(TestServer(create_app(config))) as client, client.get(path) as response:
+            return response.status, await response.text()
+
+    return asyncio.run(asking())
+
+
+def test_greets_as_often_as_asked() -> None:
+    assert ask("/stream/{name}?times=2") == (200, "hello 1\\nhello 2\\n")
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    status, _ = ask("/stream/{name}?times=0")
+    assert status == 422
+'''
+
+
+def write_plugin(name: str, *, folder: Path, tests: Path) -> list[Path]:
+    """Write `folder/NAME.py` and `tests/test_NAME.py`, and return both paths.
+
+    Raises ValueError for a name that is no Python identifier in lower case, FileExistsError rather than overwrite.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
+        raise ValueError(f"{name!r} will not do: a plugin is named like a Python module, as in `price_feed`")
+    title = "".join(part.capitalize() for part in name.split("_"))
+    files = {folder / f"{name}.py": PLUGIN, tests / f"test_{name}.py": TEST}
+    for path in (*files, folder / name):
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; nothing was written")
+    for path, template in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(template.format(name=name, title=title), encoding="utf-8")
+    return list(files)

@@ -1,0 +1,122 @@
+"""What a plugin contributes: a scenario, whose fields are its configuration, and its endpoints."""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict
+
+Handler = Callable[..., Awaitable[web.StreamResponse]]
+"""An endpoint's method: `async def name(self, request, ...)`, with `path=`, `query=` and `body=` as declared."""
+
+_HandlerT = TypeVar("_HandlerT", bound=Handler)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One route as it was declared: what it takes, what it sends, and the words that tell of it."""
+
+    method: str
+    path: str
+    """In aiohttp's spelling, so `/files/{path:.*}` too."""
+    path_model: type[BaseModel] | None
+    query: type[BaseModel] | None
+    body: type[BaseModel] | None
+    sends: tuple[str, ...]
+    responses: Mapping[int, str]
+    """Status codes other than 200 that belong to success or to the protocol, each with its meaning."""
+    curl: str
+    """What follows `curl ` to try it, with `{url}` for the address of the route."""
+    summary: str
+    description: str
+    name: str
+    """The method's name, unique in its scenario."""
+
+    @property
+    def template(self) -> str:
+        """The path in OpenAPI's spelling: `/files/{path}`."""
+        return re.sub(r"\{(\w+):[^{}]*(?:\{[^{}]*\}[^{}]*)*\}", r"{\1}", self.path)
+
+
+def endpoint(
+    method: str,
+    path: str,
+    *,
+    path_model: type[BaseModel] | None = None,
+    query: type[BaseModel] | None = None,
+    body: type[BaseModel] | None = None,
+    sends: str | tuple[str, ...] = "text/plain",
+    responses: Mapping[int, str] | None = None,
+    curl: str = "-N {url}",
+) -> Callable[[_HandlerT], _HandlerT]:
+    """Declare a method of a scenario as the handler of `method path`.
+
+    The models given are validated before the handler runs and handed to it by keyword: `path_model` as `path`,
+    `query` as `query`, `body` (a JSON document) as `body`. A request that does not fit is refused with 400 or 422
+    and every fault in it; parameters that no model knows are refused by name. A GET answers HEAD too.
+
+    `sends` names the media types of a 200; the method's docstring becomes summary and description. Spell method and
+    path as literals: they are read from the source when the plugin cannot be imported.
+
+    Source: OpenAPI 3.1, Operation Object; RFC 9110 section 9 (methods).
+    """
+
+    def mark(handler: _HandlerT) -> _HandlerT:
+        summary, _, description = (handler.__doc__ or "").strip().partition("\n")
+        declared = Endpoint(
+            method=method.upper(),
+            path=path,
+            path_model=path_model,
+            query=query,
+            body=body,
+            sends=(sends,) if isinstance(sends, str) else sends,
+            responses=responses or {},
+            curl=curl,
+            summary=summary.strip() or handler.__name__.replace("_", " ").capitalize(),
+            description=re.sub(r"\n[ \t]+", "\n", description.strip()),
+            name=handler.__name__,
+        )
+        handler.__dict__.setdefault("__endpoints__", []).append(declared)
+        return handler
+
+    return mark
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """An endpoint bound to the scenario that answers it, ready for the router."""
+
+    endpoint: Endpoint
+    scenario: str
+    handler: Handler = field(repr=False)
+
+
+class Scenario(BaseModel):
+    """Base of every scenario. Fields are its table `[scenarios.NAME]` in config.toml, decoded strictly and frozen.
+
+    NAME is the class name in snake case (`Countdown`: `countdown`) unless `name` says otherwise. One instance serves
+    one application. What a scenario learns while serving belongs into pydantic private attributes (`_name`); what it
+    must open and close, into a method `lifespan(self, app)` marked with `hookimpl`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class its name."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def routes(self) -> list[Route]:
+        """The endpoints of this scenario in the order of their declaration, bound to it."""
+        declared = {name: attribute for base in reversed(type(self).__mro__) for name, attribute in vars(base).items()}
+        return [
+            Route(endpoint, self.name, getattr(self, name))
+            for name, attribute in declared.items()
+            for endpoint in getattr(attribute, "__endpoints__", ())
+        ]

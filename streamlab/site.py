@@ -1,0 +1,145 @@
+"""The routes that every streamlab serves: index, health, metrics, the API document and its page."""
+
+import importlib.metadata
+import importlib.util
+import time
+from functools import cache
+from html import escape
+from pathlib import Path
+
+from aiohttp import web
+from pydantic import BaseModel, Field
+
+from . import openapi
+from .observe import Metrics
+from .problems import Problem
+from .registry import Registry
+from .scenario import Route, Scenario, endpoint
+from .streaming import STREAMS
+
+REGISTRY = web.AppKey("registry", Registry)
+METRICS = web.AppKey("metrics", Metrics)
+ROUTES = web.AppKey("routes", list[Route])
+STARTED_AT = web.AppKey("started_at", float)
+
+WEB = Path(__file__).parent / "web"
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def version() -> str:
+    """The installed version of streamlab."""
+    return importlib.metadata.version("streamlab")
+
+
+class Asset(BaseModel):
+    """Which file of a page is meant."""
+
+    name: str = Field(pattern=r"^[\w-]+\.(css|js|png)$", description="The file's name.", examples=["site.css"])
+
+
+class Site(Scenario):
+    """The server itself: what it serves, how it is, and what it has measured."""
+
+    @endpoint("GET", "/", sends=("text/plain", "text/html"), curl="{url}")
+    async def index(self, request: web.Request) -> web.Response:
+        """List every route with one line and a curl command that tries it; HTML for a browser."""
+        rows = [(route, openapi.curl(route.endpoint, str(request.url.origin()))) for route in request.app[ROUTES]]
+        failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
+        vary = {"Vary": "Accept"}
+        if "text/html" not in request.headers.get("Accept", ""):
+            blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in rows]
+            blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
+            text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
+            return web.Response(text=text, headers=vary)
+        items = [
+            f'<li><h2><span class="method">{escape(route.endpoint.method)}</span> '
+            f"<code>{escape(route.endpoint.template)}</code></h2>"
+            f"<p>{escape(route.endpoint.summary)}</p><pre>{escape(command)}</pre></li>"
+            for route, command in rows
+        ]
+        items += [
+            f'<li class="failed"><h2><code>{escape(path)}</code></h2>'
+            f"<p>Out of service: {escape(plugin.reason)}</p></li>"
+            for plugin in failed
+            for _, path in plugin.lost_routes
+        ]
+        page = _template("index.html").replace("{{version}}", escape(version())).replace("{{routes}}", "\n".join(items))
+        return _page(page, vary)
+
+    @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
+    async def health(self, request: web.Request) -> web.Response:
+        """Tell how the server is: its plugins with their state and reason, open streams, seconds up.
+
+        `status` is `ok`, `degraded` (a plugin is out of service) or, with 503, `draining`.
+        """
+        streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
+        degraded = any(plugin.state == "failed" for plugin in plugins)
+        status = "draining" if streams.draining else "degraded" if degraded else "ok"
+        report = {
+            "status": status,
+            "version": version(),
+            "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
+            "open_streams": len(streams),
+            "scenarios": {
+                name: {"state": plugin.state, **({"reason": plugin.reason} if plugin.reason else {})}
+                for plugin in plugins
+                for name in ([scenario.name for scenario in plugin.scenarios] or [plugin.name])
+            },
+        }
+        return web.json_response(report, status=503 if streams.draining else 200, headers={"Cache-Control": "no-store"})
+
+    @endpoint("GET", "/metrics", sends=("text/plain", "application/openmetrics-text"), curl="{url}")
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Show what was measured, for Prometheus."""
+        body, content_type = request.app[METRICS].exposition(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+
+    @endpoint("GET", "/openapi.json", sends="application/json", curl="{url}")
+    async def openapi(self, request: web.Request) -> web.Response:
+        """Describe every route as an OpenAPI 3.1 document."""
+        scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
+        routes = request.app[ROUTES]
+        described = {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
+        return web.json_response(openapi.document(routes, version=version(), described=described))
+
+    @endpoint("GET", "/docs", sends="text/html", curl="{url}")
+    async def docs(self, request: web.Request) -> web.Response:
+        """Try every route in a browser (Swagger UI, served from this machine)."""
+        return _page(_template("docs.html"))
+
+    @endpoint(
+        "GET", "/assets/{name}", path_model=Asset, sends=("text/css", "text/javascript", "image/png"), curl="{url}"
+    )
+    async def asset(self, request: web.Request, path: Asset) -> web.StreamResponse:
+        """Serve a file that the pages need."""
+        for folder in (WEB, _swagger_ui()):
+            if (file := folder / path.name).is_file():
+                return web.FileResponse(file, headers={"Cache-Control": "no-cache"})
+        raise Problem(404, "No page needs a file of this name.")
+
+
+def _sentence(scenario: Scenario) -> str:
+    return (type(scenario).__doc__ or scenario.name).strip().partition("\n")[0]
+
+
+@cache
+def _template(name: str) -> str:
+    return (WEB / name).read_text(encoding="utf-8")
+
+
+@cache
+def _swagger_ui() -> Path:
+    """The folder of Swagger UI's files; the package around it is not imported."""
+    spec = importlib.util.find_spec("swagger_ui")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "static"
+
+
+def _page(text: str, headers: dict[str, str] | None = None) -> web.Response:
+    policy = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
+    return web.Response(text=text, content_type="text/html", headers=policy | (headers or {}))

@@ -1,0 +1,514 @@
+"""An open response: its headers, its writes, every way it can end."""
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+import struct
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import IO, Literal
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import StreamWriter
+
+from .problems import Problem
+
+log = logging.getLogger(__name__)
+
+OnStop = Literal["end", "finish"]
+
+
+class Outcome(StrEnum):
+    """How a stream ended."""
+
+    FINISHED = "finished"
+    CLIENT_LEFT = "client left"
+    SERVER_STOPPED = "server stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSummary:
+    """What is known of a stream when it is over; handed to the hook `on_stream_end`."""
+
+    scenario: str
+    route: str
+    """The route's template, as `/files/{path}`; never the path asked for."""
+    method: str
+    status: int
+    outcome: Outcome
+    seconds: float
+    """From open_stream to the end."""
+    first_byte_seconds: float | None
+    """From open_stream to the first byte of the body; None where there was none."""
+    bytes: int
+    """Bytes of the body handed to the connection, after compression, without framing."""
+    error: BaseException | None
+    """What the source raised, where the outcome is `failed`."""
+
+
+class HeadersOnly(BaseException):
+    """Unwinds a handler whose request was HEAD: the headers are sent and nothing else is to be.
+
+    Not an Exception, so that no `except Exception` of a scenario mistakes it for a failure of its source.
+    """
+
+
+HEADERS_GRACE = 0.05
+"""Seconds a source has to fail with a real status before the headers go out without a first byte."""
+
+FAREWELL_SECONDS = 0.5
+"""What an event stream may take to send its end at shutdown; a client that reads none of it is cut then."""
+
+YIELD_BYTES = 256 * 1024
+YIELD_WRITES = 64
+"""A write that never waits is made to yield to the other streams after so many bytes or calls."""
+
+UNSENT_BYTES = 64 * 1024
+"""What the kernel may hold unsent for a client that does not read (its default grows to 4 MB)."""
+
+SOURCE_FAILED = "The source of this response failed; the server's log says why."
+
+SENDFILE_SEGMENT = 16 * 1024 * 1024
+"""Bytes of a file handed to the kernel at once, so that what was sent of a long download is known as it goes."""
+
+COMPRESS_IN_THREAD = 128 * 1024
+"""A larger write is compressed off the loop."""
+
+_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT}
+
+
+class Stream(web.StreamResponse):
+    """A response being written, made by `open_stream`. One task writes to it.
+
+    `write` takes bytes, waits while the client is slow, and raises ConnectionError when the client has left.
+    """
+
+    # The headers wait for the first write or the grace time, so that a source that fails at once can still be
+    # answered with its real status, and so that a short answer is one packet. aiohttp's own Response does the same.
+    _send_headers_immediately = False
+
+    def __init__(
+        self,
+        request: web.Request,
+        *,
+        status: int,
+        headers: Mapping[str, str],
+        on_stop: OnStop,
+        coding: Literal["gzip"] | None,
+        scenario: str,
+    ) -> None:
+        super().__init__(status=status, headers=headers)
+        self.on_stop = on_stop
+        self.scenario = scenario
+        self.bytes_sent = 0
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+        self.opened_at = time.monotonic()
+        self.first_byte_at: float | None = None
+        self._request = request
+        self._task = asyncio.current_task()
+        self._cancellations = self._task.cancelling() if self._task else 0
+        self._writer: AbstractStreamWriter | None = None
+        self.headers_sent = False
+        self._headers_timer: asyncio.TimerHandle | None = None
+        self._stopping: Literal["end", "cut"] | None = None
+        self._stops = 0
+        self._eof_begun = False
+        self._compressor = zlib.compressobj(6, wbits=31) if coding else None
+        self._since_yield_bytes = 0
+        self._since_yield_writes = 0
+
+    # -- writing
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send bytes; returns when the connection can take more. Empty data is nothing, not an end."""
+        if self._compressor is not None and data:
+            if len(data) > COMPRESS_IN_THREAD:
+                data = await asyncio.to_thread(self._compress, self._compressor, data)
+            else:
+                data = self._compress(self._compressor, data)
+        if not data:
+            return
+        self._send_headers_with(data)
+        await super().write(data)
+        self._since_yield_bytes += len(data)
+        self._since_yield_writes += 1
+        if self._since_yield_bytes >= YIELD_BYTES or self._since_yield_writes >= YIELD_WRITES:
+            self._since_yield_bytes = self._since_yield_writes = 0
+            await asyncio.sleep(0)
+
+    async def sendfile(self, file: IO[bytes], offset: int, count: int) -> None:
+        """Send `count` bytes of a regular file from `offset` through the kernel (`sendfile(2)`).
+
+        Raises EOFError when the file holds fewer, NotImplementedError where the connection cannot (TLS, uvloop),
+        before anything is sent. Needs an uncompressed stream with a Content-Length.
+        """
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has left")
+        if self._compressor is not None or self.content_length is None or transport.get_extra_info("sslcontext"):
+            raise NotImplementedError("sendfile needs a plain connection and a stream of known length")
+        self._send_headers_with(b"")
+        self.first_byte_at = self.first_byte_at or time.monotonic()
+        loop = asyncio.get_running_loop()
+        end = offset + count
+        while offset < end:
+            segment = min(SENDFILE_SEGMENT, end - offset)
+            try:
+                sent = await loop.sendfile(transport, file, offset, segment, fallback=False)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+                transport.abort()
+                raise ConnectionResetError("the client has left") from error
+            self.bytes_sent += sent
+            offset += sent
+            if sent < segment:
+                raise EOFError(f"the file ended {end - offset} bytes early")
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """End the body with its last chunk. `open_stream` calls it; a stream that was cut stays cut."""
+        if self.outcome is not None or self._eof_begun:
+            return
+        self._eof_begun = True
+        if self._compressor is not None:
+            data = data + self._compressor.flush()
+            self._compressor = None
+        if data:
+            self._send_headers_with(data)
+        await super().write_eof(data)
+
+    def send_headers(self) -> None:
+        """Send the headers now, without waiting for the first write."""
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+        if not self.headers_sent and self._writer is not None:
+            self.headers_sent = True
+            with suppress(ConnectionError):
+                self._writer.send_headers()
+
+    def _send_headers_with(self, data: bytes | bytearray | memoryview) -> None:
+        if not self.headers_sent:
+            if data:  # aiohttp joins waiting headers and the first chunk into one packet
+                self.headers_sent = True
+            self.send_headers()
+        if data:
+            self.bytes_sent += len(data)
+            if self.first_byte_at is None:
+                self.first_byte_at = time.monotonic()
+
+    @staticmethod
+    def _compress(compressor: "zlib._Compress", data: bytes | bytearray | memoryview) -> bytes:
+        return compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+
+    # -- ending
+
+    @property
+    def client_gone(self) -> bool:
+        """Whether the connection is closed or closing."""
+        transport = self._request.transport
+        return transport is None or transport.is_closing()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether bytes wait for a client that does not take them."""
+        transport = self._request.transport
+        return transport is not None and transport.get_write_buffer_size() > 0
+
+    def stop(self, how: Literal["end", "cut"]) -> None:
+        """Interrupt the handler because the server stops: `end` with a last chunk, `cut` without one."""
+        if self._task is not None and self.outcome is None and self._stopping != how:
+            self._stopping = how
+            self._stops += 1
+            self._task.cancel()
+
+    def cut(self) -> None:
+        """Close the connection in a way that no client can take for a tidy end (RFC 9112 section 8).
+
+        What was written is delivered first, but where only the end of the connection would end the body (HTTP/1.0
+        without Content-Length): there it is reset.
+        """
+        transport = self._request.transport
+        if transport is None:
+            return
+        if self._request.version < (1, 1) and self.content_length is None:
+            sock = transport.get_extra_info("socket")
+            with suppress(OSError, AttributeError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+        elif self.stalled and self._stopping:
+            transport.abort()
+        else:
+            transport.close()
+
+    async def begin(self, request: web.Request) -> None:
+        """Make the headers ready, and see to it that they leave in time; HEAD ends here, with HeadersOnly."""
+        self._writer = await self.prepare(request)
+        if request.method == "HEAD":
+            self.send_headers()
+            self.outcome = Outcome.FINISHED
+            raise HeadersOnly
+        self._headers_timer = asyncio.get_running_loop().call_later(HEADERS_GRACE, self.send_headers)
+
+    async def ended_by(self, error: BaseException) -> bool:
+        """Settle a stream whose block raised; True where the handler may go on after it, False to raise on."""
+        if self._stops and isinstance(error, asyncio.CancelledError):
+            return await self._settle_stop()
+        if self.client_gone and _is_disconnect(error):
+            self.outcome = Outcome.CLIENT_LEFT
+            return False
+        self.error = error
+        if not self.headers_sent:
+            self._forget_headers()
+        else:
+            if self.content_type == "text/event-stream":
+                detail = error.document() if isinstance(error, Problem) else Problem(500, SOURCE_FAILED).document()
+                with suppress(ConnectionError):
+                    await self.write(b"event: error\ndata: " + json.dumps(detail).encode() + b"\n\n")
+            self.cut()
+        self.outcome = Outcome.FAILED
+        return False
+
+    async def _settle_stop(self) -> bool:
+        """End a stream that the server interrupted; False where the client has left as well."""
+        tidy = self._stopping == "end" and not self.client_gone
+        if tidy:
+            try:
+                await self.write_eof()
+            except (ConnectionError, asyncio.CancelledError):
+                tidy = False
+        self.outcome = Outcome.SERVER_STOPPED
+        if not tidy:
+            self.cut()
+        assert self._task is not None
+        for _ in range(self._stops):
+            self._task.uncancel()
+        return self._task.cancelling() <= self._cancellations
+
+    def _forget_headers(self) -> None:
+        """Take back headers that have not left, so that the request can be answered with the error's own status."""
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+        if isinstance(self._writer, StreamWriter):
+            self._writer.chunked = False
+
+    def _answered_status(self) -> int:
+        """The status the client got: an error before the headers left has its own."""
+        if self.error is None or self.headers_sent:
+            return self.status
+        return self.error.status if isinstance(self.error, Problem | web.HTTPException) else 500
+
+    def summary(self) -> StreamSummary:
+        """What is known of this stream by now."""
+        first, resource = self.first_byte_at, self._request.match_info.route.resource
+        return StreamSummary(
+            scenario=self.scenario,
+            route=resource.canonical if resource else "",
+            method=self._request.method,
+            status=self._answered_status(),
+            outcome=self.outcome or Outcome.FAILED,
+            seconds=time.monotonic() - self.opened_at,
+            first_byte_seconds=None if first is None else first - self.opened_at,
+            bytes=self.bytes_sent,
+            error=self.error,
+        )
+
+
+class Streams:
+    """The open streams of one server: how many there may be, which there are, and how all of them end."""
+
+    def __init__(
+        self,
+        *,
+        limit: int,
+        stall_seconds: float,
+        on_end: Callable[[web.Request, StreamSummary], None],
+    ) -> None:
+        self.draining = False
+        self._limit = limit
+        self._stall_milliseconds = int(stall_seconds * 1000)
+        self._on_end = on_end
+        self._open: set[Stream] = set()
+        self._requests = 0
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(tuple(self._open))
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request in progress, so that a drain waits for it though it has not opened a stream yet."""
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            self._changed.set()
+
+    @contextmanager
+    def admit(self, request: web.Request, stream: Stream) -> Iterator[None]:
+        """Hold a place for a stream while it is open; raises Problem 503 where there is none."""
+        if self.draining:
+            raise Problem(503, "The server is stopping.", headers={"Retry-After": "5", "Connection": "close"})
+        if len(self._open) >= self._limit:
+            raise Problem(
+                503, f"This server has {self._limit} streams open, which is all it takes.", headers={"Retry-After": "5"}
+            )
+        self._open.add(stream)
+        try:
+            self._bound(request)
+            yield
+        finally:
+            self._open.discard(stream)
+            self._changed.set()
+            if stream.outcome is not None:
+                try:
+                    self._on_end(request, stream.summary())
+                except Exception:
+                    log.exception("a hook on_stream_end failed")
+
+    def _bound(self, request: web.Request) -> None:
+        """Bound what a client that does not read, or has vanished, costs: bytes in the kernel, and time."""
+        sock = request.transport.get_extra_info("socket") if request.transport else None
+        if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        with suppress(OSError):
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_milliseconds)
+
+    async def drain(self, seconds: float) -> None:
+        """End every stream: event streams now and tidily, the others within `seconds`; returns when none is left.
+
+        Takes at most `seconds` plus the farewell of the event streams, stalled clients or not.
+        """
+        self.draining = True
+        for stream in self:
+            if stream.on_stop == "end":
+                stream.stop("end")
+        if not await self._wait(FAREWELL_SECONDS, lambda: all(stream.on_stop == "finish" for stream in self)):
+            for stream in self:
+                if stream.on_stop == "end":
+                    stream.stop("cut")
+        if not await self._wait(seconds, lambda: not self._open and not self._requests):
+            for stream in self:
+                stream.stop("cut")
+            await self._wait(FAREWELL_SECONDS / 2, lambda: not self._open)
+
+    async def _wait(self, seconds: float, reached: Callable[[], bool]) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not reached():
+                    self._changed.clear()
+                    await self._changed.wait()
+        return reached()
+
+
+STREAMS = web.AppKey("streams", Streams)
+SCENARIO = web.RequestKey("scenario", str)
+STREAM = web.RequestKey("stream", Stream)
+
+
+@asynccontextmanager
+async def open_stream(
+    request: web.Request,
+    content_type: str,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    length: int | None = None,
+    compress: bool = False,
+    on_stop: OnStop | None = None,
+) -> AsyncIterator[Stream]:
+    """Open a response, lend it to the block, and end it in the one way that tells the client the truth.
+
+    Headers leave with the first write, at the latest after `HEADERS_GRACE`. `length` is the body's Content-Length in
+    bytes, where it is known. `compress` offers gzip, negotiated by q-values and flushed at every write.
+    `on_stop` says what SIGTERM does: `end` the stream at once with its last chunk (the default of event streams), or
+    let it `finish` within `drain_seconds` (the default of all others).
+
+    The block ends in one of these ways, and the hook `on_stream_end` hears which:
+
+    - it is done: the last chunk is sent; `finished`
+    - the client left: the block is cancelled, or its write raises ConnectionError; `client left`
+    - the server stops: the block is cancelled, and the handler goes on after it; `server stopped`
+    - it raises: before the first byte the error reaches the client as a status (raise Problem to choose which);
+      after it the connection is cut without the last chunk, event streams say `event: error` first; `failed`
+
+    Raises Problem 503 when the server has too many streams or is stopping. Unwinds the handler where the request is
+    HEAD. Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
+    """
+    coding = choose_coding(request.headers.get("Accept-Encoding", "")) if compress else None
+    stream = Stream(
+        request,
+        status=status,
+        headers=_headers(content_type, headers, coding, compress=compress),
+        on_stop=on_stop or ("end" if content_type.startswith("text/event-stream") else "finish"),
+        coding=coding,
+        scenario=request.get(SCENARIO, ""),
+    )
+    if length is not None and coding is None:
+        stream.content_length = length
+    with request.config_dict[STREAMS].admit(request, stream):
+        request[STREAM] = stream
+        await stream.begin(request)
+        try:
+            yield stream
+            await stream.write_eof()
+            stream.outcome = Outcome.FINISHED
+        except BaseException as error:
+            if await stream.ended_by(error):
+                return
+            raise
+
+
+def _is_disconnect(error: BaseException) -> bool:
+    """Whether an error, or every error of a group, is what a lost connection looks like."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_disconnect, error.exceptions))
+    return isinstance(error, ConnectionError | asyncio.CancelledError)
+
+
+def _headers(
+    content_type: str, given: Mapping[str, str] | None, coding: str | None, *, compress: bool
+) -> dict[str, str]:
+    headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(given or {})}
+    if compress:
+        headers["Vary"] = ", ".join(filter(None, (headers.get("Vary"), "Accept-Encoding")))
+    if coding:
+        headers["Content-Encoding"] = coding
+    return headers
+
+
+def choose_coding(accept_encoding: str) -> Literal["gzip"] | None:
+    """Choose a content coding by the client's q-values: gzip where it likes it no less than identity.
+
+    Source: RFC 9110 section 12.5.3.
+    """
+    weights: dict[str, float] = {}
+    for member in accept_encoding.lower().split(","):
+        name, *parameters = (part.strip() for part in member.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            if key.strip() == "q":
+                try:
+                    weight = float(value)
+                except ValueError:
+                    weight = 0.0
+        weights[name] = weight
+    gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
+    return "gzip" if gzip > 0 and gzip >= weights.get("identity", 0.0) else None

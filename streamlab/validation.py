@@ -1,0 +1,88 @@
+"""A request, read into the models its endpoint declared, or one refusal that names everything wrong with it."""
+
+import json
+from typing import Any, get_args, get_origin
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from .problems import Problem
+from .scenario import Endpoint
+
+
+async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
+    """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
+
+    Raises Problem 422 listing every bad or unknown parameter, 400 for a body that is not JSON, 415 for another type.
+    """
+    errors: list[dict[str, Any]] = []
+    found: dict[str, BaseModel] = {}
+    if endpoint.path_model is not None:
+        _decode("path", endpoint.path_model, dict(request.match_info), found, errors)
+    query, unknown = _query(request, endpoint.query)
+    errors += unknown
+    if endpoint.query is not None:
+        _decode("query", endpoint.query, query, found, errors)
+    if endpoint.body is not None:
+        _decode("body", endpoint.body, await _json(request), found, errors)
+    if errors:
+        names = ", ".join(dict.fromkeys(str(error["name"]) for error in errors))
+        raise Problem(422, f"This request has parameters that will not do: {names}.", errors=errors)
+    return found
+
+
+def _query(request: web.Request, model: type[BaseModel] | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
+    values: dict[str, Any] = {}
+    errors: list[dict[str, Any]] = []
+    for name in dict.fromkeys(request.query):
+        given = request.query.getall(name)
+        if name not in fields:
+            known = f"known: {', '.join(sorted(fields))}" if fields else "this route takes none"
+            errors.append({"in": "query", "name": name[:100], "detail": f"unknown parameter; {known}"})
+        elif _takes_many(fields[name].annotation):
+            values[name] = given
+        elif len(given) > 1:
+            errors.append({"in": "query", "name": name, "detail": f"is given {len(given)} times; once is right"})
+        else:
+            values[name] = given[0]
+    return values, errors
+
+
+def _takes_many(annotation: Any) -> bool:
+    many = (list, tuple, set, frozenset)
+    return get_origin(annotation) in many or any(get_origin(choice) in many for choice in get_args(annotation))
+
+
+def _decode(
+    place: str,
+    model: type[BaseModel],
+    values: Any,
+    found: dict[str, BaseModel],
+    errors: list[dict[str, Any]],
+) -> None:
+    refused = {error["name"] for error in errors}
+    try:
+        found[place] = model.model_validate(values, extra="forbid")
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_input=False):
+            name = ".".join(str(part) for part in detail["loc"]) or place
+            if name not in refused:
+                message = detail["msg"].removeprefix("Value error, ")
+                errors.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
+
+
+async def _json(request: web.Request) -> Any:
+    if request.content_type not in ("application/json", "application/octet-stream") and not (
+        request.content_type.endswith("+json")
+    ):
+        raise Problem(415, "The body must be application/json.", headers={"Accept": "application/json"})
+    try:
+        return json.loads(await request.read(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise Problem(400, f"The body is not JSON{where}.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
