@@ -91,6 +91,7 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
         await stopping.wait()
         for site in list(runner.sites):
             await site.stop()
+        log.info("stopping: no new connections; %d streams may go on for %g s", len(streams), server.drain_seconds)
         await streams.drain(server.drain_seconds)
     finally:
         await runner.cleanup()
@@ -242,6 +243,7 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     if request.config_dict[STREAMS].draining:
         response.force_close()
+        response.headers["Connection"] = "close"
 
 
 # -- life

@@ -406,7 +406,7 @@ class Streams:
         if not await self._wait(seconds, lambda: not self._open and not self._requests):
             for stream in self:
                 stream.stop("cut")
-            await self._wait(FAREWELL_SECONDS / 2, lambda: not self._open)
+            await self._wait(FAREWELL_SECONDS / 2, lambda: not self._open and not self._requests)
 
     async def _wait(self, seconds: float, reached: Callable[[], bool]) -> bool:
         with suppress(TimeoutError):
@@ -436,7 +436,7 @@ async def open_stream(
     """Open a response, lend it to the block, and end it in the one way that tells the client the truth.
 
     Headers leave with the first write, at the latest after `HEADERS_GRACE`. `length` is the body's Content-Length in
-    bytes, where it is known. `compress` offers gzip, negotiated by q-values and flushed at every write.
+    bytes, where it is known. `compress` offers gzip, negotiated by q-values and flushed at every write; event streams are never compressed.
     `on_stop` says what SIGTERM does: `end` the stream at once with its last chunk (the default of event streams), or
     let it `finish` within `drain_seconds` (the default of all others).
 
@@ -451,12 +451,14 @@ async def open_stream(
     Raises Problem 503 when the server has too many streams or is stopping. Unwinds the handler where the request is
     HEAD. Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
     """
+    events = content_type.startswith("text/event-stream")
+    compress = compress and not events
     coding = choose_coding(request.headers.get("Accept-Encoding", "")) if compress else None
     stream = Stream(
         request,
         status=status,
         headers=_headers(content_type, headers, coding, compress=compress),
-        on_stop=on_stop or ("end" if content_type.startswith("text/event-stream") else "finish"),
+        on_stop=on_stop or ("end" if events else "finish"),
         coding=coding,
         scenario=request.get(SCENARIO, ""),
     )

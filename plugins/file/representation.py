@@ -149,8 +149,8 @@ async def held(file: BinaryIO, name: str) -> AsyncIterator[FileRepresentation]:
     try:
         yield FileRepresentation(file, os.fstat(file.fileno()), name)
     finally:
-        # In a thread: a read that was given up may still hold the file's lock.
-        await asyncio.shield(wrap(file).close())
+        # In a thread, as a read that was given up may still hold the file's lock; not awaited, as nobody needs to know.
+        asyncio.get_running_loop().run_in_executor(None, file.close)
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -1,0 +1,578 @@
+"""Every way a stream can begin and end, on the process that `make run` starts."""
+
+import gzip
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from conftest import Running, read_all, read_until
+
+from streamlab.streaming import choose_coding
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+SOURCES = '''
+    """Sources that end in every way there is."""
+
+    import asyncio
+    import logging
+
+    from aiohttp import web
+    from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+
+    log = logging.getLogger(__name__)
+
+
+    class Source:
+        """Something that must be released, whatever happens."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            log.info("source released")
+
+
+    class Sources(Scenario):
+        """Streams for tests."""
+
+        @endpoint("GET", "/idle")
+        async def idle(self, request):
+            async with open_stream(request, "text/plain") as response:
+                with Source():
+                    await asyncio.Event().wait()
+            return response
+
+        @endpoint("GET", "/idle-events", sends="text/event-stream")
+        async def idle_events(self, request):
+            async with open_stream(request, "text/event-stream") as response:
+                await response.write(b"data: 1\\nid: 1\\n\\n")
+                await asyncio.Event().wait()
+            return response
+
+        @endpoint("GET", "/endless")
+        async def endless(self, request):
+            async with open_stream(request, "application/octet-stream") as response:
+                with Source():
+                    while True:
+                        await response.write(bytes(10_000))
+            return response
+
+        @endpoint("GET", "/endless-events", sends="text/event-stream")
+        async def endless_events(self, request):
+            async with open_stream(request, "text/event-stream") as response:
+                while True:
+                    await response.write(b"data: " + b"x" * 1000 + b"\\n\\n")
+            return response
+
+        @endpoint("GET", "/tokens")
+        async def tokens(self, request):
+            async with open_stream(request, "text/plain") as response:
+                for _ in range(400_000):
+                    await response.write(b"token")
+            return response
+
+        @endpoint("GET", "/megabytes")
+        async def megabytes(self, request):
+            async with open_stream(request, "application/octet-stream") as response:
+                for _ in range(300):
+                    await response.write(bytes(1_000_000))
+            return response
+
+        @endpoint("GET", "/slow")
+        async def slow(self, request):
+            async with open_stream(request, "text/plain") as response:
+                await response.write(b"begun\\n")
+                await asyncio.sleep(1)
+                await response.write(b"done\\n")
+            return response
+
+        @endpoint("GET", "/fails-at-once")
+        async def fails_at_once(self, request):
+            async with open_stream(request, "text/plain"):
+                raise ValueError("the source is secret")
+
+        @endpoint("GET", "/refuses-at-once")
+        async def refuses_at_once(self, request):
+            async with open_stream(request, "text/plain"):
+                raise Problem(502, "The upstream does not answer.")
+
+        @endpoint("GET", "/fails-later")
+        async def fails_later(self, request):
+            async with open_stream(request, "text/plain") as response:
+                await response.write(b"first\\n")
+                raise ValueError("the source is secret")
+
+        @endpoint("GET", "/fails-later-compressed")
+        async def fails_later_compressed(self, request):
+            async with open_stream(request, "text/plain", compress=True) as response:
+                await response.write(b"first\\n")
+                raise ValueError("the source is secret")
+
+        @endpoint("GET", "/fails-later-in-a-group")
+        async def fails_later_in_a_group(self, request):
+            async with open_stream(request, "text/plain") as response:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(response.write(b"first\\n"))
+                    await asyncio.sleep(0)
+                    raise ValueError("the source is secret")
+
+        @endpoint("GET", "/upstream-resets")
+        async def upstream_resets(self, request):
+            async with open_stream(request, "text/plain") as response:
+                await response.write(b"first\\n")
+                raise ConnectionResetError("the upstream has gone, not the client")
+
+        @endpoint("GET", "/events-fail-later", sends="text/event-stream")
+        async def events_fail_later(self, request):
+            async with open_stream(request, "text/event-stream") as response:
+                await response.write(b"data: 1\\nid: 1\\n\\n")
+                raise Problem(502, "The upstream has gone.")
+
+        @endpoint("GET", "/lines")
+        async def lines(self, request):
+            async with open_stream(request, "text/plain", compress=True) as response:
+                await response.write(b"one\\n")
+                await response.write(b"two\\n" * 100_000)
+            return response
+
+        @endpoint("GET", "/lines-one-by-one")
+        async def lines_one_by_one(self, request):
+            async with open_stream(request, "text/plain", compress=True) as response:
+                await response.write(b"one\\n")
+                await asyncio.Event().wait()
+            return response
+
+        @endpoint("GET", "/compressed-events", sends="text/event-stream")
+        async def compressed_events(self, request):
+            async with open_stream(request, "text/event-stream", compress=True) as response:
+                await response.write(b"data: 1\\nid: 1\\n\\n")
+            return response
+
+        @endpoint("GET", "/empty")
+        async def empty(self, request):
+            async with open_stream(request, "text/plain") as response:
+                await response.write(b"")
+            return response
+
+        @endpoint("GET", "/nothing-returned")
+        async def nothing_returned(self, request):
+            pass
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Sources]
+'''
+
+
+@pytest.fixture
+def serve(start: Callable[..., Running]) -> Callable[..., Running]:
+    def serving(config: str = "", *, tracebacks: bool = False) -> Running:
+        return start(config, tracebacks=tracebacks, sources=SOURCES)
+
+    return serving
+
+
+def ended(server: Running, outcome: str) -> dict[str, str]:
+    """The fields of the first log line of a stream that ended so."""
+    log = server.wait_for_log(f"outcome={outcome}")
+    line = next(line for line in log.splitlines() if f"outcome={outcome}" in line)
+    return {name: value.strip('"') for name, value in re.findall(r'(\w+)=("[^"]*"|\S+)', line)}
+
+
+def refused(server: Running) -> bool:
+    try:
+        server.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.005)
+
+
+# -- the beginning
+
+
+def test_headers_leave_before_the_first_item_exists(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
+        head = read_until(connection, b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nTransfer-Encoding: chunked\r\n" in head
+
+
+def test_first_byte_arrives_before_the_last_exists(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /slow HTTP/1.1\nHost: localhost") as connection:
+        first = read_until(connection, b"begun\n")
+        assert b"done" not in first
+        assert read_until(connection, LAST_CHUNK).endswith(b"5\r\ndone\n\r\n" + LAST_CHUNK)
+
+
+def test_every_stream_tells_proxies_not_to_buffer(serve: Callable[..., Running]) -> None:
+    server = serve()
+    for path in ("/empty", "/lines", "/compressed-events", "/download/large-file?size_mb=1"):
+        _, headers, _ = server.get(path)
+        assert (headers["x-accel-buffering"], headers["cache-control"]) == ("no", "no-cache"), path
+
+
+def test_head_has_the_headers_of_get_and_no_body(serve: Callable[..., Running]) -> None:
+    server = serve()
+    _, of_get, _ = server.get("/lines", {"Accept-Encoding": "gzip"})
+    status, of_head, body = server.get("/lines", {"Accept-Encoding": "gzip"}, method="HEAD")
+    for headers in (of_get, of_head):
+        headers.pop("date")
+    of_get.pop("transfer-encoding")  # RFC 9112 section 6.1: HEAD may leave it out
+    assert (status, of_head, body) == (200, of_get, b"")
+
+
+def test_head_of_an_endless_stream_leaves_the_connection_usable(serve: Callable[..., Running]) -> None:
+    server = serve()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with closing(connection):
+        for path in ("/idle", "/endless", "/idle-events", "/download/large-file?size_mb=1"):
+            connection.request("HEAD", path)
+            assert (connection.getresponse().read(), connection.sock is None) == (b"", False)
+        connection.request("GET", "/empty")
+        assert connection.getresponse().read() == b""
+
+
+def test_http_1_0_gets_a_body_that_the_end_of_the_connection_ends(serve: Callable[..., Running]) -> None:
+    server = serve()
+    head, _, body = read_all(server.send("GET /slow HTTP/1.0")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 OK")
+    assert b"chunked" not in head
+    assert body == b"begun\ndone\n"
+
+
+def test_too_many_streams_are_503_until_one_ends(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\nmax_streams = 2")
+    with ExitStack() as held:
+        for _ in range(2):
+            connection = held.enter_context(server.send("GET /idle HTTP/1.1\nHost: localhost"))
+            read_until(connection, b"\r\n\r\n")
+        status, headers, body = server.get("/empty")
+        assert (status, headers["retry-after"], headers["content-type"]) == (
+            503,
+            "5",
+            "application/problem+json; charset=utf-8",
+        )
+        assert json.loads(body)["status"] == 503
+    wait_until(lambda: server.get("/empty")[0] == 200)
+
+
+# -- the client leaves or stalls
+
+
+def test_client_leaves_an_idle_handler(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+    server.wait_for_log("source released", seconds=1)
+    assert ended(server, '"client left"')["path"] == "/idle"
+
+
+def test_client_leaves_a_writing_handler(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /endless HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+    server.wait_for_log("source released", seconds=1)
+    assert ended(server, '"client left"')["path"] == "/endless"
+
+
+def test_clients_that_leave_in_droves_leave_no_traceback(serve: Callable[..., Running]) -> None:
+    server = serve()
+    for path in ("/endless", "/idle", "/endless-events", "/tokens", "/download/large-file?size_mb=500") * 8:
+        with server.send(f"GET {path} HTTP/1.1\nHost: localhost") as connection:
+            connection.recv(1000)
+    wait_until(lambda: server.log.count('outcome="client left"') == 40)
+    assert json.loads(server.get("/health")[2])["open_streams"] == 0
+
+
+def test_client_that_stalls_is_cut_after_stall_seconds(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\nstall_seconds = 1")
+    paths = ("/endless", "/download/large-file?size_mb=500", "/download/large-file")
+    for number, path in enumerate(paths, start=1):
+        with server.send(f"GET {path} HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
+            assert connection.recv(5) == b"HTTP/"
+            wait_until(lambda number=number: server.log.count('outcome="client left"') == number)
+
+
+def test_client_that_stalls_costs_a_bounded_amount(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\nstall_seconds = 1")
+    with server.send("GET /endless HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
+        assert connection.recv(5) == b"HTTP/"
+        taken = int(ended(server, '"client left"')["bytes"])
+    assert taken < 512 * 1024
+
+
+def test_memory_does_not_grow_with_the_size(serve: Callable[..., Running]) -> None:
+    server = serve()
+    read_all(server.send("GET /lines HTTP/1.1\nHost: localhost\nConnection: close"))
+    before = peak_memory(server)
+    body = read_all(server.send("GET /megabytes HTTP/1.1\nHost: localhost\nConnection: close"))
+    assert len(body) > 300_000_000
+    assert peak_memory(server) - before < 16 * 1024 * 1024
+
+
+def peak_memory(server: Running) -> int:
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("reads peak memory from /proc, which this system does not have")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
+
+
+def test_fast_writer_does_not_starve_the_others(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /tokens HTTP/1.1\nHost: localhost") as connection:
+        connection.recv(10)
+        for _ in range(20):
+            assert server.get("/health")[0] == 200
+        assert json.loads(server.get("/health")[2])["open_streams"] == 1
+
+
+# -- the source fails
+
+
+def test_source_that_fails_before_the_first_byte_is_a_real_status(serve: Callable[..., Running]) -> None:
+    server = serve(tracebacks=True)
+    status, headers, body = server.get("/fails-at-once")
+    assert (status, headers["content-type"]) == (500, "application/problem+json; charset=utf-8")
+    assert b"secret" not in body
+    assert "ValueError: the source is secret" in server.wait_for_log("secret")
+    fields = ended(server, "failed")
+    assert (fields["status"], fields["bytes"]) == ("500", "0")
+
+
+def test_source_that_refuses_before_the_first_byte_chooses_the_status(serve: Callable[..., Running]) -> None:
+    server = serve()
+    status, headers, body = server.get("/refuses-at-once")
+    assert (status, json.loads(body)["detail"]) == (502, "The upstream does not answer.")
+    assert headers["content-length"] == str(len(body))
+    assert ended(server, "failed")["status"] == "502"
+
+
+@pytest.mark.parametrize(
+    "path", ["/fails-later", "/fails-later-compressed", "/fails-later-in-a-group", "/upstream-resets"]
+)
+def test_source_that_fails_after_the_first_byte_never_looks_whole(serve: Callable[..., Running], path: str) -> None:
+    server = serve(tracebacks=True)
+    received = read_all(server.send(f"GET {path} HTTP/1.1\nHost: localhost\nAccept-Encoding: gzip"))
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert len(received.partition(b"\r\n\r\n")[2]) > 5
+    assert not received.endswith(LAST_CHUNK)
+    assert b"secret" not in received
+    assert ended(server, "failed")["path"] == path
+    server.wait_for_log("Traceback (most recent call last)")
+
+
+@pytest.mark.parametrize(("version", "status"), [("--http1.1", 18), ("--http1.0", 56)])
+def test_curl_sees_a_failure_in_mid_stream(serve: Callable[..., Running], version: str, status: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    server = serve(tracebacks=True)
+    done = subprocess.run(["curl", "-sS", version, f"{server.url}/fails-later"], capture_output=True, check=False)
+    assert done.returncode == status, done.stderr
+
+
+def test_event_stream_says_that_it_failed_before_it_is_cut(serve: Callable[..., Running]) -> None:
+    server = serve()
+    received = read_all(server.send("GET /events-fail-later HTTP/1.0"))
+    head, _, last = received.partition(b"\r\n\r\n")[2].partition(b"event: error\n")
+    assert head == b"data: 1\nid: 1\n\n"
+    assert json.loads(last.removeprefix(b"data: "))["detail"] == "The upstream has gone."
+
+
+def test_handler_that_returns_nothing_is_a_500(serve: Callable[..., Running]) -> None:
+    server = serve(tracebacks=True)
+    assert server.get("/nothing-returned")[0] == 500
+
+
+# -- the server stops
+
+
+def test_sigterm_ends_200_event_streams_tidily_within_a_second(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with ExitStack() as held:
+        connections = [
+            held.enter_context(server.send("GET /idle-events HTTP/1.1\nHost: localhost")) for _ in range(200)
+        ]
+        for connection in connections:
+            read_until(connection, b"data: 1\nid: 1\n\n")
+        status, seconds = server.terminate()
+        endings = {read_all(connection)[-5:] for connection in connections}
+    assert (status, endings) == (0, {LAST_CHUNK})
+    assert seconds < 1
+    assert server.log.count('outcome="server stopped"') == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/endless", "/endless-events", "/download/large-file", "/download/large-file?size_mb=500"]
+)
+def test_sigterm_with_a_stalled_client_takes_no_longer_than_the_drain(serve: Callable[..., Running], path: str) -> None:
+    server = serve("[server]\ndrain_seconds = 1")
+    with server.send(f"GET {path} HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
+        assert connection.recv(5) == b"HTTP/"
+        status, seconds = server.terminate()
+        received = read_all(connection)
+    assert status == 0
+    assert seconds < 2
+    assert not received.endswith(LAST_CHUNK)
+    assert ended(server, '"server stopped"')["route"] == path.partition("?")[0]
+
+
+def test_sigterm_lets_a_download_finish_and_refuses_newcomers(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /slow HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"begun\n")
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("stopping")
+        assert refused(server)
+        assert read_all(connection).endswith(b"done\n\r\n" + LAST_CHUNK)
+    assert server.process.wait(10) == 0
+    assert ended(server, "finished")["path"] == "/slow"
+
+
+def test_sigterm_cuts_what_does_not_finish_in_time_so_that_it_does_not_look_whole(
+    serve: Callable[..., Running],
+) -> None:
+    server = serve("[server]\ndrain_seconds = 0.2")
+    with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+        status, seconds = server.terminate()
+        assert read_all(connection) == b""
+    assert status == 0
+    assert seconds < 1.2
+    assert "source released" in server.log
+
+
+def test_second_signal_cuts_what_is_open(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\ndrain_seconds = 60")
+    with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("stopping")
+        status, seconds = server.terminate(signal.SIGINT)
+    assert status == 0
+    assert seconds < 5
+
+
+def test_health_is_503_while_draining_for_those_who_are_connected(serve: Callable[..., Running]) -> None:
+    server = serve()
+    probe = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with closing(probe), server.send("GET /slow HTTP/1.1\nHost: localhost") as stream:
+        read_until(stream, b"begun\n")
+        probe.request("GET", "/health")
+        assert probe.getresponse().read().startswith(b'{"status": "ok"')
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("stopping")
+        probe.request("GET", "/health")
+        response = probe.getresponse()
+        assert (response.status, json.loads(response.read())["status"]) == (503, "draining")
+        assert response.headers["Connection"] == "close"
+
+
+# -- compression
+
+
+def test_compression_sends_each_item_at_once(serve: Callable[..., Running]) -> None:
+    server = serve()
+    request = "GET /lines-one-by-one HTTP/1.0\nAccept-Encoding: gzip"
+    with server.send(request) as connection:
+        received = read_until(connection, b"\r\n\r\n")
+        decompressor = zlib.decompressobj(wbits=31)
+        text = decompressor.decompress(received.partition(b"\r\n\r\n")[2])
+        while text != b"one\n":
+            text += decompressor.decompress(connection.recv(1000))
+    assert b"\r\nContent-Encoding: gzip\r\n" in received
+
+
+@pytest.mark.parametrize(
+    ("accepted", "coding"),
+    [("gzip", "gzip"), ("br;q=1, gzip;q=0.1", "gzip"), ("gzip;q=0", None), ("identity, gzip;q=0.5", None), ("", None)],
+)
+def test_compression_is_negotiated_by_weight_and_told_to_caches(
+    serve: Callable[..., Running], accepted: str, coding: str | None
+) -> None:
+    server = serve()
+    _, headers, body = server.get("/lines", {"Accept-Encoding": accepted})
+    assert (headers.get("content-encoding"), headers["vary"]) == (coding, "Accept-Encoding")
+    assert (gzip.decompress(body) if coding else body) == b"one\n" + b"two\n" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("field", "chosen"),
+    [("*", "gzip"), ("*;q=0, gzip", "gzip"), ("GZIP;Q=0.3", "gzip"), ("deflate, br", None), ("gzip;q=x", None)],
+)
+def test_content_coding_of_unusual_fields(field: str, chosen: str | None) -> None:
+    assert choose_coding(field) == chosen
+
+
+def test_event_streams_are_never_compressed(serve: Callable[..., Running]) -> None:
+    server = serve()
+    _, headers, body = server.get("/compressed-events", {"Accept-Encoding": "gzip"})
+    assert "content-encoding" not in headers
+    assert body == b"data: 1\nid: 1\n\n"
+
+
+# -- behind a proxy
+
+
+@pytest.fixture
+def nginx(serve: Callable[..., Running], tmp_path: Path) -> Iterator[Running]:
+    """An nginx with its own defaults in front of the server."""
+    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if binary is None:
+        pytest.skip("nginx is not installed")
+    server = serve()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kinds = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/nginx.log;"
+        f"events {{}} http {{ access_log off; {kinds} server {{ listen 127.0.0.1:{port};"
+        f"location / {{ proxy_pass {server.url}; }} }} }}"
+    )
+    process = subprocess.Popen(
+        [binary, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], stderr=subprocess.DEVNULL
+    )
+    front = Running(server.process, f"http://127.0.0.1:{port}", server.base, server.stderr)
+    try:
+        wait_until(lambda: not refused(front))
+        yield front
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_it_streams_behind_an_unchanged_nginx(nginx: Running) -> None:
+    with nginx.send("GET /slow HTTP/1.1\nHost: localhost") as connection:
+        first = read_until(connection, b"begun\n")
+        assert b"done" not in first
+        assert read_until(connection, b"done\n").startswith((b"5\r\n", b"\r\n5", b"d"))
+
+
+def test_client_that_leaves_nginx_stops_the_work_behind_it(nginx: Running) -> None:
+    with nginx.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+    nginx.wait_for_log("source released")
