@@ -143,7 +143,7 @@ class File(Scenario):
             os.close(descriptor)
 
     def _list(self, descriptor: int, parts: tuple[str, ...], query: Listing) -> dict[str, Any]:
-        home = self.root.resolve()
+        home = Path(os.path.realpath(self.root))
         names = (name for name in os.listdir(descriptor) if name > query.after and (self.hidden or name[0] != "."))
         chosen = heapq.nsmallest(query.limit + 1, names)
         entries: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ class File(Scenario):
             except OSError:
                 continue
             folder = stat.S_ISDIR(status.st_mode)
-            if not (folder or stat.S_ISREG(status.st_mode)) or not target.resolve().is_relative_to(home):
+            if not (folder or stat.S_ISREG(status.st_mode)) or not Path(os.path.realpath(target)).is_relative_to(home):
                 continue
             modified = datetime.fromtimestamp(int(status.st_mtime), UTC).isoformat()
             entry = {"name": name, "type": "folder" if folder else "file", "modified": modified}

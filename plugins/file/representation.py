@@ -163,8 +163,8 @@ def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
 
     Symbolic links are followed as long as they stay inside. Raises OSError (FileNotFoundError for what leads out).
     """
-    home = root.resolve(strict=True)
-    target = home.joinpath(*parts).resolve(strict=True)
+    home = Path(os.path.realpath(root, strict=True))
+    target = Path(os.path.realpath(home.joinpath(*parts), strict=True))
     if not target.is_relative_to(home):
         raise FileNotFoundError(target)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
