@@ -1,6 +1,7 @@
 # make run serves; make test proves. Both make .venv first, with every version locked in constraints.txt.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format check bench-file lock clean
@@ -8,42 +9,42 @@ BIN := .venv/bin
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-run: .venv/run.stamp  ## serve http://127.0.0.1:8000 (make run ARGS="--port 9000 --reload")
+run: $(VENV)/run.stamp  ## serve http://127.0.0.1:8000 (make run ARGS="--port 9000 --reload")
 	@$(BIN)/streamlab run $(ARGS)
 
-test: .venv/dev.stamp  ## run the tests (make test ARGS="-k ranges")
+test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 	@$(BIN)/pytest $(ARGS)
 
-lint: .venv/dev.stamp  ## check style and types
+lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict streamlab
 
-format: .venv/dev.stamp  ## write the style
+format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 check: lint test  ## lint, types and tests
 
-bench-file: .venv/bench.stamp  ## measure downloads beside FastAPI, Starlette and nginx
+bench-file: $(VENV)/bench.stamp  ## measure downloads beside FastAPI, Starlette and nginx
 	@$(BIN)/python -m bench.file $(ARGS)
 
-lock: .venv/dev.stamp  ## choose the newest versions of everything, and lock them
+lock: $(VENV)/dev.stamp  ## choose the newest versions of everything, and lock them
 	$(BIN)/pip install -q uv
 	$(BIN)/uv pip compile setup.cfg --all-extras --universal --python-version 3.11 --no-header --no-annotate -q -U -o constraints.txt
 
 clean:  ## remove what make made
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-.venv/python.stamp:
+$(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamlab needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-.venv/run.stamp: .venv/python.stamp setup.cfg constraints.txt
+$(VENV)/run.stamp: $(VENV)/python.stamp setup.cfg constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-.venv/%.stamp: .venv/run.stamp
+$(VENV)/%.stamp: $(VENV)/run.stamp
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@

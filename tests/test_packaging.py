@@ -1,0 +1,65 @@
+"""The wheel serves from any folder, with what ships inside it and the plugins of that folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, write_plugins
+from test_readme import COUNTDOWN
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("streamlab", "plugins"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=ignore)
+    for name in ("setup.cfg", "pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, source / name)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_the_plugins_inside_the_package_and_nothing_beside_it(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {"streamlab", "streamlab-0.1.0.dist-info"}
+    expected = {
+        f"streamlab/{path.relative_to(REPOSITORY / 'streamlab')}" for path in (REPOSITORY / "streamlab").rglob("*")
+    }
+    expected |= {
+        f"streamlab/plugins/{path.relative_to(REPOSITORY / 'plugins')}" for path in (REPOSITORY / "plugins").rglob("*")
+    }
+    suffixes = (".py", ".html", ".css", ".js", ".typed")
+    assert {name for name in names if "dist-info" not in name} == {
+        name for name in expected if name.endswith(suffixes) and "__pycache__" not in name
+    }
+
+
+def test_wheel_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    site, folder = tmp_path / "site", tmp_path / "anywhere"
+    folder.mkdir()
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    write_plugins(folder, {"countdown": COUNTDOWN})
+    environ = {**os.environ, "PYTHONPATH": str(site)}
+    where = subprocess.run(
+        [sys.executable, "-c", "import streamlab; print(streamlab.__file__)"],
+        env=environ, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert where.stdout.startswith(str(site))
+    listed = subprocess.run(
+        [sys.executable, "-m", "streamlab", "check"],
+        env=environ,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "countdown: ready\nfile: ready\n", "")

@@ -1,0 +1,78 @@
+"""README is true: its plugin, its configuration and every command line of it are run."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Running, write_plugins
+
+from streamlab.app import create_app
+from streamlab.config import Config
+
+README = (REPOSITORY / "README.md").read_text()
+COUNTDOWN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]
+CURLS = [line.strip("`") for line in re.findall(r"^curl .*$|`curl [^`]*`", README, re.MULTILINE)]
+
+
+def test_countdown_serves_validates_and_is_listed(start: Callable[..., Running]) -> None:
+    server = start("[scenarios.countdown]\ninterval = 0.01", countdown=COUNTDOWN)
+    assert server.get("/stream/countdown?start=3")[2] == b"3\n2\n1\n0\n"
+    assert server.get("/stream/countdown?start=-1")[0] == 422
+    assert b"/stream/countdown" in server.get("/")[2]
+    assert b"/stream/countdown" in server.get("/openapi.json")[2]
+    assert b'streamlab_streams_total{outcome="finished",scenario="countdown"} 1.0' in server.get("/metrics")[2]
+
+
+def test_countdown_switched_off_is_gone(start: Callable[..., Running]) -> None:
+    server = start("[scenarios.countdown]\nenabled = false", countdown=COUNTDOWN)
+    assert server.get("/stream/countdown")[0] == 404
+    assert b'"countdown": {"state": "disabled"}' in server.get("/health")[2]
+
+
+def test_configuration_of_readme_is_valid(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"countdown": COUNTDOWN})
+    (tmp_path / "config.toml").write_text(TOML)
+    app = create_app(Config.read(tmp_path / "config.toml", {"STREAMLAB_SERVER__LOG_FILE": ""}))
+    assert app is not None
+
+
+def test_there_are_curl_lines() -> None:
+    assert len(CURLS) >= 12
+
+
+def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) -> None:
+    server = start("[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3", countdown=COUNTDOWN)
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for line in CURLS:
+        if "-C -" in line:
+            os.truncate(folder / "large-file", 1_234_567)
+        command = line.replace("http://127.0.0.1:8000", server.url).replace("curl ", "curl -sS -f ", 1)
+        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, timeout=20, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), line
+    assert (folder / "large-file").read_bytes() == (tmp_path / "var/files/large-file.bin").read_bytes()
+    assert (folder / "first.bin").stat().st_size == 100
+
+
+@pytest.mark.parametrize("command", ["check", "routes"])
+def test_commands_of_readme_exist(tmp_path: Path, command: str) -> None:
+    assert f".venv/bin/streamlab {command} " in README
+    done = subprocess.run(
+        [sys.executable, "-m", "streamlab", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_exported_name_and_metric_is_in_readme() -> None:
+    import streamlab
+
+    for name in streamlab.__all__:
+        assert f"`{name}" in README, name
+    source = (REPOSITORY / "streamlab" / "observe.py").read_text()
+    for metric in re.findall(r'"(streamlab_\w+)"', source):
+        assert re.search(rf"`{metric}(_total)?`", README), metric
