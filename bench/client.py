@@ -1,0 +1,67 @@
+"""The measuring client: a process of its own that downloads over raw sockets and prints what it saw, as JSON."""
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+BUFFER = 4 * 1024 * 1024
+
+
+def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> tuple[float, int, str]:
+    """Download once; return when the last byte came (perf_counter seconds), how many came, and their SHA-256.
+
+    Unless `hashed`, the kernel discards the body (MSG_TRUNC) and the digest means nothing. `timeout`: seconds without
+    a byte. Raises OSError or ValueError unless the answer is exactly as long as its Content-Length.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
+    with socket.create_connection(("127.0.0.1", port), timeout) as connection:
+        # A time-out kept by the kernel: Python's own would cost a poll before every read.
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(timeout), 0))
+        ready.wait(timeout)
+        head = f"GET /download/large-file HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            if not (piece := connection.recv(16 * 1024)):
+                raise ValueError(f"the answer ended within its headers: {answer!r}")
+            answer += piece
+        fields, _, body = answer.partition(b"\r\n\r\n")
+        promised = re.search(rb"(?im)^content-length: *(\d+)\r?$", fields)
+        if promised is None or not fields.startswith(b"HTTP/1.1 200 "):
+            raise ValueError(f"not a 200 with a Content-Length: {fields!r}")
+        length, received = int(promised[1]), len(body)
+        digest.update(body)
+        flags = 0 if hashed else socket.MSG_TRUNC
+        while received < length and (count := connection.recv_into(buffer, 0, flags)):
+            received += count
+            if hashed:
+                digest.update(buffer[:count])
+        ended = time.perf_counter()
+        received += len(connection.recv(1))  # nothing, unless the server sends more than it promised
+    if received != length:
+        raise ValueError(f"Content-Length is {length}, but {received} bytes came")
+    return ended, received, digest.hexdigest()
+
+
+def main(port: int, streams: int, hashed: bool, timeout: float) -> None:
+    """Download by so many threads at once; print seconds from the first request to the last byte, and CPU seconds."""
+    begun: list[float] = []
+    # The clocks start when every connection stands; what comes before is Python's start, not the server's work.
+    ready = threading.Barrier(streams, lambda: begun.extend((time.perf_counter(), time.process_time())))
+    with ThreadPoolExecutor(streams) as pool:
+        downloads = list(pool.map(lambda _: fetch(port, hashed, timeout, ready), range(streams)))
+    cpu = time.process_time() - begun[1]
+    seconds = max(ended for ended, _, _ in downloads) - begun[0]
+    received = [count for _, count, _ in downloads]
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "received": received, "sha256": downloads[0][2]}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hash", float(sys.argv[4]))

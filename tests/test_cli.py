@@ -1,0 +1,444 @@
+"""The command line, as processes of their own: what it says, and the status it leaves with."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Running, write_plugins
+
+from streamlab.site import version
+
+STREAMLAB = [sys.executable, "-m", "streamlab"]
+
+HELLO = """
+    from aiohttp import web
+    from streamlab import Scenario, endpoint, hookimpl
+
+
+    class Hello(Scenario):
+        word: str = "hello"
+
+        @endpoint("GET", "/hello")
+        async def hello(self, request):
+            \"\"\"Say a word.\"\"\"
+            return web.Response(text=self.word + " 1")
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Hello]
+"""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
+    return {**inherited, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", **variables}
+
+
+def streamlab(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:
+    """Run a command in a folder to its end: exit status, stdout and stderr."""
+    done = subprocess.run(
+        [*STREAMLAB, *words], cwd=folder, capture_output=True, text=True, timeout=30, env=environment(**variables)
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def write_config(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+# -- faults
+
+
+@pytest.mark.parametrize("command", ["run", "check", "routes"])
+def test_a_missing_configuration_is_named_with_status_2(command: str, tmp_path: Path) -> None:
+    assert streamlab(tmp_path, command, "--config", "absent.toml") == (
+        2,
+        "",
+        "absent.toml: No such file or directory\nstreamlab: 1 fault; nothing was started\n",
+    )
+
+
+def test_run_says_every_fault_at_once_with_status_2(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO})
+    write_config(
+        tmp_path,
+        """
+        [server]
+        port = 99999
+        prot = 1
+        [scenarios.hello]
+        wrd = "x"
+        [scenarios.helo]
+        """,
+    )
+    status, output, errors = streamlab(tmp_path, "run", STREAMLAB_SERVER__DRAIN_SECONDS="soon")
+    assert (status, output) == (2, "")
+    *faults, summary = errors.splitlines()
+    assert sorted(faults) == [
+        'STREAMLAB_SERVER__DRAIN_SECONDS: server.drain_seconds = "soon" - '
+        "Input should be a valid number, unable to parse string as a number",
+        "config.toml: scenarios.hello.wrd = \"x\" - unknown key; did you mean 'word'?",
+        "config.toml: scenarios.helo - no plugin or scenario has this name; did you mean 'hello'?",
+        "config.toml: server.port = 99999 - Input should be less than or equal to 65535",
+        "config.toml: server.prot = 1 - unknown key; did you mean 'port'?",
+    ]
+    assert summary == "streamlab: 5 faults; nothing was started"
+
+
+def test_run_on_a_port_in_use_says_so_with_status_2(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, _, errors = streamlab(tmp_path, "run", "--port", str(port))
+    assert status == 2
+    assert (
+        f"server.port = {port} - another program listens on 127.0.0.1:{port}; "
+        f"stop it, or take another port (--port {port + 1})\n"
+    ) in errors
+    assert errors.endswith("streamlab: 1 fault; nothing was started\n")
+
+
+def test_run_on_an_address_of_another_machine_says_so_with_status_2(tmp_path: Path) -> None:
+    status, _, errors = streamlab(tmp_path, "run", "--host", "192.0.2.1", "--port", "0")
+    assert status == 2
+    assert 'server.host = "192.0.2.1" - cannot listen there: ' in errors
+
+
+def test_run_with_a_certificate_that_is_none_says_so_with_status_2(tmp_path: Path) -> None:
+    (tmp_path / "server.pem").write_text("no certificate")
+    write_config(tmp_path, '[server]\ntls_certificate = "server.pem"\ntls_key = "server.pem"\nlog_file = ""\n')
+    status, _, errors = streamlab(tmp_path, "run", "--port", "0")
+    assert status == 2
+    assert "config.toml: server.tls_certificate = " in errors
+
+
+def test_a_port_that_is_none_is_refused_with_status_2(tmp_path: Path) -> None:
+    status, _, errors = streamlab(tmp_path, "run", "--port", "65536")
+    assert status == 2
+    assert "Invalid value for '--port'" in errors
+
+
+# -- check and routes
+
+
+def test_check_leaves_with_0_when_nothing_is_wrong(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO})
+    status, output, errors = streamlab(tmp_path, "check")
+    assert (status, errors) == (0, "")
+    assert {"file: ready", "hello: ready"} <= set(output.splitlines())
+
+
+def test_check_without_a_configuration_checks_the_defaults(tmp_path: Path) -> None:
+    assert streamlab(tmp_path, "check")[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_leaves_with_2_on_a_fault(tmp_path: Path) -> None:
+    write_config(tmp_path, "[server]\nport = 'many'\n")
+    status, output, errors = streamlab(tmp_path, "check")
+    assert (status, output) == (2, "")
+    assert errors.startswith('config.toml: server.port = "many" - ')
+
+
+def test_check_leaves_with_2_when_a_plugin_is_broken_and_says_why(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO, "broken": "import no_such_module_at_all\n"})
+    done = subprocess.run(
+        [*STREAMLAB, "check"], cwd=tmp_path, capture_output=True, text=True, timeout=30, env=environment()
+    )
+    assert done.returncode == 2
+    assert "hello: ready" in done.stdout.splitlines()
+    assert (
+        "broken: failed - needs the Python module 'no_such_module_at_all': "
+        "install what provides 'no_such_module_at_all'"
+    ) in done.stderr.splitlines()
+
+
+def test_check_reads_the_configuration_it_is_given(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_plugins(other, {"hello": HELLO})
+    write_config(other, "")
+    status, output, _ = streamlab(tmp_path, "check", "-c", "other/config.toml")
+    assert (status, "hello: ready" in output.splitlines()) == (0, True)
+
+
+def test_routes_lists_every_route_with_a_command(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO})
+    write_config(tmp_path, "[server]\nport = 9000\n")
+    status, output, errors = streamlab(tmp_path, "routes")
+    assert (status, errors) == (0, "")
+    lines = output.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.split()[:3] == ["GET", "/hello", "hello"])
+    assert lines[place].endswith(" Say a word.")
+    assert lines[place + 1] == "       curl -N http://127.0.0.1:9000/hello"
+    assert sum(line.startswith("       curl ") for line in lines) * 2 == len(lines)
+
+
+def test_help_names_every_command_and_no_command_is_no_success(tmp_path: Path) -> None:
+    status, output, _ = streamlab(tmp_path, "--help")
+    assert status == 0
+    for command in ("run", "routes", "check", "new"):
+        assert f"\n  {command} " in output
+    assert streamlab(tmp_path)[0] == 2
+
+
+# -- new
+
+
+def test_new_writes_a_plugin_that_serves_and_a_test_that_passes(start: Callable[..., Running], tmp_path: Path) -> None:
+    status, output, errors = streamlab(tmp_path, "new", "price_feed")
+    assert (status, errors) == (0, "")
+    assert output == (
+        f"wrote {tmp_path}/plugins/price_feed.py\n"
+        f"wrote {tmp_path}/tests/test_price_feed.py\n"
+        "try it: streamlab run, then curl -N http://127.0.0.1:8000/stream/price_feed\n"
+    )
+    quietly = ["-q", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function"]
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", *quietly, "-W", "error", "tests/test_price_feed.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=40,
+        env=environment(),
+    )
+    assert tested.returncode == 0, tested.stdout
+    assert "2 passed" in tested.stdout
+    server = start("[scenarios.price_feed]\ninterval = 0.0\n")
+    assert server.get("/stream/price_feed?times=2")[::2] == (200, b"hello 1\nhello 2\n")
+    assert server.get("/stream/price_feed?times=0")[0] == 422
+
+
+def test_new_writes_what_the_repositorys_own_rules_accept(tmp_path: Path) -> None:
+    streamlab(tmp_path, "new", "price_feed")
+    rules = str(REPOSITORY / "pyproject.toml")
+    for words in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *words, "--no-cache", "--config", rules, "plugins"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["feed_2", "a__b"])
+def test_new_writes_a_plugin_whose_scenario_has_its_name(name: str, tmp_path: Path) -> None:
+    assert streamlab(tmp_path, "new", name)[0] == 0
+    write_config(tmp_path, f"[scenarios.{name}]\nintervall = 1\n")
+    status, _, errors = streamlab(tmp_path, "check")
+    assert status == 2
+    assert f"scenarios.{name}.intervall = 1 - unknown key; did you mean 'interval'?" in errors
+
+
+@pytest.mark.parametrize("name", ["Price", "price-feed", "class", "_price", "../price", "2nd", "", "price feed"])
+def test_new_refuses_a_name_that_is_none_and_writes_nothing(name: str, tmp_path: Path) -> None:
+    status, output, errors = streamlab(tmp_path, "new", name)
+    assert (status, output) == (2, "")
+    assert errors == f"streamlab: {name!r} will not do: a plugin is named like a Python module, as in `price_feed`\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_refuses_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO})
+    before = (tmp_path / "plugins" / "hello.py").read_text()
+    assert streamlab(tmp_path, "new", "hello") == (
+        2,
+        "",
+        f"streamlab: a plugin 'hello' exists already: {tmp_path}/plugins/hello.py\n",
+    )
+    assert (tmp_path / "plugins" / "hello.py").read_text() == before
+    assert not (tmp_path / "tests").exists()
+
+
+def test_new_refuses_the_name_of_a_plugin_that_ships(tmp_path: Path) -> None:
+    status, _, errors = streamlab(tmp_path, "new", "file")
+    assert status == 2
+    assert errors.startswith("streamlab: a plugin 'file' exists already: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_overwrites_no_test(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_hello.py").write_text("mine\n")
+    status, _, errors = streamlab(tmp_path, "new", "hello")
+    assert (status, errors) == (2, f"streamlab: {tmp_path}/tests/test_hello.py exists already; nothing was written\n")
+    assert (tmp_path / "tests" / "test_hello.py").read_text() == "mine\n"
+    assert not (tmp_path / "plugins").exists()
+
+
+# -- run
+
+
+def test_run_announces_its_plugins_and_its_address(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO, "broken": "import no_such_module_at_all\n"})
+    process = subprocess.Popen(
+        [*STREAMLAB, "run", "--port", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        shown = []
+        for line in process.stdout:
+            shown.append(line)
+            if " serves http" in line:
+                break
+        process.terminate()
+        assert process.wait(10) == 0
+    text = "".join(shown)
+    assert shown[-1].startswith(f"streamlab {version()} serves http://127.0.0.1:")
+    assert [line.split()[:3] for line in shown if line.startswith("hello")] == [["hello", "ready", "/hello"]]
+    assert "'no_such_module_at_all'" in text
+    assert "failed" in text
+
+
+def test_run_writes_its_log_to_a_file_as_json_lines(start: Callable[..., Running]) -> None:
+    server = start('[server]\nlog_format = "json"\n', hello=HELLO)
+    assert server.get("/hello")[0] == 200
+    file = server.base / "var" / "log" / "streamlab.log"
+    server.wait_for_log('"/hello"')
+    assert server.terminate()[0] == 0
+    (line,) = [json.loads(line) for line in file.read_text().splitlines() if '"/hello"' in line]
+    assert (line["message"], line["method"], line["path"], line["status"]) == ("request", "GET", "/hello", 200)
+    assert file.read_text() == server.log
+
+
+def test_run_writes_its_log_to_the_file_it_is_told(start: Callable[..., Running]) -> None:
+    server = start('[server]\nlog_file = "elsewhere/server.log"\n', hello=HELLO)
+    assert server.get("/hello")[0] == 200
+    assert server.terminate()[0] == 0
+    written = (server.base / "elsewhere" / "server.log").read_text()
+    assert "INFO streamlab.access request method=GET path=/hello status=200" in written
+    assert not (server.base / "var" / "log").exists()
+
+
+def test_run_writes_no_log_file_when_it_is_told_none(start: Callable[..., Running]) -> None:
+    server = start('[server]\nlog_file = ""\n', hello=HELLO)
+    assert server.get("/hello")[0] == 200
+    assert server.terminate()[0] == 0
+    assert sorted(path.name for path in server.base.iterdir()) == ["config.toml", "plugins", "stderr-0.log"]
+
+
+# -- run --reload
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(reached: Callable[[], bool], what: str, *, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that restarts itself; its children do not outlive the block."""
+    with (folder / "reload.log").open("wb") as output:
+        process = subprocess.Popen(
+            [*STREAMLAB, "run", "--reload", "--port", str(port)],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(port: int, path: str, expected: str) -> Callable[[], bool]:
+    def asked() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+                return bool(response.read().decode() == expected)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return False
+        except OSError:
+            return False
+
+    return asked
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to see which processes are left")
+def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO})
+    write_config(tmp_path, "")
+    port = unused_port()
+    with reloading(tmp_path, port) as process:
+        wait_for(answers(port, "/hello", "hello 1"), "the server serves")
+        (first,) = children(process.pid)
+        write_plugins(tmp_path, {"hello": HELLO.replace(" 1", " 2")})
+        wait_for(answers(port, "/hello", "hello 2"), "a change of a plugin is served")
+        wait_for(lambda: not is_running(first), "the process before is gone")
+        write_config(tmp_path, "[scenarios.hello]\nword = 'welcome'\n")
+        wait_for(answers(port, "/hello", "welcome 2"), "a change of the configuration is served")
+        (last,) = children(process.pid)
+        process.terminate()
+        assert process.wait(10) == 0
+        wait_for(lambda: not is_running(last), "the child is gone")
+    with socket.socket() as free:
+        assert free.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_reload_survives_a_broken_configuration_until_it_is_mended(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": HELLO})
+    write_config(tmp_path, "")
+    port = unused_port()
+    with reloading(tmp_path, port):
+        wait_for(answers(port, "/hello", "hello 1"), "the server serves")
+        write_config(tmp_path, "[server\n")
+        log = tmp_path / "reload.log"
+        wait_for(lambda: "nothing was started" in log.read_text(), "the fault is said")
+        write_config(tmp_path, "")
+        wait_for(answers(port, "/hello", "hello 1"), "the server serves again")
+
+
+def test_reload_sees_the_first_plugin_of_a_folder_that_did_not_exist(tmp_path: Path) -> None:
+    write_config(tmp_path, "")
+    port = unused_port()
+    with reloading(tmp_path, port):
+        wait_for(lambda: "serves http" in (tmp_path / "reload.log").read_text(), "the server serves")
+        write_plugins(tmp_path, {"hello": HELLO})
+        wait_for(answers(port, "/hello", "hello 1"), "the new plugin is served", seconds=5)

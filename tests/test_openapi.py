@@ -1,0 +1,371 @@
+"""/openapi.json tells what the routes do, as the models that validate them say it; curl examples try them."""
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+from conftest import Running, write_plugins
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from pydantic import BaseModel, Field
+
+from streamlab import Scenario, endpoint, openapi
+from streamlab.app import create_app
+from streamlab.config import Config
+from streamlab.registry import find
+from streamlab.site import ROUTES, version
+
+Client = Callable[..., Awaitable[TestClient[Any, Any]]]
+
+PLUGIN = '''
+    from enum import Enum
+    from typing import Annotated, Literal
+
+    from aiohttp import web
+    from pydantic import BaseModel, Field
+    from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+
+    class Colour(str, Enum):
+        RED = "red"
+        BLUE = "blue"
+
+
+    class Place(BaseModel):
+        room: int = Field(ge=1, le=9, description="Which room.", examples=[4])
+
+
+    class Search(BaseModel):
+        limit: int = Field(10, ge=1, le=100, description="How many at most.", examples=[3])
+        ratio: float | None = Field(None, gt=0, lt=1)
+        colour: Colour = Colour.RED
+        others: list[Colour] = Field([], description="Other colours.")
+        order: Literal["up", "down"] = "up"
+        word: str = Field(max_length=20, examples=["a b&c"])
+        since: str = Field("", alias="from")
+
+
+    class Part(BaseModel):
+        weight: float = Field(ge=0, le=1000)
+        inside: "list[Part]" = []
+
+
+    class Order(BaseModel):
+        """What is ordered."""
+
+        model_config = {"json_schema_extra": {"examples": [{"amount": 2, "note": "it's \\"fine\\" $HOME `x`"}]}}
+
+        amount: int = Field(ge=1, le=10)
+        note: str = ""
+        parts: list[Part] = []
+
+
+    class %(title)s(Scenario):
+        """Sell things.
+
+        And more.
+        """
+
+        @endpoint("GET", "/%(name)s/search", query=Search, sends=("text/csv", "application/jsonl"))
+        async def search(self, request, query):
+            """Search the shop.
+
+            Slowly, but
+            with care.
+            """
+            return web.json_response(query.model_dump(mode="json", by_alias=True))
+
+        @endpoint("GET", r"/%(name)s/rooms/{room:\\d{1,3}}/{rest:.*}", path_model=Place, responses={204: "Nothing."})
+        async def enter(self, request, path):
+            return web.json_response({**path.model_dump(), "rest": request.match_info["rest"]})
+
+        @endpoint("POST", "/%(name)s/orders", body=Order, sends="application/json")
+        async def order(self, request, body):
+            """Order something."""
+            return web.json_response(body.model_dump())
+
+        @endpoint("DELETE", "/%(name)s/orders", sends="application/json")
+        async def cancel(self, request):
+            """Order nothing."""
+            return web.json_response([])
+
+
+    @hookimpl
+    def register_scenarios():
+        return [%(title)s]
+'''
+
+
+def shop(name: str = "shop") -> dict[str, str]:
+    return {name: PLUGIN % {"name": name, "title": name.capitalize()}}
+
+
+async def document(client: Client, tmp_path: Path, plugins: dict[str, str] | None = None) -> dict[str, Any]:
+    write_plugins(tmp_path, plugins or {})
+    running = await client(create_app(Config.of({}, base=tmp_path)))
+    async with running.get("/openapi.json") as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        found: dict[str, Any] = await response.json()
+        return found
+
+
+def walk(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(item)
+
+
+def operations(api: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    return ((path, method, operation) for path, item in api["paths"].items() for method, operation in item.items())
+
+
+def parameters(api: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    return {parameter["name"]: parameter for parameter in api["paths"][path]["get"]["parameters"]}
+
+
+async def test_the_document_is_valid_openapi_3_1(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    assert api["openapi"].startswith("3.1.")
+    assert api["info"]["version"] == version()
+    OpenAPIV31SpecValidator(api).validate()
+
+
+async def test_the_document_of_what_ships_is_valid_openapi_3_1(aiohttp_client: Client, tmp_path: Path) -> None:
+    OpenAPIV31SpecValidator(await document(aiohttp_client, tmp_path)).validate()
+
+
+async def test_every_reference_leads_somewhere(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    references = {node["$ref"] for node in walk(api) if "$ref" in node}
+    assert references == {"#/components/schemas/Problem", "#/components/schemas/Order", "#/components/schemas/Part"}
+    for reference in references:
+        assert reference.removeprefix("#/components/schemas/") in api["components"]["schemas"]
+
+
+async def test_bodies_of_one_name_in_two_plugins_are_told_apart(aiohttp_client: Client, tmp_path: Path) -> None:
+    other = {"kiosk": shop("kiosk")["kiosk"].replace("ge=1, le=10)", "ge=1, le=77)")}
+    api = await document(aiohttp_client, tmp_path, {**shop(), **other})
+    OpenAPIV31SpecValidator(api).validate()
+    largest = {}
+    for name in ("shop", "kiosk"):
+        reference = api["paths"][f"/{name}/orders"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema = api["components"]["schemas"][reference["$ref"].removeprefix("#/components/schemas/")]
+        largest[name] = schema["properties"]["amount"]["maximum"]
+    assert largest == {"shop": 10, "kiosk": 77}
+
+
+async def test_every_route_is_told_with_its_words(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    routes = create_app(Config.of({}, base=tmp_path))[ROUTES]
+    assert {(path, method) for path, method, _ in operations(api)} == {
+        (route.endpoint.template, route.endpoint.method.lower()) for route in routes
+    }
+    search = api["paths"]["/shop/search"]["get"]
+    assert (search["operationId"], search["tags"]) == ("shop_search", ["shop"])
+    assert search["summary"] == "Search the shop."
+    assert search["description"] == "Slowly, but\nwith care."
+    assert set(search["responses"]["200"]["content"]) == {"text/csv", "application/jsonl"}
+    enter = api["paths"]["/shop/rooms/{room}/{rest}"]["get"]
+    assert (enter["summary"], enter["responses"]["204"]) == ("Enter", {"description": "Nothing."})
+
+
+async def test_every_operation_has_an_id_of_its_own_a_summary_and_its_refusals(
+    aiohttp_client: Client, tmp_path: Path
+) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    ids = [operation["operationId"] for _, _, operation in operations(api)]
+    assert len(ids) == len(set(ids))
+    for path, _, operation in operations(api):
+        assert operation["summary"], path
+        assert list(operation["responses"]["default"]["content"]) == ["application/problem+json"]
+
+
+async def test_every_tag_is_described_by_the_first_line_of_its_scenario(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    described = {tag["name"]: tag["description"] for tag in api["tags"]}
+    assert described["shop"] == "Sell things."
+    assert {tag for _, _, operation in operations(api) for tag in operation["tags"]} <= set(described)
+    assert all(description.strip() for description in described.values())
+
+
+async def test_query_parameters_have_the_bounds_of_their_model(aiohttp_client: Client, tmp_path: Path) -> None:
+    found = parameters(await document(aiohttp_client, tmp_path, shop()), "/shop/search")
+    assert list(found) == ["limit", "ratio", "colour", "others", "order", "word", "from"]
+    assert found["limit"] == {
+        "name": "limit",
+        "in": "query",
+        "required": False,
+        "description": "How many at most.",
+        "example": 3,
+        "schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 10},
+    }
+    number = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    assert number in found["ratio"]["schema"]["anyOf"]
+    assert found["word"]["required"] is True
+    assert found["word"]["schema"] == {"type": "string", "maxLength": 20}
+
+
+async def test_an_enumeration_of_the_query_is_told_in_place(aiohttp_client: Client, tmp_path: Path) -> None:
+    found = parameters(await document(aiohttp_client, tmp_path, shop()), "/shop/search")
+    colour = found["colour"]["schema"]
+    assert (colour["type"], colour["enum"], colour["default"]) == ("string", ["red", "blue"], "red")
+    items = found["others"]["schema"]["items"]
+    assert (items["type"], items["enum"]) == ("string", ["red", "blue"])
+    assert found["order"]["schema"] == {"type": "string", "enum": ["up", "down"], "default": "up"}
+    assert not [node for parameter in found.values() for node in walk(parameter) if "$ref" in node]
+
+
+async def test_path_parameters_are_required_and_have_the_bounds_of_their_model(
+    aiohttp_client: Client, tmp_path: Path
+) -> None:
+    found = parameters(await document(aiohttp_client, tmp_path, shop()), "/shop/rooms/{room}/{rest}")
+    assert found["room"] == {
+        "name": "room",
+        "in": "path",
+        "required": True,
+        "description": "Which room.",
+        "example": 4,
+        "schema": {"type": "integer", "minimum": 1, "maximum": 9},
+    }
+    assert found["rest"] == {"name": "rest", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+async def test_a_body_is_told_with_its_bounds(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    body = api["paths"]["/shop/orders"]["post"]["requestBody"]
+    assert body == {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Order"}}},
+    }
+    amount = api["components"]["schemas"]["Order"]["properties"]["amount"]
+    assert (amount["type"], amount["minimum"], amount["maximum"]) == ("integer", 1, 10)
+
+
+async def test_every_number_in_a_query_that_ships_has_a_minimum_and_a_maximum(
+    aiohttp_client: Client, tmp_path: Path
+) -> None:
+    api = await document(aiohttp_client, tmp_path)
+    unbounded = [
+        f"{path} {parameter['name']}"
+        for path, _, operation in operations(api)
+        for parameter in operation.get("parameters", ())
+        for node in walk(parameter["schema"])
+        if node.get("type") in ("integer", "number")
+        and not ({"minimum", "exclusiveMinimum"} & set(node) and {"maximum", "exclusiveMaximum"} & set(node))
+        and "enum" not in node
+        and "const" not in node
+    ]
+    assert unbounded == []
+
+
+async def test_every_query_parameter_that_ships_is_described(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path)
+    assert [
+        f"{path} {parameter['name']}"
+        for path, _, operation in operations(api)
+        for parameter in operation.get("parameters", ())
+        if parameter["in"] == "query" and not parameter.get("description")
+    ] == []
+
+
+# -- curl
+
+
+class Query(BaseModel):
+    word: str = Field("", examples=["a b&c'd"])
+    limit: int = Field(1, ge=1, le=2)
+
+
+class Path_(BaseModel):
+    name: str = Field(examples=["ü b"])
+
+
+class Body(BaseModel):
+    model_config = {"json_schema_extra": {"examples": [{"note": 'it\'s "fine" $HOME `x` \\n'}]}}
+
+    note: str
+
+
+class Examples(Scenario):
+    @endpoint("GET", "/plain")
+    async def plain(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    @endpoint("GET", "/query", query=Query)
+    async def query(self, request: web.Request, query: Query) -> web.Response:
+        return web.Response()
+
+    @endpoint("GET", "/path/{name}", path_model=Path_, curl="-O {url}")
+    async def path(self, request: web.Request, path: Path_) -> web.Response:
+        return web.Response()
+
+    @endpoint("POST", "/body", body=Body)
+    async def body(self, request: web.Request, body: Body) -> web.Response:
+        return web.Response()
+
+    @endpoint("DELETE", "/delete")
+    async def delete(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+
+COMMANDS = {route.endpoint.name: openapi.curl(route.endpoint, "http://localhost:8000") for route in Examples().routes()}
+
+
+def test_a_plain_example_needs_no_quotes() -> None:
+    assert COMMANDS["plain"] == "curl -N http://localhost:8000/plain"
+
+
+def test_an_example_has_the_examples_of_its_models() -> None:
+    assert shlex.split(COMMANDS["query"]) == ["curl", "-N", "http://localhost:8000/query?word=a+b%26c%27d"]
+    assert shlex.split(COMMANDS["path"]) == ["curl", "-O", "http://localhost:8000/path/%C3%BC%20b"]
+
+
+def test_an_example_names_a_method_that_curl_would_not_choose() -> None:
+    assert shlex.split(COMMANDS["delete"])[:3] == ["curl", "-X", "DELETE"]
+
+
+def test_an_example_of_a_body_survives_the_shell() -> None:
+    words = shlex.split(COMMANDS["body"])
+    assert words[:3] == ["curl", "-H", "Content-Type: application/json"]
+    assert json.loads(words[words.index("-d") + 1]) == {"note": 'it\'s "fine" $HOME `x` \\n'}
+
+
+def test_every_command_of_the_index_works_when_pasted_into_a_shell(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    others = [found.name for found in find(Config.of({}, base=tmp_path)) if found.name != "file"]
+    switched_off = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in others)
+    server = start(f"[scenarios.file]\nsample_mb = 1\n{switched_off}", **shop())
+    folder = tmp_path / "pasted"
+    folder.mkdir()
+    index = server.get("/")[2].decode()
+    commands = re.findall(r"^ +curl (.*)$", index, re.MULTILINE)
+    assert len(commands) == 6 + 2 + 4
+    script = "\n".join(f"curl -sS -f --max-time 10 {command} > body || echo {n}" for n, command in enumerate(commands))
+    done = subprocess.run(["sh", "-c", script], cwd=folder, capture_output=True, text=True, timeout=50)
+    failed = [commands[int(number)] for number in done.stdout.split()]
+    assert (failed, done.stderr) == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("path", "template"),
+    [
+        ("/plain", "/plain"),
+        ("/files/{path:.*}", "/files/{path}"),
+        (r"/a/{b:\d{1,3}}/{c}", "/a/{b}/{c}"),
+    ],
+)
+def test_a_path_is_spelt_as_openapi_spells_it(path: str, template: str) -> None:
+    class Spelt(Scenario):
+        @endpoint("GET", path)
+        async def get(self, request: web.Request) -> web.Response:
+            return web.Response()
+
+    assert [route.endpoint.template for route in Spelt().routes()] == [template]
