@@ -4,6 +4,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import re
 import signal
 import ssl
 import time
@@ -29,6 +30,8 @@ CONFIG = web.AppKey("config", Config)
 BODY_LIMIT = 1024 * 1024
 """Bytes of a request body; a larger one is refused with 413."""
 
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{0,5}))?")
+
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open, and how long a request's headers may trickle in."""
 
@@ -39,11 +42,11 @@ def create_app(config: Config) -> web.Application:
     streams = Streams(
         limit=config.server.max_streams,
         stall_seconds=config.server.stall_seconds,
-        on_end=lambda request, summary: registry.hook.on_stream_end(request=request, summary=summary),
+        on_end=registry.on_stream_end,
     )
     metrics = Metrics(streams)
-    registry.manager.register(metrics, name="streamlab:metrics")
-    registry.manager.register(AccessLog(), name="streamlab:access-log")
+    registry.add("streamlab:metrics", metrics)
+    registry.add("streamlab:access-log", AccessLog())
 
     app = web.Application(middlewares=[_frontier], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
@@ -115,7 +118,8 @@ def _tls(config: Config) -> ssl.SSLContext | None:
 def _cannot_listen(config: Config, error: OSError) -> ConfigError:
     host, port = config.server.host, config.server.port
     if error.errno == errno.EADDRINUSE:
-        reason = f"another program listens on {host}:{port}; stop it, or take another port (--port {port + 1})"
+        free = port + 1 if port < 65535 else 8000
+        reason = f"another program listens on {host}:{port}; stop it, or take another port (--port {free})"
         return ConfigError([config.fault(("server", "port"), reason, port)])
     return ConfigError([config.fault(("server", "host"), f"cannot listen there: {error.strerror or error}", host)])
 
@@ -130,17 +134,21 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
     routes: list[Route] = []
     faults: list[Fault] = []
     for plugin in (site, *registry.plugins):
-        claims = [(route.endpoint.method, route.endpoint.path, route) for route in plugin.routes]
-        lost = [(method, path, None) for method, path in plugin.lost_routes]
-        for method, path, route in (*claims, *lost):
-            owner = owners.setdefault((method, path), plugin.name)
-            if owner != plugin.name:
-                faults.append(Fault(plugin.origin, "", f"{method} {path} belongs to the plugin {owner!r} already"))
+        claims: list[tuple[str, str, Route | None]] = [(r.endpoint.method, r.endpoint.path, r) for r in plugin.routes]
+        for method, path, route in claims or [(method, path, None) for method, path in plugin.lost_routes]:
+            # Two paths that differ in the names of their parameters alone match the same requests.
+            shape = re.sub(r"\{\w+", "{", path)
+            if owner := owners.get((method, shape)):
+                faults.append(Fault(plugin.origin, "", f"{method} {path} belongs to {owner} already"))
                 continue
+            owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
             handler = _bind(route, plugin) if route else _out_of_service(plugin)
-            app.router.add_route(method, path, handler)
-            if method == "GET":
-                app.router.add_route("HEAD", path, handler)
+            try:
+                app.router.add_route(method, path, handler)
+                if method == "GET":
+                    app.router.add_route("HEAD", path, handler)
+            except ValueError as error:
+                faults.append(Fault(plugin.origin, "", f"{method} {path} is no path: {error}"))
             routes += [route] if route else []
     if faults:
         raise ConfigError(faults)
@@ -173,25 +181,28 @@ async def _frontier(
 ) -> web.StreamResponse:
     """Let a request in, and every answer and refusal out: nothing else leaves the server."""
     started = time.monotonic()
+    answer: web.StreamResponse | web.HTTPException
     with request.config_dict[STREAMS].request():
         try:
             _check_host(request)
-            response: web.StreamResponse = await handler(request)
-            if not isinstance(response, web.StreamResponse):
-                raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
+            answer = await handler(request)
+            if not isinstance(answer, web.StreamResponse):
+                raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
         except HeadersOnly:
-            response = request[STREAM]
+            answer = request[STREAM]
         except Exception as error:
-            response = _answer_to(error, request)
+            answer = _answer_to(error, request)
     if STREAM not in request:
         resource = request.match_info.route.resource
         route, seconds = resource.canonical if resource else "none", time.monotonic() - started
-        request.config_dict[METRICS].observe_request(route, response.status, seconds)
-        AccessLog.request(request, route, response.status, seconds)
-    return response
+        request.config_dict[METRICS].observe_request(route, answer.status, seconds)
+        AccessLog.request(request, route, answer.status, seconds)
+    if isinstance(answer, web.HTTPException):
+        raise answer
+    return answer
 
 
-def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse:
+def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:
     """Turn what a handler raised into what its client gets; a fault of the server is logged, once, here."""
     stream: Stream | None = request.get(STREAM)
     if stream is not None and stream.client_gone and stream.error is None:
@@ -199,7 +210,7 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse:
     problem = error if isinstance(error, Problem) else None
     if isinstance(error, web.HTTPException):
         if error.status < 400:
-            raise error
+            return error
         problem = from_http_exception(error)
     if problem is None:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
@@ -215,13 +226,14 @@ def _check_host(request: web.Request) -> None:
         if request.version >= (1, 1):
             raise Problem(400, "A request of HTTP/1.1 needs a Host (RFC 9112 section 3.2).")
         return
-    if not _is_allowed(host, server):
+    match = _HOST.fullmatch(host)
+    if match is None or int(match["port"] or 0) > 65535:
+        raise Problem(400, "This Host is not a host name with an optional port (RFC 9110 section 7.2).")
+    if not _is_allowed(match["name"].strip("[]").rstrip(".").lower(), server):
         raise Problem(421, "This server does not answer to that Host; `server.allowed_hosts` names those it does.")
 
 
-def _is_allowed(host: str, server: Server) -> bool:
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    name = name.strip("[]").rstrip(".").lower()
+def _is_allowed(name: str, server: Server) -> bool:
     listens_locally = _is_local(server.host)
     if listens_locally and _is_local(name):
         return True

@@ -91,6 +91,8 @@ def _run_reloading(config: Path | None, host: str | None, port: int | None) -> N
     watched = (config or DEFAULT_CONFIG).absolute()
     with _refusing():
         folders = _read(config).plugins.path
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)  # what does not exist cannot be watched
     words = [sys.executable, "-m", "streamlab", "run"]
     for option, value in (("--config", config), ("--host", host), ("--port", port)):
         words += [] if value is None else [option, str(value)]

@@ -170,12 +170,12 @@ class Config:
         ]
         server, server_faults = draft.decode(Server, merged.get("server", {}), "server")
         plugins, plugins_faults = draft.decode(Plugins, merged.get("plugins", {}), "plugins")
-        scenarios: dict[str, Mapping[str, Any]] = {}
-        for name, table in _tables(merged.get("scenarios", {})).items():
-            if isinstance(table, dict):
-                scenarios[name] = table
-            else:
-                faults.append(draft.fault(("scenarios", name), "must be a table", table))
+        scenarios = merged.get("scenarios", {})
+        if not isinstance(scenarios, dict):
+            faults.append(draft.fault(("scenarios",), "must be a table", scenarios))
+            scenarios = {}
+        for name in [name for name, table in scenarios.items() if not isinstance(table, dict)]:
+            faults.append(draft.fault(("scenarios", name), "must be a table", scenarios.pop(name)))
         return cls(
             server=server or draft.server,
             plugins=plugins or draft.plugins,
@@ -188,15 +188,25 @@ class Config:
 
     def decode(self, model: type[_Model], table: Any, *key: str) -> tuple[_Model | None, list[Fault]]:
         """Decode the table found at `key` into its model, or say everything that is wrong with it."""
+        faults = [
+            self.fault((*key, name), "must be a number", value)  # pydantic would take true for 1
+            for name, value in (table.items() if isinstance(table, dict) else ())
+            if isinstance(value, bool) and name in model.model_fields
+            if _without_none(model.model_fields[name].annotation) in (int, float)
+        ]
+        if faults:
+            return None, faults
         try:
-            return model.model_validate(table, context={"base": self.base}), []
+            return model.model_validate(table, context={"base": self.base}, extra="forbid"), []
         except ValidationError as error:
             return None, [self._explain(model, key, detail) for detail in error.errors(include_url=False)]
 
     def fault(self, key: tuple[str, ...], reason: str, value: Any = None) -> Fault:
         """Name a fault at a key path, with the variable it came from if it did."""
         shown = "" if value is None or isinstance(value, dict) else json.dumps(value, default=str)
-        origins = (self.variables.get(key[:length]) for length in range(len(key), 0, -1))
+        # The variable that set this key, or a table around it; or for a table, one that set a key in it.
+        origins = [self.variables.get(key[:length]) for length in range(len(key), 0, -1)]
+        origins += [variable for known, variable in self.variables.items() if known[: len(key)] == key]
         return Fault(
             source=next(filter(None, origins), self.source),
             key=".".join(key),
@@ -214,18 +224,22 @@ class Config:
         return self.fault((*key, *location), reason, detail["input"])
 
 
-def _tables(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _keys_at(model: Any, location: tuple[str, ...]) -> list[str]:
     """The keys a model knows at a place inside it, through nested models, lists and mappings."""
     for part in location:
+        model = _without_none(model)
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[part].annotation if part in model.model_fields else None
         else:
             model = next(iter(reversed(get_args(model))), None)
+    model = _without_none(model)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _without_none(annotation: Any) -> Any:
+    """`X` of `X | None`; anything else as it is."""
+    choices = [choice for choice in get_args(annotation) if choice is not type(None)]
+    return choices[0] if len(choices) == 1 and type(None) in get_args(annotation) else annotation
 
 
 def _overlay(tables: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[tuple[str, ...], str], list[Fault]]:

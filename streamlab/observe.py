@@ -211,7 +211,7 @@ class _BadRequestsInOneLine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
             record.msg, record.args = "not HTTP from %s: %s", (*(record.args or ("?",)), type(error).__name__)
             record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
         return True

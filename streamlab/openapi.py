@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -45,13 +46,12 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
     Parameters come from the models that validate them, bounds included. Source: OpenAPI Specification 3.1.1.
     """
     listed = list(routes)
-    bodies = {route.endpoint.body for route in listed if route.endpoint.body}
-    _, definitions = models_json_schema(
-        [(body, "validation") for body in sorted(bodies, key=lambda body: body.__name__)], ref_template=_REFERENCE
-    )
+    bodies = list(dict.fromkeys(route.endpoint.body for route in listed if route.endpoint.body))
+    named, definitions = models_json_schema([(body, "validation") for body in bodies], ref_template=_REFERENCE)
+    schemas = {body: named[body, "validation"] for body in bodies}
     paths: dict[str, dict[str, Any]] = {}
     for route in listed:
-        paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = _operation(route)
+        paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -65,7 +65,7 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any]:
     endpoint = route.endpoint
     operation: dict[str, Any] = {
         "operationId": f"{route.scenario}_{endpoint.name}",
@@ -83,8 +83,8 @@ def _operation(route: Route) -> dict[str, Any]:
         },
     }
     if endpoint.body is not None:
-        schema = {"$ref": _REFERENCE.format(model=endpoint.body.__name__)}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        content = {"application/json": {"schema": schemas[endpoint.body]}}
+        operation["requestBody"] = {"required": True, "content": content}
     return {name: value for name, value in operation.items() if value not in ("", [])}
 
 
@@ -133,9 +133,9 @@ def curl(endpoint: Endpoint, origin: str) -> str:
         path = path.replace(f"{{{parameter['name']}}}", quote(str(parameter.get("example", ""))))
     query = [(item["name"], item["example"]) for item in _parameters(endpoint.query, "query") if "example" in item]
     address = f"{origin}{path}{'?' if query else ''}{urlencode(query)}"
-    words = endpoint.curl.replace("{url}", f"'{address}'" if re.search(r"[?&*]", address) else address)
+    words = endpoint.curl.replace("{url}", shlex.quote(address))
     if endpoint.body is not None and "-d " not in words:
         example = json.dumps(next(iter(endpoint.body.model_json_schema().get("examples", [])), {}))
-        words = f"-H 'Content-Type: application/json' -d '{example}' {words}"
+        words = f"-H 'Content-Type: application/json' -d {shlex.quote(example)} {words}"
     verb = f"-X {endpoint.method} " if endpoint.method not in ("GET", "POST") else ""
     return f"curl {verb}{words}"

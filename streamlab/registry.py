@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pluggy
 from aiohttp import web
@@ -21,6 +20,7 @@ from aiohttp import web
 from . import hookspecs
 from .config import Config, ConfigError, Fault, nearest
 from .scenario import Route, Scenario
+from .streaming import StreamSummary
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ PROJECT = hookspecs.hookspec.project_name
 HOOKS = frozenset(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT}_spec"))
 
 State = Literal["ready", "disabled", "failed"]
+
+_PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")
+"""An absolute path in the words of an exception: quoted, with spaces and all, or bare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,15 @@ class Plugin:
     reason: str = ""
     """Why it failed, in words for clients: no path of this machine."""
     scenarios: list[Scenario] = field(default_factory=list)
+    switched_off: list[str] = field(default_factory=list)
+    """Names of its scenarios that are not built, though the plugin is imported."""
     lost_routes: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of what a failed plugin would have served."""
+
+    @property
+    def scenario_names(self) -> list[str]:
+        """Every scenario it brings, built or not."""
+        return [*(scenario.name for scenario in self.scenarios), *self.switched_off]
 
     @property
     def routes(self) -> Iterator[Route]:
@@ -66,14 +76,8 @@ class Registry:
 
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
-        self._names: set[str] = set()
-        self.manager = pluggy.PluginManager(PROJECT)
-        self.manager.add_hookspecs(hookspecs)
-
-    @property
-    def hook(self) -> Any:
-        """Call a hook of all plugins in force: `registry.hook.on_stream_end(...)`."""
-        return self.manager.hook
+        self._hooks = pluggy.PluginManager(PROJECT)
+        self._hooks.add_hookspecs(hookspecs)
 
     @classmethod
     def load(cls, config: Config) -> "Registry":
@@ -84,50 +88,121 @@ class Registry:
         """
         registry = cls()
         switches, faults = _switches(config)
-        found = sorted(find(config), key=lambda plugin: (plugin.name, plugin.origin))
-        for first, second in pairwise(found):
-            if first.name == second.name:
-                both = f"two plugins have the name {first.name!r}: {first.origin} and {second.origin}; rename one"
+        chosen: dict[str, Found] = {}
+        for found in sorted(find(config), key=lambda found: (found.name, found.origin)):
+            first = chosen.setdefault(found.name, found)
+            if first is not found:
+                both = f"two plugins have the name {found.name!r}: {first.origin} and {found.origin}; rename one"
                 faults.append(Fault(config.source, "plugins.path", both))
-        for candidate in {plugin.name: plugin for plugin in reversed(found)}.values():
-            faults += registry._admit(candidate, config, switches)
-        registry.plugins.sort(key=lambda plugin: plugin.name)
+        for found in chosen.values():
+            faults += registry._admit(found, config, switches)
         faults += registry._unknown_tables(config)
         if everything := [*config.faults, *faults]:
             raise ConfigError(everything)
         return registry
 
-    def _admit(self, candidate: Found, config: Config, switches: Mapping[str, bool]) -> list[Fault]:
+    # -- admitting plugins
+
+    def _admit(self, found: Found, config: Config, switches: Mapping[str, bool]) -> list[Fault]:
         """Decide about one plugin, import it if it is in force, and build its scenarios."""
-        plugin = Plugin(candidate.name, candidate.origin)
+        plugin = Plugin(found.name, found.origin)
         self.plugins.append(plugin)
-        self._names.add(plugin.name)
         if not switches.get(plugin.name, True):
             plugin.state = "disabled"
             return []
         try:
-            module = candidate.load()
+            module = found.load()
             if misspelt := list(_misspelt_hooks(module)):
                 return [Fault(plugin.origin, "", reason) for reason in misspelt]
-            self.manager.register(module, name=plugin.name)
+            self._hooks.register(module, name=plugin.name)
             classes = self._scenario_classes(plugin.name)
+            faults = [fault for item in classes for fault in self._build(plugin, item, config, switches)]
         except pluggy.PluginValidationError as error:
             return [Fault(plugin.origin, "", " ".join(str(error).split()))]
         except (Exception, SystemExit) as error:
+            plugin.lost_routes = list(_declared_routes(found.sources()))
             self.fail(plugin.name, error)
-            plugin.lost_routes = list(_declared_routes(candidate.sources()))
             return []
-        return self._build(plugin, classes, config, switches)
+        if plugin.switched_off and not plugin.scenarios:
+            plugin.state = "disabled"
+        return faults
+
+    def _scenario_classes(self, plugin: str) -> list[type[Scenario]]:
+        for name, ask in self._implementations("register_scenarios"):
+            if name == plugin:
+                answer = next(iter(ask()), None)
+                if answer is None:
+                    raise TypeError("register_scenarios must return Scenario classes, not None")
+                for item in (classes := list(answer)):
+                    if not (isinstance(item, type) and issubclass(item, Scenario)):
+                        raise TypeError(f"register_scenarios must return Scenario classes, not {item!r}")
+                return classes
+        return []
+
+    def _build(
+        self, plugin: Plugin, scenario_class: type[Scenario], config: Config, switches: Mapping[str, bool]
+    ) -> list[Fault]:
+        """Make a scenario of its class and its table, and register the hooks that it answers itself."""
+        name = scenario_class.name
+        faults = [Fault(plugin.origin, scenario_class.__name__, reason) for reason in _misspelt_hooks(scenario_class)]
+        if any(name == known for other in self.plugins for known in other.scenario_names):
+            faults.append(Fault(plugin.origin, "", f"there is a scenario {name!r} already; give this another name"))
+        if not faults and not switches.get(name, True):
+            plugin.switched_off.append(name)
+        elif not faults:
+            table = {key: value for key, value in config.scenarios.get(name, {}).items() if key != "enabled"}
+            scenario, faults = config.decode(scenario_class, table, "scenarios", name)
+            if scenario is not None:
+                plugin.scenarios.append(scenario)
+                self._hooks.register(_ScenarioHooks(scenario), name=f"{plugin.name}:{name}")
+            else:
+                plugin.switched_off.append(name)
+        return faults
+
+    def _unknown_tables(self, config: Config) -> list[Fault]:
+        """Name the tables that no plugin and no scenario reads, and the keys of those that only switch a plugin."""
+        if any(plugin.state == "failed" for plugin in self.plugins):
+            return []  # a table may be meant for a scenario that could not be imported
+        scenarios = {name for plugin in self.plugins for name in plugin.scenario_names}
+        active = {plugin.name for plugin in self.plugins if plugin.state == "ready"}
+        names = scenarios | {plugin.name for plugin in self.plugins}
+        faults: list[Fault] = []
+        for name, table in sorted(config.scenarios.items()):
+            if name not in names:
+                reason = f"no plugin or scenario has this name; {nearest(name, names)}"
+                faults.append(config.fault(("scenarios", name), reason))
+            elif name in active - scenarios:
+                own = next(map(repr, plugin.scenario_names) for plugin in self.plugins if plugin.name == name)
+                reason = f"only `enabled` counts for a plugin; its scenarios have tables: {', '.join(own) or 'none'}"
+                keys = (key for key in table if key != "enabled")
+                faults += [config.fault(("scenarios", name, key), reason, table[key]) for key in keys]
+        return faults
+
+    # -- calling hooks
+
+    def add(self, name: str, plugin: object) -> None:
+        """Register hooks of the core itself; its metrics and its log are plugins like others."""
+        self._hooks.register(plugin, name=name)
 
     def lifespans(self, app: web.Application) -> Iterator[tuple[str, Callable[[], AbstractAsyncContextManager[None]]]]:
-        """Every lifespan in force, by the name it was registered under, ready to be entered."""
-        for name in [implementation.plugin_name for implementation in self.hook.lifespan.get_hookimpls()]:
-            others = [other for known, other in self.manager.list_name_plugin() if known != name]
-            yield name, partial(self._lifespan, others, app)
+        """Every lifespan in force, in the order of the plugins, with the name to give to `fail`."""
+        for name, ask in reversed(self._implementations("lifespan")):
+            yield name, partial(self._lifespan, ask, app)
 
-    def _lifespan(self, others: list[Any], app: web.Application) -> AbstractAsyncContextManager[None]:
-        (context,) = self.manager.subset_hook_caller("lifespan", others)(app=app)
-        return cast(AbstractAsyncContextManager[None], context)
+    @staticmethod
+    def _lifespan(ask: Callable[..., list[Any]], app: web.Application) -> AbstractAsyncContextManager[None]:
+        context = next(iter(ask(app=app)), None)
+        if not isinstance(context, AbstractAsyncContextManager):
+            raise TypeError(f"lifespan must return an async context manager, not {type(context).__name__}")
+        return context
+
+    def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
+        """Tell every plugin in force that a stream is over; one that raises does not keep it from the others."""
+        for name, tell in self._implementations("on_stream_end"):
+            try:
+                tell(request=request, summary=summary)
+            except Exception:
+                log.exception("on_stream_end of the plugin %s failed", name)
 
     def fail(self, name: str, error: BaseException) -> None:
         """Take a plugin out of service: its routes answer 503 with the reason, its hooks are not called any more."""
@@ -135,51 +210,19 @@ class Registry:
         for plugin in self.plugins:
             if plugin.name == owner:
                 plugin.state, plugin.reason = "failed", _reason(owner, error)
+                plugin.lost_routes += [(route.endpoint.method, route.endpoint.path) for route in plugin.routes]
         log.error("plugin %s failed", owner, exc_info=error)
-        for known, registered in self.manager.list_name_plugin():
+        for known, registered in self._hooks.list_name_plugin():
             if known.partition(":")[0] == owner and registered is not None:
-                self.manager.unregister(registered)
+                self._hooks.unregister(registered)
 
-    def _scenario_classes(self, plugin: str) -> list[type[Scenario]]:
-        others = [module for name, module in self.manager.list_name_plugin() if name != plugin]
-        classes = list(chain.from_iterable(self.manager.subset_hook_caller("register_scenarios", others)()))
-        for item in classes:
-            if not (isinstance(item, type) and issubclass(item, Scenario)):
-                raise TypeError(f"register_scenarios must return Scenario classes, not {item!r}")
-        return classes
-
-    def _build(
-        self, plugin: Plugin, classes: list[type[Scenario]], config: Config, switches: Mapping[str, bool]
-    ) -> list[Fault]:
-        taken = {scenario.name for other in self.plugins for scenario in other.scenarios}
-        faults: list[Fault] = []
-        for scenario_class in classes:
-            name = scenario_class.name
-            faults += [
-                Fault(plugin.origin, scenario_class.__name__, reason) for reason in _misspelt_hooks(scenario_class)
-            ]
-            if name in taken:
-                faults.append(Fault(plugin.origin, "", f"there is a scenario {name!r} already; give this another name"))
-            self._names.add(name)
-            if faults or not switches.get(name, True):
-                continue
-            table = {key: value for key, value in config.scenarios.get(name, {}).items() if key != "enabled"}
-            scenario, wrong = config.decode(scenario_class, table, "scenarios", name)
-            faults += wrong
-            if scenario is not None:
-                plugin.scenarios.append(scenario)
-                taken.add(name)
-                self.manager.register(_ScenarioHooks(scenario), name=f"{plugin.name}:{name}")
-        if classes and not plugin.scenarios and not faults:
-            plugin.state = "disabled"
-        return faults
-
-    def _unknown_tables(self, config: Config) -> list[Fault]:
-        if any(plugin.state == "failed" for plugin in self.plugins):
-            return []  # a table may be meant for a scenario that could not be imported
+    def _implementations(self, hook: str) -> list[tuple[str, Callable[..., list[Any]]]]:
+        """Each plugin's own answer to a hook, by the name it is registered under, last registered first."""
+        registered = self._hooks.list_name_plugin()
+        names = [implementation.plugin_name for implementation in getattr(self._hooks.hook, hook).get_hookimpls()]
         return [
-            config.fault(("scenarios", name), f"no plugin or scenario has this name; {nearest(name, self._names)}")
-            for name in sorted(set(config.scenarios) - self._names)
+            (name, self._hooks.subset_hook_caller(hook, [other for known, other in registered if known != name]))
+            for name in reversed(names)
         ]
 
 
@@ -291,7 +334,9 @@ class _ScenarioHooks:
 
 def _reason(plugin: str, error: BaseException) -> str:
     """Why a plugin failed, for people who may not see this machine: no path, and what to do where that is known."""
-    if isinstance(error, ImportError) and error.name:
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, ModuleNotFoundError) and error.name:
         extras = importlib.metadata.metadata(PROJECT).get_all("Provides-Extra") or []
         remedy = f"pip install 'streamlab[{plugin}]'" if plugin in extras else f"install what provides {error.name!r}"
         return f"needs the Python module {error.name!r}: {remedy}"
@@ -299,6 +344,5 @@ def _reason(plugin: str, error: BaseException) -> str:
         return f"{error.msg} (line {error.lineno} of {Path(error.filename or plugin).name})"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
-    detail = error.strerror if isinstance(error, OSError) else str(error)
-    without_paths = re.sub(r"(?<![\w.])/[\w./-]+", "...", detail or "")
-    return f"{type(error).__name__}{where}: {without_paths}".rstrip(": ")
+    detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return f"{type(error).__name__}{where}: {_PATH.sub('...', detail)}".rstrip(": ")

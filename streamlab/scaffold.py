@@ -3,6 +3,8 @@
 import keyword
 from pathlib import Path
 
+from .scenario import snake_case
+
 PLUGIN = '''"""{title}: say hello a number of times."""
 
 import asyncio
@@ -14,12 +16,14 @@ from streamlab import Scenario, endpoint, hookimpl, open_stream
 
 
 class Greeting(BaseModel):
+    """How often to greet."""
+
     times: int = Field(3, ge=1, le=1000, description="How many lines to send.", examples=[3])
 
 
 class {title}(Scenario):
     """Say hello, a line at a time."""
-
+{explicit_name}
     interval: NonNegativeFloat = 0.5  # [scenarios.{name}] interval = 1.0
 
     @endpoint("GET", "/stream/{name}", query=Greeting, sends="text/plain")
@@ -34,6 +38,7 @@ class {title}(Scenario):
 
 @hookimpl
 def register_scenarios():
+    """Bring this scenario."""
     return [{title}]
 '''
 
@@ -77,11 +82,12 @@ def write_plugin(name: str, *, folder: Path, tests: Path) -> list[Path]:
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
         raise ValueError(f"{name!r} will not do: a plugin is named like a Python module, as in `price_feed`")
     title = "".join(part.capitalize() for part in name.split("_"))
+    explicit_name = "" if snake_case(title) == name else f'\n    name = "{name}"'
     files = {folder / f"{name}.py": PLUGIN, tests / f"test_{name}.py": TEST}
     for path in (*files, folder / name):
         if path.exists():
             raise FileExistsError(f"{path} exists already; nothing was written")
     for path, template in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template.format(name=name, title=title), encoding="utf-8")
+        path.write_text(template.format(name=name, title=title, explicit_name=explicit_name), encoding="utf-8")
     return list(files)

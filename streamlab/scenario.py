@@ -93,6 +93,11 @@ class Route:
     handler: Handler = field(repr=False)
 
 
+def snake_case(class_name: str) -> str:
+    """`PriceFeed` as `price_feed`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()
+
+
 class Scenario(BaseModel):
     """Base of every scenario. Fields are its table `[scenarios.NAME]` in config.toml, decoded strictly and frozen.
 
@@ -110,7 +115,7 @@ class Scenario(BaseModel):
         """Give the class its name."""
         super().__pydantic_init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
-            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+            cls.name = snake_case(cls.__name__)
 
     def routes(self) -> list[Route]:
         """The endpoints of this scenario in the order of their declaration, bound to it."""

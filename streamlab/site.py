@@ -30,6 +30,9 @@ CONTENT_SECURITY_POLICY = (
 )
 
 
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png"}
+
+
 def version() -> str:
     """The installed version of streamlab."""
     return importlib.metadata.version("streamlab")
@@ -38,7 +41,9 @@ def version() -> str:
 class Asset(BaseModel):
     """Which file of a page is meant."""
 
-    name: str = Field(pattern=r"^[\w-]+\.(css|js|png)$", description="The file's name.", examples=["site.css"])
+    name: str = Field(
+        pattern=r"^[\w-]+\.(css|js|png)$", max_length=100, description="The file's name.", examples=["site.css"]
+    )
 
 
 class Site(Scenario):
@@ -47,8 +52,11 @@ class Site(Scenario):
     @endpoint("GET", "/", sends=("text/plain", "text/html"), curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
         """List every route with one line and a curl command that tries it; HTML for a browser."""
-        rows = [(route, openapi.curl(route.endpoint, str(request.url.origin()))) for route in request.app[ROUTES]]
         failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
+        lost = {name for plugin in failed for name in plugin.scenario_names}
+        origin = str(request.url.origin())
+        serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
+        rows = [(route, openapi.curl(route.endpoint, origin)) for route in serving]
         vary = {"Vary": "Accept"}
         if "text/html" not in request.headers.get("Accept", ""):
             blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in rows]
@@ -85,9 +93,12 @@ class Site(Scenario):
             "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
             "open_streams": len(streams),
             "scenarios": {
-                name: {"state": plugin.state, **({"reason": plugin.reason} if plugin.reason else {})}
+                name: {
+                    "state": "disabled" if name in plugin.switched_off else plugin.state,
+                    **({"reason": plugin.reason} if plugin.reason else {}),
+                }
                 for plugin in plugins
-                for name in ([scenario.name for scenario in plugin.scenarios] or [plugin.name])
+                for name in (plugin.scenario_names or [plugin.name])
             },
         }
         return web.json_response(report, status=503 if streams.draining else 200, headers={"Cache-Control": "no-store"})
@@ -118,7 +129,8 @@ class Site(Scenario):
         """Serve a file that the pages need."""
         for folder in (WEB, _swagger_ui()):
             if (file := folder / path.name).is_file():
-                return web.FileResponse(file, headers={"Cache-Control": "no-cache"})
+                headers = {"Content-Type": MEDIA_TYPES[file.suffix], "Cache-Control": "no-cache"}
+                return web.FileResponse(file, headers=headers)
         raise Problem(404, "No page needs a file of this name.")
 
 

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 from .problems import Problem
 from .scenario import Endpoint
 
+MAX_ERRORS = 50
+"""A refusal lists no more than so many faults; a request with more of them is no honest mistake."""
+
 
 async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
     """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
@@ -18,7 +21,8 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     errors: list[dict[str, Any]] = []
     found: dict[str, BaseModel] = {}
     if endpoint.path_model is not None:
-        _decode("path", endpoint.path_model, dict(request.match_info), found, errors)
+        named = {name: value for name, value in request.match_info.items() if name in endpoint.path_model.model_fields}
+        _decode("path", endpoint.path_model, named, found, errors)
     query, unknown = _query(request, endpoint.query)
     errors += unknown
     if endpoint.query is not None:
@@ -26,8 +30,10 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     if endpoint.body is not None:
         _decode("body", endpoint.body, await _json(request), found, errors)
     if errors:
-        names = ", ".join(dict.fromkeys(str(error["name"]) for error in errors))
-        raise Problem(422, f"This request has parameters that will not do: {names}.", errors=errors)
+        listed = errors[:MAX_ERRORS]
+        names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
+        more = f" and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+        raise Problem(422, f"This request has parameters that will not do: {names}{more}.", errors=listed)
     return found
 
 
@@ -61,12 +67,12 @@ def _decode(
     found: dict[str, BaseModel],
     errors: list[dict[str, Any]],
 ) -> None:
-    refused = {error["name"] for error in errors}
+    refused = {error["name"] for error in errors if error["in"] == place}
     try:
         found[place] = model.model_validate(values, extra="forbid")
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_input=False):
-            name = ".".join(str(part) for part in detail["loc"]) or place
+            name = ".".join(str(part) for part in detail["loc"])[:100] or place
             if name not in refused:
                 message = detail["msg"].removeprefix("Value error, ")
                 errors.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
@@ -78,7 +84,12 @@ async def _json(request: web.Request) -> Any:
     ):
         raise Problem(415, "The body must be application/json.", headers={"Accept": "application/json"})
     try:
-        return json.loads(await request.read(), parse_constant=_refuse_constant)
+        text = await request.read()
+    except web.RequestPayloadError:
+        detail = "The body cannot be read: it is not what its Content-Encoding or its framing says."
+        raise Problem(400, detail, headers={"Connection": "close"}) from None
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem(400, f"The body is not JSON{where}.") from None

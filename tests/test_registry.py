@@ -639,7 +639,7 @@ COUNTING = """
 async def test_two_applications_of_one_process_share_nothing(tmp_path: Path, aiohttp_client: Client) -> None:
     settings = config(tmp_path, {"counting": COUNTING})
     first, second = create_app(settings), create_app(settings)
-    assert first[REGISTRY].manager is not second[REGISTRY].manager
+    assert first[REGISTRY]._hooks is not second[REGISTRY]._hooks
     assert first[STREAMS] is not second[STREAMS]
     assert not {id(route.endpoint) for route in first[ROUTES] if route.scenario == "counting"} & {
         id(route.endpoint) for route in second[ROUTES]
