@@ -56,6 +56,7 @@ class Site(Scenario):
         lost = {name for plugin in failed for name in plugin.scenario_names}
         origin = str(request.url.origin())
         serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
+        serving.sort(key=lambda route: route.scenario == self.name)  # what plugins bring comes first
         rows = [(route, openapi.curl(route.endpoint, origin)) for route in serving]
         vary = {"Vary": "Accept"}
         if "text/html" not in request.headers.get("Accept", ""):

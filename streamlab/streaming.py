@@ -145,17 +145,26 @@ class Stream(web.StreamResponse):
             self._since_yield_bytes = self._since_yield_writes = 0
             await asyncio.sleep(0)
 
+    @property
+    def can_sendfile(self) -> bool:
+        """Whether `sendfile` works here: a length is declared, nothing is compressed, no TLS, asyncio's own loop."""
+        transport = self._request.transport
+        return (
+            self._compressor is None
+            and self.content_length is not None
+            and transport is not None
+            and transport.get_extra_info("sslcontext") is None
+            and isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop)
+        )
+
     async def sendfile(self, file: IO[bytes], offset: int, count: int) -> None:
         """Send `count` bytes of a regular file from `offset` through the kernel (`sendfile(2)`).
 
-        Raises EOFError when the file holds fewer, NotImplementedError where the connection cannot (TLS, uvloop),
-        before anything is sent. Needs an uncompressed stream with a Content-Length.
+        Raises EOFError when the file holds fewer; needs `can_sendfile`.
         """
         transport = self._request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        if self._compressor is not None or self.content_length is None or transport.get_extra_info("sslcontext"):
-            raise NotImplementedError("sendfile needs a plain connection and a stream of known length")
         self._send_headers_with(b"")
         self.first_byte_at = self.first_byte_at or time.monotonic()
         loop = asyncio.get_running_loop()
@@ -264,7 +273,9 @@ class Stream(web.StreamResponse):
         if self._stops and isinstance(error, asyncio.CancelledError):
             return await self._settle_stop()
         if self.client_gone and _is_disconnect(error):
-            self.outcome = Outcome.CLIENT_LEFT
+            # A client that has the whole body may leave before the block is over.
+            whole = self.bytes_sent == self.content_length
+            self.outcome = Outcome.FINISHED if whole else Outcome.CLIENT_LEFT
             return False
         self.error = error
         if not self.headers_sent:

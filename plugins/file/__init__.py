@@ -24,7 +24,7 @@ from streamlab import ConfigPath, Problem, Scenario, endpoint, hookimpl, open_st
 from . import representation
 from .conditions import precondition, range_applies
 from .ranges import Multipart, Span, Unsatisfiable, parse
-from .representation import Generated, Representation
+from .representation import Generated, Paced, Representation
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -198,9 +198,8 @@ class File(Scenario):
             detail = f"None of the ranges lies within the file's {file.size} bytes."
             raise Problem(416, detail, headers={"Content-Range": f"bytes */{file.size}"}) from None
         if spans is None:
-            whole = Span(0, file.size)
             async with open_stream(request, file.media_type, headers=headers, length=file.size) as response:
-                await file.send(response, whole.offset, whole.count, last=True, rate=rate)
+                await file.send(Paced(response, rate), 0, file.size, last=True)
             return response
         if len(spans) == 1:
             (span,) = spans
@@ -208,13 +207,14 @@ class File(Scenario):
             async with open_stream(
                 request, file.media_type, status=206, headers=headers, length=span.count
             ) as response:
-                await file.send(response, span.offset, span.count, last=True, rate=rate)
+                await file.send(Paced(response, rate), span.offset, span.count, last=True)
             return response
         body = Multipart.of(spans, size=file.size, media_type=file.media_type)
         async with open_stream(request, body.content_type, status=206, headers=headers, length=body.length) as response:
+            out = Paced(response, rate)
             for head, span in body.parts:
                 await response.write(head)
-                await file.send(response, span.offset, span.count, last=span is spans[-1], rate=rate)
+                await file.send(out, span.offset, span.count, last=span is spans[-1])
             await response.write(body.closing)
         return response
 

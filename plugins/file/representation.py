@@ -27,6 +27,28 @@ PROOF = 64 * 1024
 """The last bytes of a body are held back until the file is known to be still the one that was promised."""
 
 
+class Paced:
+    """The writing end of a stream, at most `rate` bytes a second in even steps; without a rate, as fast as it goes."""
+
+    def __init__(self, stream: Stream, rate: int | None) -> None:
+        self.stream = stream
+        self.rate = rate
+        self._due = 0.0
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Write data, waiting before each tenth of a second's worth until it is due."""
+        if self.rate is None:
+            await self.stream.write(data)
+            return
+        loop, view, step = asyncio.get_running_loop(), memoryview(data), max(1, self.rate // 10)
+        for offset in range(0, len(view), step):
+            piece = view[offset : offset + step]
+            if (wait := self._due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            await self.stream.write(piece)
+            self._due = max(self._due, loop.time() - 0.1) + len(piece) / self.rate
+
+
 class Representation(Protocol):
     """What a download needs to know of its bytes, and the way to send some of them."""
 
@@ -46,8 +68,8 @@ class Representation(Protocol):
     def validators(self) -> Validators:
         """Entity-tag and date of this very state."""
 
-    async def send(self, stream: Stream, offset: int, count: int, *, last: bool, rate: int | None) -> None:
-        """Write `count` bytes from `offset`, at most `rate` a second; `last`: the body ends with them."""
+    async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
+        """Write `count` bytes from `offset`; `last`: the body ends with them."""
 
     async def digest(self) -> bytes:
         """SHA-256 of all bytes."""
@@ -81,7 +103,7 @@ class FileRepresentation:
         tag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"'
         return Validators(tag, status.st_mtime_ns // 1_000_000_000)
 
-    async def send(self, stream: Stream, offset: int, count: int, *, last: bool, rate: int | None) -> None:
+    async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
         """Send by the kernel where it can be, else read ahead in a thread.
 
         Raises EOFError when the file was cut short, RuntimeError when it was changed in the meantime: the stream
@@ -90,17 +112,14 @@ class FileRepresentation:
         held_back = min(PROOF, count) if last else 0
         bulk = count - held_back
         if bulk:
-            try:
-                if rate is not None:
-                    raise NotImplementedError
-                await stream.sendfile(self.file, offset, bulk)
-            except NotImplementedError:
-                await self._read_and_write(stream, offset, bulk, rate)
+            if out.rate is None and out.stream.can_sendfile:
+                await out.stream.sendfile(self.file, offset, bulk)
+            else:
+                await self._read_and_write(out, offset, bulk)
         if held_back:
-            proven = await asyncio.to_thread(self._read_proven, offset + bulk, held_back)
-            await write_paced(stream, proven, rate)
+            await out.write(await asyncio.to_thread(self._read_proven, offset + bulk, held_back))
 
-    async def _read_and_write(self, stream: Stream, offset: int, count: int, rate: int | None) -> None:
+    async def _read_and_write(self, out: Paced, offset: int, count: int) -> None:
         file = wrap(self.file)
         await file.seek(offset)
         async with asyncio.TaskGroup() as group:
@@ -112,7 +131,7 @@ class FileRepresentation:
                 count -= len(chunk)
                 if count:
                     ahead = group.create_task(file.read(min(CHUNK, count)))
-                await write_paced(stream, chunk, rate)
+                await out.write(chunk)
 
     def _read_proven(self, offset: int, count: int) -> bytes:
         self.file.seek(offset)
@@ -204,12 +223,12 @@ class Generated:
         """The pattern never changes."""
         return Validators(f'"generated-1-{self.size:x}"', 0)
 
-    async def send(self, stream: Stream, offset: int, count: int, *, last: bool, rate: int | None) -> None:
+    async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
         """Write a part of the pattern."""
         while count:
             start = offset % CHUNK
             piece = memoryview(block(offset // CHUNK))[start : start + count]
-            await write_paced(stream, piece, rate)
+            await out.write(piece)
             offset, count = offset + len(piece), count - len(piece)
 
     async def digest(self) -> bytes:
@@ -231,17 +250,3 @@ def block(number: int) -> bytes:
 @cache
 def _noise() -> bytes:
     return random.Random(1).randbytes(CHUNK - 8)  # noqa: S311 - a pattern, not a secret
-
-
-async def write_paced(stream: Stream, data: bytes | memoryview, rate: int | None) -> None:
-    """Write data, at most `rate` bytes a second in ten even steps, or at once without a rate."""
-    if rate is None:
-        await stream.write(data)
-        return
-    loop = asyncio.get_running_loop()
-    due, step, view = loop.time(), max(1, rate // 10), memoryview(data)
-    for offset in range(0, len(view), step):
-        piece = view[offset : offset + step]
-        await stream.write(piece)
-        due += len(piece) / rate
-        await asyncio.sleep(due - loop.time())

@@ -307,6 +307,13 @@ async def test_a_rate_is_kept_on_average(client: Client) -> None:
     assert 0.3 < time.monotonic() - started < 5
 
 
+def test_a_paced_download_that_came_whole_is_finished(start: Callable[..., Running], tmp_path: Path) -> None:
+    server = start()
+    status, _, body = server.get("/download/large-file?size_mb=1&rate=4000000")
+    assert (status, len(body)) == (200, 1_000_000)
+    assert "bytes=1000000" in server.wait_for_log("outcome=finished")
+
+
 # -- a folder
 
 
