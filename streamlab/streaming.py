@@ -197,13 +197,17 @@ class Stream(web.StreamResponse):
 
     def send_headers(self) -> None:
         """Send the headers now, without waiting for the first write."""
-        if self._headers_timer is not None:
-            self._headers_timer.cancel()
-            self._headers_timer = None
+        self.forget_timer()
         if not self.headers_sent and self._writer is not None:
             self.headers_sent = True
             with suppress(ConnectionError):
                 self._writer.send_headers()
+
+    def forget_timer(self) -> None:
+        """Do not send headers by the clock any more."""
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
 
     def _send_headers_with(self, data: bytes | bytearray | memoryview) -> None:
         if not self.headers_sent:
@@ -268,6 +272,13 @@ class Stream(web.StreamResponse):
             raise HeadersOnly
         self._headers_timer = asyncio.get_running_loop().call_later(HEADERS_GRACE, self.send_headers)
 
+    async def finish(self) -> None:
+        """End the body, the block being done; raises ValueError where it is not as long as was declared."""
+        if self.content_length is not None and self.bytes_sent != self.content_length:
+            raise ValueError(f"{self.content_length} bytes were declared, {self.bytes_sent} were written")
+        await self.write_eof()
+        self.outcome = Outcome.FINISHED
+
     async def ended_by(self, error: BaseException) -> bool:
         """Settle a stream whose block raised; True where the handler may go on after it, False to raise on."""
         if self._stops and isinstance(error, asyncio.CancelledError):
@@ -283,7 +294,7 @@ class Stream(web.StreamResponse):
         else:
             if self.content_type == "text/event-stream":
                 detail = error.document() if isinstance(error, Problem) else Problem(500, SOURCE_FAILED).document()
-                with suppress(ConnectionError):
+                with suppress(ConnectionError, asyncio.CancelledError):
                     await self.write(b"event: error\ndata: " + json.dumps(detail).encode() + b"\n\n")
             self.cut()
         self.outcome = Outcome.FAILED
@@ -307,8 +318,7 @@ class Stream(web.StreamResponse):
 
     def _forget_headers(self) -> None:
         """Take back headers that have not left, so that the request can be answered with the error's own status."""
-        if self._headers_timer is not None:
-            self._headers_timer.cancel()
+        self.forget_timer()
         if isinstance(self._writer, StreamWriter):
             self._writer.chunked = False
 
@@ -480,12 +490,12 @@ async def open_stream(
         await stream.begin(request)
         try:
             yield stream
-            await stream.write_eof()
-            stream.outcome = Outcome.FINISHED
+            await stream.finish()
         except BaseException as error:
-            if await stream.ended_by(error):
-                return
-            raise
+            if not await stream.ended_by(error):
+                raise
+        finally:
+            stream.forget_timer()
 
 
 def _is_disconnect(error: BaseException) -> bool:

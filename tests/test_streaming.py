@@ -134,6 +134,18 @@ SOURCES = '''
                 await response.write(b"first\\n")
                 raise ConnectionResetError("the upstream has gone, not the client")
 
+        @endpoint("GET", "/shorter-than-declared")
+        async def shorter_than_declared(self, request):
+            async with open_stream(request, "text/plain", length=10) as response:
+                await response.write(b"first\\n")
+            return response
+
+        @endpoint("GET", "/longer-than-declared")
+        async def longer_than_declared(self, request):
+            async with open_stream(request, "text/plain", length=3) as response:
+                await response.write(b"first\\n")
+            return response
+
         @endpoint("GET", "/events-fail-later", sends="text/event-stream")
         async def events_fail_later(self, request):
             async with open_stream(request, "text/event-stream") as response:
@@ -319,8 +331,17 @@ def test_client_that_stalls_costs_a_bounded_amount(serve: Callable[..., Running]
     server = serve("[server]\nstall_seconds = 1")
     with server.send("GET /endless HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
         assert connection.recv(5) == b"HTTP/"
+        server.get("/health")
+        before = cpu_seconds(server)
         taken = int(ended(server, '"client left"')["bytes"])
+        used = cpu_seconds(server) - before
     assert taken < 512 * 1024
+    assert used < 0.2
+
+
+def cpu_seconds(server: Running) -> float:
+    """User and system time of the server so far."""
+    return time.clock_gettime(~server.process.pid << 3 | 2)  # its number: clock_getcpuclockid(3)
 
 
 def test_memory_does_not_grow_with_the_size(serve: Callable[..., Running]) -> None:
@@ -370,7 +391,14 @@ def test_source_that_refuses_before_the_first_byte_chooses_the_status(serve: Cal
 
 
 @pytest.mark.parametrize(
-    "path", ["/fails-later", "/fails-later-compressed", "/fails-later-in-a-group", "/upstream-resets"]
+    "path",
+    [
+        "/fails-later",
+        "/fails-later-compressed",
+        "/fails-later-in-a-group",
+        "/upstream-resets",
+        "/shorter-than-declared",
+    ],
 )
 def test_source_that_fails_after_the_first_byte_never_looks_whole(serve: Callable[..., Running], path: str) -> None:
     server = serve(tracebacks=True)
@@ -381,6 +409,12 @@ def test_source_that_fails_after_the_first_byte_never_looks_whole(serve: Callabl
     assert b"secret" not in received
     assert ended(server, "failed")["path"] == path
     server.wait_for_log("Traceback (most recent call last)")
+
+
+def test_body_longer_than_declared_is_a_failure_that_the_log_tells(serve: Callable[..., Running]) -> None:
+    server = serve(tracebacks=True)
+    assert server.get("/longer-than-declared")[2] == b"fir"
+    server.wait_for_log("ValueError: 3 bytes were declared, 6 were written")
 
 
 @pytest.mark.parametrize(("version", "status"), [("--http1.1", 18), ("--http1.0", 56)])
