@@ -189,16 +189,19 @@ class LineFormatter(logging.Formatter):
         return json.dumps(text) if re.search(r"[^!#-<>-~]", text) or not text else text
 
 
-class _BoundedQueueHandler(logging.handlers.QueueHandler):
+class BoundedQueueHandler(logging.handlers.QueueHandler):
     """Hands lines to the writing thread. When its queue is full, lines are dropped and counted, never waited for."""
 
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
+        """Put a line into the queue, behind a note of those that were dropped, if any were."""
         try:
             if self.dropped:
                 notice = copy.copy(record)
-                notice.msg = notice.message = f"{self.dropped} log lines were dropped: the disk is too slow"
+                notice.msg = notice.message = (
+                    f"{self.dropped} log lines were dropped: they came faster than they could be written"
+                )
                 self.queue.put_nowait(notice)
                 self.dropped = 0
             self.queue.put_nowait(record)
@@ -233,7 +236,7 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
             )
         except OSError as error:
             complaint = f"{file} cannot be written ({error.strerror}): log lines go to stderr alone"
-    entrance = _BoundedQueueHandler(queue.Queue(10_000))
+    entrance = BoundedQueueHandler(queue.Queue(10_000))
     entrance.setFormatter(LineFormatter(style))
     listener = logging.handlers.QueueListener(entrance.queue, *handlers)
     root, bad_requests = logging.getLogger(), _BadRequestsInOneLine()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -362,11 +363,13 @@ def peak_memory(server: Running) -> int:
 
 def test_fast_writer_does_not_starve_the_others(serve: Callable[..., Running]) -> None:
     server = serve()
-    with server.send("GET /tokens HTTP/1.1\nHost: localhost") as connection:
+    with server.send("GET /tokens HTTP/1.1\nHost: localhost\nConnection: close") as connection:
         connection.recv(10)
-        for _ in range(20):
-            assert server.get("/health")[0] == 200
-        assert json.loads(server.get("/health")[2])["open_streams"] == 1
+        reader = threading.Thread(target=read_all, args=(connection,))
+        reader.start()
+        open_streams = [json.loads(server.get("/health")[2])["open_streams"] for _ in range(5)]
+        reader.join()
+    assert open_streams == [1] * 5
 
 
 # -- the source fails
@@ -470,6 +473,15 @@ def test_sigterm_with_a_stalled_client_takes_no_longer_than_the_drain(serve: Cal
     assert seconds < 2
     assert not received.endswith(LAST_CHUNK)
     assert ended(server, '"server stopped"')["route"] == path.partition("?")[0]
+
+
+def test_sigterm_does_not_wait_for_an_event_stream_whose_client_stalls(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\ndrain_seconds = 60")
+    with server.send("GET /endless-events HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
+        assert connection.recv(5) == b"HTTP/"
+        status, seconds = server.terminate()
+    assert status == 0
+    assert seconds < 5
 
 
 def test_sigterm_lets_a_download_finish_and_refuses_newcomers(serve: Callable[..., Running]) -> None:

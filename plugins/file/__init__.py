@@ -133,7 +133,7 @@ class File(Scenario):
             self.root.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = representation.open_beneath(self.root, parts)
-        except (ValueError, UnicodeError) as error:
+        except ValueError as error:  # it leads out, or no file system could have such a name
             raise FileNotFoundError from error
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             return representation.regular(descriptor)

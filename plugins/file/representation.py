@@ -180,15 +180,13 @@ def open_file(path: Path) -> BinaryIO:
 def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
     """Open what `parts` name below `root`, never anything outside, whatever changes meanwhile; return a descriptor.
 
-    Symbolic links are followed as long as they stay inside. Raises OSError (FileNotFoundError for what leads out).
+    Symbolic links are followed as long as they stay inside. Raises ValueError for what leads out, and OSError.
     """
     home = Path(os.path.realpath(root, strict=True))
-    target = Path(os.path.realpath(home.joinpath(*parts), strict=True))
-    if not target.is_relative_to(home):
-        raise FileNotFoundError(target)
+    beneath = Path(os.path.realpath(home.joinpath(*parts), strict=True)).relative_to(home)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(home, flags | os.O_DIRECTORY)
-    for part in target.relative_to(home).parts:
+    for part in beneath.parts:
         folder = descriptor
         try:
             descriptor = os.open(part, flags, dir_fd=folder)

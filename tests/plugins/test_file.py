@@ -457,39 +457,27 @@ def test_link_that_stays_inside_is_followed_and_others_are_not_listed(walled: Ru
     assert names == ["in", "sub"]
 
 
-def test_folder_swapped_for_a_link_in_between_never_leaks(tmp_path: Path) -> None:
+def test_folder_swapped_for_a_link_after_the_check_does_not_leak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     create_app(Config.of({}, base=tmp_path))  # imports the plugins
     open_beneath = sys.modules["streamlab.plugins.file.representation"].open_beneath
-    root, inside, outside = tmp_path / "root", tmp_path / "inside", tmp_path / "outside"
-    root.mkdir()
-    for folder, text in ((inside, "inside"), (outside, "outside")):
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    inside.rename(root / "folder")
-    stop = threading.Event()
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "folder", outside):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(folder.name)
+    resolve = os.path.realpath
 
-    def swap() -> None:
-        while not stop.is_set():
+    def resolve_and_swap(path: Path, *, strict: bool = False) -> str:
+        resolved = resolve(path, strict=strict)
+        if Path(path).name == "file":
             (root / "folder").rename(root / "kept")
             (root / "folder").symlink_to(outside)
-            (root / "folder").unlink()
-            (root / "kept").rename(root / "folder")
+        return resolved
 
-    swapper = threading.Thread(target=swap)
-    swapper.start()
-    seen = set()
-    try:
-        for _ in range(2000):
-            try:
-                descriptor = open_beneath(root, ("folder", "file"))
-            except OSError:
-                continue
-            with os.fdopen(descriptor, "rb") as file:
-                seen.add(file.read())
-    finally:
-        stop.set()
-        swapper.join()
-    assert seen == {b"inside"}
+    monkeypatch.setattr(os.path, "realpath", resolve_and_swap)
+    with pytest.raises(OSError, match="folder"):
+        open_beneath(root, ("folder", "file"))
 
 
 # -- files that change while they are sent

@@ -1,0 +1,71 @@
+"""Log lines that nobody can forge, and that never hold the server up."""
+
+import json
+import logging
+import queue
+import sys
+from pathlib import Path
+
+from streamlab.observe import BoundedQueueHandler, LineFormatter, logging_to
+
+
+def record(message: str, *arguments: object, **fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("streamlab.test", logging.INFO, __file__, 1, message, arguments, None)
+    made.created, made.msecs = 1_700_000_000.25, 250
+    if fields:
+        made.fields = fields
+    return made
+
+
+def test_text_line_escapes_what_could_end_it_or_move_the_cursor() -> None:
+    line = LineFormatter("text").format(record("GET %s failed", "/a\nERROR forged\r\x1b[2J\x85\u2028", path="x y\n"))
+    assert line == (
+        "2023-11-14T22:13:20.250Z INFO streamlab.test GET /a\\x0aERROR forged\\x0d\\x1b[2J\\x85\\x2028 failed"
+        ' path="x y\\n"'
+    )
+
+
+def test_json_line_is_one_object_whatever_is_in_it() -> None:
+    line = LineFormatter("json").format(record("GET %s failed", "/a\nforged", status=500, path="\u2028"))
+    assert "\n" not in line
+    assert json.loads(line) == {
+        "time": "2023-11-14T22:13:20.250Z",
+        "level": "INFO",
+        "logger": "streamlab.test",
+        "message": "GET /a\nforged failed",
+        "status": 500,
+        "path": "\u2028",
+    }
+
+
+def test_traceback_is_indented_so_that_its_text_cannot_pass_for_a_line() -> None:
+    try:
+        raise ValueError("first\n2023-11-14T22:13:20.250Z INFO forged")
+    except ValueError:
+        made = record("it failed")
+        made.exc_info = sys.exc_info()
+    first, *rest = LineFormatter("text").format(made).split("\n")
+    assert first.endswith("it failed")
+    assert rest[-1] == "    2023-11-14T22:13:20.250Z INFO forged"
+    assert all(line.startswith("    ") for line in rest)
+
+
+def test_full_queue_drops_lines_and_says_how_many() -> None:
+    handler = BoundedQueueHandler(queue.Queue(2))
+    for number in range(5):
+        handler.emit(record("line %d", number))
+    assert [handler.queue.get_nowait().getMessage() for _ in range(2)] == ["line 0", "line 1"]
+    handler.emit(record("line %d", 5))
+    assert [handler.queue.get_nowait().getMessage() for _ in range(2)] == [
+        "3 log lines were dropped: they came faster than they could be written",
+        "line 5",
+    ]
+
+
+def test_log_file_that_cannot_be_written_is_said_and_not_fatal(tmp_path: Path, capfd: object) -> None:
+    (tmp_path / "file").write_text("")
+    with logging_to(style="text", level="INFO", file=tmp_path / "file" / "streamlab.log"):
+        logging.getLogger("streamlab.test").info("still here")
+    lines = capfd.readouterr().err.splitlines()  # type: ignore[attr-defined]
+    assert "cannot be written" in lines[0]
+    assert lines[1].endswith("streamlab.test still here")
