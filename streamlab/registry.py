@@ -332,13 +332,21 @@ class _ScenarioHooks:
         self.__dict__.update({name: getattr(scenario, name) for name in names})
 
 
+def _extras() -> list[str]:
+    """The extras of streamlab; one that has a plugin's name brings what that plugin needs."""
+    try:
+        return importlib.metadata.metadata(PROJECT).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
 def _reason(plugin: str, error: BaseException) -> str:
     """Why a plugin failed, for people who may not see this machine: no path, and what to do where that is known."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     if isinstance(error, ModuleNotFoundError) and error.name:
-        extras = importlib.metadata.metadata(PROJECT).get_all("Provides-Extra") or []
-        remedy = f"pip install 'streamlab[{plugin}]'" if plugin in extras else f"install what provides {error.name!r}"
+        known = plugin in _extras()
+        remedy = f"pip install 'streamlab[{plugin}]'" if known else f"install what provides {error.name!r}"
         return f"needs the Python module {error.name!r}: {remedy}"
     if isinstance(error, SyntaxError):
         return f"{error.msg} (line {error.lineno} of {Path(error.filename or plugin).name})"

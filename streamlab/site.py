@@ -34,8 +34,11 @@ MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png"
 
 
 def version() -> str:
-    """The installed version of streamlab."""
-    return importlib.metadata.version("streamlab")
+    """The installed version of streamlab; `0` in a checkout that is run without being installed."""
+    try:
+        return importlib.metadata.version("streamlab")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
 
 
 class Asset(BaseModel):

@@ -63,3 +63,23 @@ def test_wheel_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert (listed.returncode, listed.stdout, listed.stderr) == (0, "countdown: ready\nfile: ready\n", "")
+
+
+def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
+    for name in ("streamlab", "plugins"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_plugins(tmp_path, {"needy": "import no_such_module"})
+    # What is installed beside it is still found, streamlab's own record alone is not.
+    script = (
+        "import importlib.metadata as m, runpy, sys; real = m.distribution\n"
+        "def hidden(name):\n"
+        "    if name == 'streamlab': raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.distribution = hidden; sys.argv = ['streamlab', 'check']; runpy.run_module('streamlab', run_name='__main__')"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environ, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "file: ready\n"
+    assert "needs the Python module 'no_such_module': install what provides" in done.stderr
