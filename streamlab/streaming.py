@@ -7,7 +7,6 @@ import logging
 import socket
 import struct
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 
+from .coding import GzipEncoder, choose_encoder
 from .problems import Problem
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,6 @@ SOURCE_FAILED = "The source of this response failed; the server's log says why."
 SENDFILE_SEGMENT = 16 * 1024 * 1024
 """Bytes of a file handed to the kernel at once, so that what was sent of a long download is known as it goes."""
 
-COMPRESS_IN_THREAD = 128 * 1024
-"""A larger write is compressed off the loop."""
-
 _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT}
 
 
@@ -102,7 +99,7 @@ class Stream(web.StreamResponse):
         status: int,
         headers: Mapping[str, str],
         on_stop: OnStop,
-        coding: Literal["gzip"] | None,
+        encoder: GzipEncoder | None,
         scenario: str,
     ) -> None:
         super().__init__(status=status, headers=headers)
@@ -122,7 +119,7 @@ class Stream(web.StreamResponse):
         self._stopping: Literal["end", "cut"] | None = None
         self._stops = 0
         self._eof_begun = False
-        self._compressor = zlib.compressobj(6, wbits=31) if coding else None
+        self._encoder = encoder
         self._since_yield_bytes = 0
         self._since_yield_writes = 0
 
@@ -130,11 +127,8 @@ class Stream(web.StreamResponse):
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes; returns when the connection can take more. Empty data is nothing, not an end."""
-        if self._compressor is not None and data:
-            if len(data) > COMPRESS_IN_THREAD:
-                data = await asyncio.to_thread(self._compress, self._compressor, data)
-            else:
-                data = self._compress(self._compressor, data)
+        if self._encoder is not None and data:
+            data = await self._encoder.encode(data)
         if not data:
             return
         self._send_headers_with(data)
@@ -150,7 +144,7 @@ class Stream(web.StreamResponse):
         """Whether `sendfile` works here: a length is declared, nothing is compressed, no TLS, asyncio's own loop."""
         transport = self._request.transport
         return (
-            self._compressor is None
+            self._encoder is None
             and self.content_length is not None
             and transport is not None
             and transport.get_extra_info("sslcontext") is None
@@ -188,9 +182,8 @@ class Stream(web.StreamResponse):
         if self.outcome is not None or self._eof_begun:
             return
         self._eof_begun = True
-        if self._compressor is not None:
-            data = data + self._compressor.flush()
-            self._compressor = None
+        if self._encoder is not None:
+            data = data + self._encoder.finish()
         if data:
             self._send_headers_with(data)
         await super().write_eof(data)
@@ -218,10 +211,6 @@ class Stream(web.StreamResponse):
             self.bytes_sent += len(data)
             if self.first_byte_at is None:
                 self.first_byte_at = time.monotonic()
-
-    @staticmethod
-    def _compress(compressor: "zlib._Compress", data: bytes | bytearray | memoryview) -> bytes:
-        return compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
 
     # -- ending
 
@@ -474,16 +463,16 @@ async def open_stream(
     """
     events = content_type.startswith("text/event-stream")
     compress = compress and not events
-    coding = choose_coding(request.headers.get("Accept-Encoding", "")) if compress else None
+    encoder = choose_encoder(request.headers.get("Accept-Encoding", "")) if compress else None
     stream = Stream(
         request,
         status=status,
-        headers=_headers(content_type, headers, coding, compress=compress),
+        headers=_headers(content_type, headers, encoder, compress=compress),
         on_stop=on_stop or ("end" if events else "finish"),
-        coding=coding,
+        encoder=encoder,
         scenario=request.get(SCENARIO, ""),
     )
-    if length is not None and coding is None:
+    if length is not None and encoder is None:
         stream.content_length = length
     with request.config_dict[STREAMS].admit(request, stream):
         request[STREAM] = stream
@@ -506,32 +495,11 @@ def _is_disconnect(error: BaseException) -> bool:
 
 
 def _headers(
-    content_type: str, given: Mapping[str, str] | None, coding: str | None, *, compress: bool
+    content_type: str, given: Mapping[str, str] | None, encoder: GzipEncoder | None, *, compress: bool
 ) -> dict[str, str]:
     headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(given or {})}
     if compress:
         headers["Vary"] = ", ".join(filter(None, (headers.get("Vary"), "Accept-Encoding")))
-    if coding:
-        headers["Content-Encoding"] = coding
+    if encoder is not None:
+        headers["Content-Encoding"] = encoder.name
     return headers
-
-
-def choose_coding(accept_encoding: str) -> Literal["gzip"] | None:
-    """Choose a content coding by the client's q-values: gzip where it likes it no less than identity.
-
-    Source: RFC 9110 section 12.5.3.
-    """
-    weights: dict[str, float] = {}
-    for member in accept_encoding.lower().split(","):
-        name, *parameters = (part.strip() for part in member.split(";"))
-        weight = 1.0
-        for parameter in parameters:
-            key, _, value = parameter.partition("=")
-            if key.strip() == "q":
-                try:
-                    weight = float(value)
-                except ValueError:
-                    weight = 0.0
-        weights[name] = weight
-    gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
-    return "gzip" if gzip > 0 and gzip >= weights.get("identity", 0.0) else None

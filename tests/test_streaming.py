@@ -19,8 +19,6 @@ from pathlib import Path
 import pytest
 from conftest import Running, read_all, read_until
 
-from streamlab.streaming import choose_coding
-
 LAST_CHUNK = b"0\r\n\r\n"
 
 SOURCES = '''
@@ -561,14 +559,6 @@ def test_compression_is_negotiated_by_weight_and_told_to_caches(
     _, headers, body = server.get("/lines", {"Accept-Encoding": accepted})
     assert (headers.get("content-encoding"), headers["vary"]) == (coding, "Accept-Encoding")
     assert (gzip.decompress(body) if coding else body) == b"one\n" + b"two\n" * 100_000
-
-
-@pytest.mark.parametrize(
-    ("field", "chosen"),
-    [("*", "gzip"), ("*;q=0, gzip", "gzip"), ("GZIP;Q=0.3", "gzip"), ("deflate, br", None), ("gzip;q=x", None)],
-)
-def test_content_coding_of_unusual_fields(field: str, chosen: str | None) -> None:
-    assert choose_coding(field) == chosen
 
 
 def test_event_streams_are_never_compressed(serve: Callable[..., Running]) -> None:

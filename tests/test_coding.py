@@ -1,0 +1,38 @@
+"""Content codings are chosen by weight, and each piece can be read when it has come."""
+
+import zlib
+
+import pytest
+
+from streamlab.coding import IN_THREAD, GzipEncoder, choose_encoder
+
+
+@pytest.mark.parametrize(
+    ("field", "chosen"),
+    [
+        ("gzip", True),
+        ("*", True),
+        ("*;q=0, gzip", True),
+        ("GZIP;Q=0.3", True),
+        ("br;q=1, gzip;q=0.1", True),
+        ("x-gzip", True),
+        ("identity;q=0.5, gzip;q=0.5", True),
+        ("", False),
+        ("deflate, br", False),
+        ("gzip;q=0", False),
+        ("gzip;q=x", False),
+        ("*;q=0", False),
+        ("identity, gzip;q=0.5", False),
+    ],
+)
+def test_coding_is_chosen_by_weight(field: str, chosen: bool) -> None:
+    assert (choose_encoder(field) is not None) == chosen
+
+
+async def test_each_piece_can_be_read_when_it_has_come() -> None:
+    encoder, decoder = GzipEncoder(), zlib.decompressobj(wbits=31)
+    for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
+        assert decoder.decompress(await encoder.encode(piece)) == piece
+    assert not decoder.eof
+    decoder.decompress(encoder.finish())
+    assert decoder.eof
