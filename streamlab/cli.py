@@ -79,7 +79,11 @@ def run(
     with _refusing():
         settings = _read(config)
         given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-        settings = dataclasses.replace(settings, server=settings.server.model_copy(update=given))
+        settings = dataclasses.replace(
+            settings,
+            server=settings.server.model_copy(update=given),
+            variables={**settings.variables, **{("server", name): f"--{name}" for name in given}},
+        )
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
             _raise_file_limit(server.max_streams)

@@ -130,7 +130,7 @@ class Config:
     source: str
     """The file's name for messages."""
     variables: Mapping[tuple[str, ...], str] = field(default_factory=dict)
-    """Which key path came from which environment variable."""
+    """Which key path came from which environment variable, or option of the command line."""
     faults: tuple[Fault, ...] = ()
 
     @classmethod

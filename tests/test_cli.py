@@ -108,7 +108,7 @@ def test_run_on_a_port_in_use_says_so_with_status_2(tmp_path: Path) -> None:
         status, _, errors = streamlab(tmp_path, "run", "--port", str(port))
     assert status == 2
     assert (
-        f"server.port = {port} - another program listens on 127.0.0.1:{port}; "
+        f"--port: server.port = {port} - another program listens on 127.0.0.1:{port}; "
         f"stop it, or take another port (--port {port + 1})\n"
     ) in errors
     assert errors.endswith("streamlab: 1 fault; nothing was started\n")
