@@ -23,7 +23,7 @@ from streamlab import ConfigPath, Problem, Scenario, endpoint, hookimpl, open_st
 
 from . import representation
 from .conditions import precondition, range_applies
-from .ranges import Multipart, Span, Unsatisfiable, parse
+from .ranges import Span, Unsatisfiable, frame, parse
 from .representation import Generated, Paced, Representation
 
 P = ParamSpec("P")
@@ -185,8 +185,6 @@ class File(Scenario):
             "Cache-Control": "no-cache",
             "Content-Disposition": disposition(file.name),
         }
-        if _wants_digest(request.headers.get("Want-Repr-Digest", "")):
-            headers["Repr-Digest"] = await self._repr_digest(file)
         decision = precondition(request.method, request.headers, file.validators)
         if decision == 412:
             raise Problem(412, "The file is not in the state that the request's conditions name.")
@@ -197,24 +195,17 @@ class File(Scenario):
         except Unsatisfiable:
             detail = f"None of the ranges lies within the file's {file.size} bytes."
             raise Problem(416, detail, headers={"Content-Range": f"bytes */{file.size}"}) from None
-        if spans is None:
-            async with open_stream(request, file.media_type, headers=headers, length=file.size) as response:
-                await file.send(Paced(response, rate), 0, file.size, last=True)
-            return response
-        if len(spans) == 1:
-            (span,) = spans
-            headers["Content-Range"] = span.content_range(file.size)
-            async with open_stream(
-                request, file.media_type, status=206, headers=headers, length=span.count
-            ) as response:
-                await file.send(Paced(response, rate), span.offset, span.count, last=True)
-            return response
-        body = Multipart.of(spans, size=file.size, media_type=file.media_type)
-        async with open_stream(request, body.content_type, status=206, headers=headers, length=body.length) as response:
+        if _wants_digest(request.headers.get("Want-Repr-Digest", "")):
+            headers["Repr-Digest"] = await self._repr_digest(file)
+        body = frame(spans, size=file.size, media_type=file.media_type)
+        headers.update(body.headers)
+        async with open_stream(
+            request, body.content_type, status=body.status, headers=headers, length=body.length
+        ) as response:
             out = Paced(response, rate)
-            for head, span in body.parts:
+            for number, (head, span) in enumerate(body.parts, start=1):
                 await response.write(head)
-                await file.send(out, span.offset, span.count, last=span is spans[-1])
+                await file.send(out, span.offset, span.count, last=number == len(body.parts))
             await response.write(body.closing)
         return response
 

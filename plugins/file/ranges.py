@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_RANGES = 64
@@ -84,20 +84,30 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 @dataclass(frozen=True, slots=True)
-class Multipart:
-    """Several ranges as multipart/byteranges (section 14.6): the head of each part, and how long the body is."""
+class Framing:
+    """How an answer carries the spans asked for: its status, its own headers, and its body piece by piece."""
 
+    status: int
     content_type: str
+    headers: Mapping[str, str]
     parts: Sequence[tuple[bytes, Span]]
+    """What stands before each span, and the span."""
     closing: bytes
-    length: int
+    """What stands after the last."""
 
-    @classmethod
-    def of(cls, spans: Sequence[Span], *, size: int, media_type: str) -> "Multipart":
-        """Frame spans of a representation of `size` bytes."""
-        boundary = secrets.token_hex(16)
-        head = f"\r\n--{boundary}\r\nContent-Type: {media_type}\r\nContent-Range: "
-        parts = [(f"{head}{span.content_range(size)}\r\n\r\n".encode(), span) for span in spans]
-        closing = f"\r\n--{boundary}--\r\n".encode()
-        length = sum(len(head) + span.count for head, span in parts) + len(closing)
-        return cls(f"multipart/byteranges; boundary={boundary}", parts, closing, length)
+    @property
+    def length(self) -> int:
+        """Bytes of the whole body."""
+        return sum(len(head) + span.count for head, span in self.parts) + len(self.closing)
+
+
+def frame(spans: Sequence[Span] | None, *, size: int, media_type: str) -> Framing:
+    """Frame the whole (None), one span by Content-Range, several as multipart/byteranges (section 14.6)."""
+    if spans is None:
+        return Framing(200, media_type, {}, [(b"", Span(0, size))], b"")
+    if len(spans) == 1:
+        return Framing(206, media_type, {"Content-Range": spans[0].content_range(size)}, [(b"", spans[0])], b"")
+    boundary = secrets.token_hex(16)
+    head = f"\r\n--{boundary}\r\nContent-Type: {media_type}\r\nContent-Range: "
+    parts = [(f"{head}{span.content_range(size)}\r\n\r\n".encode(), span) for span in spans]
+    return Framing(206, f"multipart/byteranges; boundary={boundary}", {}, parts, f"\r\n--{boundary}--\r\n".encode())
