@@ -296,7 +296,7 @@ def test_client_leaves_an_idle_handler(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
-    server.wait_for_log("source released", seconds=1)
+    server.wait_for_log("source released", seconds=3)
     assert ended(server, '"client left"')["path"] == "/idle"
 
 
@@ -304,7 +304,7 @@ def test_client_leaves_a_writing_handler(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /endless HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
-    server.wait_for_log("source released", seconds=1)
+    server.wait_for_log("source released", seconds=3)
     assert ended(server, '"client left"')["path"] == "/endless"
 
 
