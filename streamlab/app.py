@@ -11,8 +11,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from fnmatch import fnmatchcase
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from .config import Config, ConfigError, Fault, Server
 from .observe import AccessLog, Metrics
@@ -26,6 +28,8 @@ from .validation import read_parameters
 log = logging.getLogger(__name__)
 
 CONFIG = web.AppKey("config", Config)
+
+SERVER_NAME = "streamlab"
 
 BODY_LIMIT = 1024 * 1024
 """Bytes of a request body; a larger one is refused with 413."""
@@ -75,31 +79,61 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
 
     # handler_cancellation: without it an idle handler never learns that its client has left.
     # shutdown_timeout: the drain below has ended every stream by then; 0 would mean to wait for ever.
-    runner = web.AppRunner(
-        app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None, keepalive_timeout=KEEP_ALIVE_SECONDS
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     tls = _tls(config)
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         loop.add_signal_handler(number, stop)
     try:
         await runner.setup()
+        manager = runner.server
+        assert manager is not None
         try:
-            await web.TCPSite(runner, server.host, server.port, ssl_context=tls, backlog=1024).start()
+            listener = await loop.create_server(
+                lambda: _Connection(manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_SECONDS),  # type: ignore[arg-type]
+                server.host,
+                server.port,
+                ssl=tls,
+                backlog=1024,
+            )
         except OSError as error:
             raise _cannot_listen(config, error) from None
-        address, port = runner.addresses[0][:2]
+        address, port = listener.sockets[0].getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
         await stopping.wait()
-        for site in list(runner.sites):
-            await site.stop()
+        listener.close()
         log.info("stopping: no new connections; %d streams may go on for %g s", len(streams), server.drain_seconds)
         await streams.drain(server.drain_seconds)
     finally:
         await runner.cleanup()
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+class _Connection(web.RequestHandler):
+    """A connection of aiohttp that refuses what is not HTTP as everything else is refused, and in one log line."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answer a request that could not be parsed; what a handler raised has been answered before it comes here."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        log.info("not HTTP from %s: %s", request.remote, type(exc).__name__)
+        detail = "This is not a request as RFC 9112 describes it, or one of its lines is longer than 8190 bytes."
+        response = Problem(status, detail, headers={"Server": SERVER_NAME}).response()
+        response.force_close()
+        return response
+
+    def log_exception(self, *args: object, **kwargs: Any) -> None:
+        """Write down what went wrong outside any handler; a body that breaks its own framing is no fault of ours."""
+        if isinstance(error := kwargs.get("exc_info"), web.RequestPayloadError):
+            log.info("broken body from %s: %s", self.peername, type(error).__name__)
+        else:
+            super().log_exception(*args, **kwargs)
 
 
 def _tls(config: Config) -> ssl.SSLContext | None:
@@ -251,7 +285,7 @@ def _is_local(name: str) -> bool:
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = "streamlab"
+    response.headers["Server"] = SERVER_NAME
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     if request.config_dict[STREAMS].draining:
         response.force_close()

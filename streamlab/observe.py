@@ -16,7 +16,6 @@ from typing import Any
 
 import prometheus_client
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -209,17 +208,6 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
             self.dropped += 1
 
 
-class _BadRequestsInOneLine(logging.Filter):
-    """A request that is not HTTP is the client's fault: one line, no traceback."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
-            record.msg, record.args = "not HTTP from %s: %s", (*(record.args or ("?",)), type(error).__name__)
-            record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
-        return True
-
-
 @contextmanager
 def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
     """Write log lines to stderr, and to a file that rotates at 10 MB, while the block runs.
@@ -239,11 +227,10 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
     entrance = BoundedQueueHandler(queue.Queue(10_000))
     entrance.setFormatter(LineFormatter(style))
     listener = logging.handlers.QueueListener(entrance.queue, *handlers)
-    root, bad_requests = logging.getLogger(), _BadRequestsInOneLine()
+    root = logging.getLogger()
     before = root.level
     root.addHandler(entrance)
     root.setLevel(level)
-    logging.getLogger("aiohttp.server").addFilter(bad_requests)
     listener.start()
     try:
         if complaint:
@@ -251,7 +238,6 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
         yield
     finally:
         listener.stop()
-        logging.getLogger("aiohttp.server").removeFilter(bad_requests)
         root.removeHandler(entrance)
         root.setLevel(before)
         for handler in handlers:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import Running, write_plugins
+from conftest import Running, read_all, write_plugins
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -568,15 +568,27 @@ async def test_a_handler_that_returns_no_response_is_500(path: str, lab: Lab, ca
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [f"GET {path} failed"]
 
 
-async def test_what_is_not_http_is_400_without_a_traceback(lab: Lab, tmp_path: Path) -> None:
-    client = await lab()
-    with logging_to(style="text", level="DEBUG", file=tmp_path / "log"):
-        answer = await raw(client, b"\x16\x03\x01\x02\x00\r\n\r\n")
-    assert answer.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
-    assert b"Traceback" not in answer
-    written = (tmp_path / "log").read_text()
-    assert "not HTTP from 127.0.0.1" in written
-    assert "Traceback" not in written
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /<b> c HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"<b>" * 3000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: <b>\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_refused_like_everything_else(start: Callable[..., Running], request_head: bytes) -> None:
+    server = start()
+    connection = server.connect()
+    connection.sendall(request_head)
+    head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
+    assert b"Content-Type: application/problem+json" in head
+    assert b"Server: streamlab" in head
+    assert json.loads(body)["status"] == 400
+    assert b"<b>" not in head + body
+    assert "not HTTP from 127.0.0.1" in server.wait_for_log("not HTTP")
 
 
 async def test_the_server_does_not_tell_its_versions(lab: Lab) -> None:

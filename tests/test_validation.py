@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import write_plugins
+from conftest import Running, write_plugins
 
 from streamlab.app import create_app
 from streamlab.config import Config
-from streamlab.observe import logging_to
 
 Client = TestClient[Any, Any]
 
@@ -381,17 +380,17 @@ async def test_a_compressed_body_that_is_over_one_mebibyte_unpacked_is_413(clien
     await problem(client, "POST", "/orders", 413, data=body, headers={**JSON, "Content-Encoding": "gzip"})
 
 
-async def test_a_body_that_is_not_what_its_coding_says_is_400_and_no_fault_of_the_server(
-    client: Client, tmp_path: Path
+def test_a_body_that_is_not_what_its_coding_says_is_400_and_no_fault_of_the_server(
+    start: Callable[..., Running],
 ) -> None:
-    headers = {**JSON, "Content-Encoding": "gzip"}
-    with logging_to(style="text", level="INFO", file=tmp_path / "log"):
-        async with client.post("/orders", data=b'{"amount": 1}', headers=headers) as response:
-            assert (response.status, response.content_type) == (400, "application/problem+json")
-        async with client.get("/plain") as response:
-            assert response.status == 200
-    written = (tmp_path / "log").read_text()
-    assert (" ERROR " in written, "Traceback" in written) == (False, False), written
+    server = start(shop=PLUGIN)
+    status, headers, _ = server.get(
+        "/orders", {**JSON, "Content-Encoding": "gzip"}, method="POST", body=b'{"amount": 1}'
+    )
+    assert (status, headers["content-type"]) == (400, "application/problem+json; charset=utf-8")
+    assert server.get("/plain")[0] == 200
+    server.wait_for_log("path=/plain")
+    assert (" ERROR " in server.log, "Traceback" in server.log) == (False, False), server.log
 
 
 @pytest.mark.parametrize(
