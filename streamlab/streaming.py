@@ -266,7 +266,21 @@ class Stream(web.StreamResponse):
         if self.content_length is not None and self.bytes_sent != self.content_length:
             raise ValueError(f"{self.content_length} bytes were declared, {self.bytes_sent} were written")
         await self.write_eof()
+        await self._flush()
         self.outcome = Outcome.FINISHED
+
+    async def _flush(self) -> None:
+        """Wait until the kernel has taken every byte: what waits in this process is lost if it stops."""
+        transport = self._request.transport
+        if transport is None or self._writer is None or not transport.get_write_buffer_size():
+            return
+        transport.set_write_buffer_limits(high=0)
+        try:
+            await self._writer.drain()
+        finally:
+            transport.set_write_buffer_limits()
+        if self._request.transport is None:
+            raise ConnectionResetError("the client left before it had everything")
 
     async def ended_by(self, error: BaseException) -> bool:
         """Settle a stream whose block raised; True where the handler may go on after it, False to raise on."""
@@ -274,7 +288,7 @@ class Stream(web.StreamResponse):
             return await self._settle_stop()
         if self.client_gone and _is_disconnect(error):
             # A client that has the whole body may leave before the block is over.
-            whole = self.bytes_sent == self.content_length
+            whole = self.bytes_sent == self.content_length and not self._eof_begun
             self.outcome = Outcome.FINISHED if whole else Outcome.CLIENT_LEFT
             return False
         self.error = error
@@ -295,6 +309,7 @@ class Stream(web.StreamResponse):
         if tidy:
             try:
                 await self.write_eof()
+                await self._flush()
             except (ConnectionError, asyncio.CancelledError):
                 tidy = False
         self.outcome = Outcome.SERVER_STOPPED

@@ -89,6 +89,21 @@ SOURCES = '''
                     await response.write(bytes(1_000_000))
             return response
 
+        @endpoint("GET", "/kilobytes")
+        async def kilobytes(self, request):
+            async with open_stream(request, "application/octet-stream", length=120_000) as response:
+                await response.write(bytes(120_000))
+            return response
+
+        @endpoint("GET", "/stubborn-events", sends="text/event-stream")
+        async def stubborn_events(self, request):
+            async with open_stream(request, "text/event-stream") as response:
+                await response.write(b"data: 1\\nid: 1\\n\\n")
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await asyncio.Event().wait()
+
         @endpoint("GET", "/slow")
         async def slow(self, request):
             async with open_stream(request, "text/plain") as response:
@@ -480,6 +495,29 @@ def test_sigterm_does_not_wait_for_an_event_stream_whose_client_stalls(serve: Ca
         status, seconds = server.terminate()
     assert status == 0
     assert seconds < 5
+
+
+def test_sigterm_does_not_wait_for_an_event_stream_that_will_not_end(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\ndrain_seconds = 60")
+    with server.send("GET /stubborn-events HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"data: 1\nid: 1\n\n")
+        status, seconds = server.terminate()
+        assert not read_all(connection).endswith(LAST_CHUNK)
+    assert status == 0
+    assert seconds < 5
+
+
+def test_sigterm_loses_nothing_of_a_body_that_waits_for_a_slow_client(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\ndrain_seconds = 20")
+    with server.send("GET /kilobytes HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
+        begun = connection.recv(5)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("stopping")
+        assert server.process.poll() is None
+        received = begun + read_all(connection)
+    assert len(received.partition(b"\r\n\r\n")[2]) == 120_000
+    assert server.process.wait(10) == 0
+    assert ended(server, "finished")["path"] == "/kilobytes"
 
 
 def test_sigterm_lets_a_download_finish_and_refuses_newcomers(serve: Callable[..., Running]) -> None:
