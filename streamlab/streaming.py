@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import json
-import logging
 import socket
 import struct
 import time
@@ -19,8 +18,6 @@ from aiohttp.http import StreamWriter
 
 from .coding import GzipEncoder, choose_encoder
 from .problems import Problem
-
-log = logging.getLogger(__name__)
 
 OnStop = Literal["end", "finish"]
 
@@ -68,8 +65,10 @@ FAREWELL_SECONDS = 0.5
 """What an event stream may take to send its end at shutdown; a client that reads none of it is cut then."""
 
 YIELD_BYTES = 256 * 1024
+"""A writer that never has to wait yields to the other streams after so many bytes,"""
+
 YIELD_WRITES = 64
-"""A write that never waits is made to yield to the other streams after so many bytes or calls."""
+"""or so many writes."""
 
 UNSENT_BYTES = 64 * 1024
 """What the kernel may hold unsent for a client that does not read (its default grows to 4 MB)."""
@@ -349,7 +348,10 @@ class Stream(web.StreamResponse):
 
 
 class Streams:
-    """The open streams of one server: how many there may be, which there are, and how all of them end."""
+    """The open streams of one server: how many there may be, which there are, and how all of them end.
+
+    `on_end` is called once for each stream that is over; it must not raise.
+    """
 
     def __init__(
         self,
@@ -399,10 +401,7 @@ class Streams:
             self._open.discard(stream)
             self._changed.set()
             if stream.outcome is not None:
-                try:
-                    self._on_end(request, stream.summary())
-                except Exception:
-                    log.exception("a hook on_stream_end failed")
+                self._on_end(request, stream.summary())
 
     def _bound(self, request: web.Request) -> None:
         """Bound what a client that does not read, or has vanished, costs: bytes in the kernel, and time."""

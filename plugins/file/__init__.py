@@ -227,16 +227,18 @@ class File(Scenario):
 
 
 def _write_sample(path: Path, size: int) -> None:
+    """Write the pattern beside `path`, and give it that name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sample-", delete=False) as file:
-        try:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".sample-")
+    unfinished = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
             for number in range(-(-size // representation.CHUNK)):
                 file.write(representation.block(number)[: size - number * representation.CHUNK])
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 async def _off_loop(look_up: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -552,6 +553,20 @@ def test_sample_is_made_once_for_all_who_ask_at_once(start: Callable[..., Runnin
     }
     assert answers[0][2] == (tmp_path / "var/files/large-file.bin").read_bytes()
     assert [path.name for path in (tmp_path / "var/files").iterdir()] == ["large-file.bin"]
+
+
+async def test_sample_that_does_not_fit_is_503_and_leaves_nothing(aiohttp_client: Any, tmp_path: Path) -> None:
+    tables = {"scenarios": {"file": {"sample_mb": 5}}}
+    client = await aiohttp_client(create_app(Config.of(tables, base=tmp_path)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    try:
+        response, body = await get(client)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (response.status, b"Point large_file at a file of yours" in body) == (503, True)
+    assert list((tmp_path / "var/files").iterdir()) == []
+    assert len((await get(client))[1]) == 5_000_000
 
 
 # -- real clients
