@@ -1,19 +1,36 @@
 """The names a plugin author needs, and no others."""
 
-from .config import ConfigPath
+from .config import CONFIG, ConfigPath
+from .eventlog import END, ORIGIN, Draft, Event, EventLogError, Position, Retention
+from .events import EVENTS, Channel, Events, draft, follow
 from .hookspecs import hookimpl
+from .hub import View
 from .problems import Problem
 from .scenario import Scenario, endpoint
 from .streaming import Outcome, Stream, StreamSummary, open_stream
 
 __all__ = [
+    "CONFIG",
+    "END",
+    "EVENTS",
+    "ORIGIN",
+    "Channel",
     "ConfigPath",
+    "Draft",
+    "Event",
+    "EventLogError",
+    "Events",
     "Outcome",
+    "Position",
     "Problem",
+    "Retention",
     "Scenario",
     "Stream",
     "StreamSummary",
+    "View",
+    "draft",
     "endpoint",
+    "follow",
     "hookimpl",
     "open_stream",
 ]

@@ -9,14 +9,16 @@ import signal
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from .config import Config, ConfigError, Fault, Server
+from .config import CONFIG, Config, ConfigError, Fault, Server
+from .eventlog import EventLogError, Retention
+from .events import EVENTS, Events, open_log
 from .observe import AccessLog, Metrics
 from .problems import Problem, from_http_exception
 from .registry import Plugin, Registry
@@ -26,8 +28,6 @@ from .streaming import SCENARIO, STREAM, STREAMS, HeadersOnly, Stream, Streams
 from .validation import read_parameters
 
 log = logging.getLogger(__name__)
-
-CONFIG = web.AppKey("config", Config)
 
 SERVER_NAME = "streamlab"
 
@@ -48,15 +48,18 @@ def create_app(config: Config) -> web.Application:
         stall_seconds=config.server.stall_seconds,
         on_end=registry.on_stream_end,
     )
-    metrics = Metrics(streams)
+    events = _events(config)
+    metrics = Metrics(streams, events)
     registry.add("streamlab:metrics", metrics)
     registry.add("streamlab:access-log", AccessLog())
 
     app = web.Application(middlewares=[_frontier], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
+    app[EVENTS] = events
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app.on_response_prepare.append(_sign)
+    app.cleanup_ctx.append(_hold_events)
     app.cleanup_ctx.append(_hold_lifespans)
     app.on_shutdown.append(_drain)
     return app
@@ -216,16 +219,19 @@ async def _frontier(
     """Let a request in, and every answer and refusal out: nothing else leaves the server."""
     started = time.monotonic()
     answer: web.StreamResponse | web.HTTPException
-    with request.config_dict[STREAMS].request():
-        try:
-            _check_host(request)
-            answer = await handler(request)
-            if not isinstance(answer, web.StreamResponse):
-                raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
-        except HeadersOnly:
-            answer = request[STREAM]
-        except Exception as error:
-            answer = _answer_to(error, request)
+    streams = request.config_dict[STREAMS]
+    streams.request_begins()
+    try:
+        _check_host(request)
+        answer = await handler(request)
+        if not isinstance(answer, web.StreamResponse):
+            raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
+    except HeadersOnly:
+        answer = request[STREAM]
+    except Exception as error:
+        answer = _answer_to(error, request)
+    finally:
+        streams.request_ends()
     if STREAM not in request:
         resource = request.match_info.route.resource
         route, seconds = resource.canonical if resource else "none", time.monotonic() - started
@@ -246,6 +252,8 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | w
         if error.status < 400:
             return error
         problem = from_http_exception(error)
+    if isinstance(error, EventLogError):
+        problem = Problem(503, str(error), headers={"Retry-After": "5"})
     if problem is None:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
         problem = Problem(500, "The server failed to answer this request; its log says why.")
@@ -293,6 +301,24 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 
 # -- life
+
+
+def _events(config: Config) -> Events:
+    keep = Retention(config.events.keep_events, config.events.keep_seconds)
+    try:
+        return Events(open_log(config.events.url), keep=keep)
+    except EventLogError as error:
+        raise ConfigError([config.fault(("events", "url"), str(error))]) from None
+
+
+async def _hold_events(app: web.Application) -> AsyncIterator[None]:
+    """Hold the event log open around all plugins: they publish until they are closed."""
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(app[EVENTS].opened())
+        except EventLogError as error:
+            raise ConfigError([app[CONFIG].fault(("events", "url"), str(error))]) from None
+        yield
 
 
 async def _hold_lifespans(app: web.Application) -> AsyncIterator[None]:

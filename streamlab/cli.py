@@ -2,11 +2,15 @@
 
 import asyncio
 import dataclasses
+import fcntl
+import os
+import re
 import resource
 import shlex
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from watchfiles import PythonFilter, run_process
 
-from . import openapi
+from . import client, openapi
 from .app import create_app, serve
 from .config import Config, ConfigError
 from .observe import logging_to
@@ -180,3 +184,60 @@ def new(name: str, config: ConfigOption = None) -> None:
     typer.echo(
         f"try it: streamlab run, then curl -N http://{settings.server.host}:{settings.server.port}/stream/{name}"
     )
+
+
+@cli.command()
+def follow(
+    url: Annotated[str, typer.Argument(help="The event stream; http:// may be left out.", metavar="URL")],
+    last_event_id: Annotated[str, typer.Option(help="Begin after this event.", metavar="ID", show_default=False)] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Leave after so many events.", metavar="N")] = None,
+    no_reconnect: Annotated[bool, typer.Option("--no-reconnect", help="Leave when the connection ends.")] = False,
+) -> None:
+    """Print an event stream, and go on after its last event when the connection is lost."""
+    try:
+        asyncio.run(_print_events(url, last_event_id, limit, reconnect=not no_reconnect))
+    except (asyncio.CancelledError, BrokenPipeError):
+        pass  # who read this has what it wanted, as `head` does
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except ValueError as error:
+        _say(f"streamlab: {error}")
+        raise typer.Exit(2) from None
+    except (client.Refused, OSError) as error:
+        _say(f"streamlab: {error}")
+        raise typer.Exit(1) from None
+
+
+async def _print_events(url: str, last_event_id: str, limit: int | None, *, reconnect: bool) -> None:
+    """Print each event as it comes: its data, behind its name where it has one; cancels itself when nobody reads it."""
+    output, terminal = sys.stdout.fileno(), sys.stdout.isatty()
+    task, access = asyncio.current_task(), fcntl.fcntl(output, fcntl.F_GETFL) & os.O_ACCMODE
+    if task is not None and access == os.O_WRONLY and stat.S_ISFIFO(os.fstat(output).st_mode):
+        # The writing end of a pipe is reported when its reader is gone: no event has to come to find that out.
+        asyncio.get_running_loop().add_reader(output, task.cancel)
+    count = 0
+    events = client.follow(
+        url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: _say(str(pause))
+    )
+    async with aclosing(events):
+        async for event in events:
+            text = event.data if event.event == "message" else f"{event.event}: {event.data}"
+            if terminal:
+                line = (_printable(text) + "\n").encode(sys.stdout.encoding, "backslashreplace")
+            else:
+                line = text.encode() + b"\n"
+            while line:
+                line = line[os.write(output, line) :]  # past sys.stdout: nothing is left in a buffer of a broken pipe
+            count += 1
+            if count == limit:
+                break
+
+
+def _printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:
+    """A text without the control characters that a terminal would act upon; each is shown as `\\x1b`."""
+    return re.sub(pattern, lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _say(text: str) -> None:
+    """One line on stderr, though a server has worded it."""
+    typer.echo(_printable(text, r"[\0-\x1f\x7f-\x9f]"), err=True)

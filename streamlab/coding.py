@@ -1,35 +1,81 @@
 """Which content coding a client likes, and bytes in it that never wait for more bytes."""
 
 import asyncio
-import zlib
+import importlib
+from typing import Any
+
+from isal import isal_zlib
 
 IN_THREAD = 128 * 1024
 """A larger piece is compressed off the loop."""
 
 
-class GzipEncoder:
+class Encoder:
     """Compresses a stream piece by piece; each piece can be decompressed whole as soon as it has arrived."""
+
+    name: str
+
+    async def encode(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Return the piece compressed and flushed."""
+        return await asyncio.to_thread(self._encode, data) if len(data) > IN_THREAD else self._encode(data)
+
+    def _encode(self, data: bytes | bytearray | memoryview) -> bytes:
+        raise NotImplementedError
+
+    def finish(self) -> bytes:
+        """Return what ends the body: without it, a decompressor sees that something is missing."""
+        raise NotImplementedError
+
+
+class GzipEncoder(Encoder):
+    """RFC 1952, by ISA-L: as small as zlib makes it at its lowest level, at several times the speed."""
 
     name = "gzip"
 
     def __init__(self) -> None:
-        self._compressor = zlib.compressobj(6, wbits=31)
-
-    async def encode(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Return the piece compressed and flushed (RFC 1951 section 3.2.4: an empty stored block ends it)."""
-        return await asyncio.to_thread(self._encode, data) if len(data) > IN_THREAD else self._encode(data)
+        self._compressor = isal_zlib.compressobj(1, wbits=31)
 
     def _encode(self, data: bytes | bytearray | memoryview) -> bytes:
-        return self._compressor.compress(data) + self._compressor.flush(zlib.Z_SYNC_FLUSH)
+        # RFC 1951 section 3.2.4: an empty stored block ends the piece.
+        return self._compressor.compress(data) + self._compressor.flush(isal_zlib.Z_SYNC_FLUSH)
 
     def finish(self) -> bytes:
-        """Return what ends the body: without it, a decompressor sees that something is missing."""
-        return self._compressor.flush()
+        """Return the last block and the checksum."""
+        return bytes(self._compressor.flush())
 
 
-def choose_encoder(accept_encoding: str) -> GzipEncoder | None:
-    """Choose by the client's weights: gzip where it likes it no less than identity, None for identity.
+class ZstdEncoder(Encoder):
+    """RFC 8878, where Python has it (3.14) or `backports.zstd` is installed."""
 
+    name = "zstd"
+
+    def __init__(self) -> None:
+        self._compressor = _ZSTD.ZstdCompressor(level=1)
+
+    def _encode(self, data: bytes | bytearray | memoryview) -> bytes:
+        return bytes(self._compressor.compress(data, mode=self._compressor.FLUSH_BLOCK))
+
+    def finish(self) -> bytes:
+        """Return the end of the frame."""
+        return bytes(self._compressor.flush(mode=self._compressor.FLUSH_FRAME))
+
+
+def _zstd() -> Any:
+    for module in ("compression.zstd", "backports.zstd"):
+        try:
+            return importlib.import_module(module)
+        except ImportError:
+            continue
+    return None
+
+
+_ZSTD = _zstd()
+
+
+def choose_encoder(accept_encoding: str) -> Encoder | None:
+    """Choose by the client's weights: zstd or gzip where it likes that no less than identity, None for identity.
+
+    Of two that it likes equally well zstd is taken, if it names that; what it calls `*` is gzip.
     Source: RFC 9110 section 12.5.3; a weight that is no number counts as 0.
     """
     weights: dict[str, float] = {}
@@ -45,4 +91,8 @@ def choose_encoder(accept_encoding: str) -> GzipEncoder | None:
                     weight = 0.0
         weights[name] = weight
     gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
-    return GzipEncoder() if gzip > 0 and gzip >= weights.get("identity", 0.0) else None
+    zstd = weights.get("zstd", 0.0) if _ZSTD is not None else 0.0
+    best = max(gzip, zstd)
+    if best <= 0 or best < weights.get("identity", 0.0):
+        return None
+    return ZstdEncoder() if zstd == best else GzipEncoder()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+from aiohttp import web
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -81,6 +82,28 @@ class Plugins(Table):
     """Folders whose Python files are plugins; one that does not exist holds none."""
 
 
+def _event_log_url(url: str, info: ValidationInfo) -> str:
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("sqlite", "redis", "rediss", "unix"):
+        raise ValueError("must begin with sqlite://, redis://, rediss:// or unix://")
+    if scheme != "sqlite" or not rest:
+        return url
+    if not rest.startswith("/") or len(rest) < 2:
+        raise ValueError("a file is named sqlite:///relative/path.db or sqlite:////absolute/path.db")
+    return f"sqlite:///{_beside_config(Path(rest[1:]), info)}"
+
+
+class EventLog(Table):
+    """`[events]`: where events are kept, and for how long."""
+
+    url: Annotated[str, AfterValidator(_event_log_url)] = "sqlite:///var/streamlab.db"
+    """A file, shared by the processes of one machine; `redis://host:port/0` for many machines; `sqlite://`: memory."""
+    keep_events: int = Field(10_000, ge=1, le=10_000_000)
+    """How many events a channel keeps for clients that come back,"""
+    keep_seconds: float = Field(86_400.0, ge=1, le=366 * 86_400)
+    """and for how long at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that is wrong with the configuration: where, what it says, why that will not do."""
@@ -123,6 +146,7 @@ class Config:
     """
 
     server: Server
+    events: EventLog
     plugins: Plugins
     scenarios: Mapping[str, Mapping[str, Any]]
     base: Path
@@ -162,13 +186,16 @@ class Config:
         base = base or Path.cwd()
         merged: dict[str, Any] = copy.deepcopy(dict(tables))
         variables, faults = _overlay(merged, environ or {})
-        draft = cls(Server(), Plugins.model_validate({}, context={"base": base}), {}, base, source, variables)
-        unknown = set(merged) - {"server", "plugins", "scenarios"}
-        known = ("server", "plugins", "scenarios")
+        here = {"base": base}
+        defaults = EventLog.model_validate({}, context=here), Plugins.model_validate({}, context=here)
+        draft = cls(Server(), *defaults, {}, base, source, variables)
+        known = ("server", "events", "plugins", "scenarios")
+        unknown = set(merged) - set(known)
         faults += [
             draft.fault((name,), f"unknown table; {nearest(name, known)}", merged[name]) for name in sorted(unknown)
         ]
         server, server_faults = draft.decode(Server, merged.get("server", {}), "server")
+        events, events_faults = draft.decode(EventLog, merged.get("events", {}), "events")
         plugins, plugins_faults = draft.decode(Plugins, merged.get("plugins", {}), "plugins")
         scenarios = merged.get("scenarios", {})
         if not isinstance(scenarios, dict):
@@ -178,12 +205,13 @@ class Config:
             faults.append(draft.fault(("scenarios", name), "must be a table", scenarios.pop(name)))
         return cls(
             server=server or draft.server,
+            events=events or draft.events,
             plugins=plugins or draft.plugins,
             scenarios=scenarios,
             base=base,
             source=source,
             variables=variables,
-            faults=(*faults, *server_faults, *plugins_faults),
+            faults=(*faults, *server_faults, *events_faults, *plugins_faults),
         )
 
     def decode(self, model: type[_Model], table: Any, *key: str) -> tuple[_Model | None, list[Fault]]:
@@ -234,6 +262,9 @@ def _keys_at(model: Any, location: tuple[str, ...]) -> list[str]:
             model = next(iter(reversed(get_args(model))), None)
     model = _without_none(model)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+CONFIG = web.AppKey("config", Config)
 
 
 def _without_none(annotation: Any) -> Any:

@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from .events import Events
 from .hookspecs import hookimpl
 from .streaming import Streams, StreamSummary
 
@@ -38,8 +39,9 @@ class Metrics(Collector):
     Names and labels are in README, "operate". Source: Prometheus text format 0.0.4, OpenMetrics 1.0 by Accept.
     """
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, events: Events) -> None:
         self._streams = streams
+        self._events = events
         self._bytes_of_ended: Tally[str] = Tally()
         self._registry = registry = prometheus_client.CollectorRegistry()
         self._ends = prometheus_client.Counter(
@@ -113,6 +115,11 @@ class Metrics(Collector):
             sent.add_metric([scenario], bytes_sent[scenario])
         yield open_now
         yield sent
+        followers = GaugeMetricFamily("streamlab_followers", "Clients that follow a channel.", labels=["state"])
+        live = sum(follower.live for follower in self._events.followers)
+        followers.add_metric(["live"], live)
+        followers.add_metric(["behind"], len(self._events.followers) - live)
+        yield followers
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Everything measured, and its content type."""
@@ -227,6 +234,8 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
     entrance = BoundedQueueHandler(queue.Queue(10_000))
     entrance.setFormatter(LineFormatter(style))
     listener = logging.handlers.QueueListener(entrance.queue, *handlers)
+    # It tells of every change it sees: with its lines in a file that is watched, it would never fall silent.
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
     root = logging.getLogger()
     before = root.level
     root.addHandler(entrance)

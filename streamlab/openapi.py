@@ -85,6 +85,8 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
     if endpoint.body is not None:
         content = {"application/json": {"schema": schemas[endpoint.body]}}
         operation["requestBody"] = {"required": True, "content": content}
+    elif endpoint.takes:
+        operation["requestBody"] = {"required": True, "content": {media: {} for media in endpoint.takes}}
     return {name: value for name, value in operation.items() if value not in ("", [])}
 
 

@@ -24,6 +24,8 @@ class Endpoint:
     path_model: type[BaseModel] | None
     query: type[BaseModel] | None
     body: type[BaseModel] | None
+    takes: tuple[str, ...]
+    """Media types of a body that the handler reads itself."""
     sends: tuple[str, ...]
     responses: Mapping[int, str]
     """Status codes other than 200 that belong to success or to the protocol, each with its meaning."""
@@ -47,6 +49,7 @@ def endpoint(
     path_model: type[BaseModel] | None = None,
     query: type[BaseModel] | None = None,
     body: type[BaseModel] | None = None,
+    takes: str | tuple[str, ...] = (),
     sends: str | tuple[str, ...] = "text/plain",
     responses: Mapping[int, str] | None = None,
     curl: str = "-N {url}",
@@ -55,10 +58,12 @@ def endpoint(
 
     The models given are validated before the handler runs and handed to it by keyword: `path_model` as `path`,
     `query` as `query`, `body` (a JSON document) as `body`. A request that does not fit is refused with 400 or 422
-    and every fault in it; parameters that no model knows are refused by name. A GET answers HEAD too.
+    and every fault in it; parameters that no model knows are refused by name. (A query model with `extra="allow"` gets
+    them as lists of texts, for its handler to judge.) A GET answers HEAD too.
 
-    `sends` names the media types of a 200; the method's docstring becomes summary and description. Spell method and
-    path as literals: they are read from the source when the plugin cannot be imported.
+    `takes` names the media types of a body that the handler reads itself, instead of `body`, and `sends` those of a
+    200; the method's docstring becomes summary and description. Spell method and path as literals: they are read from
+    the source when the plugin cannot be imported.
 
     Source: OpenAPI 3.1, Operation Object; RFC 9110 section 9 (methods).
     """
@@ -71,6 +76,7 @@ def endpoint(
             path_model=path_model,
             query=query,
             body=body,
+            takes=(takes,) if isinstance(takes, str) else takes,
             sends=(sends,) if isinstance(sends, str) else sends,
             responses=responses or {},
             curl=curl,

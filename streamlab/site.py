@@ -11,6 +11,7 @@ from aiohttp import web
 from pydantic import BaseModel, Field
 
 from . import openapi
+from .events import EVENTS
 from .observe import Metrics
 from .problems import Problem
 from .registry import Registry
@@ -84,18 +85,20 @@ class Site(Scenario):
 
     @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
     async def health(self, request: web.Request) -> web.Response:
-        """Tell how the server is: its plugins with their state and reason, open streams, seconds up.
+        """Tell how the server is: its plugins with their state and reason, its event log, open streams, seconds up.
 
-        `status` is `ok`, `degraded` (a plugin is out of service) or, with 503, `draining`.
+        `status` is `ok`, `degraded` (a plugin or the event log is out of service) or, with 503, `draining`.
         """
         streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
-        degraded = any(plugin.state == "failed" for plugin in plugins)
+        events = request.app[EVENTS].state()
+        degraded = events["state"] != "ok" or any(plugin.state == "failed" for plugin in plugins)
         status = "draining" if streams.draining else "degraded" if degraded else "ok"
         report = {
             "status": status,
             "version": version(),
             "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
             "open_streams": len(streams),
+            "events": events,
             "scenarios": {
                 name: {
                     "state": "disabled" if name in plugin.switched_off else plugin.state,

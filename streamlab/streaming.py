@@ -2,21 +2,22 @@
 
 import asyncio
 import errno
-import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from types import TracebackType
 from typing import IO, Literal
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 
-from .coding import GzipEncoder, choose_encoder
+from . import sse
+from .coding import Encoder, choose_encoder
 from .problems import Problem
 
 OnStop = Literal["end", "finish"]
@@ -75,10 +76,32 @@ UNSENT_BYTES = 64 * 1024
 
 SOURCE_FAILED = "The source of this response failed; the server's log says why."
 
+HIGH_WATER = 64 * 1024
+"""What may wait in this process for a client before `push` passes it by."""
+
 SENDFILE_SEGMENT = 16 * 1024 * 1024
 """Bytes of a file handed to the kernel at once, so that what was sent of a long download is known as it goes."""
 
 _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT}
+
+
+class Piece:
+    """Bytes framed once and pushed to many streams: as they are, and as one chunk (RFC 9112 section 7.1)."""
+
+    __slots__ = ("body", "chunk")
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.chunk = b"%x\r\n%b\r\n" % (len(body), body)
+
+
+class Meter:
+    """Counts what somebody else writes to the connection of a stream."""
+
+    __slots__ = ("pushed",)
+
+    def __init__(self) -> None:
+        self.pushed = 0
 
 
 class Stream(web.StreamResponse):
@@ -86,6 +109,36 @@ class Stream(web.StreamResponse):
 
     `write` takes bytes, waits while the client is slow, and raises ConnectionError when the client has left.
     """
+
+    # An idle stream is to cost little, and what has a slot is not in the instance's dictionary.
+    __slots__ = (
+        "_bytes_sent",
+        "_cancellations",
+        "_carries_events",
+        "_encoder",
+        "_eof_begun",
+        "_headers_timer",
+        "_is_chunked",
+        "_meter",
+        "_request",
+        "_since_yield_bytes",
+        "_since_yield_writes",
+        "_stopping",
+        "_stops",
+        "_streams",
+        "_task",
+        "_transport",
+        "_writer",
+        "error",
+        "event_id",
+        "first_byte_at",
+        "headers_sent",
+        "on_stop",
+        "opened_at",
+        "outcome",
+        "scenario",
+        "torn",
+    )
 
     # The headers wait for the first write or the grace time, so that a source that fails at once can still be
     # answered with its real status, and so that a short answer is one packet. aiohttp's own Response does the same.
@@ -98,13 +151,17 @@ class Stream(web.StreamResponse):
         status: int,
         headers: Mapping[str, str],
         on_stop: OnStop,
-        encoder: GzipEncoder | None,
+        encoder: Encoder | None,
         scenario: str,
+        streams: "Streams",
     ) -> None:
         super().__init__(status=status, headers=headers)
+        self._streams = streams
+        self._carries_events = self.content_type == sse.MEDIA_TYPE
         self.on_stop = on_stop
         self.scenario = scenario
-        self.bytes_sent = 0
+        self._bytes_sent = 0
+        self._meter: Meter | None = None
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
         self.opened_at = time.monotonic()
@@ -119,6 +176,12 @@ class Stream(web.StreamResponse):
         self._stops = 0
         self._eof_begun = False
         self._encoder = encoder
+        self._transport = request.transport
+        self._is_chunked = request.version >= (1, 1)
+        self.event_id: Callable[[str], str] | None = None
+        """How the scenario numbers an event that the stream itself sends, as `stop` and `error`."""
+        self.torn = False
+        """Whether half an event was written, so that nothing else may follow it."""
         self._since_yield_bytes = 0
         self._since_yield_writes = 0
 
@@ -137,6 +200,45 @@ class Stream(web.StreamResponse):
         if self._since_yield_bytes >= YIELD_BYTES or self._since_yield_writes >= YIELD_WRITES:
             self._since_yield_bytes = self._since_yield_writes = 0
             await asyncio.sleep(0)
+
+    async def ready(self) -> None:
+        """Wait until no more than HIGH_WATER bytes wait for the client."""
+        if self._writer is not None and self.headers_sent:
+            await self._writer.drain()
+
+    def direct(self, meter: Meter) -> tuple[asyncio.Transport | None, bool]:
+        """Send the headers, and hand out the connection, and whether it takes chunks, to one who writes to many.
+
+        They see to it that nothing else writes meanwhile, write framed pieces while no more than HIGH_WATER bytes wait,
+        and count them in `meter`.
+        """
+        self.send_headers()
+        self.headers.clear()  # they have left, and would cost as much memory as all else that a follower keeps
+        self._meter = meter
+        return self._transport, self._is_chunked
+
+    def note_first_byte(self) -> None:
+        """Remember that the body has begun."""
+        if self.first_byte_at is None:
+            self.first_byte_at = time.monotonic()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of the body handed to the connection."""
+        return self._bytes_sent + (self._meter.pushed if self._meter is not None else 0)
+
+    def push(self, piece: Piece) -> bool:
+        """Write a piece without waiting; False, and nothing is written, where too much waits for the client already.
+
+        For a body of unknown length that is not compressed, once the headers are sent, and while nothing else writes.
+        """
+        transport = self._transport
+        if transport is None or transport.get_write_buffer_size() > HIGH_WATER:
+            return False
+        transport.write(piece.chunk if self._is_chunked else piece.body)
+        self._bytes_sent += len(piece.body)
+        self.note_first_byte()
+        return True
 
     @property
     def can_sendfile(self) -> bool:
@@ -171,7 +273,7 @@ class Stream(web.StreamResponse):
                     raise
                 transport.abort()
                 raise ConnectionResetError("the client has left") from error
-            self.bytes_sent += sent
+            self._bytes_sent += sent
             offset += sent
             if sent < segment:
                 raise EOFError(f"the file ended {end - offset} bytes early")
@@ -195,6 +297,12 @@ class Stream(web.StreamResponse):
             with suppress(ConnectionError):
                 self._writer.send_headers()
 
+    def hold_headers(self, seconds: float) -> None:
+        """Give the source more time than HEADERS_GRACE before the headers leave without a first byte."""
+        if not self.headers_sent:
+            self.forget_timer()
+            self._headers_timer = asyncio.get_running_loop().call_later(seconds, self.send_headers)
+
     def forget_timer(self) -> None:
         """Do not send headers by the clock any more."""
         if self._headers_timer is not None:
@@ -207,9 +315,8 @@ class Stream(web.StreamResponse):
                 self.headers_sent = True
             self.send_headers()
         if data:
-            self.bytes_sent += len(data)
-            if self.first_byte_at is None:
-                self.first_byte_at = time.monotonic()
+            self._bytes_sent += len(data)
+            self.note_first_byte()
 
     # -- ending
 
@@ -251,14 +358,39 @@ class Stream(web.StreamResponse):
         else:
             transport.close()
 
-    async def begin(self, request: web.Request) -> None:
+    async def __aenter__(self) -> "Stream":
         """Make the headers ready, and see to it that they leave in time; HEAD ends here, with HeadersOnly."""
-        self._writer = await self.prepare(request)
-        if request.method == "HEAD":
-            self.send_headers()
-            self.outcome = Outcome.FINISHED
-            raise HeadersOnly
+        request = self._request
+        self._streams.admit(request, self)
+        try:
+            request[STREAM] = self
+            self._writer = await self.prepare(request)
+            if request.method == "HEAD":
+                self.send_headers()
+                self.outcome = Outcome.FINISHED
+                raise HeadersOnly
+        except BaseException:
+            self._streams.dismiss(request, self)
+            raise
         self._headers_timer = asyncio.get_running_loop().call_later(HEADERS_GRACE, self.send_headers)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """End the response as the block ended; True where the handler may go on after an error."""
+        try:
+            if error is not None:
+                return await self.ended_by(error)
+            try:
+                await self.finish()
+            except BaseException as failure:
+                if not await self.ended_by(failure):
+                    raise
+            return False
+        finally:
+            self.forget_timer()
+            self._streams.dismiss(self._request, self)
 
     async def finish(self) -> None:
         """End the body, the block being done; raises ValueError where it is not as long as was declared."""
@@ -294,19 +426,21 @@ class Stream(web.StreamResponse):
         if not self.headers_sent:
             self._forget_headers()
         else:
-            if self.content_type == "text/event-stream":
+            if self._carries_events and not self.torn:
                 detail = error.document() if isinstance(error, Problem) else Problem(500, SOURCE_FAILED).document()
                 with suppress(ConnectionError, asyncio.CancelledError):
-                    await self.write(b"event: error\ndata: " + json.dumps(detail).encode() + b"\n\n")
+                    await self.write(sse.frame(sse.encode(detail), id=self._event_id("error"), event="error"))
             self.cut()
         self.outcome = Outcome.FAILED
         return False
 
     async def _settle_stop(self) -> bool:
         """End a stream that the server interrupted; False where the client has left as well."""
-        tidy = self._stopping == "end" and not self.client_gone
+        tidy = self._stopping == "end" and not self.client_gone and not self.torn
         if tidy:
             try:
+                if self._carries_events:
+                    await self.write(sse.farewell(self._event_id("stop")))
                 await self.write_eof()
                 await self._flush()
             except (ConnectionError, asyncio.CancelledError):
@@ -318,6 +452,10 @@ class Stream(web.StreamResponse):
         for _ in range(self._stops):
             self._task.uncancel()
         return self._task.cancelling() <= self._cancellations
+
+    def _event_id(self, name: str) -> str:
+        """The id of an event of the stream itself: a place to resume from, where the scenario has such."""
+        return self.event_id(name) if self.event_id is not None else ""
 
     def _forget_headers(self) -> None:
         """Take back headers that have not left, so that the request can be answered with the error's own status."""
@@ -374,19 +512,17 @@ class Streams:
     def __iter__(self) -> Iterator[Stream]:
         return iter(tuple(self._open))
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request_begins(self) -> None:
         """Count a request in progress, so that a drain waits for it though it has not opened a stream yet."""
         self._requests += 1
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            self._changed.set()
 
-    @contextmanager
-    def admit(self, request: web.Request, stream: Stream) -> Iterator[None]:
-        """Hold a place for a stream while it is open; raises Problem 503 where there is none."""
+    def request_ends(self) -> None:
+        """Count one request less."""
+        self._requests -= 1
+        self._changed.set()
+
+    def admit(self, request: web.Request, stream: Stream) -> None:
+        """Give a stream a place; raises Problem 503 where there is none."""
         if self.draining:
             raise Problem(503, "The server is stopping.", headers={"Retry-After": "5", "Connection": "close"})
         if len(self._open) >= self._limit:
@@ -394,14 +530,14 @@ class Streams:
                 503, f"This server has {self._limit} streams open, which is all it takes.", headers={"Retry-After": "5"}
             )
         self._open.add(stream)
-        try:
-            self._bound(request)
-            yield
-        finally:
-            self._open.discard(stream)
-            self._changed.set()
-            if stream.outcome is not None:
-                self._on_end(request, stream.summary())
+        self._bound(request)
+
+    def dismiss(self, request: web.Request, stream: Stream) -> None:
+        """Take its place back from a stream that is over, and tell how it ended."""
+        self._open.discard(stream)
+        self._changed.set()
+        if stream.outcome is not None:
+            self._on_end(request, stream.summary())
 
     def _bound(self, request: web.Request) -> None:
         """Bound what a client that does not read, or has vanished, costs: bytes in the kernel, and time."""
@@ -446,8 +582,7 @@ SCENARIO = web.RequestKey("scenario", str)
 STREAM = web.RequestKey("stream", Stream)
 
 
-@asynccontextmanager
-async def open_stream(
+def open_stream(
     request: web.Request,
     content_type: str,
     *,
@@ -456,7 +591,7 @@ async def open_stream(
     length: int | None = None,
     compress: bool = False,
     on_stop: OnStop | None = None,
-) -> AsyncIterator[Stream]:
+) -> AbstractAsyncContextManager[Stream, bool]:
     """Open a response, lend it to the block, and end it in the one way that tells the client the truth.
 
     Headers leave with the first write, at the latest after `HEADERS_GRACE`. `length` is the body's Content-Length in
@@ -475,7 +610,7 @@ async def open_stream(
     Raises Problem 503 when the server has too many streams or is stopping. Unwinds the handler where the request is
     HEAD. Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
     """
-    events = content_type.startswith("text/event-stream")
+    events = content_type.startswith(sse.MEDIA_TYPE)
     compress = compress and not events
     encoder = choose_encoder(request.headers.get("Accept-Encoding", "")) if compress else None
     stream = Stream(
@@ -485,20 +620,11 @@ async def open_stream(
         on_stop=on_stop or ("end" if events else "finish"),
         encoder=encoder,
         scenario=request.get(SCENARIO, ""),
+        streams=request.config_dict[STREAMS],
     )
     if length is not None and encoder is None:
         stream.content_length = length
-    with request.config_dict[STREAMS].admit(request, stream):
-        request[STREAM] = stream
-        await stream.begin(request)
-        try:
-            yield stream
-            await stream.finish()
-        except BaseException as error:
-            if not await stream.ended_by(error):
-                raise
-        finally:
-            stream.forget_timer()
+    return stream
 
 
 def _is_disconnect(error: BaseException) -> bool:
@@ -509,7 +635,7 @@ def _is_disconnect(error: BaseException) -> bool:
 
 
 def _headers(
-    content_type: str, given: Mapping[str, str] | None, encoder: GzipEncoder | None, *, compress: bool
+    content_type: str, given: Mapping[str, str] | None, encoder: Encoder | None, *, compress: bool
 ) -> dict[str, str]:
     headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(given or {})}
     if compress:

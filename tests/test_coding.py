@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from streamlab.coding import IN_THREAD, GzipEncoder, choose_encoder
+from streamlab.coding import IN_THREAD, GzipEncoder, ZstdEncoder, choose_encoder
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,24 @@ async def test_each_piece_can_be_read_when_it_has_come() -> None:
     assert not decoder.eof
     decoder.decompress(encoder.finish())
     assert decoder.eof
+
+
+async def test_each_piece_of_zstd_can_be_read_when_it_has_come() -> None:
+    zstd = pytest.importorskip("backports.zstd", reason="no zstd: Python 3.14 or backports.zstd has it")
+    encoder, decoder = ZstdEncoder(), zstd.ZstdDecompressor()
+    for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
+        assert decoder.decompress(await encoder.encode(piece)) == piece
+    assert not decoder.eof
+    decoder.decompress(encoder.finish())
+    assert decoder.eof
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("zstd", "zstd"), ("gzip, zstd", "zstd"), ("gzip, zstd;q=0.9", "gzip"), ("*", "gzip"), ("zstd;q=0, gzip", "gzip")],
+)
+def test_zstd_is_taken_where_it_is_liked_no_less(field: str, name: str) -> None:
+    pytest.importorskip("backports.zstd", reason="no zstd: Python 3.14 or backports.zstd has it")
+    chosen = choose_encoder(field)
+    assert chosen is not None
+    assert chosen.name == name

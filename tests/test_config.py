@@ -10,11 +10,16 @@ import pytest
 from conftest import REPOSITORY, write_plugins
 from pydantic import ValidationError
 
-from streamlab.config import Config, ConfigError, Fault, Plugins, Server, nearest
+from streamlab.config import Config, ConfigError, EventLog, Fault, Plugins, Server, nearest
 from streamlab.registry import Registry
 from streamlab.scenario import Scenario
 
-NO_DEFAULT = {("server", "tls_certificate"), ("server", "tls_key"), ("scenarios", "file", "large_file")}
+NO_DEFAULT = {
+    ("server", "tls_certificate"),
+    ("server", "tls_key"),
+    ("scenarios", "file", "large_file"),
+    ("scenarios", "ticker", "file"),
+}
 """Keys that config.toml shows with an example, for the default is to have none."""
 
 NESTED = """
@@ -383,7 +388,7 @@ def test_the_shipped_file_sets_nothing(tmp_path: Path) -> None:
     config = Config.read(path, {})
     Registry.load(config)
     defaults = Config.of({}, base=tmp_path)
-    assert (config.server, config.plugins) == (defaults.server, defaults.plugins)
+    assert (config.server, config.events, config.plugins) == (defaults.server, defaults.events, defaults.plugins)
     assert all(not table for table in config.scenarios.values())
 
 
@@ -394,7 +399,7 @@ def test_the_shipped_file_is_valid_with_every_key_switched_on(tmp_path: Path) ->
     assert {plugin.state for plugin in registry.plugins} == {"ready"}
 
 
-@pytest.mark.parametrize(("table", "model"), [("server", Server), ("plugins", Plugins)])
+@pytest.mark.parametrize(("table", "model"), [("server", Server), ("events", EventLog), ("plugins", Plugins)])
 def test_the_shipped_file_shows_every_key_of_the_core_and_no_other(table: str, model: Any) -> None:
     assert list(uncommented()[table]) == list(model.model_fields)
 
@@ -409,6 +414,7 @@ def test_the_shipped_file_shows_the_defaults(tmp_path: Path) -> None:
     shown = uncommented()
     defaults: dict[tuple[str, ...], Any] = {
         ("server",): Config.of({}, base=tmp_path).server,
+        ("events",): Config.of({}, base=tmp_path).events,
         ("plugins",): Config.of({}, base=tmp_path).plugins,
         **{("scenarios", scenario.name): scenario for scenario in shipped_scenarios(tmp_path)},
     }

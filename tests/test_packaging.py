@@ -62,7 +62,11 @@ def test_wheel_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "countdown: ready\nfile: ready\n", "")
+    assert (listed.returncode, listed.stdout, listed.stderr) == (
+        0,
+        "countdown: ready\nfile: ready\nlogs: ready\nticker: ready\n",
+        "",
+    )
 
 
 def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
@@ -81,5 +85,5 @@ def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], env=environ, cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "file: ready\n"
+    assert done.stdout == "file: ready\nlogs: ready\nticker: ready\n"
     assert "needs the Python module 'no_such_module': install what provides" in done.stderr

@@ -1,5 +1,6 @@
 """README is true: its plugin, its configuration and every command line of it are run."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, write_plugins
+from conftest import REPOSITORY, EventStream, Running, write_plugins
 
 from streamlab.app import create_app
 from streamlab.config import Config
 
 README = (REPOSITORY / "README.md").read_text()
-COUNTDOWN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+COUNTDOWN, VOTES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]
 CURLS = [line.strip("`") for line in re.findall(r"^curl .*$|`curl [^`]*`", README, re.MULTILINE)]
 
@@ -34,6 +35,20 @@ def test_countdown_switched_off_is_gone(start: Callable[..., Running]) -> None:
     assert b'"countdown": {"state": "disabled"}' in server.get("/health")[2]
 
 
+def test_votes_are_cast_and_watched_from_any_id(start: Callable[..., Running]) -> None:
+    server = start(votes=VOTES)
+    body = b'{"choice": "tea"}'
+    status, _, answer = server.get("/votes", {"Content-Type": "application/json"}, method="POST", body=body)
+    first = json.loads(answer)["id"]
+    assert status == 201
+    with EventStream(server, "/votes") as stream:
+        assert [(event.id, event.json) for event in stream.take(1)] == [(first, {"choice": "tea"})]
+        server.get("/votes", {"Content-Type": "application/json"}, method="POST", body=b'{"choice": "coffee"}')
+        (second,) = stream.take(1)
+    with EventStream(server, "/votes", after=first) as stream:
+        assert stream.take(1) == [second]
+
+
 def test_configuration_of_readme_is_valid(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"countdown": COUNTDOWN})
     (tmp_path / "config.toml").write_text(TOML)
@@ -46,17 +61,30 @@ def test_there_are_curl_lines() -> None:
 
 
 def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) -> None:
-    server = start("[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3", countdown=COUNTDOWN)
+    server = start(
+        "[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3",
+        countdown=COUNTDOWN,
+    )
     folder = tmp_path / "downloads"
     folder.mkdir()
+    pushing = start('[scenarios.ticker]\nsource = "push"')
     for line in CURLS:
         if "-C -" in line:
             os.truncate(folder / "large-file", 1_234_567)
-        command = line.replace("http://127.0.0.1:8000", server.url).replace("curl ", "curl -sS -f ", 1)
+        url = pushing.url if "--json" in line else server.url
+        command = line.replace("http://127.0.0.1:8000", url).replace("curl ", "curl -sS -f ", 1)
         done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, timeout=20, check=False)
         assert (done.returncode, done.stderr) == (0, b""), line
     assert (folder / "large-file").read_bytes() == (tmp_path / "var/files/large-file.bin").read_bytes()
     assert (folder / "first.bin").stat().st_size == 100
+
+
+def test_follow_of_readme_follows(start: Callable[..., Running]) -> None:
+    (line,) = re.findall(r"^    \.venv/bin/streamlab (follow .*?)(?: +#.*)?$", README, re.MULTILINE)
+    server = start()
+    words = line.replace("http://127.0.0.1:8000", server.url).split()
+    done = subprocess.run([sys.executable, "-m", "streamlab", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 20)
 
 
 @pytest.mark.parametrize("command", ["check", "routes"])

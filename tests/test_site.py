@@ -227,7 +227,7 @@ async def test_health_tells_status_version_scenarios_streams_and_seconds(lab: La
         assert (response.status, response.content_type) == (200, "application/json")
         assert response.headers["Cache-Control"] == "no-store"
         report = await response.json()
-    assert list(report) == ["status", "version", "seconds_up", "open_streams", "scenarios"]
+    assert list(report) == ["status", "version", "seconds_up", "open_streams", "events", "scenarios"]
     assert (report["status"], report["version"], report["open_streams"]) == ("ok", version(), 0)
     assert 0 <= report["seconds_up"] < 60
     assert report["scenarios"]["lab"] == {"state": "ready"}
@@ -293,6 +293,7 @@ async def test_metrics_are_prometheus_text_with_a_name_for_everything_measured(l
         "streamlab_stream_duration_seconds": "histogram",
         "streamlab_streams": "counter",
         "streamlab_event_loop_lag_seconds": "histogram",
+        "streamlab_followers": "gauge",
         "streamlab_request_seconds": "histogram",
     }
     assert "process_resident_memory_bytes" in found

@@ -467,8 +467,14 @@ def test_sigterm_ends_200_event_streams_tidily_within_a_second(serve: Callable[.
         for connection in connections:
             read_until(connection, b"data: 1\nid: 1\n\n")
         status, seconds = server.terminate()
-        endings = {read_all(connection)[-5:] for connection in connections}
-    assert (status, endings) == (0, {LAST_CHUNK})
+        endings = [read_all(connection) for connection in connections]
+    farewell = re.compile(rb"event: stop\nretry: (\d+)\ndata: [^\n]+\n\n\r\n" + re.escape(LAST_CHUNK))
+    found = [re.search(farewell, ending) for ending in endings]
+    assert all(match is not None and match.end() == len(match.string) for match in found)
+    waits = [int(match[1]) for match in found if match is not None]
+    assert min(waits) >= 1000, "clients must not come back before the next server is there"
+    assert len(set(waits)) > 100, "clients must not come back all at once"
+    assert status == 0
     assert seconds < 1
     assert server.log.count('outcome="server stopped"') == 200
 

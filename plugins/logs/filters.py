@@ -1,0 +1,82 @@
+"""Which lines somebody wants: by level, by a regular expression that takes linear time, and since when."""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from streamlab import Event
+
+from .lines import LEVELS
+
+_AGO = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+PATTERN_BYTES = 1024 * 1024
+"""Memory that a compiled pattern may take; one that needs more is refused."""
+
+
+class BadPattern(ValueError):
+    """A regular expression that RE2 does not take, with its reason."""
+
+
+@lru_cache(maxsize=256)
+def compile_pattern(text: str) -> Any:
+    """Compile a regular expression (RE2: no look-around, no references, so linear time). Raises BadPattern."""
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = PATTERN_BYTES
+    try:
+        return re2.compile(text, options)
+    except re2.error as error:
+        reason = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
+        raise BadPattern(f"is no regular expression of RE2: {reason}") from None
+
+
+@lru_cache(maxsize=64)
+def _line(data: bytes) -> str:
+    """The text of an event's line; several patterns look at the same event, one after the other."""
+    return str(json.loads(data).get("line", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class LineFilter:
+    """Lines of a level, or above it, in which a pattern matches. Equal filters share what is made for them."""
+
+    level: int
+    grep: str
+    pattern: Any = field(compare=False)
+
+    def __call__(self, event: Event) -> bool:
+        """Whether an event is wanted; what is told of the log itself (a rotation) always is."""
+        if event.event:
+            return True
+        return self.takes(event.key, lambda: _line(event.data))
+
+    def takes(self, level: str, text: Any) -> bool:
+        """Whether a line of a level is wanted; `text` is called for what it says, if need be."""
+        if LEVELS.get(level, 0) < self.level:
+            return False
+        return self.pattern is None or self.pattern.search(text()) is not None
+
+
+def moment(text: str) -> float:
+    """Read a time as Unix seconds: ISO 8601 (without an offset: UTC), Unix seconds, or how long ago, as `15m`.
+
+    Raises ValueError.
+    """
+    if match := _AGO.fullmatch(text):
+        return time.time() - float(match[1]) * _SECONDS[match[2]]
+    if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text):
+        return float(text)
+    try:
+        # A "+" that was not escaped comes as a space: "2026-11-25T12:00:00 02:00".
+        said = datetime.fromisoformat(re.sub(r" (\d\d:?\d\d)$", r"+\1", text) if "T" in text else text)
+        return (said if said.tzinfo else said.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError("is no time: 2026-11-25T12:00:00Z, Unix seconds, or 90s, 15m, 2h, 3d ago") from None

@@ -1,0 +1,456 @@
+"""Publish once, replay from an id, fan out to everyone: channels."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from . import sse
+from .eventlog import (
+    END,
+    LATEST,
+    LEASE_SECONDS,
+    ORIGIN,
+    RENEW_SECONDS,
+    Append,
+    Draft,
+    Event,
+    EventLog,
+    EventLogError,
+    Position,
+    Retention,
+)
+from .eventlog_sqlite import SqliteLog
+from .hub import EVERYTHING, PIECE_BYTES, SLICE, Follower, Framed, Hub, View, cuts, framed, latest
+from .streaming import Piece, Stream, open_stream
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 10.0
+"""How often every follower gets a comment; proxies and clients give up after 15 s and more of silence."""
+
+BEGIN_SECONDS = 2.0
+"""How long a client without an id waits for its headers while the log is asked where it stands."""
+
+INSIST_SECONDS = 1.0
+"""How long a producer that insists waits before it tries again."""
+
+EVENT_BYTES = 8 * 1024 * 1024
+"""The largest data an event may have."""
+
+BATCH_EVENTS = 1000
+"""Events that one read of the log brings at most."""
+
+CATCH_UP_BYTES = 48 * 1024
+"""Bytes that a follower's task reads at once: it waits for its client before it reads, so that a stalled one costs
+what waits in its connection, and not what would come next."""
+
+
+class Channel:
+    """A named, ordered stream of events that any number of clients follow, from any id.
+
+    A value: making one costs nothing, and what it names exists from the first event on. `finite` says that it is to
+    end with an event `end`, after which a client that comes back is told 204.
+    """
+
+    def __init__(self, events: "Events", name: str, retention: Retention, *, finite: bool = False) -> None:
+        self.events = events
+        self.name = name
+        self.retention = retention
+        self.finite = finite
+
+    async def publish(self, data: Any, event: str = "", *, key: str = "") -> str:
+        """Publish an event and return its id, once the log has it; followers get it after that, never before.
+
+        `data` is sent as JSON; a str or bytes (UTF-8) as it is. `event` is its name, `key` what it is about (views
+        choose by it). Waits while the log's server is away. Raises ValueError for data that is no JSON or larger than
+        EVENT_BYTES, EventLogError where the event is not kept.
+        """
+        return (await self.publish_all([draft(data, event, key=key)]))[0]
+
+    async def publish_all(
+        self, drafts: Sequence[Draft], *, checkpoint: tuple[str, str] | None = None, insist: bool = False
+    ) -> list[str]:
+        """Publish events together, or none of them, and return their ids.
+
+        `checkpoint`, a name and a text, is kept with them: where their producer stands, for `checkpoint` to find after
+        a crash. With `insist` a refusal of the log is not raised, but waited out: a producer does not give up.
+        """
+        if not drafts and checkpoint is None:
+            return []
+        append = Append(self.name, drafts, self.retention, checkpoint)
+        while True:
+            try:
+                last = await self.events.log.append(append)
+                break
+            except EventLogError as error:
+                if not insist:
+                    raise
+                log.warning("what is published on %s waits: %s", self.name, error)
+                await asyncio.sleep(INSIST_SECONDS)
+        await self.events.room(self.name)
+        first = last.offset - len(drafts) + 1
+        return [str(Position(last.epoch, first + number)) for number in range(len(drafts))]
+
+    async def checkpoint(self, name: str) -> str | None:
+        """Return the text that was last published under a name; None where there is none."""
+        return await self.events.log.checkpoint(self.name, name)
+
+    async def last(self) -> Position:
+        """Return the position of the newest event; ORIGIN where there was none."""
+        return (await self.events.log.read(self.name, LATEST, 1)).last
+
+    async def read(self, after: Position = ORIGIN) -> AsyncIterator[Event]:
+        """Go through the events that are kept, from a position on, to the newest."""
+        while (batch := await self.events.log.read(self.name, after, BATCH_EVENTS)).events:
+            for event in batch.events:
+                yield event
+            after = batch.events[-1].position
+
+    async def listen(self, after: Position) -> AsyncIterator[Event]:
+        """Go through the events after a position, and all that will be published."""
+        hub = self.events.enter(self.name, after)
+        try:
+            while True:
+                async for event in self.read(after):
+                    yield event
+                    after = event.position
+                await hub.beyond(after)
+        finally:
+            self.events.leave(self.name)
+
+    async def delete(self) -> None:
+        """Forget the channel and all that belongs to it."""
+        await self.events.log.delete(self.name)
+
+
+def draft(data: Any, event: str = "", *, key: str = "") -> Draft:
+    """Make an event to be published; raises ValueError where it cannot be one."""
+    encoded = data.encode() if isinstance(data, str) else data if isinstance(data, bytes) else sse.encode(data)
+    if len(encoded) > EVENT_BYTES:
+        raise ValueError(f"an event of {len(encoded)} bytes is larger than {EVENT_BYTES}")
+    if any(character in event for character in "\r\n\0"):
+        raise ValueError(f"the name of an event holds a line break or NUL: {event!r}")
+    return Draft(encoded, event, key)
+
+
+class Events:
+    """The channels of one server: their log, and who follows them."""
+
+    def __init__(self, log: EventLog, *, keep: Retention | None = None) -> None:
+        self.log = log
+        self._keep = keep or Retention()
+        self._hubs: dict[str, tuple[Hub, asyncio.Task[None]]] = {}
+        self.followers: set[Follower] = set()
+        """Who follows a channel, and gets heartbeats."""
+        self._group: asyncio.TaskGroup | None = None
+
+    def channel(self, name: str, *, keep: Retention | None = None, finite: bool = False) -> Channel:
+        """Name a channel; without `keep` it keeps what config.toml says under [events]."""
+        return Channel(self, name, keep or self._keep, finite=finite)
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Hold the log open and the followers alive; raises EventLogError where the log cannot be opened."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.log.opened())
+            self._group = await stack.enter_async_context(asyncio.TaskGroup())
+            heartbeats = self._group.create_task(self._beat())
+            try:
+                yield
+            finally:
+                heartbeats.cancel()
+                for _, task in self._hubs.values():
+                    task.cancel()
+
+    def state(self) -> Mapping[str, object]:
+        """How the log is, for /health."""
+        return self.log.state()
+
+    async def room(self, channel: str) -> None:
+        """Wait until followers of this process have what was published, as far as they are quick enough."""
+        if channel in self._hubs:
+            await self._hubs[channel][0].room()
+
+    def enter(self, channel: str, position: Position) -> Hub:
+        """Lend the hub of a channel until `leave`; the first who needs it makes it at its own position."""
+        if channel not in self._hubs:
+            assert self._group is not None, "the server has not started, or is over"
+            hub = Hub(position)
+            self._hubs[channel] = hub, self._group.create_task(hub.run())
+            self.log.watch(channel, position, hub.deliver)
+        hub, _ = self._hubs[channel]
+        hub.members += 1
+        return hub
+
+    def leave(self, channel: str) -> None:
+        """Give a hub back; the last who does takes it down."""
+        hub, task = self._hubs[channel]
+        hub.members -= 1
+        if not hub.members:
+            del self._hubs[channel]
+            self.log.unwatch(channel)
+            task.cancel()
+
+    async def _beat(self) -> None:
+        heartbeat = Piece(sse.HEARTBEAT)
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            for number, follower in enumerate(tuple(self.followers), start=1):
+                if follower in self.followers and follower.stream.headers_sent and not follower.stream.torn:
+                    follower.stream.push(heartbeat)
+                if number % SLICE == 0:
+                    await asyncio.sleep(0)
+
+    async def exclusively(self, lease: str, produce: Callable[[], Awaitable[None]]) -> None:
+        """Run `produce` in one process of all that share the log, for as long as it takes; wait while another runs it.
+
+        When the process that runs it dies, another begins within LEASE_SECONDS and a little more. `produce` is
+        cancelled if the lease is lost: the log's server was away for too long.
+        """
+        while True:
+            await self._wait_for(lease)
+            try:
+                if await self._produce(lease, produce):
+                    return
+            finally:
+                await self.log.release(lease)
+
+    async def _wait_for(self, lease: str) -> None:
+        while True:
+            try:
+                if await self.log.hold(lease):
+                    return
+            except EventLogError:
+                pass
+            await asyncio.sleep(RENEW_SECONDS)
+
+    async def _produce(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
+        """Run the producer while the lease is held; True when it is done by itself."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(_awaited(produce))
+            sure = loop.time()
+            while not (await asyncio.wait({task}, timeout=RENEW_SECONDS))[0]:
+                asked = loop.time()
+                try:
+                    held, sure = await self.log.hold(lease), asked
+                except EventLogError:
+                    held = loop.time() - sure < LEASE_SECONDS - RENEW_SECONDS
+                if not held:
+                    log.warning("the lease %s is lost; another process may have it", lease)
+                    task.cancel()
+                    return False
+        return True
+
+
+async def _awaited(produce: Callable[[], Awaitable[None]]) -> None:
+    await produce()
+
+
+def open_log(url: str) -> EventLog:
+    """Choose the engine of an address: `sqlite:///PATH`, `sqlite://` (in memory), `redis://`, `rediss://`, `unix://`.
+
+    Nothing is opened yet. Raises EventLogError where the engine's library is missing or the address is none.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite":
+        return SqliteLog(Path(rest.removeprefix("/")) if rest else None)
+    try:
+        from .eventlog_redis import RedisLog
+    except ModuleNotFoundError as error:
+        raise EventLogError(f"needs the Python module {error.name!r}: pip install 'streamlab[redis]'") from None
+    return RedisLog(url)
+
+
+EVENTS = web.AppKey("events", Events)
+
+
+async def follow(
+    request: web.Request,
+    channel: Channel,
+    *,
+    view: View = EVERYTHING,
+    after: str = "",
+    tail: int | None = None,
+    since: Callable[[Event], bool] | None = None,
+    limit: int | None = None,
+) -> web.StreamResponse:
+    """Answer a request with a channel as an event stream: what follows an id, then everything as it is published.
+
+    The id is the header Last-Event-ID, or `after`. Without one, the stream begins with the last `tail` events that the
+    view wants, with the first for which `since` is true (with both, the last of those from there on), or with the next
+    event to come; a finite channel begins with its first. `limit` ends it after so many events. What is missing between
+    an id and the oldest event kept is told by an event `gap`; after an id that is none, everything kept follows.
+
+    Source: WHATWG HTML 9.2 (Last-Event-ID, 204 against reconnection).
+    """
+    asked = request.headers.get("Last-Event-ID") or after
+    position = Position.parse(asked) if asked else None
+    if channel.finite and position and await _has_ended(channel, position):
+        return web.Response(status=204, headers={"Cache-Control": "no-store"})
+    async with open_stream(request, sse.MEDIA_TYPE) as stream:
+        follower = Follower(stream, view, position or ORIGIN, limit)
+        stream.event_id = follower.event_id
+        channel.events.followers.add(follower)
+        try:
+            session = _Session(channel, follower)
+            if not asked:
+                # Who sees the headers may publish at once, and is to get that: the place is known before they leave.
+                stream.hold_headers(BEGIN_SECONDS)
+                await session.begin(tail, since)
+                stream.send_headers()
+            elif position is None:
+                await session.begin_anew()
+            await session.run()
+        finally:
+            channel.events.followers.discard(follower)
+    return stream
+
+
+async def _has_ended(channel: Channel, position: Position) -> bool:
+    """Whether a client that stands at a position has the end of its channel."""
+    before = position._replace(offset=max(0, position.offset - 1))
+    events = (await channel.events.log.read(channel.name, before, 1)).events
+    return bool(events) and events[0].position == position and events[0].event == END
+
+
+class _Session:
+    """One request that follows a channel: it reads the log until it is level with the hub, which then pushes."""
+
+    __slots__ = ("_channel", "_follower", "_stream", "_sure")
+
+    def __init__(self, channel: Channel, follower: Follower) -> None:
+        self._channel = channel
+        self._follower = follower
+        self._stream: Stream = follower.stream
+        self._sure = True
+        """Whether the next event must be the very next one of the log, or something is missing."""
+
+    async def begin(self, tail: int | None, since: Callable[[Event], bool] | None) -> None:
+        """Find where to begin without an id."""
+        follower = self._follower
+        if self._channel.finite and tail is None and since is None:
+            self._sure = False
+            return
+        follower.position = last = await self._channel.last()
+        if not tail and since is None:
+            return
+        if follower.view == EVERYTHING and since is None and tail:
+            follower.position, self._sure = last._replace(offset=max(0, last.offset - tail)), False
+            return
+        wanted, before, begun = deque[Position](maxlen=tail), ORIGIN, since is None
+        async for event in self._channel.read():
+            if event.position > last:
+                break
+            begun = begun or (since is not None and since(event))
+            if begun and follower.view.wants(event):
+                wanted.append(before)
+                if tail is None:
+                    break
+            before = event.position
+        if wanted:
+            follower.position, self._sure = wanted[0], wanted[0] != ORIGIN
+
+    async def begin_anew(self) -> None:
+        """Begin with the oldest event kept, after an id that is none of ours."""
+        first = (await self._channel.events.log.read(self._channel.name, ORIGIN, 1)).events
+        start = first[0].position if first else await self._channel.last()
+        await self.tell_gap(None, start._replace(offset=max(0, start.offset - 1)) if first else start)
+        self._sure = False
+
+    async def run(self) -> None:
+        """Follow until the channel ends, or the client has as many events as it wanted."""
+        follower = self._follower
+        done = follower.remaining == 0 or await self._catch_up()
+        if done:
+            return
+        hub = self._channel.events.enter(self._channel.name, follower.position)
+        try:
+            while not done:
+                if follower.position == hub.position:
+                    done = await hub.join(follower)
+                    hub.leave(follower)
+                elif follower.position > hub.position:
+                    await hub.beyond(hub.position)  # what the log has given already is on its way to the hub
+                done = done or await self._catch_up()
+        finally:
+            hub.leave(follower)
+            self._channel.events.leave(self._channel.name)
+
+    async def _catch_up(self) -> bool:
+        """Send what the log has after the follower's position; True when the client has all that it wanted."""
+        follower, position, held = self._follower, self._follower.position, list[Framed]()
+        while True:
+            batch = None  # nothing is held while the client is waited for
+            await self._stream.ready()
+            batch = await self._channel.events.log.read(self._channel.name, position, BATCH_EVENTS, CATCH_UP_BYTES)
+            if not batch.events:
+                break
+            first = batch.events[0].position
+            if self._sure and not position.precedes(first):
+                await self.tell_gap(position, first._replace(offset=first.offset - 1))
+            position, self._sure = batch.events[-1].position, True
+            if follower.view.conflate:
+                held = latest(held + self._chosen(batch.events))
+            elif await self._send(self._chosen(batch.events), position):
+                return True
+        if held and await self._send(held, position):
+            return True
+        if position != batch.last:
+            if self._sure:
+                await self.tell_gap(position, batch.last)
+            follower.position = batch.last
+        self._sure = True
+        return False
+
+    def _chosen(self, events: Sequence[Event]) -> list[Framed]:
+        return [framed(event) for event in events if self._follower.view.wants(event)]
+
+    async def _send(self, items: Sequence[Framed], after: Position) -> bool:
+        """Write frames as the client takes them; True when it has all that it wanted."""
+        follower, remaining = self._follower, self._follower.remaining
+        last = next((number for number, item in enumerate(items) if item.event.event == END), None)
+        if remaining is not None and remaining <= len(items if last is None else items[: last + 1]):
+            last = remaining - 1
+        if last is not None:
+            items, after = items[: last + 1], items[last].event.position
+        for cut in cuts(items, after):
+            await self._write(cut.body, cut.after)
+            if follower.remaining is not None:
+                follower.remaining -= cut.events
+        follower.position = after
+        return last is not None
+
+    async def tell_gap(self, before: Position | None, after: Position) -> None:
+        """Say that the events after one position, up to another, are missing; None: after an id that is none."""
+        if before is None:
+            reason, missing = "the id is none of this stream", None
+        elif before.epoch != after.epoch:
+            reason, missing = "the history of that id is lost", None
+        elif before > after:
+            reason, missing = "the id is ahead of this stream", 0
+        else:
+            reason, missing = "the events after that id are not kept any more", after.offset - before.offset
+        data = {
+            "reason": reason,
+            "missing": missing,
+            "after": None if before is None else str(before),
+            "until": str(after),
+        }
+        await self._write(sse.frame(sse.encode(data), id=f"{after}.gap", event="gap"), after)
+
+    async def _write(self, body: bytes, after: Position) -> None:
+        """Write whole events; a large one in steps, so that a slow client does not fill this process with it."""
+        self._stream.send_headers()
+        for offset in range(0, len(body), PIECE_BYTES):
+            piece = Piece(body[offset : offset + PIECE_BYTES])
+            while not self._stream.push(piece):
+                await self._stream.ready()
+            self._stream.torn = offset + PIECE_BYTES < len(body)
+        self._follower.position = after

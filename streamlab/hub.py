@@ -1,0 +1,365 @@
+"""Fan-out: what is published on a channel, framed once and pushed to every follower of this process."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from . import sse
+from .eventlog import END, Event, Position
+from .streaming import HIGH_WATER, Meter, Piece, Stream
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 64 * 1024
+"""Bytes pushed to a follower at once; a larger event is written by the follower's own task."""
+
+SLICE = 64
+"""Followers served between two looks at what else the loop has to do."""
+
+PENDING_BYTES = 1024 * 1024
+"""Bytes that may wait to be pushed before publishers of this process wait too."""
+
+OVERRUN_BYTES = 4 * PENDING_BYTES
+"""Bytes at which nothing is kept waiting any more (other processes publish faster than this one can push): the
+followers catch up from the log, each at its own pace."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which events of a channel a follower wants. Followers with equal views share what is made for them."""
+
+    keys: frozenset[str] | None = None
+    """Events about one of these; None for all."""
+    accepts: Callable[[Event], bool] | None = None
+    """Which of them; must be hashable, and equal to another that accepts the same."""
+    conflate: float = 0.0
+    """Seconds in which at most one event of a key, the latest, is sent; 0 sends every event."""
+
+    def wants(self, event: Event) -> bool:
+        """Whether an event belongs to the view; the end of a channel belongs to every view."""
+        return event.event == END or (
+            (self.keys is None or event.key in self.keys) and (self.accepts is None or self.accepts(event))
+        )
+
+
+EVERYTHING = View()
+
+
+class Framed(NamedTuple):
+    """An event and its bytes."""
+
+    event: Event
+    frame: bytes
+
+
+def framed(event: Event) -> Framed:
+    """Frame an event of the log; the same bytes whenever and wherever it is sent."""
+    return Framed(event, sse.frame(event.data, id=str(event.position), event=event.event))
+
+
+def latest(items: Sequence[Framed]) -> list[Framed]:
+    """Leave, of the events of one key, only the last; what has no key stays."""
+    seen: set[str] = set()
+    kept: list[Framed] = []
+    for item in reversed(items):
+        if item.event.key not in seen:
+            kept.append(item)
+            if item.event.key:
+                seen.add(item.event.key)
+    return kept[::-1]
+
+
+class Follower(Meter):
+    """One client of a channel. Either its own task writes (it catches up), or the hub pushes (it is live).
+
+    While it is live, a push touches this object and the transport, and no other: with thousands of followers, what an
+    event costs is memory that is not in the processor's cache.
+    """
+
+    __slots__ = ("chunked", "live", "position", "released", "remaining", "stream", "transport", "view")
+
+    def __init__(self, stream: Stream, view: View, position: Position, remaining: int | None = None) -> None:
+        super().__init__()
+        self.stream = stream
+        self.view = view
+        self.position = position
+        """What it has been given, or has no wish for, ends here."""
+        self.remaining = remaining
+        """Events it still wants; None for no end."""
+        self.live = False
+        self.released: asyncio.Future[bool] | None = None
+        """While live: done when its task must take over, True because everything has been sent."""
+        self.transport: asyncio.Transport | None = None
+        self.chunked = False
+
+    @property
+    def audience_key(self) -> tuple[View, bool, bool]:
+        """What its audience has in common."""
+        return self.view, self.chunked, self.remaining is not None
+
+    def event_id(self, name: str) -> str:
+        """The id of an event that is not in the log: it tells where the follower stands."""
+        return f"{self.position}.{name}"
+
+    def release(self, *, done: bool) -> None:
+        """Hand a live follower back to its task."""
+        self.live = False
+        if self.released is not None and not self.released.done():
+            self.released.set_result(done)
+
+
+class Cut(NamedTuple):
+    """Whole frames of a bounded size; one frame that is larger stands alone."""
+
+    body: bytes
+    events: int
+    after: Position
+    """Where a follower stands that has it."""
+    last: bool
+    """Whether it ends the channel."""
+
+
+def cuts(items: Sequence[Framed], after: Position) -> list[Cut]:
+    """Join frames into pieces of bounded size; whoever has them all stands at `after`."""
+    groups: list[list[Framed]] = []
+    size = PIECE_BYTES
+    for item in items:
+        size += len(item.frame)
+        if size > PIECE_BYTES:
+            groups.append([])
+            size = len(item.frame)
+        groups[-1].append(item)
+    return [
+        Cut(
+            body=b"".join(item.frame for item in group),
+            events=len(group),
+            after=after if group is groups[-1] else group[-1].event.position,
+            last=group[-1].event.event == END,
+        )
+        for group in groups
+    ]
+
+
+@dataclass(slots=True)
+class Audience:
+    """The live followers that want the same bytes, and what a conflating view holds back for them."""
+
+    view: View
+    chunked: bool
+    limited: bool
+    """Whether its followers want so many events and no more."""
+    followers: set[Follower] = field(default_factory=set)
+    held: list[Framed] = field(default_factory=list)
+    timer: asyncio.TimerHandle | None = None
+
+    def select(self, items: Sequence[Framed], due: Callable[[], None]) -> list[Framed]:
+        """Choose what to send now; `due` is called when something held back may go."""
+        chosen = [item for item in items if self.view.wants(item.event)]
+        if not self.view.conflate:
+            return chosen
+        self.held = latest(self.held + chosen)
+        if self.timer is not None or not self.held:
+            return []
+        chosen, self.held = self.held, []
+        self.timer = asyncio.get_running_loop().call_later(self.view.conflate, self._open, due)
+        return chosen
+
+    def _open(self, due: Callable[[], None]) -> None:
+        self.timer = None
+        if self.held:
+            due()
+
+    def close(self) -> None:
+        """Hold nothing back any more, there being nobody."""
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def pieces(self, items: Sequence[Framed], after: Position) -> list["Pushed"]:
+        """What to write to each follower; whoever has it all stands at `after`."""
+        return [
+            Pushed(
+                Piece(cut.body).chunk if self.chunked else cut.body,
+                len(cut.body),
+                len(cut.body) > PIECE_BYTES,
+                cut.events,
+                cut.after,
+                cut.last,
+            )
+            for cut in cuts(items, after)
+        ]
+
+
+class Pushed(NamedTuple):
+    """A cut, framed for an audience."""
+
+    wire: bytes
+    size: int
+    too_large: bool
+    events: int
+    after: Position
+    last: bool
+
+
+class Hub:
+    """The followers of one channel in this process."""
+
+    def __init__(self, position: Position) -> None:
+        self.position = position
+        """What has been pushed, or is being pushed, ends here."""
+        self.members = 0
+        """How many use this hub, live or not."""
+        self._audiences: dict[tuple[View, bool, bool], Audience] = {}
+        self._pending: list[Event] = []
+        self._pending_bytes = 0
+        self._overrun: Position | None = None
+        self._news = asyncio.Event()
+        self._moved: set[asyncio.Future[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Take events from the log, in order, to be pushed in the loop's next turn."""
+        size = sum(len(event.data) for event in events)
+        if self._overrun is not None or self._pending_bytes + size > OVERRUN_BYTES:
+            self._overrun = events[-1].position
+            self._pending.clear()
+            self._pending_bytes = 0
+        else:
+            self._pending += events
+            self._pending_bytes += size
+        self._idle.clear()
+        self._news.set()
+
+    async def room(self) -> None:
+        """Wait until a publisher may publish more: its events are pushed no slower than it makes them."""
+        while self._pending_bytes > PENDING_BYTES:
+            await self._idle.wait()
+
+    async def beyond(self, position: Position) -> None:
+        """Wait until something after a position has come."""
+        while self.position <= position:
+            moved = asyncio.get_running_loop().create_future()
+            self._moved.add(moved)
+            try:
+                await moved
+            finally:
+                self._moved.discard(moved)
+
+    def join(self, follower: Follower) -> "asyncio.Future[bool]":
+        """Push, from now on, to a follower that stands where the hub does.
+
+        What is returned is done when its task must take over: True when it has everything, False when it lags.
+        """
+        follower.transport, follower.chunked = follower.stream.direct(follower)
+        key = follower.audience_key
+        audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
+        audience.followers.add(follower)
+        follower.live = True
+        follower.released = asyncio.get_running_loop().create_future()
+        return follower.released
+
+    def leave(self, follower: Follower) -> None:
+        """Push nothing more to a follower."""
+        follower.live = False
+        audience = self._audiences.get(follower.audience_key)
+        if audience is not None:
+            audience.followers.discard(follower)
+            if not audience.followers:
+                del self._audiences[follower.audience_key]
+                audience.close()
+
+    async def run(self) -> None:
+        """Push what is delivered, until cancelled."""
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                await self._flush()
+                if not self._pending:
+                    self._idle.set()
+        finally:
+            self._pending_bytes = 0
+            self._idle.set()
+
+    async def _flush(self) -> None:
+        """Push what is pending: framed once for all, joined once a view, written once a follower."""
+        events, self._pending, self._pending_bytes = self._pending, [], 0
+        overrun, self._overrun = self._overrun, None
+        before = self.position
+        if overrun is not None or events:
+            self.position = overrun if overrun is not None else events[-1].position
+        for moved in self._moved:
+            if not moved.done():
+                moved.set_result(None)
+        # What is missing, each follower's own task finds in the log, and says so.
+        gap = overrun is not None or bool(events and not before.precedes(events[0].position))
+        items = [] if gap else [framed(event) for event in events]
+        # Who joins from here on stands after these events already, so all audiences are noted before the first await.
+        noted = [
+            (audience, None if gap else self._select(audience, items), tuple(audience.followers))
+            for audience in self._audiences.values()
+        ]
+        served = 0
+        for audience, chosen, followers in noted:
+            if chosen is None:
+                for follower in followers:
+                    follower.release(done=False)
+                continue
+            pieces = audience.pieces(chosen, self.position)
+            push = self._push_some if audience.limited or audience.view.conflate or len(pieces) != 1 else _push_one
+            for start in range(0, len(followers), SLICE):
+                push(followers[start : start + SLICE], pieces, audience, chosen)
+                served += min(SLICE, len(followers) - start)
+                if served >= SLICE:
+                    served = 0
+                    await asyncio.sleep(0)
+
+    def _select(self, audience: Audience, items: Sequence[Framed]) -> list[Framed] | None:
+        """What an audience is to get now; None where its view fails, so that each follower fails by itself."""
+        try:
+            return audience.select(items, self._news.set)
+        except Exception:
+            log.exception("a view of a channel failed")
+            return None
+
+    def _push_some(
+        self, followers: Sequence[Follower], pieces: Sequence[Pushed], audience: Audience, chosen: Sequence[Framed]
+    ) -> None:
+        """Push several pieces, or to followers that may not want everything."""
+        for follower in followers:
+            mine = pieces
+            if audience.view.conflate and chosen and follower.position >= chosen[0].event.position:
+                # It joined after some of these had been held back for the others, and has them from the log.
+                lacking = [item for item in chosen if item.event.position > follower.position]
+                mine = audience.pieces(lacking, self.position)
+            for piece in mine:
+                if follower.live and follower.remaining is not None and piece.events > follower.remaining:
+                    follower.release(done=False)  # its task takes from the log as many as it wants
+                _push_one((follower,), (piece,))
+                if follower.live and follower.remaining is not None:
+                    follower.remaining -= piece.events
+                    if follower.remaining == 0:
+                        follower.release(done=True)
+            if follower.live and not chosen and not audience.view.conflate:
+                follower.position = self.position
+
+
+def _push_one(followers: Sequence[Follower], pieces: Sequence[Pushed], *_: object) -> None:
+    """Push one piece to followers that want it: the loop in which a server with many clients spends its time."""
+    wire, size, too_large, _events, after, last = pieces[0]
+    for follower in followers:
+        if not follower.live:
+            continue
+        transport = follower.transport
+        if transport is None or too_large or transport.get_write_buffer_size() > HIGH_WATER:
+            follower.release(done=False)
+            continue
+        transport.write(wire)
+        if not follower.pushed:
+            follower.stream.note_first_byte()
+        follower.pushed += size
+        follower.position = after
+        if last:
+            follower.release(done=True)

@@ -1,0 +1,366 @@
+"""The logs scenario on the process that `make run` starts: real files and commands, followed by real clients."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EventStream, Received, Running
+
+CONFIG = """
+    [scenarios.ticker]
+    enabled = false
+    [scenarios.logs]
+    demo = false
+    server = false
+    [scenarios.logs.sources.app]
+    path = "logs/app.log"
+"""
+
+LIVE = "/stream/live-logs"
+
+
+@pytest.fixture
+def app_log(tmp_path: Path) -> Path:
+    (tmp_path / "logs").mkdir()
+    return tmp_path / "logs" / "app.log"
+
+
+def write(path: Path, *lines: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def texts(events: Sequence[Received]) -> list[str]:
+    """The lines of events; what is told of the log itself in brackets."""
+    return [f"[{event.event}]" if event.event else event.json["line"] for event in events]
+
+
+def followed(server: Running, query: str, count: int, **options: Any) -> list[Received]:
+    with EventStream(server, f"{LIVE}?{query}", **options) as stream:
+        return stream.take(count)
+
+
+# -- following
+
+
+def test_last_lines_come_first_and_then_what_is_written(start: Callable[..., Running], app_log: Path) -> None:
+    write(app_log, *(f"line {number}" for number in range(30)))
+    server = start(CONFIG)
+    followed(server, "source=app&tail=1", 1)  # the file has been read
+    with EventStream(server, LIVE) as stream:
+        assert texts(stream.take(10)) == [f"line {number}" for number in range(20, 30)]
+        write(app_log, "line 30", "line 31")
+        assert texts(stream.take(2)) == ["line 30", "line 31"]
+    with EventStream(server, f"{LIVE}?tail=0") as stream:
+        write(app_log, "line 32")
+        assert texts(stream.take(1)) == ["line 32"]
+
+
+def test_a_line_is_told_with_its_level_time_and_file(start: Callable[..., Running], app_log: Path) -> None:
+    record = "2026-11-25T10:00:00.5+02:00 ERROR shop.payment refused\n"
+    traceback = 'Traceback (most recent call last):\n  File "x.py", line 1, in y\nValueError: no\n'
+    app_log.write_text(record + traceback + "plain\xe9\x00\n", encoding="latin-1")
+    server = start(CONFIG)
+    events = followed(server, "tail=5", 5)
+    host = events[0].json["host"]
+    assert events[0].json == {
+        "source": "app",
+        "file": "app.log",
+        "level": "ERROR",
+        "time": "2026-11-25T08:00:00.500Z",
+        "line": record.rstrip(),
+        "host": host,
+    }
+    assert [event.json["level"] for event in events[:4]] == ["ERROR"] * 4, "a traceback has the level of its record"
+    assert events[4].json["line"] == "plain\ufffd\x00"
+
+
+def test_rotation_is_told_and_no_line_is_lost(start: Callable[..., Running], app_log: Path) -> None:
+    write(app_log, "one")
+    server = start(CONFIG)
+    with EventStream(server, LIVE) as stream:
+        assert texts(stream.take(1)) == ["one"]
+        write(app_log, "two")
+        app_log.rename(app_log.with_name("app.log.1"))
+        write(app_log, "three")
+        assert texts(stream.take(3)) == ["two", "[rotated]", "three"]
+        shutil.copy(app_log, app_log.with_name("app.log.2"))
+        os.truncate(app_log, 0)
+        write(app_log, "four")
+        rest = stream.take(2)
+        assert texts(rest) == ["[truncated]", "four"]
+        assert rest[0].json["complete"] is True
+
+
+def test_a_file_that_does_not_exist_yet_is_waited_for(start: Callable[..., Running], tmp_path: Path) -> None:
+    server = start(CONFIG)
+    with EventStream(server, LIVE) as stream:
+        (tmp_path / "logs").mkdir()
+        write(tmp_path / "logs" / "app.log", "at last")
+        assert texts(stream.take(1)) == ["at last"]
+
+
+def test_a_line_of_a_megabyte_comes_whole(start: Callable[..., Running], app_log: Path) -> None:
+    long = "x" * 1_000_000
+    write(app_log, "before")
+    server = start(CONFIG)
+    with EventStream(server, LIVE) as stream:
+        assert texts(stream.take(1)) == ["before"]
+        write(app_log, long, "after")
+        assert texts(stream.take(2)) == [long, "after"]
+        write(app_log, long + "é" * 200_000)
+        pieces = stream.take(2)
+    assert [piece.json.get("continued", False) for piece in pieces] == [True, False]
+    assert "".join(texts(pieces)) == long + "é" * 200_000
+
+
+# -- resuming
+
+
+def test_every_line_comes_once_across_a_killed_server_and_rotation_meanwhile(
+    start: Callable[..., Running], app_log: Path
+) -> None:
+    write(app_log, "0")
+    server = start(CONFIG)
+    seen: list[Received] = []
+    last = "0-0"
+    number = 1
+    for _ in range(3):
+        with EventStream(server, LIVE, after=last) as stream:
+            for event in stream:
+                if event.event != "gap":
+                    seen.append(event)
+                if event.event == "" and event.json["line"] == str(number - 1):
+                    break
+            write(app_log, *(str(n) for n in range(number, number + 50)))
+            seen += stream.take(10)
+            server.process.kill()
+        server.process.wait()
+        last = seen[-1].id
+        write(app_log, *(str(n) for n in range(number + 50, number + 60)))
+        app_log.rename(app_log.with_name(f"app.log.{number}"))
+        write(app_log, *(str(n) for n in range(number + 60, number + 70)))
+        number += 70
+        server = start(CONFIG)
+    with EventStream(server, LIVE, after=last) as stream:
+        for event in stream:
+            seen.append(event)
+            if event.event == "" and event.json["line"] == str(number - 1):
+                break
+    assert [text for text in texts(seen) if text != "[rotated]"] == [str(n) for n in range(number)]
+    assert texts(seen).count("[rotated]") == 3
+    assert len({event.id for event in seen}) == len(seen)
+
+
+def test_two_servers_that_share_a_log_read_a_file_once(start: Callable[..., Running], app_log: Path) -> None:
+    write(app_log, "one")
+    servers = [start(CONFIG), start(CONFIG)]
+    assert [texts(followed(server, "tail=5", 1)) for server in servers] == [["one"], ["one"]]
+    with EventStream(servers[0], f"{LIVE}?tail=0") as first, EventStream(servers[1], f"{LIVE}?tail=0") as second:
+        write(app_log, "two", "three")
+        events = first.take(2)
+        assert texts(events) == ["two", "three"]
+        assert second.take(2) == events
+
+
+# -- choosing
+
+
+LINES = (
+    "2026-11-25T10:00:00Z DEBUG a debugging",
+    "2026-11-25T10:01:00Z INFO a user=1 ok",
+    "2026-11-25T10:02:00Z WARNING a user=2 slow",
+    "2026-11-25T10:03:00Z ERROR a user=1 failed",
+    "  because of this",
+    "2026-11-25T10:04:00Z CRITICAL a user=12 burning",
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "chosen"),
+    [
+        ("level=INFO", [1, 2, 3, 4, 5]),
+        ("level=ERROR", [3, 4, 5]),
+        ("grep=user%3D1%5Cb", [1, 3]),
+        ("grep=(%3Fi)BECAUSE", [4]),
+        ("grep=user&level=ERROR", [3, 5]),
+        ("since=2026-11-25T10:03:00Z", [3, 4, 5]),
+        ("since=2026-11-25T12:03:00%2B02:00", [3, 4, 5]),
+        ("since=2026-11-25T12:03:00+02:00", [3, 4, 5]),
+        ("since=1795600980", [3, 4, 5]),
+        ("since=2026-11-25T10:01:30Z&tail=2", [4, 5]),
+        ("tail=2&grep=user", [3, 5]),
+    ],
+)
+def test_lines_are_chosen_the_same_way_by_stream_and_download(
+    start: Callable[..., Running], app_log: Path, query: str, chosen: list[int]
+) -> None:
+    write(app_log, *LINES)
+    server = start(CONFIG)
+    followed(server, "tail=6", 6)
+    wanted = [LINES[number] for number in chosen]
+    past = "" if "tail" in query or "since" in query else "&tail=100"
+    assert texts(followed(server, f"{query}{past}", len(wanted))) == wanted
+    if "tail" not in query:
+        status, headers, body = server.get(f"/logs/download?source=app&{query}")
+        assert (status, body.decode()) == (200, "".join(f"{line}\n" for line in wanted))
+        assert headers["content-disposition"] == 'attachment; filename="app.log"'
+
+
+def test_a_download_has_rotated_files_too_and_streams_compressed(start: Callable[..., Running], app_log: Path) -> None:
+    app_log.with_name("app.log.2").write_bytes(b"1\n2\r\n\xff\xfe\n")
+    app_log.with_name("app.log.1").write_bytes(b"3\nhalf")
+    app_log.with_name("app.log.3.gz").write_bytes(gzip.compress(b"0\n"))
+    app_log.write_bytes(b"4\n" + b"y" * 3_000_000 + b"\nlast")
+    for number, name in enumerate(("app.log.2", "app.log.1", "app.log")):
+        os.utime(app_log.with_name(name), (1000 + number, 1000 + number))
+    server = start(CONFIG)
+    everything = b"1\n2\r\n\xff\xfe\n3\nhalf\n4\n" + b"y" * 3_000_000 + b"\nlast\n"
+    assert server.get("/logs/download")[2] == everything
+    _, headers, body = server.get("/logs/download", {"Accept-Encoding": "gzip"})
+    assert (headers["content-encoding"], gzip.decompress(body)) == ("gzip", everything)
+    assert server.get("/logs/download?grep=yy")[2] == b"y" * 3_000_000 + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("source=nothing", "source"),
+        ("source=..%2Fetc", "source"),
+        ("grep=(", "grep"),
+        ("grep=(%3F%3Da)", "grep"),
+        ("grep=(a)%5C1", "grep"),
+        ("grep=((a%7B1000%7D)%7B1000%7D)%7B1000%7D", "grep"),
+        (f"grep={'a' * 1001}", "grep"),
+        ("level=LOUD", "level"),
+        ("level=info", "level"),
+        ("since=yesterday", "since"),
+        ("since=99999-01-01", "since"),
+        ("since=5y", "since"),
+        ("colour=red", "colour"),
+    ],
+)
+def test_what_cannot_be_done_is_422_and_named(
+    start: Callable[..., Running], app_log: Path, query: str, name: str
+) -> None:
+    server = start(CONFIG)
+    for path in (LIVE, "/logs/download"):
+        status, _, body = server.get(f"{path}?{query}")
+        assert (status, [error["name"] for error in json.loads(body)["errors"]]) == (422, [name])
+    for wrong in ("tail=-1", "tail=10001", "limit=0", "limit=x"):
+        assert server.get(f"{LIVE}?{wrong}")[0] == 422
+
+
+def test_a_hostile_pattern_does_not_hold_the_server_up(start: Callable[..., Running], app_log: Path) -> None:
+    write(app_log, "a" * 5000 + "!")  # minutes for an engine that backtracks
+    server = start(CONFIG)
+    followed(server, "tail=1", 1)
+    begun = time.monotonic()
+    with EventStream(server, f"{LIVE}?grep=(a%2B)%2B%24&tail=1") as stream:
+        write(app_log, "b" + "a" * 100)
+        assert texts(stream.take(1)) == ["b" + "a" * 100]
+    assert server.get("/logs/download?grep=(a*)*b%24")[2] == b""
+    assert time.monotonic() - begun < 5
+
+
+# -- sources
+
+
+def test_the_demo_log_is_there_without_any_configuration(start: Callable[..., Running]) -> None:
+    server = start("[scenarios.ticker]\nenabled = false")
+    first = followed(server, "tail=1", 2)
+    assert {event.json["source"] for event in first} == {"demo"}
+    assert all(event.json["level"] for event in first)
+    assert (server.base / "var/demo/service.log").is_file()
+
+
+def test_the_server_s_own_log_can_be_followed_and_does_not_feed_itself(start: Callable[..., Running]) -> None:
+    server = start("[scenarios.ticker]\nenabled = false\n[scenarios.logs]\ndemo = false")
+    with EventStream(server, f"{LIVE}?source=server&grep=path%3D/nowhere&tail=0") as stream:
+        server.get("/nowhere")
+        (event,) = stream.take(1)
+        assert event.json["level"] == "INFO"
+    lines = server.log.count("\n")
+    assert followed(server, "source=server&tail=1", 1)
+    assert server.log.count("\n") - lines <= 3
+
+
+def test_a_server_without_a_log_file_has_no_log_of_its_own(start: Callable[..., Running]) -> None:
+    server = start('[server]\nlog_file = ""\n[scenarios.ticker]\nenabled = false')
+    status, _, body = server.get(f"{LIVE}?source=server")
+    assert (status, "known: demo" in body.decode()) == (422, True)
+
+
+COMMAND = """
+    import os, sys, time
+    print("begun", os.getpid(), flush=True)
+    print("to stderr", file=sys.stderr, flush=True)
+    sys.stdout.write("half"); sys.stdout.flush()
+    if "--end" in sys.argv:
+        sys.exit(3)
+    time.sleep(1000)
+"""
+
+
+def test_a_command_s_lines_are_followed_and_it_is_started_anew_when_it_ends(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    (tmp_path / "talk.py").write_text("\n".join(line[4:] for line in COMMAND.splitlines()))
+    words = json.dumps([sys.executable, str(tmp_path / "talk.py"), "--end"])
+    server = start(CONFIG + f"[scenarios.logs.sources.talk]\ncommand = {words}\n")
+    events = followed(server, "source=talk&since=0", 8)
+    begun, *rest = texts(events)
+    assert begun.startswith("begun ")
+    assert rest[:3] == ["to stderr", "half", "[exited]"]
+    assert events[3].json["status"] == 3
+    assert rest[3].startswith("begun ")
+    assert rest[3] != begun
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_ends_with_the_server(start: Callable[..., Running], tmp_path: Path, number: int) -> None:
+    (tmp_path / "talk.py").write_text("\n".join(line[4:] for line in COMMAND.splitlines()))
+    command = f"{sys.executable} {tmp_path}/talk.py"
+    server = start(CONFIG + f"[scenarios.logs.sources.talk]\ncommand = {json.dumps(command)}\n")
+    (event,) = followed(server, "source=talk&since=0", 1)
+    pid = int(event.json["line"].split()[1])
+    assert Path(f"/proc/{pid}").exists() or sys.platform != "linux"
+    assert server.terminate(number)[0] == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
+    start: Callable[..., Running], app_log: Path
+) -> None:
+    write(app_log, "one")
+    server = start(CONFIG + '[scenarios.logs.sources.talk]\ncommand = "/no/such/program"\n')
+    server.wait_for_log("the command program cannot be started: No such file or directory")
+    assert texts(followed(server, "source=app", 1)) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[scenarios.logs.sources.a]\n", "scenarios.logs.sources.a - a source needs either a path or a command"),
+        ('[scenarios.logs.sources.a]\npath = "x"\ncommand = "y"\n', "a source needs either a path or a command"),
+        ('[scenarios.logs.sources.a]\npaht = "x"\n', "did you mean 'path'?"),
+        ('[scenarios.logs.sources."A B"]\npath = "x"\n', "scenarios.logs.sources.A B"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_at_the_start(tmp_path: Path, table: str, said: str) -> None:
+    (tmp_path / "config.toml").write_text(table)
+    done = subprocess.run(
+        [sys.executable, "-m", "streamlab", "check"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr

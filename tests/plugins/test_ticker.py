@@ -1,0 +1,656 @@
+"""The ticker on the process that `make run` starts: simulated, pushed and replayed prices, and who may ask for what."""
+
+import asyncio
+import http.client
+import importlib.util
+import itertools
+import json
+import re
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable
+from contextlib import aclosing, closing, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EventStream, Received, Running
+
+FOLDER = Path(__file__).resolve().parents[2] / "plugins" / "ticker"
+PATH = "/stream/stock-ticker"
+FIVE = ("AAPL", "AMZN", "GOOGL", "MSFT", "TSLA")
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+QUIET = "[scenarios.logs]\nenabled = false\n"
+
+
+def load(name: str) -> Any:
+    package = sys.modules.setdefault("ticker_under_test", types.ModuleType("ticker_under_test"))
+    package.__path__ = [str(FOLDER)]
+    specification = importlib.util.spec_from_file_location(f"ticker_under_test.{name}", FOLDER / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+load("prices")
+sources = load("sources")
+
+Serve = Callable[..., Running]
+
+
+@pytest.fixture
+def serve(start: Serve) -> Serve:
+    """A server whose table [scenarios.ticker] has these lines."""
+
+    def serving(ticker: str, others: str = "", **options: Any) -> Running:
+        return start(f"{QUIET}{others}\n[scenarios.ticker]\n{ticker}\n", **options)
+
+    return serving
+
+
+def kept(server: Running, count: int, query: str = "") -> list[Received]:
+    """The first events of the channel, from its very beginning; the gap that such an id is told is left out."""
+    with EventStream(server, f"{PATH}?limit={count}{query}", after="0-0") as stream:
+        return [event for event in stream if event.event != "gap"]
+
+
+def offsets(events: list[Received]) -> list[int]:
+    return [int(event.id.partition("-")[2]) for event in events]
+
+
+def post(server: Running, body: bytes | str, content_type: str = "application/json", **headers: str) -> tuple[int, Any]:
+    body = body.encode() if isinstance(body, str) else body
+    status, _, answer = server.get(PATH, {"Content-Type": content_type, **headers}, method="POST", body=body)
+    return status, json.loads(answer)
+
+
+def publish(server: Running, *prices: Any) -> list[str]:
+    """Push prices, each a JSON text or an object, and return their ids."""
+    lines = [price if isinstance(price, str) else json.dumps(price) for price in prices]
+    status, answer = post(server, "\n".join(lines), "application/x-ndjson")
+    assert status == 202, answer
+    return list(answer["ids"])
+
+
+def health_of_ticker(server: Running, state: str) -> dict[str, Any]:
+    """What /health says of the ticker, once it says this state."""
+    deadline = time.monotonic() + 10
+    while True:
+        found: dict[str, Any] = json.loads(server.get("/health")[2])["scenarios"]
+        if found["ticker"]["state"] == state:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+
+
+# -- simulated prices
+
+
+def simulated(steps: int, *, seed: int, interval: float, symbols: tuple[str, ...] = FIVE) -> list[dict[str, Any]]:
+    """What a simulation that never stops makes, without the time."""
+    simulation = sources.Simulation(symbols, interval=interval, seed=seed, stands=None)
+    return [json.loads(price.text) for _ in range(steps) for price in simulation.step()]
+
+
+def without_time(events: list[Received]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in event.json.items() if name != "time"} for event in events]
+
+
+def test_a_simulated_price_has_a_symbol_a_price_a_change_and_a_time(serve: Serve) -> None:
+    server = serve("interval = 0.01")
+    events = kept(server, 500)
+    assert [event.json["symbol"] for event in events] == list(FIVE) * 100
+    for event in events:
+        assert re.fullmatch(
+            rf'id: \d{{13}}-\d+\ndata: {{"symbol": "[A-Z]+", "price": \d+\.\d{{1,2}}, '
+            rf'"change": -?\d+\.\d{{1,2}}, "time": "{TIME}"}}\n\n',
+            event.raw.decode(),
+        )
+    assert offsets(events) == list(range(1, 501))
+    for before, after in zip(events, events[5:], strict=False):
+        assert after.json["change"] == round(after.json["price"] - before.json["price"], 2)
+    assert any(event.json["change"] > 0 for event in events)
+    assert any(event.json["change"] < 0 for event in events)
+
+
+def test_the_same_seed_gives_the_same_prices_and_another_seed_others(serve: Serve) -> None:
+    fresh = '[events]\nurl = "sqlite://"\n'
+    one, same, other = (serve(f"interval = 0.01\nseed = {seed}", fresh) for seed in (7, 7, 8))
+    prices = without_time(kept(one, 100))
+    assert prices == without_time(kept(same, 100)) == simulated(20, seed=7, interval=0.01)
+    assert not any(price in prices for price in without_time(kept(other, 100)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_after_a_restart_the_simulation_goes_on_as_if_it_had_never_stopped(
+    serve: Serve, number: signal.Signals
+) -> None:
+    server = serve("interval = 0.005")
+    with EventStream(server, PATH) as stream:
+        stream.take(50)
+        server.terminate(number)
+    server = serve("interval = 0.005")
+    events = kept(server, 500)
+    assert offsets(events) == list(range(1, 501))
+    assert without_time(events) == simulated(100, seed=1, interval=0.005)
+
+
+def test_two_processes_with_one_log_make_each_step_once_and_one_takes_over_from_the_other(serve: Serve) -> None:
+    first, second = serve("interval = 0.01"), serve("interval = 0.01")
+    with EventStream(first, PATH) as one, EventStream(second, PATH) as other:
+        seen = other.take(200)
+        beside = one.take(5)
+        first.terminate(signal.SIGKILL)
+        seen += other.take(200)
+    events = kept(second, offsets(seen)[-1])
+    assert events[-400:] == seen
+    assert set(beside) <= set(events)
+    assert offsets(events) == list(range(1, len(events) + 1))
+    assert without_time(events) == simulated(len(events), seed=1, interval=0.01)[: len(events)]
+
+
+def test_prices_stay_positive_and_changes_exact_over_100_000_steps() -> None:
+    simulation = sources.Simulation(["ACME"], interval=3600, seed=3, stands=None)
+    before: float | None = None
+    for _ in range(100_000):
+        (price,) = simulation.step()
+        change = json.loads(price.text)["change"]
+        assert price.price > 0
+        assert before is None or round(change * 100) == round(price.price * 100) - round(before * 100)
+        before = price.price
+
+
+def test_a_simulation_goes_on_from_any_step_to_the_last_digit() -> None:
+    never_stopped = simulated(50, seed=5, interval=1)
+    stands, made = None, []
+    for _ in range(50):
+        simulation = sources.Simulation(FIVE, interval=1, seed=5, stands=stands)
+        made += [json.loads(price.text) for price in simulation.step()]
+        stands = simulation.stands
+    assert made == never_stopped
+
+
+def test_a_price_cannot_be_pushed_into_a_simulation(serve: Serve) -> None:
+    server = serve("")
+    status, problem = post(server, '{"symbol": "ACME", "price": 1}')
+    assert status == 409
+    assert problem["detail"] == 'The prices of this ticker come from source = "simulate", not by POST.'
+
+
+# -- what may be asked for
+
+
+def test_symbols_are_chosen_by_a_list_or_by_repetition(serve: Serve) -> None:
+    server = serve("interval = 0.01")
+    chosen = kept(server, 20, "&symbols=AAPL,MSFT")
+    assert [event.json["symbol"] for event in chosen] == ["AAPL", "MSFT"] * 10
+    assert kept(server, 20, "&symbols=MSFT&symbols=AAPL") == chosen
+    assert kept(server, 20, "&symbols=MSFT,AAPL&symbols=AAPL") == chosen
+    everything = kept(server, 50)
+    assert [event for event in everything if event.json["symbol"] in ("AAPL", "MSFT")] == chosen
+    assert [event.json["symbol"] for event in kept(server, 3, "&symbols=TSLA")] == ["TSLA"] * 3
+
+
+def test_a_symbol_that_is_not_simulated_is_named_beside_those_that_are(serve: Serve) -> None:
+    status, _, body = serve("").get(f"{PATH}?symbols=NOPE,AAPL,ACME")
+    assert status == 422
+    assert json.loads(body)["errors"] == [
+        {"in": "query", "name": "symbols", "detail": f"unknown: ACME, NOPE; known: {', '.join(FIVE)}"}
+    ]
+
+
+def test_a_symbol_that_nobody_pushed_yet_can_be_waited_for(serve: Serve) -> None:
+    server = serve('source = "push"')
+    with EventStream(server, f"{PATH}?symbols=ACME&limit=1", after="0-0") as stream:
+        publish(server, {"symbol": "OTHER", "price": 1}, {"symbol": "ACME", "price": 2})
+        assert [event.json["symbol"] for event in stream] == ["ACME"]
+
+
+def test_what_cannot_be_meant_is_refused_by_name(serve: Serve) -> None:
+    server = serve("")
+    wrong = {
+        "limit": ["0", "-1", "1000001", "x", "", "1.5", "9" * 400],
+        "conflate": ["-0.1", "3600.1", "x", "", "nan", "inf", "-inf"],
+        "symbols": ["A%20B", "-A", "A" * 33, "%C3%A9", "A%0A", "AAPL,,MSFT", ",", "", ",".join(["AAPL"] * 101)],
+        "last_event_id": ["x" * 201],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            status, headers, body = server.get(f"{PATH}?{name}={value}")
+            problem = json.loads(body)
+            assert (status, headers["content-type"]) == (422, "application/problem+json; charset=utf-8"), (name, value)
+            assert {error["name"].partition(".")[0] for error in problem["errors"]} == {name}
+    many = "&".join(["symbols=AAPL"] * 101)
+    assert server.get(f"{PATH}?{many}")[0] == 422
+    status, _, body = server.get(f"{PATH}?symbol=AAPL&tail=3")
+    assert status == 422
+    assert [error["name"] for error in json.loads(body)["errors"]] == ["symbol", "tail"]
+    known = "unknown parameter; known: conflate, last_event_id, limit, symbols"
+    assert {error["detail"] for error in json.loads(body)["errors"]} == {known}
+
+
+def test_an_id_may_stand_in_the_query_and_the_header_wins(serve: Serve) -> None:
+    server = serve('source = "push"')
+    ids = publish(server, *({"symbol": "ACME", "price": number} for number in range(5)))
+    with EventStream(server, f"{PATH}?limit=3&last_event_id={ids[1]}") as stream:
+        assert [event.id for event in stream] == ids[2:]
+    with EventStream(server, f"{PATH}?limit=1&last_event_id={ids[0]}", after=ids[3]) as stream:
+        assert [event.id for event in stream] == ids[4:]
+
+
+# -- pushed prices
+
+
+def test_a_pushed_price_is_carried_through_byte_for_byte(serve: Serve) -> None:
+    server = serve('source = "push"')
+    texts = [
+        '{"symbol":"ACME","price":1.10,"change":0.00,"time":"now"}',
+        '{ "price" : 1E2,\t"symbol" : "ACME" , "time":null,"change":"none" }',
+        '{"time":1,"change":-1,"symbol":"BRK.B","price":123456789012345678901234567890,'
+        '"deep":{"a":[1.10,-0.0,1e400,{"b":{}}]},"pi":3.141592653589793238462643383279}',
+        '{"symbol":"X:Y/Z=F","price":-37.63,"change":0,"time":0,"name":"é\u2028\U0001f600","lone":"\\ud800","esc":"\\u00e9\\n"}',
+    ]
+    with EventStream(server, f"{PATH}?limit=4", after="0-0") as stream:
+        ids = publish(server, *texts)
+        events = list(stream)
+    assert [event.raw for event in events] == [
+        f"id: {identity}\ndata: {text}\n\n".encode() for identity, text in zip(ids, texts, strict=True)
+    ]
+    assert offsets(events) == [1, 2, 3, 4]
+
+
+def test_change_and_time_are_added_at_the_end_where_they_are_missing(serve: Serve) -> None:
+    server = serve('source = "push"')
+    texts = [
+        '{"symbol":"ACME","price":1.10,"n":1.10 }',
+        '{"symbol":"ACME","price":1.30}',
+        '{"symbol":"OTHER","price":5}',
+        '{"symbol":"ACME","price":1,"time":"t"}',
+        '{"symbol":"ACME","price":7,"change":"kept"}',
+        '{"symbol":"ACME","price":6.5}',
+    ]
+    publish(server, *texts[:3])
+    publish(server, *texts[3:])
+    expected = [
+        '{"symbol":"ACME","price":1.10,"n":1.10, "change": null, "time": "TIME"}',
+        '{"symbol":"ACME","price":1.30, "change": 0.2, "time": "TIME"}',
+        '{"symbol":"OTHER","price":5, "change": null, "time": "TIME"}',
+        '{"symbol":"ACME","price":1,"time":"t", "change": -0.3}',
+        '{"symbol":"ACME","price":7,"change":"kept", "time": "TIME"}',
+        '{"symbol":"ACME","price":6.5, "change": -0.5, "time": "TIME"}',
+    ]
+    events = kept(server, 6)
+    assert [re.sub(rf'"{TIME}"', '"TIME"', event.data) for event in events] == expected
+    assert abs(datetime.fromisoformat(events[0].json["time"]).timestamp() - time.time()) < 60
+
+
+def test_each_change_is_against_the_price_before_however_fast_they_are_pushed(serve: Serve) -> None:
+    server = serve('source = "push"')
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with closing(connection):
+        for number in range(500):
+            price = json.dumps({"symbol": "ACME", "price": number * number})
+            connection.request("POST", PATH, price, {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                assert response.status == 202
+                response.read()
+    assert [event.json["change"] for event in kept(server, 500)][1:] == [2 * n - 1 for n in range(1, 500)]
+
+
+def test_the_first_price_after_a_restart_changes_against_the_last_before_it(serve: Serve) -> None:
+    server = serve('source = "push"')
+    publish(server, *({"symbol": f"S{n % 9000}", "price": n} for n in range(9990)))  # so many that reading takes time
+    server.terminate(signal.SIGKILL)
+    server = serve('source = "push"')
+    ids = publish(server, {"symbol": "S8999", "price": 9000}, {"symbol": "S0", "price": 9001})
+    with EventStream(server, f"{PATH}?limit=2", after=ids[0].replace("-9991", "-9990")) as stream:
+        assert [(event.id, event.json["change"]) for event in stream] == [(ids[0], 1.0), (ids[1], 1.0)]
+
+
+def test_a_process_learns_the_prices_that_were_pushed_to_another(serve: Serve) -> None:
+    one, other = serve('source = "push"'), serve('source = "push"')
+    deadline = time.monotonic() + 10
+    with EventStream(other, PATH, after="0-0") as stream:
+        events = iter(stream)
+        for number in range(1000):  # nothing tells when the other process knows: it need not be the first time
+            publish(one, {"symbol": f"S{number}", "price": 1})
+            assert next(events).json["change"] is None
+            publish(other, {"symbol": f"S{number}", "price": 3})
+            if next(events).json["change"] == 2:
+                break
+            assert time.monotonic() < deadline
+
+
+def test_a_change_that_no_json_number_can_say_is_null(serve: Serve) -> None:
+    server = serve('source = "push"')
+    publish(server, '{"symbol":"ACME","price":1e308}', '{"symbol":"ACME","price":-1e308}')
+    assert [event.json["change"] for event in kept(server, 2)] == [None, None]
+
+
+def test_one_object_may_stand_on_many_lines_and_many_objects_on_one_each(serve: Serve) -> None:
+    server = serve('source = "push"')
+    pretty = '\n\n{\r\n  "symbol": "ACME",\n\n  "price": 1.10,\r  "change": 0, "time": [\n1\n]\n}\n'
+    lines = '{"symbol":"A","price":1,"change":0,"time":0}\r\n\n \t\n{"symbol":"B","price":2,"change":0,"time":0}'
+    for content_type in ("application/json", "application/x-ndjson; charset=utf-8", "application/jsonl"):
+        assert post(server, pretty, content_type)[0] == 202
+        status, answer = post(server, lines, content_type)
+        assert (status, len(answer["ids"])) == (202, 2)
+    events = kept(server, 9)
+    assert [event.data for event in events] == 3 * [
+        '{    "symbol": "ACME",    "price": 1.10,   "change": 0, "time": [ 1 ] }',
+        '{"symbol":"A","price":1,"change":0,"time":0}',
+        '{"symbol":"B","price":2,"change":0,"time":0}',
+    ]
+
+
+GOOD = '{"symbol":"ACME","price":1}'
+
+
+def assert_nothing_was_published(server: Running) -> None:
+    assert publish(server, GOOD)[0].endswith("-1")
+
+
+def test_a_body_that_is_not_json_is_400_and_nothing_is_published(serve: Serve) -> None:
+    server = serve('source = "push"')
+    deep = 100_000
+    bodies = {
+        '{"symbol":"ACME","price":': "The body is not JSON",
+        f'{GOOD}\n{GOOD}\n{{"symbol":"ACME" "price":1}}\n{GOOD}\n{GOOD}': "Line 3 of the body is not JSON",
+        '{\n"symbol": "ACME",\n"price" 1}': "line 3 column 9",
+        '{"symbol":"ACME","price":NaN}': "NaN is not JSON",
+        f'{GOOD}\n{{"symbol":"ACME","price":1,"x":Infinity}}': "Infinity is not JSON",
+        '{"symbol":"ACME","price":1,"x":[-Infinity]}': "-Infinity is not JSON",
+        '{"symbol":"ACME","price":1,"symbol":"OTHER"}': "an object has a field twice",
+        '{"symbol":"ACME","price":1,"x":{"y":1,"y":1}}': "an object has a field twice",
+        '{"symbol":"ACME","price":1,"x":' + "[" * deep + "]" * deep + "}": "it is nested too deeply",
+        '{"symbol":"ACME","price":1,"x":"\n"}': "The body is not JSON",
+        f"{GOOD} {GOOD}": "The body is not JSON",
+        f"\ufeff{GOOD}": "The body is not JSON",
+        f"\u00a0{GOOD}": "The body is not JSON",
+        '{"symbol":"ACME","price":01}': "The body is not JSON",
+        "": "The body is empty",
+        " \r\n\t\n": "The body is empty",
+    }
+    for body, reason in bodies.items():
+        status, problem = post(server, body)
+        assert (status, problem["status"]) == (400, 400), body[:100]
+        assert reason in problem["detail"], problem
+        assert "errors" not in problem
+    status, problem = post(server, GOOD.encode() + b"\xff")
+    assert (status, problem["detail"]) == (400, f"The body is not UTF-8 (at byte {len(GOOD)}).")
+    status, problem = post(server, "not gzip", **{"Content-Encoding": "gzip"})
+    assert (status, problem["status"]) == (400, 400)
+    assert_nothing_was_published(server)
+
+
+def test_every_price_that_will_not_do_is_named_by_line_and_field_and_nothing_is_published(serve: Serve) -> None:
+    server = serve('source = "push"')
+    wrong = ["true", '"1"', "null", "1e999", "-1e999", "1" + "0" * 400, "[]", "{}"]
+    lines = [GOOD, *(f'{{"symbol":"ACME","price":{price}}}' for price in wrong), '{"symbol":"ACME"}', '{"price":1}']
+    lines += ['{"symbol":"A B","price":1}', '{"symbol":"","price":false}', '{"symbol":1,"price":1}', "[1]", "1", GOOD]
+    status, problem = post(server, "\n".join(lines), "application/jsonl")
+    assert status == 422
+    assert [error["name"] for error in problem["errors"]] == [
+        *(f"line {number}: price" for number in range(2, 11)),
+        "line 11: symbol",
+        "line 12: symbol",
+        "line 13: symbol",
+        "line 13: price",
+        "line 14: symbol",
+        "line 15: body",
+        "line 16: body",
+    ]
+    assert {error["in"] for error in problem["errors"]} == {"body"}
+    assert all(error["detail"].startswith("must be ") for error in problem["errors"])
+    status, problem = post(server, '{"symbol":"ACME","price":"1"}')
+    assert (status, problem["errors"]) == (422, [{"in": "body", "name": "price", "detail": "must be a number"}])
+    status, problem = post(server, f"[{GOOD}]")
+    assert (status, problem["errors"][0]["detail"]) == (422, "must be a JSON object")
+    status, problem = post(server, "{}\n" * 1000)
+    assert (status, len(problem["errors"])) == (422, 50)
+    assert_nothing_was_published(server)
+
+
+def test_an_object_as_deep_as_can_be_read_does_no_harm_to_the_next(serve: Serve) -> None:
+    server = serve('source = "push"')
+    statuses = {}
+    for depth in range(900, 1000):
+        nested = f'{{"symbol":"S{depth}","price":1,"x":{"[" * depth}{"]" * depth}}}'
+        statuses[depth] = post(server, nested)[0]
+        publish(server, {"symbol": f"S{depth}", "price": 2})
+    assert set(statuses.values()) == {202, 400}
+    count = 100 + sum(status == 202 for status in statuses.values())
+    changes = {re.search(r'"change": ([^,]+)', event.data)[1] for event in kept(server, count)}  # type: ignore[index]
+    assert changes == {"null", "1.0"}
+
+
+def test_a_body_of_1_mib_is_taken_and_of_one_byte_more_is_413(serve: Serve) -> None:
+    server = serve('source = "push"')
+    head, tail = '{"symbol":"ACME","price":1,"x":"', '"}'
+    body = head + "x" * (1024 * 1024 - len(head) - len(tail)) + tail
+    assert post(server, body.replace("xx", "xxx", 1))[0] == 413
+    assert post(server, body)[0] == 202
+    (event,) = kept(server, 1)
+    assert event.data.startswith(body[:-1] + ", ")
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data", ""])
+def test_a_body_of_another_type_is_415(serve: Serve, content_type: str) -> None:
+    server = serve('source = "push"')
+    headers = {"Content-Type": content_type} if content_type else {}
+    status, answer, body = server.get(PATH, headers, method="POST", body=GOOD.encode())
+    assert (status, answer["accept"]) == (415, "application/json")
+    assert json.loads(body)["detail"] == (
+        "The body must be one of application/json, application/x-ndjson, application/jsonl."
+    )
+    assert_nothing_was_published(server)
+
+
+# -- replayed prices
+
+REPLAY = 'source = "replay"\nfile = "prices.csv"\n'
+
+
+def test_a_file_is_replayed_with_its_own_times_and_further_columns(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "prices.csv").write_bytes(
+        b"\xef\xbb\xbfvolume,time,price,symbol,note\r\n"
+        b"10,2026-01-01T00:00:00Z,1.50,ACME,\r\n"
+        b'"1,000",1767225660,2,"ACME","say ""hi"",\r\n\xc3\xa9"\r\n'
+        b"\r\n"
+        b"7,2026-01-01T02:02:00+02:00,3e2,BRK.B\r\n"
+        b"8,2026-01-01T00:03:00,1.25,ACME,x,surplus,cells\r\n"
+    )
+    server = serve(REPLAY + "speed = 10000\nrepeat = false")
+    events = kept(server, 4)
+    assert [event.data for event in events] == [
+        '{"symbol": "ACME", "price": 1.5, "volume": "10", "time": "2026-01-01T00:00:00Z", "note": "", "change": null}',
+        '{"symbol": "ACME", "price": 2.0, "volume": "1,000", "time": "1767225660", '
+        '"note": "say \\"hi\\",\\r\\né", "change": 0.5}',
+        '{"symbol": "BRK.B", "price": 300.0, "volume": "7", "time": "2026-01-01T02:02:00+02:00", '
+        '"note": null, "change": null}',
+        '{"symbol": "ACME", "price": 1.25, "volume": "8", "time": "2026-01-01T00:03:00", "note": "x", "change": -0.75}',
+    ]
+    assert [event.json["symbol"] for event in kept(server, 1, "&symbols=BRK.B")] == ["BRK.B"]
+
+
+async def replayed(path: Path, count: int, *, speed: float, repeat: bool) -> list[tuple[float, list[str], str]]:
+    """When so many batches came, which symbols they have, and where they say the replay stands."""
+    loop, made = asyncio.get_running_loop(), list[tuple[float, list[str], str]]()
+    async with (
+        asyncio.timeout(10),
+        aclosing(sources.Replay(path, speed=speed, repeat=repeat, stands=None).prices()) as it,
+    ):
+        async for prices, stands in it:
+            made.append((loop.time(), [price.symbol for price in prices], stands))
+            if len(made) == count:
+                break
+    return made
+
+
+async def test_rows_come_at_their_own_pace_times_the_speed_and_those_of_one_moment_together(tmp_path: Path) -> None:
+    path = tmp_path / "prices.csv"
+    path.write_text(
+        "time,symbol,price\n2026-01-01T00:00:00Z,A,1\n1767225700,B,1\n2026-01-01T01:01:40+01:00,C,1\n"
+        "2026-01-01T00:01:40.000,D,1\n1767225800.5,E,1\n"
+    )
+    made = await replayed(path, 3, speed=1000, repeat=False)
+    assert [(symbols, stands) for _, symbols, stands in made] == [(["A"], "1"), (["B", "C", "D"], "4"), (["E"], "5")]
+    first, second, third = (moment for moment, _, _ in made)
+    assert 0.099 < second - first < 2
+    assert 0.199 < third - first < 4
+
+
+async def test_a_file_of_one_moment_is_not_repeated_without_a_pause(tmp_path: Path) -> None:
+    path = tmp_path / "prices.csv"
+    path.write_text("time,symbol,price\n1,A,1\n1,B,2\n")
+    (first, *_), (second, *_) = await replayed(path, 2, speed=5, repeat=True)
+    assert second - first > 0.199
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_logged(serve: Serve, tmp_path: Path) -> None:
+    wrong = [
+        "x,1,A",
+        "1,x,A",
+        "1,nan,A",
+        "1,inf,A",
+        "1,1e999,A",
+        "1,,A",
+        "1,1,",
+        "1,1",
+        "1",
+        "nan,1,A",
+        "2026-13-01,1,A",
+    ]
+    (tmp_path / "prices.csv").write_text("\n".join(["time,price,symbol", "1,1,FIRST", *wrong, "1,1,LAST", ""]))
+    server = serve(REPLAY + "repeat = false")
+    assert [event.json["symbol"] for event in kept(server, 2)] == ["FIRST", "LAST"]
+    log = server.wait_for_log(f"row {len(wrong) + 1} of prices.csv")
+    left_out = re.findall(r"WARNING \S+ row (\d+) of prices\.csv is left out: \S", log)
+    assert [int(number) for number in left_out] == list(range(2, 2 + len(wrong)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, r"prices\.csv cannot be read: No such file or directory"),
+        (b"time,symbol\n1,A\n", r"prices\.csv has no column price"),
+        (b"", r"prices\.csv has no column price, symbol, time"),
+        (b"time,symbol,price\n", r"prices\.csv has no row that can be replayed"),
+        (b"time,symbol,price\nx,A,1\n", r"prices\.csv has no row that can be replayed"),
+        (b"time,symbol,price\n1,\xff,1\n", r"prices\.csv cannot be read: 'utf-8' codec can't decode byte 0xff.*"),
+    ],
+)
+def test_a_file_that_cannot_be_replayed_takes_the_ticker_out_of_service_and_nothing_else(
+    serve: Serve, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / "prices.csv").write_bytes(content)
+    (tmp_path / "var" / "files").mkdir(parents=True)
+    (tmp_path / "var" / "files" / "hello.txt").write_text("hello")
+    server = serve(REPLAY, tracebacks=True)
+    health = health_of_ticker(server, "failed")
+    assert re.fullmatch(rf"ValueError at line \d+ of sources\.py: {reason}", health["ticker"]["reason"])
+    assert health["file"] == {"state": "ready"}
+    status, _, body = server.get(PATH)
+    assert (status, json.loads(body)["detail"]) == (
+        503,
+        f"The plugin ticker is out of service: {health['ticker']['reason']}",
+    )
+    assert server.get("/files/hello.txt")[::2] == (200, b"hello")
+
+
+async def test_without_repeat_a_replay_stops_after_the_last_row(tmp_path: Path) -> None:
+    path = tmp_path / "prices.csv"
+    path.write_text("time,symbol,price\n1,A,1\n2,B,2\n")
+    for stands, expected in ((None, ["A", "B"]), ("1", ["B"]), ("2", [])):
+        replay, made = sources.Replay(path, speed=1e9, repeat=False, stands=stands), list[str]()
+        async with aclosing(replay.prices()) as batches:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    async for prices, _ in batches:
+                        made += [price.symbol for price in prices]
+                    pytest.fail("it is over and does not wait: another process would begin anew")
+        assert made == expected
+
+
+def test_with_repeat_a_replay_begins_anew_after_the_last_row(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "prices.csv").write_text("time,symbol,price\n1,A,1\n2,B,10\n3,A,4\n")
+    server = serve(REPLAY + "speed = 100")
+    events = kept(server, 10)
+    assert [(event.json["time"], event.json["symbol"], event.json["change"]) for event in events] == [
+        ("1", "A", None),
+        ("2", "B", None),
+        ("3", "A", 3.0),
+        ("1", "A", -3.0),
+        ("2", "B", 0.0),
+        ("3", "A", 3.0),
+        ("1", "A", -3.0),
+        ("2", "B", 0.0),
+        ("3", "A", 3.0),
+        ("1", "A", -3.0),
+    ]
+
+
+def test_a_replay_that_is_killed_goes_on_and_every_row_comes_exactly_once(serve: Serve, tmp_path: Path) -> None:
+    rows = 300
+    symbols = [f"S{number % 7}" for number in range(rows)]
+    table = [f"{number * 5},{symbols[number]},{number}" for number in range(rows)]
+    (tmp_path / "prices.csv").write_text("\n".join(["time,symbol,price", *table, ""]))
+    config = REPLAY + "speed = 1000\nrepeat = false"
+    server = serve(config)
+    for seen in (50, 150):
+        with EventStream(server, PATH, after="0-0") as stream:
+            stream.take(seen)
+            server.terminate(signal.SIGKILL)
+        server = serve(config)
+    events = kept(server, rows)
+    assert offsets(events) == list(range(1, rows + 1))
+    assert [(event.json["symbol"], event.json["price"]) for event in events] == list(
+        zip(symbols, range(rows), strict=True)
+    )
+    assert [event.json["change"] for event in events] == [None] * 7 + [7.0] * (rows - 7)
+    server.terminate()
+    server = serve(config)
+    with EventStream(server, f"{PATH}?limit=1", after=events[-1].id) as stream:
+        server.terminate()
+        assert [event.event for event in stream] == ["stop"]  # and no row again
+
+
+def test_another_file_begins_with_its_first_row(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "prices.csv").write_text("time,symbol,price\n1,A,1\n1,A,2\n1,A,3\n")
+    (tmp_path / "more.csv").write_text("time,symbol,price\n1,B,1\n1,B,2\n")
+    server = serve(REPLAY + "repeat = false")
+    kept(server, 3)
+    server.terminate()
+    server = serve('source = "replay"\nfile = "more.csv"\nrepeat = false')
+    assert [event.json["symbol"] for event in kept(server, 5)] == ["A", "A", "A", "B", "B"]
+
+
+# -- conflation
+
+
+def test_conflation_sends_a_symbol_once_a_window_and_then_its_latest_price(serve: Serve) -> None:
+    window, interval = 0.5, 0.02
+    server = serve(f'interval = {interval}\nsymbols = ["A", "B"]')
+    received: list[tuple[float, Received]] = []
+    with EventStream(server, f"{PATH}?conflate={window}&limit=12") as stream:
+        for event in stream:
+            received.append((time.time(), event))
+    every = {event.id: event for event in kept(server, max(offsets([event for _, event in received])))}
+    assert all(event == every[event.id] for _, event in received)
+    made = {symbol: [e for _, e in received if e.json["symbol"] == symbol] for symbol in "AB"}
+    for events in made.values():
+        moments = [datetime.fromisoformat(event.json["time"]).timestamp() for event in events]
+        apart = [after - before for before, after in itertools.pairwise(moments[1:])]
+        assert min(apart) > window / 2
+    # Both move in every step, so that the latest of each is of the same one,
+    assert [offset + 1 for offset in offsets(made["A"])] == offsets(made["B"])
+    # and it is young when it comes; the first of its window would be as old as the window is long.
+    ages = [moment - datetime.fromisoformat(event.json["time"]).timestamp() for moment, event in received]
+    assert min(ages[2:]) < window / 2

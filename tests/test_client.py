@@ -1,0 +1,793 @@
+"""`streamlab follow`: event streams parsed byte by byte, and followed across every way a connection can end."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import IO
+
+import pytest
+from conftest import REPOSITORY, Running, write_plugins
+
+from streamlab.client import (
+    MAX_BYTES,
+    MAX_RETRY_SECONDS,
+    Event,
+    Lost,
+    Parser,
+    Pause,
+    Refused,
+    backoff,
+    follow,
+    retry_after_seconds,
+)
+
+
+def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002
+    return Event(name, data, id, retry)
+
+
+# -- parsing
+
+STREAMS: dict[str, tuple[bytes, list[Event]]] = {
+    "nothing": (b"", []),
+    "one event": (b"data: a\n\n", [event("a")]),
+    "line ends of LF": (b"data: a\n\ndata: b\n\n", [event("a"), event("b")]),
+    "line ends of CR": (b"data: a\r\rdata: b\r\r", [event("a"), event("b")]),
+    "line ends of CRLF": (b"data: a\r\n\r\ndata: b\r\n\r\n", [event("a"), event("b")]),
+    "line ends mixed": (b"data: a\r\n\rdata: b\n\r\ndata: c\r\r\n", [event("a"), event("b"), event("c")]),
+    "CRLF is one line end, LF CR two": (b"data: a\r\ndata: b\n\rdata: c\n\n", [event("a\nb"), event("c")]),
+    "no other character ends a line": (
+        "data: a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\n\n".encode(),
+        [event("a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g")],
+    ),
+    "data lines are joined by LF": (b"data: a\ndata: b\ndata:\ndata: c\n\n", [event("a\nb\n\nc")]),
+    "a line that is a field's name alone": (b"data\n\ndata\ndata\n\n", [event(""), event("\n")]),
+    "empty data is an event": (b"data:\n\ndata: \n\n", [event(""), event("")]),
+    "one space after the colon is no data": (
+        b"data:a\n\ndata:  a \n\ndata:\ta\n\n",
+        [event("a"), event(" a "), event("\ta")],
+    ),
+    "only the first colon counts": (b"data: a: b:c\n\n", [event("a: b:c")]),
+    "comments": (b": hello\n:\n\n:data: x\ndata: a\n: between\ndata: b\n\n", [event("a\nb")]),
+    "unknown fields": (b"foo: bar\nData: x\n data: x\ndata : x\ndatas: x\ndata: a\n\n", [event("a")]),
+    "a block without data is no event": (b"event: x\n\nretry: 5\n\ndata: a\n\n", [event("a")]),
+    "a name lasts for one event": (
+        b"event: x\ndata: a\n\ndata: b\n\nevent: y\nevent: z\ndata: c\n\n",
+        [event("a", name="x"), event("b"), event("c", name="z")],
+    ),
+    "an empty name is none": (b"event: x\nevent:\ndata: a\n\n", [event("a")]),
+    "an id lasts": (
+        b"id: 1\ndata: a\n\ndata: b\n\nid: 2\n\ndata: c\n\n",
+        [event("a", id="1"), event("b", id="1"), event("c", id="2")],
+    ),
+    "an empty id forgets the one before": (b"id: 1\ndata: a\n\nid\ndata: b\n\n", [event("a", id="1"), event("b")]),
+    "an id with NUL is ignored": (b"id: 1\nid: 2\x003\ndata: a\n\n", [event("a", id="1")]),
+    "retry takes digits": (b"retry: 0010\ndata: a\n\ndata: b\n\n", [event("a", retry=10), event("b")]),
+    "retry takes nothing else": (
+        "retry: 1\nretry: 1.5\nretry: -2\nretry: +3\nretry: 4 \nretry:\nretry\nretry: \u0665\nretry: \u00b2\n"
+        "retry:  6\nretry: 1_0\ndata: a\n\n".encode(),
+        [event("a", retry=1)],
+    ),
+    "retry with more digits than Python converts": (
+        b"retry: " + b"9" * 5000 + b"\ndata: a\n\nretry: " + b"0" * 5000 + b"7\ndata: b\n\n",
+        [event("a", retry=10**18), event("b", retry=7)],
+    ),
+    "a byte order mark at the start": (b"\xef\xbb\xbfdata: a\n\n", [event("a")]),
+    "a byte order mark and a blank line": (b"\xef\xbb\xbf\ndata: a\n\n", [event("a")]),
+    "one byte order mark, not two": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [event("b")]),
+    "a byte order mark elsewhere": (b"\n\xef\xbb\xbfdata: a\ndata: \xef\xbb\xbfb\n\n", [event("\ufeffb")]),
+    "characters of every length": (
+        "id: \u00e9\nevent: \u20ac\ndata: a\u00e9\u20ac\U0001f600\n\n".encode(),
+        [event("a\u00e9\u20ac\U0001f600", name="\u20ac", id="\u00e9")],
+    ),
+    "bytes that are no UTF-8": (
+        b"data: \xff\xe2\x82\n\ndata: \xed\xa0\x80\xc0\xafx\n\n",
+        [event("\ufffd\ufffd"), event("\ufffd\ufffd\ufffd\ufffd\ufffdx")],
+    ),
+    "NUL in data": (b"data: a\x00b\n\n", [event("a\x00b")]),
+    "an event without its blank line": (b"data: a\n\nid: 9\nevent: x\ndata: b\n", [event("a")]),
+    "a line without its end": (b"data: a\n\ndata: b\n\ndata", [event("a"), event("b")]),
+}
+
+EACH_STREAM = pytest.mark.parametrize(("stream", "expected"), STREAMS.values(), ids=STREAMS.keys())
+
+
+@EACH_STREAM
+def test_a_stream_is_parsed_whole(stream: bytes, expected: list[Event]) -> None:
+    assert Parser().feed(stream) == expected
+
+
+@EACH_STREAM
+def test_a_stream_is_parsed_byte_by_byte(stream: bytes, expected: list[Event]) -> None:
+    parser = Parser()
+    assert [found for byte in stream for found in parser.feed(bytes([byte]))] == expected
+
+
+@EACH_STREAM
+def test_a_stream_is_parsed_wherever_it_is_cut_in_two(stream: bytes, expected: list[Event]) -> None:
+    for cut in range(min(len(stream), 200)):
+        parser = Parser()
+        found = parser.feed(stream[:cut])
+        found += parser.feed(b"")
+        found += parser.feed(stream[cut:])
+        assert found == expected, cut
+
+
+def test_an_event_is_told_with_its_last_byte_though_that_is_a_cr() -> None:
+    parser = Parser()
+    assert parser.feed(b"data: a\r\n\r") == [event("a")]
+    assert parser.feed(b"\n") == []
+    assert parser.feed(b"\n\rdata: b\n\n") == [event("b")]
+
+
+def test_the_place_is_known_after_a_blank_line_and_no_sooner() -> None:
+    parser = Parser("0")
+    parser.feed(b"id: 1\ndata: a\n")
+    assert parser.last_event_id == "0"
+    parser.feed(b"\nid: 2\n")
+    assert parser.last_event_id == "1"
+    parser.feed(b"\n")
+    assert parser.last_event_id == "2"
+
+
+def test_a_parser_begins_with_the_last_id_so_that_an_event_without_one_does_not_forget_the_place() -> None:
+    parser = Parser("7")
+    assert parser.feed(b"data: a\n\n") == [event("a", id="7")]
+    assert parser.last_event_id == "7"
+
+
+def test_a_retry_counts_at_once_and_without_an_event() -> None:
+    parser = Parser()
+    assert parser.retry is None
+    parser.feed(b"retry: 30\n")
+    assert parser.retry == 30
+
+
+def test_a_line_and_an_event_are_bounded() -> None:
+    assert Parser(max_bytes=12).feed(b"data: 123456\ndata: 1234\n\n") == [event("123456\n1234")]
+    with pytest.raises(ValueError, match=r"^a line of more than 12 bytes$"):
+        Parser(max_bytes=12).feed(b"data: 1234567\n\n")
+    with pytest.raises(ValueError, match=r"^an event of more than 12 bytes$"):
+        Parser(max_bytes=12).feed(b"data: 123456\ndata: 123456\n\n")
+
+
+def test_a_line_without_an_end_and_an_event_without_an_end_stop_at_16_mib() -> None:
+    assert MAX_BYTES == 16 * 1024 * 1024
+    parser = Parser()
+    for _ in range(16):
+        parser.feed(b":" * 1024 * 1024)
+    with pytest.raises(ValueError, match="a line of more than 16777216 bytes"):
+        parser.feed(b":")
+    parser = Parser()
+    for _ in range(16):
+        parser.feed(b"data:" + b"x" * (1024 * 1024 - 1) + b"\n")
+    with pytest.raises(ValueError, match="an event of more than 16777216 bytes"):
+        parser.feed(b"data: x\n")
+
+
+def test_comments_without_a_blank_line_may_go_on_for_ever() -> None:
+    parser = Parser(max_bytes=100)
+    for _ in range(1000):
+        assert parser.feed(b": still here\n") == []
+    assert parser.feed(b"data: a\n\n") == [event("a")]
+
+
+# -- pauses
+
+
+@pytest.mark.parametrize("retry", [0.0, 0.01, 1.0, 45.0, 60.0, 1e15])
+def test_a_pause_is_what_the_server_says_then_grows_and_is_never_more_than_a_minute(retry: float) -> None:
+    told = min(retry, MAX_RETRY_SECONDS)
+    assert backoff(0, retry) == told
+    for failures in (1, 2, 3, 10, 100_000):
+        longest = min(60.0, max(retry, 0.1) * 2.0 ** min(failures, 16))
+        for _ in range(50):
+            assert max(told, longest / 2) <= backoff(failures, retry) <= longest
+    assert len({backoff(3, 1.0) for _ in range(50)}) > 1
+
+
+def test_a_pause_reads_as_a_line() -> None:
+    assert str(Pause("connection lost", 1.23, "a-7")) == "connection lost; again in 1.2 s from id a-7"
+    assert str(Pause("connection lost", 0.0, "")) == "connection lost; again in 0.0 s"
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("-1", None),
+        ("1.5", None),
+        ("\u0665", None),
+        ("0", 0.0),
+        (" 5 ", 5.0),
+        ("9" * 5000, 3600.0),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0.0),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 0.0),
+        ("Sun Nov  6 08:49:37 1994", 0.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 3600.0),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date(value: str | None, seconds: float | None) -> None:
+    assert retry_after_seconds(value) == seconds
+
+
+def test_retry_after_counts_from_now_to_a_date() -> None:
+    seconds = retry_after_seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True))
+    assert seconds is not None
+    assert 90 < seconds <= 100
+
+
+# -- the server that is followed
+
+LAB = """
+    import asyncio
+    import collections
+    import json
+
+    from aiohttp import web
+    from pydantic import BaseModel, Field
+
+    from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+
+    EVENTS = "text/event-stream"
+    asked = collections.Counter()
+
+
+    def last(request):
+        return int(request.headers.get("Last-Event-ID", "0"))
+
+
+    async def send(request, *parts, hold=False, cut=False, content_type=EVENTS):
+        async with open_stream(request, content_type) as response:
+            for part in parts:
+                await response.write(part.encode())
+            if hold:
+                await asyncio.Event().wait()
+            if cut:
+                request.transport.close()
+                await asyncio.Event().wait()
+        return response
+
+
+    def numbers(first, count):
+        return [f"id: {n}\\nretry: 10\\ndata: {n}\\n\\n" for n in range(first, first + count)]
+
+
+    class Count(BaseModel):
+        count: int = Field(3, ge=0, le=100_000)
+
+
+    class Hop(BaseModel):
+        times: int
+
+
+    class Lab(Scenario):
+        @endpoint("GET", "/asked")
+        async def asked(self, request):
+            return web.json_response(asked)
+
+        @endpoint("GET", "/seven")
+        async def seven(self, request):
+            if last(request) >= 7:
+                return web.Response(status=204)
+            return await send(request, *numbers(last(request) + 1, min(3, 7 - last(request))))
+
+        @endpoint("GET", "/held", query=Count)
+        async def held(self, request, query):
+            return await send(request, *numbers(last(request) + 1, query.count), hold=True)
+
+        @endpoint("GET", "/cut")
+        async def cut(self, request):
+            if last(request) == 0:
+                return await send(request, *numbers(1, 1), "id: 2\\ndata: tw", cut=True)
+            return await send(request, "id: 2\\ndata: two\\n\\n", "event: end\\ndata: {}\\n\\n")
+
+        @endpoint("GET", "/finite")
+        async def finite(self, request):
+            asked["finite"] += 1
+            return await send(request, "data: a\\n\\n", "event: end\\ndata: {}\\n\\ndata: beyond\\n\\n")
+
+        @endpoint("GET", "/end-held")
+        async def end_held(self, request):
+            return await send(request, "event: end\\ndata: {}\\n\\n", hold=True)
+
+        @endpoint("GET", "/end-later")
+        async def end_later(self, request):
+            async with open_stream(request, EVENTS) as response:
+                await response.write(b"event: end\\ndata: {}\\n\\n")
+                await asyncio.sleep(0.1)  # long enough for a client that leaves to be noticed
+            return response
+
+        @endpoint("GET", "/busy")
+        async def busy(self, request):
+            asked["busy"] += 1
+            if asked["busy"] == 1:
+                raise Problem(503, "No place is free.", headers={"Retry-After": "0"})
+            return await send(request, "data: a\\n\\n", "event: end\\ndata: {}\\n\\n")
+
+        @endpoint("GET", "/always-busy", query=Count)
+        async def always_busy(self, request, query):
+            raise Problem(429, "Too many.", headers={"Retry-After": str(query.count)})
+
+        @endpoint("GET", "/bad-gateway")
+        async def bad_gateway(self, request):
+            return web.Response(status=502)
+
+        @endpoint("GET", "/page")
+        async def page(self, request):
+            return web.Response(text="<p>hello", content_type="text/html")
+
+        @endpoint("GET", "/charset")
+        async def charset(self, request):
+            return await send(request, "event: end\\ndata: {}\\n\\n", content_type="Text/Event-Stream; charset=UTF-8")
+
+        @endpoint("GET", "/hop", query=Hop)
+        async def hop(self, request, query):
+            location = f"/hop?times={query.times - 1}" if query.times > 1 else "/finite"
+            return web.Response(status=307, headers={"Location": location})
+
+        @endpoint("GET", "/away")
+        async def away(self, request):
+            return web.Response(status=302, headers={"Location": "ftp://example.org/"})
+
+        @endpoint("GET", "/headers")
+        async def headers(self, request):
+            told = {name.lower(): value for name, value in request.headers.items()}
+            return await send(request, f"data: {json.dumps(told)}\\n\\nevent: end\\ndata: {{}}\\n\\n")
+
+        @endpoint("GET", "/nothing")
+        async def nothing(self, request):
+            return await send(request)
+
+        @endpoint("GET", "/bad-id")
+        async def bad_id(self, request):
+            return await send(request, "retry: 0\\nid: a\\x01\\ndata: a\\n\\n")
+
+        @endpoint("GET", "/huge")
+        async def huge(self, request):
+            return await send(request, "data: a\\n\\n", ": " + "x" * (16 * 1024 * 1024), hold=True)
+
+        @endpoint("GET", "/accented")
+        async def accented(self, request):
+            if "Last-Event-ID" not in request.headers:
+                return await send(request, "retry: 0\\nid: \\u00e9\\u20ac\\ndata: a\\n\\n")
+            return await send(request, f"data: {request.headers['Last-Event-ID']}\\n\\nevent: end\\ndata\\n\\n")
+
+        @endpoint("GET", "/shapes")
+        async def shapes(self, request):
+            return await send(
+                request,
+                "data: one\\n\\n",
+                "data: two\\ndata:   lines\\n\\n",
+                "event: gap\\ndata: {}\\n\\n",
+                "event: message\\ndata: \\u20ac\\n\\n",
+                "event: \\x1bx\\ndata: a\\x1b[31m\\tb\\x00\\x7f\\x9b\\ndata: c\\n\\n",
+                "event: end\\ndata: {}\\n\\n",
+            )
+
+        @endpoint("GET", "/malice")
+        async def malice(self, request):
+            raise Problem(403, "no\\x1b[31m\\nstreamlab: entry \\u20ac")
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Lab]
+"""
+
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
+ENVIRONMENT |= {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", "PYTHONUTF8": "1"}
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *, port: int = 0) -> Iterator[Running]:
+    """A server with the plugin above, once it serves; it does not outlive the block."""
+    write_plugins(folder, {"lab": LAB})
+    (folder / "config.toml").write_text(f"[server]\nport = {port}\n")
+    errors = folder / "stderr.log"
+    with errors.open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamlab", "run"],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=ENVIRONMENT,
+        )
+    with process:
+        try:
+            assert process.stdout is not None
+            address = next((line.split()[-1] for line in process.stdout if " serves http" in line), None)
+            assert address is not None, errors.read_text()
+            yield Running(process, address, folder, errors)
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            finally:
+                process.kill()
+    assert "Traceback" not in errors.read_text(), errors.read_text()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(tmp_path_factory.mktemp("lab")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def logging(server: Running, outcome: str) -> Iterator[None]:
+    """The server notes in this block, or soon after it, that a stream ended so."""
+    before = server.log.count(outcome)
+    yield
+    deadline = time.monotonic() + 10
+    while server.log.count(outcome) == before:
+        assert time.monotonic() < deadline, f"no new {outcome!r} in:\n{server.log}"
+        time.sleep(0.01)
+
+
+class Enough(Exception):
+    """Leaves a stream at a pause."""
+
+
+async def collect(url: str, **options: object) -> tuple[list[str], list[Pause]]:
+    """The data of every event until the end, and the pauses on the way."""
+    pauses: list[Pause] = []
+    events = follow(url, on_pause=pauses.append, **options)  # type: ignore[arg-type]
+    return [found.data async for found in events], pauses
+
+
+async def pauses_of(url: str, count: int, **options: object) -> list[Pause]:
+    """The first pauses of a stream that would go on; the last of them is not waited for."""
+    pauses: list[Pause] = []
+
+    def keep(pause: Pause) -> None:
+        pauses.append(pause)
+        if len(pauses) == count:
+            raise Enough
+
+    with pytest.raises(Enough):
+        async for _ in follow(url, on_pause=keep, **options):  # type: ignore[arg-type]
+            pass
+    return pauses
+
+
+# -- following
+
+
+async def test_a_stream_that_ends_is_followed_from_its_last_id_until_204(lab: Running) -> None:
+    data, pauses = await collect(f"{lab.url}/seven")
+    assert data == ["1", "2", "3", "4", "5", "6", "7"]
+    assert pauses == [Pause("stream ended", 0.01, id) for id in ("3", "6", "7")]  # noqa: A001
+
+
+async def test_a_stream_is_followed_from_the_id_that_is_given(lab: Running) -> None:
+    assert (await collect(f"{lab.url}/seven", last_event_id="5"))[0] == ["6", "7"]
+    assert await collect(f"{lab.url}/seven", last_event_id="7") == ([], [])
+
+
+async def test_a_url_needs_no_scheme(lab: Running) -> None:
+    assert (await collect(f"127.0.0.1:{lab.port}/seven", last_event_id="6"))[0] == ["7"]
+
+
+async def test_the_request_says_what_it_wants(lab: Running) -> None:
+    (first, _), _ = await collect(f"{lab.url}/headers")
+    headers = json.loads(first)
+    assert headers["accept"] == "text/event-stream"
+    assert headers["accept-encoding"] == "identity"
+    assert headers["cache-control"] == "no-cache"
+    assert "last-event-id" not in headers
+    (second, _), _ = await collect(f"{lab.url}/headers", last_event_id="a b")
+    assert json.loads(second)["last-event-id"] == "a b"
+
+
+async def test_an_id_travels_as_utf_8(lab: Running) -> None:
+    assert (await collect(f"{lab.url}/accented"))[0] == ["a", "\u00e9\u20ac", ""]
+
+
+async def test_an_event_that_was_cut_is_dropped_and_comes_whole_from_the_next_connection(lab: Running) -> None:
+    data, pauses = await collect(f"{lab.url}/cut")
+    assert data == ["1", "two", "{}"]
+    assert pauses == [Pause("connection lost", 0.01, "1")]
+
+
+async def test_the_end_is_the_end_and_nobody_asks_again(lab: Running) -> None:
+    before = json.loads(lab.get("/asked")[2]).get("finite", 0)
+    with logging(lab, "route=/finite status=200 outcome=finished"):
+        assert await collect(f"{lab.url}/finite") == (["a", "{}"], [])
+    assert json.loads(lab.get("/asked")[2])["finite"] == before + 1
+
+
+async def test_a_server_that_is_a_little_later_than_its_end_event_still_counts_a_finished_stream(lab: Running) -> None:
+    with logging(lab, "route=/end-later status=200 outcome=finished"):
+        assert await collect(f"{lab.url}/end-later") == (["{}"], [])
+
+
+async def test_the_end_is_the_end_though_the_server_holds_on(lab: Running) -> None:
+    assert await collect(f"{lab.url}/end-held") == (["{}"], [])
+
+
+async def test_a_busy_server_is_asked_again_when_it_says(lab: Running) -> None:
+    data, pauses = await collect(f"{lab.url}/busy")
+    assert data == ["a", "{}"]
+    assert pauses == [Pause("answered 503: No place is free.", 0.0, "")]
+
+
+async def test_retry_after_is_waited_for_and_one_of_0_is_not_obeyed_without_end(lab: Running) -> None:
+    assert await pauses_of(f"{lab.url}/always-busy?count=1", 1) == [Pause("answered 429: Too many.", 1.0, "")]
+    first, second = await pauses_of(f"{lab.url}/always-busy?count=0", 2)
+    assert first.seconds == 0.0
+    assert 2.0 <= second.seconds <= 4.0
+
+
+async def test_a_bad_gateway_is_asked_again_after_a_while(lab: Running) -> None:
+    (pause,) = await pauses_of(f"{lab.url}/bad-gateway", 1, last_event_id="5")
+    assert (pause.reason, pause.last_event_id) == ("answered 502: Bad Gateway", "5")
+    assert 1.0 <= pause.seconds <= 2.0
+
+
+async def test_a_stream_without_a_byte_counts_as_a_failure(lab: Running) -> None:
+    (pause,) = await pauses_of(f"{lab.url}/nothing", 1)
+    assert pause.reason == "stream ended"
+    assert 1.0 <= pause.seconds <= 2.0
+
+
+async def test_a_server_that_falls_silent_is_lost(lab: Running) -> None:
+    pauses = await pauses_of(f"{lab.url}/held", 2, silence_seconds=0.3)
+    assert pauses == [Pause("connection silent for too long", 0.01, id) for id in ("3", "6")]  # noqa: A001
+
+
+async def test_a_server_that_is_not_there_is_tried_again() -> None:
+    with socket.socket() as unheard:  # bound and not listening: refused, and nobody else can take the port
+        unheard.bind(("127.0.0.1", 0))
+        (pause,) = await pauses_of(f"http://127.0.0.1:{unheard.getsockname()[1]}/", 1)
+    assert pause.reason == "cannot connect: Connection refused"
+    assert 1.0 <= pause.seconds <= 2.0
+
+
+async def test_a_connection_is_closed_when_its_reader_leaves(lab: Running) -> None:
+    with logging(lab, 'outcome="client left"'):
+        async with aclosing(follow(f"{lab.url}/held")) as events:
+            assert (await anext(events)).data == "1"
+
+
+async def test_a_name_of_the_content_type_has_no_case_and_may_have_a_charset(lab: Running) -> None:
+    assert (await collect(f"{lab.url}/charset"))[0] == ["{}"]
+
+
+async def test_five_redirects_are_followed_and_no_sixth(lab: Running) -> None:
+    assert (await collect(f"{lab.url}/hop?times=5"))[0] == ["a", "{}"]
+    with pytest.raises(Refused, match=r"/hop\?times=6 redirects more than 5 times$"):
+        await collect(f"{lab.url}/hop?times=6")
+
+
+async def test_what_is_no_event_stream_is_refused_for_good(lab: Running) -> None:
+    for path, message in {
+        "/away": "redirects to what is no URL of http or https: ftp://example.org/",
+        "/page": "answered with text/html; charset=utf-8, not with an event stream (text/event-stream)",
+        "/none": "answered 404: Nothing is served at this path. GET / lists every route.",
+        "/held?count=x": "answered 422: This request has parameters that will not do: count. - "
+        "count: input should be a valid integer, unable to parse string as an integer",
+    }.items():
+        with pytest.raises(Refused) as refused:
+            await collect(f"{lab.url}{path}")
+        assert str(refused.value) == f"{lab.url}{path} {message}"
+        assert refused.value.status == (int(message.split()[1][:3]) if "answered 4" in message else None)
+
+
+async def test_a_line_without_an_end_is_refused_for_good(lab: Running) -> None:
+    with pytest.raises(Refused, match=r"/huge sent a line of more than 16777216 bytes$"):
+        await collect(f"{lab.url}/huge")
+
+
+async def test_an_id_that_no_header_can_carry_is_refused(lab: Running) -> None:
+    with pytest.raises(Refused, match=r"/bad-id sent the id 'a\\x01', which no header can carry back$"):
+        await collect(f"{lab.url}/bad-id")
+    for unsendable in ("a\nb", "a\rb", "a\0b", "a\x7fb", "\udc80"):
+        with pytest.raises(ValueError, match=r"cannot be an id: it has characters that no header can carry$"):
+            await collect(f"{lab.url}/seven", last_event_id=unsendable)
+
+
+@pytest.mark.parametrize("url", ["", "ftp://example.org/", "http://", "http:///x", "http://a:99999/", "http://[::1/"])
+async def test_what_is_no_url_is_no_url(url: str) -> None:
+    with pytest.raises(ValueError, match="is no URL of http or https"):
+        await collect(url)
+
+
+async def test_a_password_is_sent_and_not_told(lab: Running) -> None:
+    address = f"http://user:secret@127.0.0.1:{lab.port}"
+    (first, _), _ = await collect(f"{address}/headers")
+    assert json.loads(first)["authorization"] == "Basic dXNlcjpzZWNyZXQ="
+    with pytest.raises(Refused, match=f"^{lab.url}/none answered 404: "):
+        await collect(f"{address}/none")
+    with pytest.raises(Refused, match=f"^{lab.url}/away redirects to "):
+        await collect(f"{address}/away")
+
+
+async def test_without_reconnecting_a_tidy_end_is_the_end_and_a_break_is_an_error(lab: Running) -> None:
+    assert await collect(f"{lab.url}/seven", reconnect=False) == (["1", "2", "3"], [])
+    with pytest.raises(Lost, match=f"^{lab.url}/cut: connection lost$"):
+        await collect(f"{lab.url}/cut", reconnect=False)
+    with pytest.raises(Refused, match=f"^{lab.url}/always-busy answered 429: Too many.$"):
+        await collect(f"{lab.url}/always-busy", reconnect=False)
+
+
+# -- the command
+
+FOLLOW = [sys.executable, "-m", "streamlab", "follow"]
+
+
+def run(*words: str) -> tuple[int, bytes, str]:
+    """Follow to the end: exit status, stdout and stderr."""
+    done = subprocess.run([*FOLLOW, *words], capture_output=True, timeout=30, env=ENVIRONMENT, check=False)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@contextlib.contextmanager
+def following(*words: str, stdout: int | IO[bytes] = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that follows; it does not outlive the block."""
+    # A shell without job control starts its background processes with SIGINT ignored, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([*FOLLOW, *words], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def lines(process: subprocess.Popen[bytes], count: int) -> list[bytes]:
+    assert process.stdout is not None
+    return [process.stdout.readline() for _ in range(count)]
+
+
+def errors(process: subprocess.Popen[bytes]) -> str:
+    assert process.stderr is not None
+    return process.stderr.read().decode()
+
+
+SHAPES = b"one\ntwo\n  lines\ngap: {}\n\xe2\x82\xac\n\x1bx: a\x1b[31m\tb\x00\x7f\xc2\x9b\nc\nend: {}\n"
+
+
+def test_the_command_prints_data_a_line_each_and_names_before_it_raw_into_a_pipe(lab: Running) -> None:
+    assert run(f"{lab.url}/shapes") == (0, SHAPES, "")
+
+
+def test_the_command_shows_a_terminal_no_control_character(lab: Running) -> None:
+    master, slave = pty.openpty()
+    try:
+        with following(f"{lab.url}/shapes", stdout=slave) as process:
+            assert process.wait(20) == 0
+            assert errors(process) == ""
+        shown = os.read(master, 65536)
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert shown.replace(b"\r\n", b"\n") == (
+        b"one\ntwo\n  lines\ngap: {}\n\xe2\x82\xac\n"
+        + rb"\x1bx: a\x1b[31m"
+        + b"\t"
+        + rb"b\x00\x7f\x9b"
+        + b"\nc\nend: {}\n"
+    )
+
+
+def test_the_command_says_on_stderr_when_it_reconnects(lab: Running) -> None:
+    assert run(f"127.0.0.1:{lab.port}/cut") == (
+        0,
+        b"1\ntwo\nend: {}\n",
+        "connection lost; again in 0.0 s from id 1\n",
+    )
+    assert run(f"{lab.url}/seven", "--last-event-id", "5") == (
+        0,
+        b"6\n7\n",
+        "stream ended; again in 0.0 s from id 7\n",
+    )
+
+
+def test_the_command_leaves_at_its_limit(lab: Running) -> None:
+    assert run(f"{lab.url}/held", "--limit", "2") == (0, b"1\n2\n", "")
+    assert run(f"{lab.url}/seven", "--limit", "4") == (
+        0,
+        b"1\n2\n3\n4\n",
+        "stream ended; again in 0.0 s from id 3\n",
+    )
+    status, output, said = run(f"{lab.url}/held", "--limit", "0")
+    assert (status, output) == (2, b"")
+    assert "Invalid value for '--limit'" in said
+
+
+def test_the_command_without_reconnecting_leaves_with_0_at_a_tidy_end_and_with_1_at_a_break(lab: Running) -> None:
+    assert run(f"{lab.url}/seven", "--no-reconnect") == (0, b"1\n2\n3\n", "")
+    assert run(f"{lab.url}/cut", "--no-reconnect") == (1, b"1\n", f"streamlab: {lab.url}/cut: connection lost\n")
+
+
+def test_the_command_is_refused_in_one_line_with_status_1(lab: Running) -> None:
+    assert run(f"{lab.url}/held?count=-1") == (
+        1,
+        b"",
+        f"streamlab: {lab.url}/held?count=-1 answered 422: This request has parameters that will not do: count. - "
+        "count: input should be greater than or equal to 0\n",
+    )
+    assert run(f"{lab.url}/malice") == (
+        1,
+        b"",
+        f"streamlab: {lab.url}/malice answered 403: no\\x1b[31m\\x0astreamlab: entry \u20ac\n",
+    )
+
+
+def test_the_command_says_what_is_no_url_with_status_2() -> None:
+    assert run("ftp://example.org/") == (2, b"", "streamlab: 'ftp://example.org/' is no URL of http or https\n")
+
+
+@pytest.mark.parametrize("path", ["/held", "/held?count=100000"], ids=["a quiet stream", "a busy stream"])
+def test_the_command_ends_quietly_when_the_reader_of_its_pipe_leaves(lab: Running, path: str) -> None:
+    with logging(lab, 'outcome="client left"'), following(f"{lab.url}{path}") as process:
+        assert lines(process, 3) == [b"1\n", b"2\n", b"3\n"]
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(20) == 0
+        assert errors(process) == ""
+
+
+def test_the_command_ends_quietly_when_a_write_finds_nobody(lab: Running) -> None:
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.shutdown(socket.SHUT_RD)
+        with following(f"{lab.url}/held", stdout=writer.fileno()) as process:
+            assert process.wait(20) == 0
+            assert errors(process) == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which takes nothing")
+def test_the_command_says_when_it_cannot_write(lab: Running) -> None:
+    with Path("/dev/full").open("wb") as full, following(f"{lab.url}/held", stdout=full) as process:
+        assert process.wait(20) == 1
+        assert errors(process) == "streamlab: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_ends_the_command_quietly_with_status_130(lab: Running) -> None:
+    with logging(lab, 'outcome="client left"'), following(f"{lab.url}/held") as process:
+        assert lines(process, 3) == [b"1\n", b"2\n", b"3\n"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert errors(process) == ""
+
+
+def test_the_command_outlives_a_server_that_is_killed_and_goes_on_with_the_next(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        with serving(tmp_path, port=port) as server:
+            process = stack.enter_context(following(f"127.0.0.1:{port}/held?count=2"))
+            assert process.stderr is not None
+            assert lines(process, 2) == [b"1\n", b"2\n"]
+            assert server.terminate(signal.SIGKILL)[0] == -signal.SIGKILL
+            assert process.stderr.readline() == b"connection lost; again in 0.0 s from id 2\n"
+            assert re.fullmatch(rb"cannot connect: .*; again in 0\.[12] s from id 2\n", process.stderr.readline())
+        with serving(tmp_path, port=port) as server:
+            assert lines(process, 2) == [b"3\n", b"4\n"]
+            assert server.terminate()[0] == 0
+            notice = next(line for line in process.stderr if not line.startswith(b"cannot connect: "))
+            assert re.fullmatch(rb"stream ended; again in \d+\.\d s from id 4\n", notice)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130

@@ -1,0 +1,395 @@
+"""Clients that people have, coming back by themselves: no event is lost and none comes twice, whatever is killed."""
+
+import asyncio
+import http.client
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from typing import NamedTuple
+
+import httpx
+import httpx_sse
+import pytest
+import requests
+import sseclient
+from conftest import EventStream, Running, free_port, read_until
+from playwright.async_api import Browser, Page, async_playwright
+
+PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
+PATH = "/stream/stock-ticker"
+FROM_THE_BEGINNING = f"{PATH}?last_event_id=0-0"
+"""What clients ask for: the first time there is no header, and afterwards the header wins."""
+
+# Heartbeats come every ten seconds, which is more than a test has: here they stand between all events.
+HEARTBEATS = "import streamlab.events\n\nstreamlab.events.HEARTBEAT_SECONDS = 0.02\n"
+
+FINITE = '''
+    """A channel that ends."""
+
+    from aiohttp import web
+    from streamlab import END, EVENTS, Scenario, endpoint, follow, hookimpl
+
+
+    class Race(Scenario):
+        """Three laps."""
+
+        @endpoint("GET", "/race", sends="text/event-stream")
+        async def watch(self, request):
+            return await follow(request, request.app[EVENTS].channel("race", finite=True), after="0-0")
+
+        @endpoint("POST", "/race")
+        async def run(self, request):
+            channel = request.app[EVENTS].channel("race", finite=True)
+            for lap in range(3):
+                await channel.publish({"lap": lap})
+            await channel.publish({"laps": 3}, END)
+            return web.Response(status=204)
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Race]
+'''
+
+
+class Told(NamedTuple):
+    """What a client made of an event."""
+
+    id: str
+    event: str
+    data: str
+
+
+def push(server: Running, *prices: int) -> None:
+    body = "\n".join(json.dumps({"symbol": "ACME", "price": price}) for price in prices).encode()
+    status, _, answer = server.get(PATH, {"Content-Type": "application/jsonl"}, method="POST", body=body)
+    assert status == 202, answer
+
+
+def everything(server: Running, last: int) -> list[Told]:
+    """What the channel has, up to a price, as an independent reader sees it."""
+    told: list[Told] = []
+    with EventStream(server, FROM_THE_BEGINNING) as stream:
+        for event in stream:
+            if event.event != "gap":
+                told.append(Told(event.id, event.event or "message", event.data))
+                if event.json["price"] == last:
+                    return told
+    raise AssertionError("the stream ended")
+
+
+def check(told: list[Told], expected: list[Told]) -> None:
+    """Compare one by one: a picture of how two long lists differ takes pytest minutes."""
+    for one, other in itertools.zip_longest(told, expected):
+        assert one == other
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def wait_for_followers(server: Running, count: int) -> None:
+    wait_until(lambda: json.loads(server.get("/health")[2])["open_streams"] == count)
+
+
+@contextmanager
+def publisher(server: Callable[[], Running]) -> Iterator[None]:
+    """Push numbered prices, one after another, as long as the block lasts, whether or not a server answers."""
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def publish() -> None:
+        try:
+            for price in itertools.count():
+                if over.wait(0.001):
+                    return
+                with suppress(OSError, http.client.HTTPException):  # the next is tried once there is a server again
+                    push(server(), price)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert not failures
+
+
+# -- three loops that people write: follow, remember the id, and come back with it
+
+Follow = Callable[[str, str], Iterator[Told]]
+
+
+def with_httpx_sse(url: str, last: str) -> Iterator[Told]:
+    headers = {"Last-Event-ID": last} if last else {}
+    with (
+        suppress(httpx.TransportError),
+        httpx.Client(timeout=10) as client,
+        httpx_sse.connect_sse(client, "GET", url, headers=headers) as source,
+    ):
+        for event in source.iter_sse():
+            yield Told(event.id, event.event, event.data)
+
+
+def with_sseclient(url: str, last: str) -> Iterator[Told]:
+    headers = {"Last-Event-ID": last} if last else {}
+    with suppress(requests.RequestException), requests.get(url, headers=headers, stream=True, timeout=10) as response:
+        for event in sseclient.SSEClient(iter(response)).events():
+            yield Told(event.id or "", event.event, event.data)
+
+
+def with_curl(url: str, last: str) -> Iterator[Told]:
+    words = ["curl", "-sN", *(["-H", f"Last-Event-ID: {last}"] if last else []), url]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, bufsize=1) as curl:
+        assert curl.stdout is not None
+        fields: dict[str, str] = {}
+        for count, line in enumerate(curl.stdout):
+            if line == "\n" and fields:
+                yield Told(fields["id"], fields.get("event", "message"), fields["data"])
+                fields = {}
+            elif not line.startswith(":"):
+                name, _, value = line.rstrip("\n").partition(": ")
+                fields[name] = value
+            if count == 60 and not last:
+                curl.kill()  # once, in mid-stream: it is curl itself that has to be started again
+    # A server that was killed does not look like one that was done.
+    assert curl.returncode in (-signal.SIGKILL, 7, 18, 52, 56)
+
+
+class Client(threading.Thread):
+    """Follows until a price comes, with a new connection whenever the old one ends."""
+
+    def __init__(self, follow: Follow, url: str, until: int) -> None:
+        super().__init__(daemon=True)
+        self._follow = follow
+        self._url = url
+        self._until = f'"price": {until},'
+        self.told: list[Told] = []
+        self.connections = 0
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        last = ""
+        try:
+            while True:
+                self.connections += 1
+                for told in self._follow(self._url, last):
+                    self.told.append(told)
+                    last = told.id
+                    if self._until in told.data:
+                        return
+                time.sleep(0.02)
+        except BaseException as error:
+            self.failure = error
+
+
+LAST = 1_000_000
+
+
+@pytest.mark.parametrize("follow", [with_httpx_sse, with_sseclient, with_curl])
+def test_a_client_that_comes_back_after_the_server_was_killed_has_every_event_once(
+    start: Callable[..., Running], follow: Follow
+) -> None:
+    if follow is with_curl and shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    port = free_port()
+    server = start(PUSH, port=port, heartbeats=HEARTBEATS)
+    client = Client(follow, server.url + FROM_THE_BEGINNING, LAST)
+    client.start()
+    wait_for_followers(server, 1)
+    with publisher(lambda: server):
+        wait_until(lambda: len(client.told) >= 50 or not client.is_alive())
+        server.terminate(signal.SIGKILL)
+        server = start(PUSH, port=port, heartbeats=HEARTBEATS)
+        seen = len(client.told)
+        wait_until(lambda: len(client.told) >= seen + 50 or not client.is_alive())
+    wait_for_followers(server, 1)
+    with server.send(f"GET {PATH} HTTP/1.1\nHost: localhost") as beside:
+        read_until(beside, b"2\r\n:\n")  # heartbeats go to all: the client has had some as well
+        read_until(beside, b"2\r\n:\n")
+    push(server, LAST)
+    client.join(20)
+    assert client.failure is None
+    assert client.connections >= 2
+    check(client.told, everything(server, LAST))  # all events, and nothing else: no heartbeat was taken for one
+    offsets = [int(told.id.partition("-")[2]) for told in client.told]
+    assert offsets == list(range(1, len(offsets) + 1))
+
+
+# -- a browser, which comes back without being told how
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+FOLLOW = """
+    path => {
+        window.told = [];
+        window.source = new EventSource(path);
+        for (const name of ["message", "gap", "end", "stop"])
+            source.addEventListener(name, event => told.push([event.lastEventId, event.type, event.data]));
+        return new Promise((resolve, reject) => {
+            source.onopen = () => resolve();
+            source.onerror = () => reject(new Error("cannot be opened"));
+        }).finally(() => { source.onerror = null; });
+    }
+"""
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
+        yield browser
+        await browser.close()
+
+
+async def follow_in(page: Page, url: str, path: str) -> None:
+    """Open the server's own page and follow a stream there."""
+    await page.goto(f"{url}/", wait_until="domcontentloaded")
+    await page.evaluate(FOLLOW, path)
+
+
+async def told_in(page: Page) -> list[Told]:
+    return [Told(*fields) for fields in await page.evaluate("told")]
+
+
+async def wait_for(page: Page, condition: str) -> None:
+    """Wait in the page itself; playwright's own way needs `eval`, which the page's policy forbids."""
+    async with asyncio.timeout(20):
+        await page.evaluate(
+            f"async () => {{ while (!({condition})) await new Promise(done => setTimeout(done, 10)); }}"
+        )
+
+
+async def wait_for_price(page: Page, price: int) -> None:
+    await wait_for(page, f"""told.some(([id, type, data]) => data.includes('"price": {price},'))""")
+
+
+async def test_a_browser_comes_back_after_the_server_was_killed_and_has_every_event_once(
+    start: Callable[..., Running], browser: Browser
+) -> None:
+    port = free_port()
+    server = await asyncio.to_thread(start, PUSH, port=port)
+    page = await browser.new_page()
+    await follow_in(page, server.url, FROM_THE_BEGINNING)
+
+    def interrupt() -> None:
+        nonlocal server
+        with publisher(lambda: server):
+            with EventStream(server, f"{PATH}?limit=50") as beside:
+                list(beside)
+            server.terminate(signal.SIGKILL)
+            server = start(PUSH, port=port)
+        push(server, LAST)
+
+    await asyncio.to_thread(interrupt)
+    await wait_for_price(page, LAST)
+    check(await told_in(page), await asyncio.to_thread(everything, server, LAST))
+
+
+async def test_a_browser_that_has_the_end_of_a_channel_is_told_204_and_stays_away(
+    start: Callable[..., Running], browser: Browser
+) -> None:
+    server = await asyncio.to_thread(start, PUSH, race=FINITE)
+    page = await browser.new_page()
+    await follow_in(page, server.url, "/race")
+    await asyncio.to_thread(server.get, "/race", method="POST")
+    await wait_for(page, "source.readyState === EventSource.CLOSED")
+    assert [(told.event, told.data) for told in await told_in(page)] == [
+        ("message", '{"lap":0}'),
+        ("message", '{"lap":1}'),
+        ("message", '{"lap":2}'),
+        ("end", '{"laps":3}'),
+    ]
+    assert re.findall(r"method=GET path=/race .*?status=(\d+)", server.log) == ["200", "204"]
+
+
+class Wire:
+    """A relay between a browser and a server: it hears when the one asks, and what the other says."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.url = ""
+        self.asked: list[float] = []
+        """When the stream was asked for."""
+        self.said = bytearray()
+        self.ended = 0.0
+        """When a connection was last ended by the server."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["Wire"]:
+        relays: list[asyncio.Task[None]] = []
+        async with asyncio.TaskGroup() as group:
+            listener = await asyncio.start_server(
+                lambda *ends: relays.append(group.create_task(self._relay(*ends))), "127.0.0.1", 0
+            )
+            self.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+            async with listener:
+                yield self
+            for relay in relays:
+                relay.cancel()
+
+    async def _server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect to the server once it is there, so that a browser that comes back early need not ask again."""
+        while True:
+            with suppress(OSError):
+                return await asyncio.open_connection("127.0.0.1", self._port)
+            await asyncio.sleep(0.01)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer), suppress(OSError, asyncio.IncompleteReadError):  # no browser any more
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(f"GET {PATH}?".encode()):
+                self.asked.append(time.monotonic())
+            from_server, to_server = await self._server()
+            with closing(to_server):
+                # One request a connection, so that each is seen.
+                to_server.write(head.replace(b"Connection: keep-alive", b"Connection: close"))
+                while chunk := await from_server.read(65536):
+                    self.said += chunk
+                    writer.write(chunk)
+                self.ended = time.monotonic()
+
+
+async def test_a_browser_comes_back_when_the_stopping_server_has_asked_it_to(
+    start: Callable[..., Running], browser: Browser
+) -> None:
+    port = free_port()
+    server = await asyncio.to_thread(start, PUSH, port=port)
+    async with Wire(port).open() as wire:
+        page = await browser.new_page()
+        await follow_in(page, wire.url, FROM_THE_BEGINNING)
+        await asyncio.to_thread(push, server, *range(10))
+        await wait_for_price(page, 9)
+        await asyncio.to_thread(server.terminate)
+        server = await asyncio.to_thread(start, PUSH, port=port)
+        await asyncio.to_thread(push, server, *range(10, 20), LAST)
+        await wait_for_price(page, LAST)
+        told = await told_in(page)
+        await page.close()
+    stop = told.pop(10)
+    assert (stop.event, stop.id) == ("stop", f"{told[9].id}.stop")
+    check(told, await asyncio.to_thread(everything, server, LAST))
+    (retry,) = re.findall(rb"\nretry: (\d+)\n", wire.said)
+    waited = wire.asked[1] - wire.ended
+    assert len(wire.asked) == 2
+    assert int(retry) / 1000 - 0.1 < waited < int(retry) / 1000 + 2

@@ -1,0 +1,441 @@
+"""What every engine of the event log promises: one suite, run on each of them."""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from conftest import Valkey
+
+from streamlab import eventlog_sqlite
+from streamlab.eventlog import (
+    LATEST,
+    ORIGIN,
+    PENDING_BYTES,
+    Append,
+    Draft,
+    Event,
+    EventLog,
+    EventLogError,
+    Position,
+    Retention,
+)
+from streamlab.events import open_log
+
+KEEP = Retention(1000, 3600)
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "memory":
+        return "sqlite://"
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'events.db'}"
+    valkey: Valkey = request.getfixturevalue("valkey")
+    return valkey.url
+
+
+@pytest.fixture
+def shared(url: str) -> str:
+    """The address of an engine that several processes share."""
+    if url == "sqlite://":
+        pytest.skip("memory is not shared between processes")
+    return url
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[EventLog]:
+    log = open_log(url)
+    async with log.opened():
+        yield log
+
+
+def texts(events: Sequence[Event]) -> list[str]:
+    return [event.data.decode() for event in events]
+
+
+async def publish(log: EventLog, *data: str, channel: str = "c", keep: Retention = KEEP) -> Position:
+    return await log.append(Append(channel, [Draft(text.encode()) for text in data], keep))
+
+
+class Watcher:
+    """Collects what a watch delivers."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        self.events += events
+        self._news.set()
+
+    async def until(self, count: int) -> list[Event]:
+        async with asyncio.timeout(15):
+            while len(self.events) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.events
+
+
+# -- appending and reading
+
+
+async def test_offsets_are_consecutive_from_1_and_the_epoch_stays(url: str) -> None:
+    async with opened(url) as log:
+        first = await publish(log, "a")
+        last = await publish(log, "b", "c")
+        assert (first.offset, last) == (1, Position(first.epoch, 3))
+        batch = await log.read("c", ORIGIN, 10)
+        assert [event.position for event in batch.events] == [Position(first.epoch, offset) for offset in (1, 2, 3)]
+        assert texts(batch.events) == ["a", "b", "c"]
+        assert batch.last == last
+
+
+async def test_an_event_comes_back_as_it_went_in(url: str) -> None:
+    data = b'\x00 {"a": "\xe2\x82\xac\\n"}\r\n' + bytes(range(1, 255))
+    async with opened(url) as log:
+        before = time.time() * 1000
+        await log.append(Append("c", [Draft(data, "näme", "ke y"), Draft(b"")], KEEP))
+        first, second = (await log.read("c", ORIGIN, 10)).events
+        assert (first.data, first.event, first.key) == (data, "näme", "ke y")
+        assert (second.data, second.event, second.key) == (b"", "", "")
+        assert before - 1 <= first.time <= time.time() * 1000 + 1
+
+
+async def test_reading_begins_after_a_position_and_ends_at_the_limit(url: str) -> None:
+    async with opened(url) as log:
+        last = await publish(log, *"abcdef")
+        assert texts((await log.read("c", last._replace(offset=2), 3)).events) == ["c", "d", "e"]
+        assert (await log.read("c", last, 3)).events == []
+        assert (await log.read("c", LATEST, 1)).last == last
+
+
+async def test_a_channel_that_nobody_has_published_to_is_empty(url: str) -> None:
+    async with opened(url) as log:
+        events, last = await log.read("nothing", ORIGIN, 10)
+        assert (list(events), last) == ([], ORIGIN)
+
+
+async def test_channels_do_not_mix(url: str) -> None:
+    names = ("a", "b/é {x}")
+    async with opened(url) as log:
+        await asyncio.gather(*(publish(log, f"{name}{n}", channel=name) for n in range(20) for name in names))
+        for name in names:
+            batch = await log.read(name, ORIGIN, 100)
+            assert texts(batch.events) == [f"{name}{n}" for n in range(20)]
+            assert batch.last.offset == 20
+
+
+async def test_events_survive_a_restart(url: str, shared: str) -> None:
+    async with opened(shared) as log:
+        last = await publish(log, "a", "b")
+    async with opened(shared) as log:
+        assert (await publish(log, "c")) == last._replace(offset=3)
+        assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "c"]
+
+
+async def test_more_than_may_wait_is_refused_and_the_rest_is_kept(url: str) -> None:
+    async with opened(url) as log:
+        half = "x" * (PENDING_BYTES // 2)
+        results = await asyncio.gather(*(publish(log, half) for _ in range(3)), return_exceptions=True)
+        refused = [result for result in results if isinstance(result, EventLogError)]
+        assert len(refused) in (1, 2)
+        assert (await log.read("c", LATEST, 1)).last.offset == 3 - len(refused)
+
+
+async def test_a_publisher_that_goes_away_takes_no_other_along(url: str) -> None:
+    async with opened(url) as log:
+        async with asyncio.TaskGroup() as group:
+            leaving = group.create_task(publish(log, "a"))
+            staying = group.create_task(publish(log, "b"))
+            await asyncio.sleep(0)
+            leaving.cancel()
+        assert staying.result().offset in (1, 2)
+
+
+# -- checkpoints
+
+
+async def test_a_checkpoint_is_kept_with_the_events_it_came_with(url: str) -> None:
+    async with opened(url) as log:
+        assert await log.checkpoint("c", "file") is None
+        await log.append(Append("c", [Draft(b"a")], KEEP, ("file", "10")))
+        await log.append(Append("c", [Draft(b"b")], KEEP, ("file", "20")))
+        await log.append(Append("c", [Draft(b"c")], KEEP, ("other", "é")))
+        assert [await log.checkpoint("c", name) for name in ("file", "other")] == ["20", "é"]
+        assert await log.checkpoint("d", "file") is None
+
+
+async def test_a_checkpoint_can_be_kept_alone(url: str) -> None:
+    async with opened(url) as log:
+        watcher = Watcher()
+        log.watch("c", ORIGIN, watcher)
+        await log.append(Append("c", [], KEEP, ("file", "0")))
+        assert await log.checkpoint("c", "file") == "0"
+        last = await publish(log, "a")
+        await log.append(Append("c", [], KEEP, ("file", "1")))
+        assert [await log.checkpoint("c", "file"), (await publish(log, "b")).offset] == ["1", last.offset + 1]
+        assert texts(await watcher.until(2)) == ["a", "b"]
+
+
+# -- watching
+
+
+async def test_a_watch_delivers_what_follows_in_order_and_once(url: str) -> None:
+    async with opened(url) as log:
+        first = await publish(log, "a", "b")
+        watcher = Watcher()
+        log.watch("c", first._replace(offset=1), watcher)
+        await asyncio.gather(*(publish(log, f"{n}") for n in range(100)))
+        events = await watcher.until(101)
+        assert [event.position.offset for event in events] == list(range(2, 103))
+        assert texts(events)[0] == "b"
+        assert sorted(texts(events)[1:], key=int) == [str(n) for n in range(100)]
+
+
+async def test_a_watch_from_the_origin_sees_the_first_event_of_a_new_channel(url: str) -> None:
+    async with opened(url) as log:
+        watcher = Watcher()
+        log.watch("c", ORIGIN, watcher)
+        last = await publish(log, "a")
+        assert [event.position for event in await watcher.until(1)] == [last]
+
+
+async def test_a_watch_that_begins_while_another_waits_is_served(url: str) -> None:
+    async with opened(url) as log:
+        first, second = Watcher(), Watcher()
+        log.watch("a", ORIGIN, first)
+        await publish(log, "1", channel="a")
+        await first.until(1)
+        log.watch("b", ORIGIN, second)
+        async with asyncio.timeout(1.5):  # sooner than a blocking read ends by itself
+            await publish(log, "2", channel="b")
+            await second.until(1)
+
+
+async def test_a_watch_that_has_ended_gets_nothing_more(url: str) -> None:
+    async with opened(url) as log:
+        ended, watcher = Watcher(), Watcher()
+        log.watch("a", ORIGIN, ended)
+        log.watch("b", ORIGIN, watcher)
+        await publish(log, "1", channel="a")
+        await ended.until(1)
+        log.unwatch("a")
+        await publish(log, "2", channel="a")
+        await publish(log, "3", channel="b")
+        await watcher.until(1)
+        assert texts(ended.events) == ["1"]
+
+
+async def test_two_processes_publish_and_both_see_everything_in_one_order(shared: str) -> None:
+    async with opened(shared) as one, opened(shared) as two:
+        watchers = Watcher(), Watcher()
+        for log, watcher in zip((one, two), watchers, strict=True):
+            log.watch("c", ORIGIN, watcher)
+        await asyncio.gather(*(publish(log, f"{n}") for n in range(200) for log in (one, two)))
+        seen = [await watcher.until(400) for watcher in watchers]
+        assert seen[0] == seen[1]
+        assert [event.position.offset for event in seen[0]] == list(range(1, 401))
+
+
+# -- forgetting
+
+
+async def test_trim_keeps_as_many_as_retention_says_and_positions_go_on(url: str) -> None:
+    async with opened(url) as log:
+        last = await publish(log, *map(str, range(50)))
+        await log.trim("c", Retention(10, 3600))
+        batch = await log.read("c", ORIGIN, 100)
+        assert texts(batch.events) == [str(n) for n in range(40, 50)]
+        assert batch.last == last
+        await log.trim("c", Retention(10, 0))
+        assert await log.read("c", ORIGIN, 100) == ([], last)
+        assert (await publish(log, "next")) == last._replace(offset=51)
+
+
+async def test_trim_by_age_keeps_what_is_young(url: str) -> None:
+    async with opened(url) as log:
+        await publish(log, "old", "old")
+        await asyncio.sleep(0.25)
+        await publish(log, "young")
+        await log.trim("c", Retention(1000, 0.15))
+        assert texts((await log.read("c", ORIGIN, 100)).events) == ["young"]
+
+
+async def test_appending_forgets_what_is_too_much(url: str) -> None:
+    async with opened(url) as log:
+        keep = Retention(100, 3600)
+        for _ in range(40):
+            await publish(log, *map(str, range(25)), keep=keep)
+        events = (await log.read("c", ORIGIN, 2000)).events
+        assert 100 <= len(events) <= 125
+        assert events[-1].position.offset == 1000
+
+
+async def test_a_channel_that_is_deleted_leaves_nothing_and_begins_a_new_epoch(url: str) -> None:
+    async with opened(url) as log:
+        last = await log.append(Append("c", [Draft(b"a")], KEEP, ("file", "10")))
+        await log.delete("c")
+        assert await log.read("c", ORIGIN, 10) == ([] if "sqlite" not in url else (), ORIGIN)
+        assert await log.checkpoint("c", "file") is None
+        again = await publish(log, "b")
+        assert (again.epoch > last.epoch, again.offset) == (True, 1)
+        assert texts((await log.read("c", last, 10)).events) == ["b"]
+
+
+async def test_a_channel_that_is_idle_for_too_long_vanishes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eventlog_sqlite, "HOUSEKEEPING_SECONDS", 0.02)
+    async with opened(url) as log:
+        first = await publish(log, "a", keep=Retention(100, 3600, idle_seconds=0.1))
+        await publish(log, "b", channel="d")
+        async with asyncio.timeout(10):
+            while (await log.read("c", ORIGIN, 1)).last != ORIGIN:
+                await asyncio.sleep(0.02)
+        assert texts((await log.read("d", ORIGIN, 1)).events) == ["b"]
+        assert (await publish(log, "c")).epoch > first.epoch
+
+
+# -- leases
+
+
+async def test_a_lease_is_held_by_one_and_moves_when_it_is_given_back(shared: str) -> None:
+    async with opened(shared) as one, opened(shared) as two:
+        assert [await one.hold("l"), await one.hold("l"), await two.hold("l")] == [True, True, False]
+        assert await two.hold("another/ü")
+        await two.release("l")  # what one does not hold, one cannot give back
+        assert not await two.hold("l")
+        await one.release("l")
+        assert [await two.hold("l"), await one.hold("l")] == [True, False]
+
+
+# -- what only one engine can do
+
+
+async def test_sqlite_begins_new_epochs_when_the_machine_stopped_while_the_file_was_open(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    async with opened(f"sqlite:///{path}") as log:
+        old = await publish(log, "a")
+    async with opened(f"sqlite:///{path}") as log:
+        assert (await publish(log, "b")).epoch == old.epoch
+    with sqlite3.connect(path) as database:  # as a machine leaves it that stops without warning
+        database.execute("UPDATE meta SET value = 'another boot' WHERE name = 'boot'")
+        database.execute("UPDATE meta SET value = '1' WHERE name = 'open'")
+    database.close()
+    async with opened(f"sqlite:///{path}") as log:
+        new = await publish(log, "c")
+        assert (new.epoch > old.epoch, new.offset) == (True, 1)
+        assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "c"]
+
+
+async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_tidy_end(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    async with opened(f"sqlite:///{path}") as log:
+        old = await publish(log, "a")
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE meta SET value = 'another boot' WHERE name = 'boot'")
+    database.close()
+    async with opened(f"sqlite:///{path}") as log:
+        assert (await publish(log, "b")).epoch == old.epoch
+
+
+async def test_sqlite_says_where_it_cannot_keep_events(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EventLogError, match="cannot keep events there"):
+        async with opened(f"sqlite:///{tmp_path}/file/events.db"):
+            pass
+    (tmp_path / "rubbish.db").write_text("not a database " * 100)
+    with pytest.raises(EventLogError, match="not a database"):
+        async with opened(f"sqlite:///{tmp_path}/rubbish.db"):
+            pass
+
+
+async def test_redis_away_makes_publishers_and_watchers_wait_and_nothing_is_lost_or_doubled(valkey: Valkey) -> None:
+    async with opened(valkey.url) as log:
+        watcher = Watcher()
+        log.watch("c", ORIGIN, watcher)
+        await publish(log, "before")
+        await watcher.until(1)
+        valkey.kill()
+        async with asyncio.TaskGroup() as group:
+            waiting = [group.create_task(publish(log, f"{n}")) for n in range(20)]
+            reading = group.create_task(log.read("c", ORIGIN, 100))
+            async with asyncio.timeout(10):
+                while log.state()["state"] != "away":
+                    await asyncio.sleep(0.01)
+            assert not any(task.done() for task in (*waiting, reading))
+            valkey.start()
+        assert reading.result().events[0].data == b"before"
+        events = await watcher.until(21)
+        assert [event.position.offset for event in events] == list(range(1, 22))
+        assert sorted(texts(events[1:]), key=int) == [str(n) for n in range(20)]
+        assert log.state() == {"engine": "redis", "state": "ok"}
+
+
+async def test_redis_killed_again_and_again_while_publishing_keeps_every_event_once(valkey: Valkey) -> None:
+    async with opened(valkey.url) as log:
+        watcher = Watcher()
+        log.watch("c", ORIGIN, watcher)
+
+        async def publishing() -> None:
+            for number in range(1500):
+                await publish(log, f"{number}")
+
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(publishing())
+            for count in (100, 500, 900):
+                await watcher.until(count)
+                await asyncio.to_thread(valkey.kill)
+                await asyncio.to_thread(valkey.start)
+            await task
+        assert texts(await watcher.until(1500)) == [str(number) for number in range(1500)]
+
+
+async def test_redis_that_lost_the_end_of_a_channel_begins_a_new_epoch(valkey: Valkey) -> None:
+    async with opened(valkey.url) as log:
+        watcher = Watcher()
+        log.watch("c", ORIGIN, watcher)
+        old = await publish(log, "a", "b")
+        saved = valkey.append_only_files()
+        await publish(log, "c")
+        await watcher.until(3)
+        valkey.kill()
+        valkey.restore(saved)  # as a machine comes back that had no time to write the last event to its disk
+        valkey.start()
+        async with asyncio.timeout(10):
+            while (await log.read("c", LATEST, 1)).last.epoch == old.epoch:
+                await asyncio.sleep(0.05)
+        new = await publish(log, "d")
+        assert (new.epoch > old.epoch, new.offset) == (True, 1)
+        assert texts(await watcher.until(4)) == ["a", "b", "c", "d"]
+        assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "d"]
+
+
+async def test_redis_lease_moves_when_its_holder_is_gone(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamlab import eventlog_redis
+
+    monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
+    async with opened(valkey.url) as one, opened(valkey.url) as two:
+        assert await one.hold("l")
+        async with asyncio.timeout(5):
+            while not await two.hold("l"):
+                await asyncio.sleep(0.02)
+        assert not await one.hold("l")
+
+
+async def test_redis_that_is_away_at_the_start_may_come_later(valkey: Valkey) -> None:
+    valkey.kill()
+    async with opened(valkey.url) as log:
+        assert log.state()["state"] == "away"
+        with pytest.raises(EventLogError, match="does not answer"):
+            await log.hold("l")
+        valkey.start()
+        assert (await publish(log, "a")).offset == 1
+        assert log.state()["state"] == "ok"
+
+
+def test_redis_address_that_is_none_is_refused() -> None:
+    with pytest.raises(EventLogError, match="no address of a Redis server"):
+        open_log("redis://localhost:port/0")

@@ -1,0 +1,682 @@
+"""Channels on the process that `make run` starts: publish once, resume from any id, fan out to everyone."""
+
+import http.client
+import json
+import re
+import select
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EventStream, Running, Valkey, read_all, read_until
+
+BOARD = '''
+    """Channels that tests publish to and follow."""
+
+    import asyncio
+    import logging
+    from contextlib import asynccontextmanager
+
+    from aiohttp import web
+    from pydantic import BaseModel, Field
+    from streamlab import EVENTS, Retention, Scenario, View, draft, endpoint, follow, hookimpl
+
+    log = logging.getLogger(__name__)
+
+
+    class Name(BaseModel):
+        name: str
+
+
+    def broken(event):
+        if event.data == b'"trap"':
+            raise ValueError("this view is broken")
+        return True
+
+
+    class Where(BaseModel):
+        broken: bool = False
+        after: str = ""
+        tail: int | None = None
+        since: float | None = None
+        limit: int | None = None
+        keys: list[str] = []
+        conflate: float = 0
+
+
+    class Board(Scenario):
+        """Channels for tests."""
+
+        keep: int = 1000
+        producer: bool = False
+
+        def channel(self, request, name):
+            keep = Retention(self.keep, 3600)
+            return request.app[EVENTS].channel(name, keep=keep, finite=name.startswith("finite"))
+
+        @hookimpl
+        @asynccontextmanager
+        async def lifespan(self, app):
+            async def produce():
+                log.info("the producer runs here")
+                channel = app[EVENTS].channel("produced")
+                while True:
+                    await channel.publish({"pid": __import__("os").getpid()})
+                    await asyncio.sleep(0.02)
+
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(app[EVENTS].exclusively("board", produce)) if self.producer else None
+                yield
+                if task:
+                    task.cancel()
+
+        @endpoint("GET", "/board/{name}", path_model=Name, query=Where, sends="text/event-stream")
+        async def read(self, request, path, query):
+            accepts = broken if query.broken else None
+            view = View(keys=frozenset(query.keys) or None, accepts=accepts, conflate=query.conflate)
+            return await follow(
+                request, self.channel(request, path.name), view=view, after=query.after, tail=query.tail,
+                since=None if query.since is None else lambda event: event.time >= query.since * 1000,
+                limit=query.limit,
+            )
+
+        @endpoint("POST", "/board/{name}", path_model=Name, takes="application/json")
+        async def write(self, request, path):
+            drafts = [draft(data, event, key=key) for data, event, key in await request.json()]
+            return web.json_response(await self.channel(request, path.name).publish_all(drafts))
+
+        @endpoint("DELETE", "/board/{name}", path_model=Name)
+        async def forget(self, request, path):
+            await self.channel(request, path.name).delete()
+            return web.Response(status=204)
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Board]
+'''
+
+QUIET = "[scenarios.ticker]\nenabled = false\n[scenarios.logs]\nenabled = false\n"
+
+
+@pytest.fixture
+def serve(start: Callable[..., Running]) -> Callable[..., Running]:
+    def serving(config: str = "", **options: Any) -> Running:
+        return start(QUIET + config, board=BOARD, **options)
+
+    return serving
+
+
+def publish(server: Running, *data: Any, channel: str = "c", event: str = "", key: str = "") -> list[str]:
+    body = json.dumps([[item, event, key] for item in data], ensure_ascii=False).encode()
+    status, _, answer = server.get(f"/board/{channel}", {"Content-Type": "application/json"}, method="POST", body=body)
+    assert status == 200, answer
+    return list(json.loads(answer))
+
+
+def wait_for_followers(server: Running, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while json.loads(server.get("/health")[2])["open_streams"] != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def data(events: Sequence[Any]) -> list[Any]:
+    return [event.json for event in events]
+
+
+# -- what is on the wire
+
+
+def test_an_event_is_an_id_and_its_data_and_nothing_else(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /board/c?limit=3 HTTP/1.1\nHost: localhost\nConnection: close") as connection:
+        head = read_until(connection, b"\r\n\r\n")
+        ids = publish(server, {"price": 1.5, "name": "é\u2028"}, "plain\ntext\r\nof lines\rfour") + publish(
+            server, 3, event="tick"
+        )
+        body = read_all(connection)
+    assert b"\r\nContent-Type: text/event-stream\r\n" in head
+    assert b"\r\nCache-Control: no-cache\r\n" in head
+    assert b"\r\nX-Accel-Buffering: no\r\n" in head
+    assert b"Content-Length" not in head
+    epoch = ids[0].partition("-")[0]
+    assert re.fullmatch(r"\d{13}", epoch)
+    first = f'id: {epoch}-1\ndata: {{"price":1.5,"name":"é\u2028"}}\n\n'.encode()
+    second = f"id: {epoch}-2\ndata: plain\ndata: text\ndata: of lines\ndata: four\n\n".encode()
+    third = f"id: {epoch}-3\nevent: tick\ndata: 3\n\n".encode()
+    assert body == b"%x\r\n%b\r\n" % (len(first + second), first + second) + b"%x\r\n%b\r\n" % (len(third), third) + (
+        b"0\r\n\r\n"
+    )
+
+
+def test_http_1_0_gets_the_same_events_without_chunks(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with server.send("GET /board/c?limit=2 HTTP/1.0") as connection:
+        read_until(connection, b"\r\n\r\n")
+        ids = publish(server, 1, 2)
+        body = read_all(connection)
+    assert body == f"id: {ids[0]}\ndata: 1\n\nid: {ids[1]}\ndata: 2\n\n".encode()
+
+
+def test_head_has_the_headers_and_no_event(serve: Callable[..., Running]) -> None:
+    server = serve()
+    publish(server, 1)
+    status, headers, body = server.get("/board/c?after=1-0", method="HEAD")
+    assert (status, headers["content-type"], body) == (200, "text/event-stream", b"")
+
+
+def test_headers_leave_at_once_though_there_is_no_event(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with EventStream(server, "/board/nothing", timeout=2) as stream:
+        assert stream.status == 200
+
+
+def test_line_breaks_and_fields_in_data_cannot_forge_an_event(serve: Callable[..., Running]) -> None:
+    server = serve(tracebacks=True)
+    hostile = 'x\r\rid: 9-9\revent: gap\n\ndata: "forged"\r\n\r\nretry: 1'
+    publish(server, hostile, hostile, channel="h")
+    with EventStream(server, "/board/h?tail=2") as stream:
+        events = stream.take(2)
+    for event in events:
+        assert event.raw.count(b"\n\n") == 1
+        assert [line[:6] for line in event.raw.strip().split(b"\n")[1:]] == [b"data: "] * 8
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with closing(connection):
+        connection.request(
+            "POST", "/board/h", json.dumps([["x", "a\nid: 1", ""]]), {"Content-Type": "application/json"}
+        )
+        assert connection.getresponse().status == 500  # the scenario's fault: it chooses the names of its events
+    server.wait_for_log("holds a line break")
+
+
+# -- resuming
+
+
+def test_a_client_that_comes_back_gets_the_bytes_that_one_who_stayed_has_seen(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with EventStream(server, "/board/c?limit=20") as stayed:
+        for number in range(20):
+            publish(server, {"n": number}, event="tick" if number % 3 else "")
+        seen = list(stayed)
+    for index in (0, 7, 18):
+        with EventStream(server, f"/board/c?limit={19 - index}", after=seen[index].id) as back:
+            assert list(back) == seen[index + 1 :]
+        with EventStream(server, f"/board/c?limit={19 - index}&after={seen[index].id}") as back:
+            assert list(back) == seen[index + 1 :]
+
+
+def test_the_header_wins_over_the_query(serve: Callable[..., Running]) -> None:
+    server = serve()
+    ids = publish(server, 1, 2, 3)
+    with EventStream(server, f"/board/c?limit=1&after={ids[0]}", after=ids[1]) as stream:
+        assert data(list(stream)) == [3]
+
+
+def test_an_empty_last_event_id_is_none(serve: Callable[..., Running]) -> None:
+    server = serve()
+    publish(server, 1)
+    with EventStream(server, "/board/c?limit=1", after="") as stream:
+        publish(server, 2)
+        assert data(list(stream)) == [2]
+
+
+def test_history_and_live_events_meet_without_gap_or_repeat(serve: Callable[..., Running]) -> None:
+    server = serve()
+    ids = publish(server, *range(500))
+    with ExitStack() as held:
+        streams = []
+        for number in range(500, 540):
+            streams.append(held.enter_context(EventStream(server, "/board/c?limit=545", after=f"{ids[0]}")))
+            publish(server, *range(number * 1, number + 1))
+        publish(server, *range(540, 600))
+        for stream in streams:
+            assert data(stream.take(545)) == list(range(1, 546))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "42",
+        "-1--1",
+        "-5-7",
+        "1e3-4",
+        "9" * 40,
+        f"{'9' * 40}-1",
+        "1-" + "9" * 200,
+        "\u0661-\u0662",
+        "1-1; DROP TABLE events",
+        "<script>",
+        "1-2-3",
+        "None",
+        "1-2.",
+        "1-2.GAP",
+        "\u00ff\u00fe",
+    ],
+)
+def test_an_id_that_is_none_is_a_gap_and_then_everything_kept(serve: Callable[..., Running], wrong: str) -> None:
+    server = serve()
+    ids = publish(server, 1, 2)
+    head = f"GET /board/c?limit=2 HTTP/1.1\nHost: localhost\nConnection: close\nLast-Event-ID: {wrong}"
+    received = read_all(server.send(head)).decode()
+    assert received.startswith("HTTP/1.1 200 OK\r\n")
+    epoch = ids[0].partition("-")[0]
+    assert f"id: {epoch}-0.gap\nevent: gap\ndata: " in received
+    assert f"id: {ids[0]}\ndata: 1\n\n" in received
+    assert f"id: {ids[1]}\ndata: 2\n\n" in received
+    assert "<script>" not in received
+
+
+def test_a_line_break_in_an_id_is_not_http(serve: Callable[..., Running]) -> None:
+    server = serve()
+    for line_break in ("\r", "\r\n", "\n", "\0"):
+        with server.connect() as connection:
+            connection.sendall(
+                f"GET /board/c?limit=1 HTTP/1.1\r\nHost: a\r\nLast-Event-ID: 1{line_break}2\r\n\r\n".encode()
+            )
+            assert connection.recv(100)[9:10] == b"4"
+    status, _, body = server.get("/board/c?limit=0&after=1%0D%0A%0D%0Adata:%20x")
+    assert (status, b"\ndata: x" in body) == (200, False)
+
+
+def test_an_id_whose_events_are_not_kept_any_more_is_told_how_many_are_missing(serve: Callable[..., Running]) -> None:
+    server = serve("[scenarios.board]\nkeep = 10")
+    ids = publish(server, *range(8))
+    publish(server, *range(8, 40))
+    with EventStream(server, "/board/c?limit=10", after=ids[1]) as stream:
+        gap, *rest = list(stream)
+    epoch = ids[0].partition("-")[0]
+    assert (gap.event, gap.id) == ("gap", f"{epoch}-30.gap")
+    assert gap.json == {
+        "reason": "the events after that id are not kept any more",
+        "missing": 28,
+        "after": ids[1],
+        "until": f"{epoch}-30",
+    }
+    assert data(rest) == list(range(30, 40))
+    with EventStream(server, "/board/c?limit=10", after=gap.id) as stream:  # a gap is a place to resume from
+        assert list(stream) == rest
+
+
+def test_an_id_that_is_ahead_is_a_gap_and_then_what_comes(serve: Callable[..., Running]) -> None:
+    server = serve()
+    ids = publish(server, 1, 2)
+    epoch = ids[0].partition("-")[0]
+    with EventStream(server, "/board/c?limit=1", after=f"{epoch}-99") as stream:
+        events = iter(stream)
+        gap = next(events)
+        assert (gap.event, gap.id, gap.json["missing"]) == ("gap", f"{epoch}-2.gap", 0)
+        publish(server, 3)
+        assert next(events).json == 3
+
+
+def test_an_id_of_a_channel_that_was_forgotten_never_means_a_new_event(serve: Callable[..., Running]) -> None:
+    server = serve()
+    old = publish(server, "old", "old")[0]
+    assert server.get("/board/c", method="DELETE")[0] == 204
+    with EventStream(server, "/board/c?limit=1", after=old) as stream:
+        events = iter(stream)
+        assert next(events).event == "gap"
+        publish(server, '"new"')
+        assert next(events).json == "new"
+    with EventStream(server, "/board/c?limit=1", after=old) as stream:
+        assert [(event.event, event.data) for event in stream][1:] == [("", '"new"')]
+
+
+def test_followers_of_a_channel_that_is_forgotten_and_begun_anew_are_told(serve: Callable[..., Running]) -> None:
+    server = serve()
+    publish(server, 1, 2)
+    with EventStream(server, "/board/c?tail=2") as stream:
+        assert data(stream.take(2)) == [1, 2]
+        server.get("/board/c", method="DELETE")
+        publish(server, 3)
+        gap, event = stream.take(2)
+    assert (gap.event, gap.json["reason"], event.json) == ("gap", "the history of that id is lost", 3)
+
+
+def test_a_stream_without_an_id_begins_with_the_last_events_or_those_since_a_time(
+    serve: Callable[..., Running],
+) -> None:
+    server = serve()
+    for number in range(10):
+        publish(server, number, key="even" if number % 2 == 0 else "odd")
+    with EventStream(server, "/board/c?tail=3&limit=3") as stream:
+        assert data(list(stream)) == [7, 8, 9]
+    with EventStream(server, "/board/c?tail=3&limit=3&keys=even") as stream:
+        assert data(list(stream)) == [4, 6, 8]
+    with EventStream(server, "/board/c?tail=1000&limit=10") as stream:
+        assert data(list(stream)) == list(range(10))
+    with EventStream(server, "/board/c?since=0&limit=10") as stream:
+        assert data(list(stream)) == list(range(10))
+    with EventStream(server, f"/board/c?since={time.time() + 60}&limit=1") as stream:
+        publish(server, 10)
+        assert data(list(stream)) == [10]
+    with EventStream(server, "/board/c?tail=0&limit=1") as stream:
+        publish(server, 11)
+        assert data(list(stream)) == [11]
+
+
+# -- staying connected
+
+
+HASTY = """
+    import streamlab.events
+
+    streamlab.events.HEARTBEAT_SECONDS = 0.05
+"""
+
+
+def test_a_comment_keeps_every_follower_connected_and_is_no_event(serve: Callable[..., Running]) -> None:
+    server = serve(hasty=HASTY)
+    with server.send("GET /board/c HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+        assert read_until(connection, b":\n\r\n2\r\n:\n\r\n") == b"2\r\n:\n\r\n" * 2
+        (identity,) = publish(server, 1)
+        event = f"id: {identity}\ndata: 1\n\n".encode()
+        received = read_until(connection, event + b"\r\n2\r\n:\n\r\n")
+    assert received.replace(b"2\r\n:\n\r\n", b"") == b"%x\r\n%b\r\n" % (len(event), event)
+
+
+def test_a_follower_that_waits_for_the_log_s_server_is_kept_connected(
+    serve: Callable[..., Running], valkey: Valkey
+) -> None:
+    server = serve(f'[events]\nurl = "{valkey.url}"\n', hasty=HASTY)
+    valkey.kill()
+    with server.send("GET /board/c?limit=1&after=0-0 HTTP/1.1\nHost: localhost\nConnection: close") as connection:
+        read_until(connection, b":\n\r\n2\r\n:\n")
+        valkey.start()
+        read_until(connection, b":\n\r\n2\r\n:\n")
+        publish(server, 1)
+        assert b"data: 1\n\n" in read_all(connection)
+
+
+# -- views
+
+
+def test_each_view_gets_its_events_and_positions_go_on_for_all(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with ExitStack() as held:
+        paths = {key: f"/board/c?limit=3&keys={key}" for key in "abc"}
+        streams = {key: held.enter_context(EventStream(server, path)) for key, path in paths.items()}
+        both = held.enter_context(EventStream(server, "/board/c?limit=6&keys=a&keys=b"))
+        wait_for_followers(server, 4)
+        for number in range(3):
+            for key in "abc":
+                publish(server, f'"{key}{number}"', key=key)
+        for key, stream in streams.items():
+            assert data(list(stream)) == [f"{key}{number}" for number in range(3)]
+        assert data(list(both)) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+def test_conflation_sends_the_latest_of_each_key_at_most_once_a_period(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with EventStream(server, "/board/c?conflate=0.5") as stream:
+        wait_for_followers(server, 1)
+        events = iter(stream)
+        publish(server, 0, key="a")
+        assert next(events).json == 0  # nothing was sent before: it need not wait
+        first = time.monotonic()
+        for number in range(1, 20):
+            publish(server, number, key="a")
+            publish(server, -number, key="b")
+        assert [next(events).json, next(events).json] == [19, -19]
+        assert time.monotonic() - first > 0.4
+        publish(server, 20, key="a")
+        assert next(events).json == 20
+        assert time.monotonic() - first > 0.8
+
+
+def test_conflation_catches_up_with_the_latest_alone(serve: Callable[..., Running]) -> None:
+    server = serve()
+    ids = publish(server, *range(100), key="a")
+    publish(server, *range(100, 200), key="b")
+    with EventStream(server, "/board/c?conflate=0.1&limit=3", after=ids[10]) as stream:
+        events = iter(stream)
+        assert [next(events).json, next(events).json] == [99, 199]
+        publish(server, 200, key="a")
+        assert next(events).json == 200
+
+
+def test_a_view_that_fails_takes_only_its_own_followers_along(serve: Callable[..., Running]) -> None:
+    server = serve(tracebacks=True)
+    with EventStream(server, "/board/c?broken=1") as broken, EventStream(server, "/board/c?limit=3") as whole:
+        wait_for_followers(server, 2)
+        publish(server, 1)
+        publish(server, '"trap"')
+        publish(server, 3)
+        assert data(list(whole)) == [1, "trap", 3]
+        events = iter(broken)
+        assert next(events).json == 1
+        failed = next(events)
+        assert (failed.event, failed.json["status"]) == ("error", 500)
+        assert failed.id.endswith("-1.error")
+    server.wait_for_log("outcome=failed")
+
+
+# -- endings
+
+
+def test_limit_ends_the_stream_after_so_many_events_however_they_come(serve: Callable[..., Running]) -> None:
+    server = serve()
+    ids = publish(server, *range(5))
+    with EventStream(server, "/board/c?limit=8", after=ids[0]) as stream:
+        wait_for_followers(server, 1)
+        publish(server, *range(5, 20))  # one piece for all, more than this one wants
+        assert data(list(stream)) == list(range(1, 9))
+
+
+def test_a_finite_channel_ends_and_a_client_that_has_its_end_is_told_204(serve: Callable[..., Running]) -> None:
+    server = serve()
+    first = publish(server, 1, channel="finite")[0]
+    with EventStream(server, "/board/finite", after=first) as live:
+        wait_for_followers(server, 1)
+        publish(server, 2, channel="finite")
+        publish(server, {"total": 2}, channel="finite", event="end")
+        events = list(live)
+    assert [(event.event, event.json) for event in events] == [("", 2), ("end", {"total": 2})]
+    with EventStream(server, "/board/finite", after=first) as late:
+        assert list(late) == events
+    with EventStream(server, "/board/finite") as latest:  # whoever comes without an id gets it from its beginning
+        assert next((event.id, event.json) for event in latest) == (first, 1)
+    status, _, body = server.get("/board/finite", {"Last-Event-ID": events[-1].id})
+    assert (status, body) == (204, b"")
+
+
+def test_sigterm_says_farewell_with_an_id_to_resume_from(serve: Callable[..., Running]) -> None:
+    server = serve()
+    publish(server, 1, 2)
+    with EventStream(server, "/board/c?tail=2") as stream, EventStream(server, "/board/none") as empty:
+        assert data(stream.take(2)) == [1, 2]
+        wait_for_followers(server, 2)
+        server.process.send_signal(signal.SIGTERM)
+        (farewell,) = list(stream)
+        (other,) = list(empty)
+    assert server.process.wait(10) == 0
+    assert re.fullmatch(rb"id: \d+-2\.stop\nevent: stop\nretry: \d{4}\ndata: [^\n]+\n\n", farewell.raw)
+    assert other.id == "0-0.stop"
+    server = serve()
+    publish(server, 3)
+    publish(server, 4, channel="none")
+    with EventStream(server, "/board/c?limit=1", after=farewell.id) as stream:
+        assert [(event.event, event.json) for event in stream] == [("", 3)]
+    with EventStream(server, "/board/none?limit=1", after=other.id) as stream:
+        assert [(event.event, event.json) for event in stream] == [("", 4)]
+
+
+def test_a_log_that_cannot_keep_up_refuses_with_503(serve: Callable[..., Running], valkey: Valkey) -> None:
+    server = serve(f'[events]\nurl = "{valkey.url}"\n')
+    valkey.kill()
+    body = json.dumps([["x" * 1_000_000, "", ""]]).encode()
+    with ExitStack() as held:
+        waiting = []
+        for _ in range(9):  # more than may wait while the server of the log is away
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            held.enter_context(closing(connection))
+            connection.request("POST", "/board/c", body, {"Content-Type": "application/json"})
+            waiting.append(connection)
+        refused, _, _ = select.select([connection.sock for connection in waiting], [], [], 20)
+        assert len(refused) == 1
+        deadline = time.monotonic() + 10
+        while (health := json.loads(server.get("/health")[2]))["status"] == "ok":
+            assert time.monotonic() < deadline
+        assert (health["status"], health["events"]) == (
+            "degraded",
+            {
+                "engine": "redis",
+                "state": "away",
+                "reason": "The Redis server of the event log does not answer.",
+            },
+        )
+        valkey.start()
+        answers = [connection.getresponse() for connection in waiting]
+        assert sorted(answer.status for answer in answers) == [200] * 8 + [503]
+        assert [answer.getheader("Retry-After") for answer in answers if answer.status == 503] == ["5"]
+    with EventStream(server, "/board/c?limit=8&tail=8") as stream:
+        assert len(list(stream)) == 8
+
+
+def test_a_thousand_short_channels_come_and_go_without_leaving_anything_behind(serve: Callable[..., Running]) -> None:
+    server = serve()
+    for number in range(0, 1000, 50):
+        names = [f"finite{n}" for n in range(number, number + 50)]
+        with ExitStack() as held:
+            streams = [held.enter_context(EventStream(server, f"/board/{name}")) for name in names]
+            wait_for_followers(server, len(names))
+            for name in names:
+                publish(server, {"done": True}, channel=name, event="end")
+            assert all([event.event for event in stream] == ["end"] for stream in streams)
+        for name in names:
+            server.get(f"/board/{name}", method="DELETE")
+    assert server.terminate()[0] == 0
+    with closing(sqlite3.connect(server.base / "var/streamlab.db")) as database:
+        for table in ("channels", "events", "checkpoints"):
+            assert database.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+# -- slow clients
+
+
+def stalled(server: Running, path: str) -> socket.socket:
+    connection = server.send(f"GET {path} HTTP/1.1\nHost: localhost", receive_buffer=4096)
+    read_until(connection, b"\r\n\r\n")
+    return connection
+
+
+def test_a_client_that_was_slow_gets_everything_once_it_reads(serve: Callable[..., Running]) -> None:
+    server = serve()
+    text = "x" * 2000
+    with stalled(server, "/board/c?limit=900") as connection:
+        wait_for_followers(server, 1)
+        for number in range(0, 900, 30):
+            publish(server, *({"n": n, "text": text} for n in range(number, number + 30)))
+        body = read_all_chunks(connection)
+    assert [json.loads(line[6:])["n"] for line in body.split(b"\n") if line.startswith(b"data: ")] == list(range(900))
+    assert b"event: gap" not in body
+
+
+def read_all_chunks(connection: socket.socket) -> bytes:
+    """The body of a chunked response whose head has been read."""
+    body = bytearray()
+    with connection.makefile("rb") as file:
+        while size := int(file.readline(), 16):
+            body += file.read(size)
+            file.readline()
+    return bytes(body)
+
+
+def test_a_slow_client_that_retention_overtakes_is_told_how_many_it_missed(serve: Callable[..., Running]) -> None:
+    server = serve("[scenarios.board]\nkeep = 50")
+    text = "x" * 10_000
+    with stalled(server, "/board/c") as connection:
+        wait_for_followers(server, 1)
+        for number in range(0, 800, 20):
+            publish(server, *({"n": n, "text": text} for n in range(number, number + 20)))
+        received = read_until(connection, b'"n":799')
+    numbers = [int(match) for match in re.findall(rb'"n":(\d+)', received)]
+    missing = [int(match) for match in re.findall(rb'"missing":(\d+)', received)]
+    assert len(missing) >= 1
+    assert len(numbers) + sum(missing) == 800
+    assert numbers == sorted(set(numbers))
+
+
+def test_stalled_clients_cost_a_bounded_amount_each_and_are_cut(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\nstall_seconds = 2")
+    count, text = 40, "x" * 5000
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("reads memory from /proc, which this system does not have")
+    for _ in range(30):  # until what the server keeps for itself does not grow any more
+        publish(server, *({"n": n, "text": text} for n in range(100)))
+    with ExitStack() as held:
+        for _ in range(count):
+            held.enter_context(stalled(server, "/board/c"))
+        wait_for_followers(server, count)
+        before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+        for _ in range(20):
+            publish(server, *({"n": n, "text": text} for n in range(100)))
+        after = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+        assert (after - before) / count < 256
+        server.wait_for_log('outcome="client left"')
+        wait_for_followers(server, 0)
+
+
+def test_a_large_event_comes_whole_and_a_client_that_stalls_in_it_is_cut_untidily(
+    serve: Callable[..., Running],
+) -> None:
+    server = serve()
+    large = {"text": "é" * 400_000}
+    ids = publish(server, large, 2)
+    with EventStream(server, "/board/c?limit=2&tail=2") as stream:
+        assert data(list(stream)) == [large, 2]
+    with stalled(server, f"/board/c?after={ids[0].partition('-')[0]}-0") as connection:
+        assert connection.recv(100)  # some of it, and no more
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        rest = read_all(connection)
+    assert b"event: stop" not in rest
+    assert not rest.endswith(b"0\r\n\r\n")
+
+
+# -- producers
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "redis"])
+def test_a_producer_runs_in_one_process_and_moves_when_that_dies(
+    serve: Callable[..., Running], request: pytest.FixtureRequest, engine: str
+) -> None:
+    config = "[scenarios.board]\nproducer = true\n"
+    if engine == "redis":
+        valkey: Valkey = request.getfixturevalue("valkey")
+        config += f'[events]\nurl = "{valkey.url}"\n'
+    first = serve(config)
+    first.wait_for_log("the producer runs here")
+    second = serve(config)
+    with EventStream(second, "/board/produced?tail=1") as stream:
+        events = iter(stream)
+        seen = [next(events) for _ in range(20)]
+        assert {event.json["pid"] for event in seen} == {first.process.pid}
+        first.process.kill()
+        first.process.wait()
+        died = time.monotonic()
+        while (event := next(events)).json["pid"] == first.process.pid:
+            seen.append(event)
+        assert event.json["pid"] == second.process.pid
+        assert time.monotonic() - died < 10
+        seen.append(event)
+    offsets = [int(event.id.partition("-")[2]) for event in seen]
+    assert offsets == list(range(offsets[0], offsets[0] + len(seen)))
+
+
+def test_a_producer_moves_at_once_when_its_process_stops(serve: Callable[..., Running]) -> None:
+    config = "[scenarios.board]\nproducer = true\n"
+    first = serve(config)
+    first.wait_for_log("the producer runs here")
+    second = serve(config)
+    first.terminate()
+    second.wait_for_log("the producer runs here", seconds=5)

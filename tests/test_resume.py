@@ -1,0 +1,191 @@
+"""Nothing is lost and nothing comes twice: servers, and the server of the log, killed under fifty clients."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from conftest import Running, Valkey, free_port
+
+from streamlab.client import Parser
+
+PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
+
+PATH = "/stream/stock-ticker"
+
+CLIENTS = 50
+
+
+@dataclass
+class Client:
+    """Follows the ticker for ever, coming back with the last id whenever its connection ends, to any of the servers."""
+
+    urls: Callable[[], str]
+    events: list[tuple[str, str]] = field(default_factory=list)
+    """Id and data of all that came."""
+    odd: list[str] = field(default_factory=list)
+    """Names of events that are none of the ticker's, as gap."""
+    last: str = "0-0"
+
+    async def run(self, session: aiohttp.ClientSession, news: asyncio.Event) -> None:
+        while True:
+            with suppress(aiohttp.ClientError, asyncio.TimeoutError):
+                async with session.get(self.urls() + PATH, headers={"Last-Event-ID": self.last}) as response:
+                    parser = Parser()
+                    async for chunk in response.content.iter_any():
+                        for event in parser.feed(chunk):
+                            self.last = event.id
+                            if event.event == "message":
+                                self.events.append((event.id, event.data))
+                            elif event.event != "stop":
+                                self.odd.append(event.event)
+                        news.set()
+            await asyncio.sleep(0.02)
+
+
+class Crowd:
+    """Fifty clients, and a publisher that does not give up; what they saw is compared at the end."""
+
+    def __init__(self, urls: Callable[[], str]) -> None:
+        self._urls = urls
+        self._news = asyncio.Event()
+        self.clients = [Client(urls) for _ in range(CLIENTS)]
+        self.acknowledged: list[str] = []
+        self._numbers = itertools.count()
+        self._session: aiohttp.ClientSession
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=20)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, connector=connector) as self._session,
+            asyncio.TaskGroup() as group,
+        ):
+            tasks = [group.create_task(client.run(self._session, self._news)) for client in self.clients]
+            yield
+            for task in tasks:
+                task.cancel()
+
+    async def publish(self, count: int) -> None:
+        """Push prices until `count` more have been acknowledged; one whose answer was lost may be pushed twice."""
+        goal = len(self.acknowledged) + count
+        while len(self.acknowledged) < goal:
+            price = {"symbol": "ACME", "price": next(self._numbers)}
+            with suppress(aiohttp.ClientError, asyncio.TimeoutError):
+                async with self._session.post(self._urls() + PATH, json=price) as response:
+                    assert response.status == 202, await response.text()
+                    self.acknowledged += (await response.json())["ids"]
+                    continue
+            await asyncio.sleep(0.02)
+
+    async def everyone_has(self, last: str) -> None:
+        async with asyncio.timeout(30):
+            while not all(client.events and client.events[-1][0] == last for client in self.clients):
+                self._news.clear()
+                await self._news.wait()
+
+    def check(self) -> None:
+        """Every client has the same events, each once, in the order of their offsets, and every acknowledged one."""
+        first = self.clients[0].events
+        offsets = [int(identity.partition("-")[2]) for identity, _ in first]
+        assert offsets == list(range(1, len(first) + 1))
+        assert len({identity.partition("-")[0] for identity, _ in first}) == 1
+        for client in self.clients:
+            assert client.events == first
+            assert client.odd == []
+        assert set(self.acknowledged) <= {identity for identity, _ in first}
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "sqlite":
+        return ""
+    valkey: Valkey = request.getfixturevalue("valkey")
+    return f'[events]\nurl = "{valkey.url}"\n'
+
+
+async def killed(server: Running) -> None:
+    server.process.kill()
+    await asyncio.to_thread(server.process.wait)
+
+
+async def test_a_server_that_is_killed_in_mid_stream_goes_on_where_it_was(
+    start: Callable[..., Running], engine: str
+) -> None:
+    port = free_port()
+    server = await asyncio.to_thread(start, PUSH + engine, port=port)
+    crowd = Crowd(lambda: server.url)
+    async with crowd.following():
+        for _ in range(3):
+            async with asyncio.TaskGroup() as group:
+                publishing = group.create_task(crowd.publish(150))
+                while len(crowd.clients[-1].events) < len(crowd.acknowledged) - 20 or not crowd.clients[-1].events:
+                    await asyncio.sleep(0.001)
+                await killed(server)
+                server = await asyncio.to_thread(start, PUSH + engine, port=port)
+                await publishing
+        await crowd.publish(1)
+        await crowd.everyone_has(crowd.acknowledged[-1])
+        crowd.check()
+
+
+async def test_a_server_that_is_stopped_in_mid_stream_goes_on_where_it_was(start: Callable[..., Running]) -> None:
+    port = free_port()
+    server = await asyncio.to_thread(start, PUSH, port=port)
+    crowd = Crowd(lambda: server.url)
+    async with crowd.following():
+        async with asyncio.TaskGroup() as group:
+            publishing = group.create_task(crowd.publish(300))
+            while len(crowd.clients[-1].events) < 50:
+                await asyncio.sleep(0.001)
+            await asyncio.to_thread(server.terminate)
+            server = await asyncio.to_thread(start, PUSH, port=port)
+            await publishing
+        await crowd.everyone_has(crowd.acknowledged[-1])
+        crowd.check()
+
+
+async def test_clients_hop_between_two_servers_of_one_log_while_they_are_killed_in_turn(
+    start: Callable[..., Running], engine: str
+) -> None:
+    ports = [free_port(), free_port()]
+    servers = [await asyncio.to_thread(start, PUSH + engine, port=port) for port in ports]
+    turns = itertools.cycle(range(2))
+    crowd = Crowd(lambda: servers[next(turns)].url)
+    async with crowd.following():
+        for number in (0, 1, 0):
+            async with asyncio.TaskGroup() as group:
+                publishing = group.create_task(crowd.publish(150))
+                while len(crowd.clients[-1].events) < len(crowd.acknowledged) - 20 or not crowd.clients[-1].events:
+                    await asyncio.sleep(0.001)
+                await killed(servers[number])
+                servers[number] = await asyncio.to_thread(start, PUSH + engine, port=ports[number])
+                await publishing
+        await crowd.publish(1)
+        await crowd.everyone_has(crowd.acknowledged[-1])
+        crowd.check()
+
+
+async def test_the_log_s_own_server_is_killed_in_mid_stream(start: Callable[..., Running], valkey: Valkey) -> None:
+    config = f'{PUSH}[events]\nurl = "{valkey.url}"\n'
+    servers = [await asyncio.to_thread(start, config, port=free_port()) for _ in range(2)]
+    turns = itertools.cycle(range(2))
+    crowd = Crowd(lambda: servers[next(turns)].url)
+    async with crowd.following():
+        for _ in range(3):
+            async with asyncio.TaskGroup() as group:
+                publishing = group.create_task(crowd.publish(150))
+                while len(crowd.clients[-1].events) < len(crowd.acknowledged) - 20 or not crowd.clients[-1].events:
+                    await asyncio.sleep(0.001)
+                await asyncio.to_thread(valkey.kill)
+                await asyncio.to_thread(valkey.start)
+                await publishing
+        await crowd.publish(1)
+        await crowd.everyone_has(crowd.acknowledged[-1])
+        crowd.check()
+        # Nobody's connection ended: the servers waited for their log, and so did the publisher.
+        assert len(crowd.acknowledged) == len(crowd.clients[0].events)
