@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check bench-file bench-events lock clean
+.PHONY: help run test lint format check bench-file bench-events bench-export lock clean
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -18,7 +18,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab plugins/file plugins/ticker plugins/logs
+	$(BIN)/mypy --strict streamlab plugins/export plugins/file plugins/ticker plugins/logs
 
 format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff check --fix
@@ -31,6 +31,9 @@ bench-file: $(VENV)/bench.stamp  ## measure downloads beside FastAPI, Starlette 
 
 bench-events: $(VENV)/bench.stamp  ## measure fan-out beside FastAPI, sse-starlette, aiohttp-sse, Nchan and raw asyncio
 	@$(BIN)/python -m bench.events $(ARGS)
+
+bench-export: $(VENV)/bench.stamp  ## measure exports beside FastAPI, SQLAlchemy, sqlite3 and psql
+	@$(BIN)/python -m bench.export $(ARGS)
 
 lock: $(VENV)/dev.stamp  ## choose the newest versions of everything, and lock them
 	$(BIN)/pip install -q uv

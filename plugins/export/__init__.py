@@ -1,0 +1,463 @@
+"""Export the result of any configured SQL query: as CSV, JSON lines and more, in constant memory."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from aiohttp import web
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
+
+from streamlab import CONFIG, Problem, Scenario, endpoint, hookimpl, open_stream
+
+from . import sample
+from .formats import FORMATS, Encoder, MissingLibrary
+from .request import RESERVED, Parameter, Wanted
+from .source import (
+    BadQuery,
+    BadValue,
+    Export,
+    Interrupted,
+    Misfit,
+    Query,
+    Selection,
+    Source,
+    Unavailable,
+    UnknownColumn,
+)
+from .sqlite_source import SqliteSource, Turns
+
+log = logging.getLogger(__name__)
+
+THREADS = 8
+"""Threads in which queries of SQLite run."""
+
+SAMPLE = "sample"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Format = Literal["csv", "jsonl", "json", "arrow", "parquet"]
+
+
+def _database_url(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    if separator and (scheme in ("postgresql", "postgres") or (scheme == "sqlite" and re.match(r"/.", rest))):
+        return url
+    raise ValueError("must be sqlite:///relative/path.db, sqlite:////absolute/path.db or postgresql://...")
+
+
+class Table(BaseModel):
+    """A table of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Database(Table):
+    """Where results come from."""
+
+    url: Annotated[str, AfterValidator(_database_url)]
+    """`sqlite:///PATH` (a relative path starts at the folder of config.toml), or `postgresql://user@host/name`."""
+
+
+class Configured(Table):
+    """An export: a SELECT, and what a request may say about it."""
+
+    sql: str = Field(min_length=1)
+    """A SELECT; `:name` stands for a parameter. It comes from here alone, never from a request."""
+    database: Name = SAMPLE
+    """The name of its database."""
+    parameters: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")], Parameter] = Field(
+        default_factory=dict, max_length=50
+    )
+    """The values it names."""
+    description: str = ""
+    """What it is, for people."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "Configured":
+        if taken := sorted(set(self.parameters) & set(RESERVED)):
+            raise ValueError(f"every export has {', '.join(taken)}: a parameter needs another name")
+        return self
+
+
+SAMPLES = {
+    "users": Configured(
+        sql="SELECT id, name, email, country, balance, created, active, note FROM users ORDER BY id",
+        description="Every user of the sample database.",
+    ),
+    "data": Configured(
+        sql="SELECT id, name, country, balance, created FROM users ORDER BY id",
+        description="The users of the sample database, in short.",
+    ),
+    "results": Configured(
+        sql="SELECT id, name, country, balance FROM users WHERE active ORDER BY id",
+        description="The users who are active.",
+    ),
+}
+"""The exports of the sample database."""
+
+
+class Which(BaseModel):
+    """Which export is meant."""
+
+    name: str = Field(max_length=64, description="The export's name.", examples=["users"])
+
+
+class WhichFormat(Which):
+    """Which export is meant, in which format."""
+
+    format: Format = Field(description="The format.", examples=["csv"])
+
+
+class Asked(Wanted):
+    """What is wanted of an export."""
+
+    end: bool = Field(False, description="JSON lines: end with a record of the number of rows and a digest of them.")
+
+
+class Followed(Wanted):
+    """What is wanted of a stream of results."""
+
+    last_event_id: str = Field(
+        "", max_length=100, description="Go on after this event; the header Last-Event-ID says the same, and wins."
+    )
+
+
+class Exports(Scenario):
+    """Results of SQL queries as CSV, JSON lines and more, in constant memory."""
+
+    name = "export"
+
+    databases: dict[Name, Database] = Field({}, max_length=100)
+    """Databases by name."""
+    queries: dict[Name, Configured] = Field({}, max_length=1000)
+    """Exports by name."""
+    sample: bool = True
+    """Whether there is a database `sample`, made when it is first asked for, with exports users, data and results."""
+    sample_rows: int = Field(1_000_000, ge=1, le=100_000_000)
+    """How many users the sample has."""
+    formula_guard: bool = True
+    """Whether text in CSV that a spreadsheet would run as a formula gets an apostrophe before it."""
+    max_exports: int = Field(100, ge=1, le=10_000)
+    """Exports at once; one more is answered 503 with Retry-After."""
+    max_seconds: float = Field(3600.0, gt=0, le=7 * 86_400)
+    """How long an export may take; then it is cut."""
+
+    _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
+    _missing: dict[str, MissingLibrary] = PrivateAttr(default_factory=dict)
+    _running: set[object] = PrivateAttr(default_factory=set)
+    _sample_made: asyncio.Lock = PrivateAttr(default_factory=asyncio.Lock)
+    _sample_path: Path = PrivateAttr(default=Path())
+    _stopping: threading.Event = PrivateAttr(default_factory=threading.Event)
+
+    @model_validator(mode="after")
+    def _databases_exist(self) -> "Exports":
+        known = [*self.databases, *([SAMPLE] if self.sample else [])]
+        for name, query in self.queries.items():
+            if query.database not in known:
+                raise ValueError(f"{name} names the database {query.database!r}; known: {', '.join(known) or 'none'}")
+        return self
+
+    @property
+    def exports(self) -> Mapping[str, Configured]:
+        """Every export by name: those of the sample, unless others have their names, and the configured ones."""
+        return {**(SAMPLES if self.sample and SAMPLE not in self.databases else {}), **self.queries}
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
+        """Keep threads for SQLite and connections to PostgreSQL while the server serves."""
+        base = app[CONFIG].base
+        self._sample_path = base / "var/sample.db"
+        async with AsyncExitStack() as stack:
+            threads = stack.enter_context(ThreadPoolExecutor(THREADS, "export"))
+            stack.callback(self._stopping.set)
+            turns = Turns(threads)
+            urls = {name: database.url for name, database in self.databases.items()}
+            if self.sample:
+                urls.setdefault(SAMPLE, f"sqlite:///{self._sample_path}")
+            for name, url in urls.items():
+                if url.startswith("sqlite"):
+                    self._sources[name] = SqliteSource(base / url.removeprefix("sqlite:///"), turns)
+                    continue
+                try:
+                    self._sources[name] = await _open_postgres(stack, url, self.max_seconds)
+                except MissingLibrary as error:  # the exports of other databases need not go without
+                    log.warning("the database %s cannot be read: %s", name, error)
+                    self._missing[name] = error
+            yield
+
+    # -- routes
+
+    @endpoint("GET", "/export", sends="application/json", curl="{url}")
+    async def index(self, request: web.Request) -> web.Response:
+        """List every export with its columns, their types, its parameters and its formats."""
+        listed = [await self._listed(name, query) for name, query in sorted(self.exports.items())]
+        text = json.dumps({"exports": listed}, ensure_ascii=False, indent=1) + "\n"
+        return web.Response(text=text, content_type="application/json", headers={"Cache-Control": "no-cache"})
+
+    async def _listed(self, name: str, query: Configured) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": name, "description": query.description, "database": query.database}
+        entry["urls"] = {form: f"/export/{name}/{form}" for form in FORMATS}
+        entry["parameters"] = {key: value.model_dump(exclude_defaults=True) for key, value in query.parameters.items()}
+        try:
+            columns = await (await self._source(query.database)).describe(_example(query))
+            entry["columns"] = [{"name": column.name, "type": column.type} for column in columns]
+        except (BadQuery, Unavailable, MissingLibrary, Problem) as error:
+            entry["unavailable"] = str(error)
+        return entry
+
+    @endpoint(
+        "GET",
+        "/export/{name}",
+        path_model=Which,
+        query=Asked,
+        sends=tuple(form.media_type for form in FORMATS.values()),
+        responses={406: "None of the formats is one that Accept names."},
+        curl="-H 'Accept: application/jsonl' {url}",
+    )
+    async def negotiated(self, request: web.Request, path: Which, query: Asked) -> web.StreamResponse:
+        """Export a result in the format that Accept names; CSV where it names none."""
+        form = _preferred(request.headers.get("Accept", ""))
+        return await self._send(request, path.name, form, query, {"Vary": "Accept"})
+
+    @endpoint(
+        "GET",
+        "/export/{name}/{format}",
+        path_model=WhichFormat,
+        query=Asked,
+        sends=tuple(form.media_type for form in FORMATS.values()),
+        curl="-OJ {url}",
+    )
+    async def export(self, request: web.Request, path: WhichFormat, query: Asked) -> web.StreamResponse:
+        """Export a result as CSV, JSON lines, a JSON array, an Arrow stream or Parquet."""
+        return await self._send(request, path.name, path.format, query, {})
+
+    @endpoint(
+        "GET",
+        "/stream/database-results",
+        query=Followed,
+        sends=("application/jsonl", "text/event-stream"),
+        responses={204: "The client has the end of the stream already."},
+        curl="-N {url}",
+    )
+    async def results(self, request: web.Request, query: Followed) -> web.StreamResponse:
+        """Stream the rows of the export `results` as JSON lines, or as events, a batch each, that resume by row."""
+        if "text/event-stream" in request.headers.get("Accept", ""):
+            return await self._follow(request, "results", query)
+        return await self._send(request, "results", "jsonl", query, {"Vary": "Accept"})
+
+    # -- the answer
+
+    async def _send(
+        self, request: web.Request, name: str, form: str, wanted: Asked | Followed, headers: Mapping[str, str]
+    ) -> web.StreamResponse:
+        end = isinstance(wanted, Asked) and wanted.end
+        if end and form != "jsonl":
+            errors = [{"in": "query", "name": "end", "detail": f"only jsonl ends with a record; this is {form}"}]
+            raise Problem(422, "This format has no end record.", errors=errors)
+        async with self._opened(name, form, wanted, 0) as (export, encoder, deadline):
+            filename = f"{name}.{encoder.extension}"
+            headers = {"Content-Disposition": f'attachment; filename="{filename}"', **headers}
+            async with (
+                open_stream(request, encoder.media_type, headers=headers, compress=True) as stream,
+                self._limited(name, deadline),
+            ):
+                digest = hashlib.sha256() if end else None
+                async for data in _body(export):
+                    if digest is not None:
+                        digest.update(data)
+                    await stream.write(data)
+                await stream.write(encoder.end(export.rows, digest.hexdigest() if digest else None))
+        return stream
+
+    async def _follow(self, request: web.Request, name: str, wanted: Followed) -> web.StreamResponse:
+        """Send batches of rows as events. An id is the data's version and the number of rows up to there."""
+        asked = request.headers.get("Last-Event-ID") or wanted.last_event_id
+        if asked.endswith(".end"):
+            return web.Response(status=204, headers={"Cache-Control": "no-store"})
+        match = re.fullmatch(r"([0-9a-f]{1,16})-([0-9]{1,15})(?:\.[a-z]+)?", asked)
+        skip = int(match[2]) if match else 0
+        async with AsyncExitStack() as stack:
+            export, _, deadline = await stack.enter_async_context(self._opened(name, "jsonl", wanted, skip))
+            changed = bool(asked) and (match is None or match[1] != export.version)
+            if changed and skip:  # those rows may be others by now: all are sent again
+                await stack.aclose()
+                skip = 0
+                export, _, deadline = await stack.enter_async_context(self._opened(name, "jsonl", wanted, 0))
+            stream = await stack.enter_async_context(open_stream(request, "text/event-stream"))
+            place = f"{export.version}-{skip}"
+            await stack.enter_async_context(self._limited(name, deadline))
+            stream.event_id = lambda kind: f"{place}.{kind}"
+            if changed:
+                gap = {"reason": "the data may have changed since", "missing": None}
+                await stream.write(_event(f"{place}.gap", "gap", gap))
+            async for data in export.chunks():
+                count = skip + export.rows
+                rows = data.removesuffix(b"\n").replace(b"\n", b",")
+                identity = f"{export.version}-{count}"
+                await stream.write(
+                    b'id: %b\nevent: rows\ndata: {"count":%d,"rows":[%b]}\n\n' % (identity.encode(), count, rows)
+                )
+                place = identity
+            await stream.write(_event(f"{place}.end", "end", {"count": skip + export.rows}))
+        return stream
+
+    @asynccontextmanager
+    async def _opened(
+        self, name: str, form: str, wanted: Wanted, skip: int
+    ) -> AsyncIterator[tuple[Export, Encoder, float]]:
+        """Run an export within the limits, and say until when; what it may be refused for becomes a refusal."""
+        configured = self.exports.get(name)
+        if configured is None:
+            known = ", ".join(sorted(self.exports)) or "none"
+            raise Problem(404, f"There is no export of this name; GET /export lists them: {known}.")
+        values, where = wanted.others(configured.parameters)
+        limit = None if wanted.limit is None else max(0, wanted.limit - skip)
+        selection = Selection(wanted.columns, where, limit, skip)
+        deadline = asyncio.get_running_loop().time() + self.max_seconds
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._place())
+            async with self._limited(name, deadline):
+                source = await self._source(configured.database)
+                query = Query(configured.sql, values)
+                running = source.export(query, selection, form, formula_guard=self.formula_guard)
+                export, encoder = await stack.enter_async_context(running)
+            yield export, encoder, deadline
+
+    @asynccontextmanager
+    async def _limited(self, name: str, deadline: float) -> AsyncIterator[None]:
+        """Refuse, or break off, what fails or takes too long in the block.
+
+        Inside the block of an open stream, for as soon as that is cut the handler is cancelled.
+        """
+        with _refusing(name):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    yield
+            except TimeoutError:
+                raise Interrupted(f"it took more than the {self.max_seconds:g} seconds it may") from None
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Hold one of the places for exports."""
+        if len(self._running) >= self.max_exports:
+            detail = f"This server runs {self.max_exports} exports, which is all it takes."
+            raise Problem(503, detail, headers={"Retry-After": "5"})
+        place = object()
+        self._running.add(place)
+        try:
+            yield
+        finally:
+            self._running.discard(place)
+
+    async def _source(self, database: str) -> Source:
+        """The source of a database; the sample is made when it is first asked for."""
+        path = self._sample_path
+        if database == SAMPLE and SAMPLE not in self.databases:
+            async with self._sample_made:
+                if not await asyncio.to_thread(path.exists):
+                    try:
+                        await asyncio.to_thread(sample.make, path, self.sample_rows, stop=self._stopping)
+                    except (OSError, sqlite3.Error) as error:
+                        reason = error.strerror if isinstance(error, OSError) else str(error)
+                        raise Problem(503, f"The sample database cannot be made: {reason}.") from error
+        if database in self._missing:
+            raise self._missing[database]
+        return self._sources[database]
+
+
+async def _open_postgres(stack: AsyncExitStack, url: str, seconds: float) -> Source:
+    from .postgres_source import PostgresSource
+
+    source = PostgresSource(url, statement_seconds=seconds)
+    await stack.enter_async_context(source.opened())
+    return source
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Say what an export is refused for: to the client as far as it is its fault, to the operator in the log."""
+    try:
+        yield
+    except UnknownColumn as error:
+        detail = f"the result has no column {error.name!r}; known: {', '.join(error.known)}"
+        errors = [{"in": "query", "name": "columns", "detail": detail}]
+        raise Problem(422, "The result does not have every column asked for.", errors=errors) from None
+    except BadValue as error:
+        errors = [{"in": "query", "name": f"where.{error.column}", "detail": error.detail}]
+        raise Problem(422, "A value is none of its column's type.", errors=errors) from None
+    except Misfit as error:
+        log.warning("the export %s cannot be sent in this format: %s", name, error)
+        raise Problem(422, f"This format cannot hold the result: {error}.") from None
+    except MissingLibrary as error:
+        raise Problem(503, str(error)) from None
+    except Unavailable as error:
+        log.warning("the export %s is refused: %s", name, error)
+        raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
+    except BadQuery as error:
+        log.error("the SQL of the export %s is wrong: %s", name, error)
+        raise Problem(500, "The database refuses the SQL of this export; the server's log says why.") from None
+    except Interrupted as error:
+        log.warning("the export %s broke off: %s", name, error)
+        raise Problem(503, "The database broke off.", headers={"Retry-After": "5"}) from None
+
+
+async def _body(export: Export) -> AsyncIterator[bytes]:
+    """The body but for its end; what begins it comes with the first rows, in one piece."""
+    begin = export.begin
+    async for data in export.chunks():
+        yield begin + data
+        begin = b""
+    if begin:
+        yield begin
+
+
+def _event(identity: str, event: str, data: Mapping[str, Any]) -> bytes:
+    return f"id: {identity}\nevent: {event}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _example(query: Configured) -> Query:
+    """The query with some value for every parameter, to be described, not to be run."""
+    zero = {"text": "", "integer": 0, "real": 0.0, "boolean": False}
+    return Query(query.sql, {name: zero[parameter.type] for name, parameter in query.parameters.items()})
+
+
+def _preferred(accept: str) -> str:
+    """The format that Accept likes best (RFC 9110 section 12.5.1); raises Problem 406."""
+    weights: dict[str, float] = {}
+    for member in accept.lower().split(","):
+        media, *parameters = (part.strip() for part in member.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                try:
+                    weight = float(parameter[2:])
+                except ValueError:
+                    weight = 0.0
+        if media:
+            weights[media] = weight
+    if not weights:
+        return "csv"
+
+    def liked(media: str) -> float:
+        return weights.get(media, weights.get(media.partition("/")[0] + "/*", weights.get("*/*", 0.0)))
+
+    best = max(FORMATS, key=lambda form: liked(FORMATS[form].media_type.partition(";")[0]))
+    if liked(FORMATS[best].media_type.partition(";")[0]) <= 0:
+        known = ", ".join(form.media_type for form in FORMATS.values())
+        raise Problem(406, f"This export comes as {known}.")
+    return best
+
+
+@hookimpl
+def register_scenarios() -> list[type[Scenario]]:
+    """Bring the exports."""
+    return [Exports]

@@ -1,0 +1,99 @@
+"""What a database promises to an export, and how it refuses."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .formats import Column, Encoder
+
+
+class BadQuery(Exception):
+    """The database does not take the SQL that the operator configured; the message is the database's own."""
+
+
+class Unavailable(Exception):
+    """The database does not answer. The message is fit for a client: no host, no path, no password."""
+
+
+class Interrupted(Exception):
+    """A result broke off: the database went away, or the query took too long."""
+
+
+class Misfit(Exception):
+    """A value cannot be said in the format asked for; the message names its column."""
+
+
+class UnknownColumn(Exception):
+    """A column was asked for that the result does not have."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(name)
+        self.name = name
+        self.known = tuple(known)
+
+
+class BadValue(Exception):
+    """A value cannot be compared with a column of its type."""
+
+    def __init__(self, column: str, detail: str) -> None:
+        super().__init__(f"{column}: {detail}")
+        self.column = column
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A configured SELECT, and the values of the parameters that it names as `:name`."""
+
+    sql: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a client wants of a result; values are text as they came, and are bound, never put into SQL."""
+
+    columns: Sequence[str] = ()
+    """By name, in this order; empty for all."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Columns that must equal a value."""
+    limit: int | None = None
+    skip: int = 0
+    """Rows of the result that are left out at its beginning."""
+
+
+class Export(Protocol):
+    """A result on its way: its first rows are there already."""
+
+    columns: Sequence[Column]
+    rows: int
+    """How many rows the chunks handed out so far have."""
+    version: str
+    """What the data is: another text where it may have changed."""
+    begin: bytes
+    """What stands before the first row."""
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The rows, without what stands before the first and behind the last; raises Interrupted."""
+
+
+class Source(Protocol):
+    """A database that results come from."""
+
+    async def describe(self, query: Query) -> Sequence[Column]:
+        """Return the columns of a result without running its query; raises BadQuery, Unavailable."""
+
+    def export(
+        self,
+        query: Query,
+        selection: Selection,
+        form: str,
+        *,
+        formula_guard: bool,
+    ) -> AbstractAsyncContextManager[tuple[Export, Encoder]]:
+        """Run a query, in one snapshot, and lend its result to the block; leaving the block ends the query.
+
+        Its first rows are fetched before the block begins, so that what fails at once can be refused: raises BadQuery,
+        Unavailable, UnknownColumn, BadValue.
+        """
