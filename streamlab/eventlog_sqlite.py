@@ -131,7 +131,7 @@ class SqliteLog:
 
     def _connect(self) -> sqlite3.Connection:
         target = ":memory:" if self._path is None else self._path
-        connection = sqlite3.connect(target, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # housekeeping does it, so that no commit waits for a disk
