@@ -132,22 +132,31 @@ class SqliteLog:
     def _connect(self) -> sqlite3.Connection:
         target = ":memory:" if self._path is None else self._path
         connection = sqlite3.connect(target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 0")  # housekeeping does it, so that no commit waits for a disk
-        connection.execute("PRAGMA journal_size_limit = 16777216")
-        connection.execute("PRAGMA cache_size = -16384")
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            # Housekeeping moves the log into the file, so that no commit waits for a disk.
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            connection.execute("PRAGMA journal_size_limit = 16777216")
+            connection.execute("PRAGMA cache_size = -16384")
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
     def _open(self) -> None:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         self._db = self._connect()
-        self._readers = self._db if self._path is None else self._connect()
-        self._db.executescript(_SCHEMA)
-        with self._transaction():
-            self._count_opening()
-        self._version = self._data_version()
+        try:
+            self._db.executescript(_SCHEMA)
+            with self._transaction():
+                self._count_opening()
+            self._version = self._data_version()
+            self._readers = self._db if self._path is None else self._connect()
+        except BaseException:
+            self._db.close()
+            raise
 
     def _close(self) -> None:
         with self._durably(), self._transaction():

@@ -177,8 +177,12 @@ class SqliteSource:
             connection = sqlite3.connect(
                 f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
             )
+        except sqlite3.Error as error:
+            raise _refusal(error) from error
+        try:
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlite3.Error as error:
+            connection.close()
             raise _refusal(error) from error
         connection.set_authorizer(_authorize)
         return connection
