@@ -3,12 +3,12 @@
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from .formats import Column, Encoder, make, unique
@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 BATCHES = (16, 64, 256, 1000)
 """Rows in the first batches of an export, and in all that follow: the first bytes leave at once."""
+
+AGAIN_SECONDS = 0.02
+"""How long after an interrupt the next one: what falls between two statements of a job stops nothing."""
 
 _ALLOWED = {
     sqlite3.SQLITE_SELECT,
@@ -41,67 +44,136 @@ class Turns:
         self._threads = threads
         self.turn = asyncio.Lock()
 
-    async def run(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Do some work in a thread; if the caller is cancelled, stop what runs on a connection, and wait for that."""
-        loop = asyncio.get_running_loop()
-        job = loop.run_in_executor(self._threads, lambda: work(*arguments, **named))
+    async def run(self, reading: "_Reading", work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Do some work of a reading in a thread; if the caller is cancelled, stop it there, and wait for that."""
+        job = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*arguments, **named))
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
-            self.interrupt(arguments)
-            await asyncio.wait({job})
+            while not job.done():
+                reading.interrupt()
+                await asyncio.wait({job}, timeout=AGAIN_SECONDS)
             job.exception()  # it says "interrupted", and nobody else is going to hear it
             raise
 
-    @staticmethod
-    def interrupt(arguments: Sequence[object]) -> None:
-        """Stop what runs on a connection; it raises OperationalError there."""
-        for argument in arguments:
-            if isinstance(argument, _Rows):
-                argument.connection.interrupt()
 
+class _Reading:
+    """A connection to a file, and what is read from it in one snapshot. Its methods wait: they belong in threads."""
 
-@dataclass(slots=True)
-class _Rows:
-    """A connection, and the result that is being read from it."""
+    def __init__(self, path: Path, query: Query) -> None:
+        self._path = path
+        self._query = query
+        self._connection: sqlite3.Connection | None = None
+        self._cursor: sqlite3.Cursor | None = None
+        self._statement: tuple[str, Mapping[str, Any]] = "", {}
+        self._encoder: Encoder | None = None
+        self._read = 0
+        self._tolerant = False
+        """Whether text that is no UTF-8 is read with replacement characters: slower, so only where there is some."""
 
-    connection: sqlite3.Connection
-    sql: str
-    values: Sequence[Any]
-    cursor: sqlite3.Cursor | None = None
-    read: int = 0
-    tolerant: bool = field(default=False)
-    """Whether text that is no UTF-8 is read with replacement characters: slower, so only where there is some."""
-
-    def begin(self) -> None:
-        """Run the query, in the snapshot that its transaction begins with."""
-        self.connection.execute("BEGIN")
-        self.cursor = self.connection.execute(self.sql, self.values)
-
-    def batch(self, encoder: Encoder, count: int) -> tuple[int, bytes]:
-        """Read and encode up to `count` rows: how many there were, and their bytes."""
-        assert self.cursor is not None
+    def describe(self) -> Sequence[Column]:
+        """Connect, begin the snapshot, and return the columns of the result; raises BadQuery, Unavailable."""
         try:
-            rows = self.cursor.fetchmany(count)
+            self._connection = connection = sqlite3.connect(
+                f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("BEGIN")
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            connection.set_authorizer(_authorize)
+            described = f"SELECT * FROM ({self._query.sql}\n) LIMIT 0"  # noqa: S608 - the operator's own
+            cursor = connection.execute(described, self._query.parameters)
+            names = unique(_given([entry[0] for entry in cursor.description]))
+            types = self._types(connection, len(names))
+        except sqlite3.Error as error:
+            raise _refusal(error) from error
+        except sqlite3.Warning as error:
+            raise BadQuery(str(error)) from error
+        return [Column(name, kind) for name, kind in zip(names, types, strict=True)]
+
+    def _types(self, connection: sqlite3.Connection, count: int) -> Sequence[str]:
+        """The types that columns were declared with; expressions have none. A view is the only thing that tells."""
+        if self._query.parameters:
+            return ["any"] * count  # a view takes no parameters
+        connection.set_authorizer(None)
+        connection.execute(f"CREATE TEMP VIEW described AS SELECT * FROM ({self._query.sql}\n)")  # noqa: S608
+        types = [_type(row[2]) for row in connection.execute("PRAGMA temp.table_info(described)")]
+        connection.execute("DROP VIEW temp.described")
+        connection.set_authorizer(_authorize)
+        return types
+
+    def open(self, selection: Selection, form: str, formula_guard: bool) -> "_Opened":
+        """Run the query and read its first batch; raises what `Source.export` does."""
+        columns = self.describe()
+        sql, values, chosen = _select(self._query, selection, columns)
+        self._statement = sql, values
+        self._encoder = make(form, chosen, formula_guard=formula_guard)
+        begin = self._encoder.begin()
+        try:
+            self._execute()
+            first = self.batch(BATCHES[0])
+        except sqlite3.Error as error:
+            raise _refusal(error) from error
+        return _Opened(chosen, self._encoder, begin, first, self._version())
+
+    def _execute(self) -> sqlite3.Cursor:
+        assert self._connection is not None
+        self._cursor = self._connection.execute(*self._statement)
+        return self._cursor
+
+    def batch(self, count: int) -> tuple[int, bytes]:
+        """Read and encode up to `count` rows: how many there were, and their bytes; raises sqlite3.Error, Misfit."""
+        assert self._cursor is not None
+        assert self._encoder is not None
+        try:
+            rows = self._cursor.fetchmany(count)
         except sqlite3.OperationalError as error:
-            if self.tolerant or "decode" not in str(error):
+            if self._tolerant or "decode" not in str(error):
                 raise
             rows = self._again(count)
-        self.read += len(rows)
+        self._read += len(rows)
         try:
-            return len(rows), encoder.rows(rows) if rows else b""
+            return len(rows), self._encoder.rows(rows) if rows else b""
         except ValueError as error:
             raise Misfit(str(error)) from error
 
     def _again(self, count: int) -> list[tuple[Any, ...]]:
         """Begin anew in the same snapshot, reading text that is no UTF-8, and go on where it failed."""
-        self.tolerant = True
-        self.connection.text_factory = lambda data: data.decode(errors="replace")
-        self.cursor = self.connection.execute(self.sql, self.values)
-        left = self.read
-        while left and (skipped := len(self.cursor.fetchmany(min(left, 1000)))):
+        assert self._connection is not None
+        self._tolerant = True
+        self._connection.text_factory = lambda data: data.decode(errors="replace")
+        cursor, left = self._execute(), self._read
+        while left and (skipped := len(cursor.fetchmany(min(left, 1000)))):
             left -= skipped
-        return self.cursor.fetchmany(count)
+        return cursor.fetchmany(count)
+
+    def _version(self) -> str:
+        """What changes with the file: when it, and its write-ahead log, were last written to."""
+        marks = []
+        for path in (self._path, self._path.with_name(self._path.name + "-wal")):
+            with suppress(OSError):
+                status = path.stat()
+                marks += [status.st_mtime_ns, status.st_size, status.st_ino]
+        return f"{hash(tuple(marks)) & 0xFFFFFFFF:08x}"
+
+    def interrupt(self) -> None:
+        """Stop what runs right now, from any thread: it raises OperationalError there."""
+        if self._connection is not None:
+            self._connection.interrupt()
+
+    def close(self) -> None:
+        """End the snapshot."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+class _Opened(NamedTuple):
+    """A result whose first batch has been read."""
+
+    columns: Sequence[Column]
+    encoder: Encoder
+    begin: bytes
+    first: tuple[int, bytes]
+    version: str
 
 
 @dataclass(slots=True)
@@ -109,8 +181,7 @@ class _SqliteExport:
     columns: Sequence[Column]
     version: str
     begin: bytes
-    _rows: _Rows
-    _encoder: Encoder
+    _reading: _Reading
     _turns: Turns
     _first: tuple[int, bytes]
     rows: int = 0
@@ -125,13 +196,9 @@ class _SqliteExport:
             number = min(number + 1, len(BATCHES) - 1)
             async with self._turns.turn:
                 try:
-                    count, data = await self._turns.run(_batch, self._rows, self._encoder, BATCHES[number])
+                    count, data = await self._turns.run(self._reading, self._reading.batch, BATCHES[number])
                 except sqlite3.Error as error:
                     raise Interrupted(f"the query failed after {self.rows} rows: {error}") from error
-
-
-def _batch(rows: _Rows, encoder: Encoder, count: int) -> tuple[int, bytes]:
-    return rows.batch(encoder, count)
 
 
 class SqliteSource:
@@ -141,9 +208,19 @@ class SqliteSource:
         self._path = path
         self._turns = turns
 
+    @asynccontextmanager
+    async def _reading(self, query: Query) -> AsyncIterator[_Reading]:
+        reading = _Reading(self._path, query)
+        try:
+            yield reading
+        finally:
+            reading.interrupt()
+            await asyncio.shield(self._turns.run(reading, reading.close))
+
     async def describe(self, query: Query) -> Sequence[Column]:
         """Return names and types of a result's columns."""
-        return await self._turns.run(self._describe, query)
+        async with self._reading(query) as reading:
+            return await self._turns.run(reading, reading.describe)
 
     @asynccontextmanager
     async def export(
@@ -155,82 +232,15 @@ class SqliteSource:
         formula_guard: bool,
     ) -> AsyncIterator[tuple[_SqliteExport, Encoder]]:
         """Run a query, and lend its result."""
-        columns = await self.describe(query)
-        sql, values, chosen = _select(query, selection, columns)
-        encoder = make(form, chosen, formula_guard=formula_guard)
-        begin = encoder.begin()
-        rows = _Rows(await self._turns.run(self._connect), sql, values)
-        try:
-            try:
-                first = await self._turns.run(_first, rows, encoder)
-                version = await self._turns.run(self._version)
-            except sqlite3.Error as error:
-                raise _refusal(error) from error
-            export = _SqliteExport(chosen, version, begin, rows, encoder, self._turns, first)
-            yield export, encoder
-        finally:
-            rows.connection.interrupt()
-            await asyncio.shield(self._turns.run(rows.connection.close))
-
-    def _connect(self) -> sqlite3.Connection:
-        try:
-            connection = sqlite3.connect(
-                f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-            )
-        except sqlite3.Error as error:
-            raise _refusal(error) from error
-        try:
-            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        except sqlite3.Error as error:
-            connection.close()
-            raise _refusal(error) from error
-        connection.set_authorizer(_authorize)
-        return connection
-
-    def _describe(self, query: Query) -> Sequence[Column]:
-        connection = self._connect()
-        try:
-            described = f"SELECT * FROM ({query.sql}\n) LIMIT 0"  # noqa: S608 - the operator's own
-            cursor = connection.execute(described, query.parameters)
-            names = unique(_given([entry[0] for entry in cursor.description]))
-            types = self._types(query, len(names))
-        except sqlite3.Error as error:
-            raise _refusal(error) from error
-        except sqlite3.Warning as error:
-            raise BadQuery(str(error)) from error
-        finally:
-            connection.close()
-        return [Column(name, kind) for name, kind in zip(names, types, strict=True)]
-
-    def _types(self, query: Query, count: int) -> Sequence[str]:
-        """The types that columns were declared with; expressions have none. A view is the only thing that tells."""
-        if query.parameters:
-            return ["any"] * count  # a view takes no parameters
-        connection = sqlite3.connect(f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None)
-        try:
-            connection.execute(f"CREATE TEMP VIEW described AS SELECT * FROM ({query.sql}\n)")  # noqa: S608
-            return [_type(row[2]) for row in connection.execute("PRAGMA temp.table_info(described)")]
-        finally:
-            connection.close()
-
-    def _version(self) -> str:
-        """What changes with the file: when it, and its write-ahead log, were last written to."""
-        marks = []
-        for path in (self._path, self._path.with_name(self._path.name + "-wal")):
-            with suppress(OSError):
-                status = path.stat()
-                marks += [status.st_mtime_ns, status.st_size, status.st_ino]
-        return f"{hash(tuple(marks)) & 0xFFFFFFFF:08x}"
+        async with self._reading(query) as reading:
+            opened = await self._turns.run(reading, reading.open, selection, form, formula_guard)
+            export = _SqliteExport(opened.columns, opened.version, opened.begin, reading, self._turns, opened.first)
+            yield export, opened.encoder
 
 
 def _given(names: Sequence[str]) -> list[str]:
     """The names as the query gave them: SQLite calls the second column `a` of a subquery `a:1`."""
     return [match[1] if (match := re.fullmatch(r"(.+):[0-9]+", name)) and match[1] in names else name for name in names]
-
-
-def _first(rows: _Rows, encoder: Encoder) -> tuple[int, bytes]:
-    rows.begin()
-    return rows.batch(encoder, BATCHES[0])
 
 
 def _authorize(action: int, *_: object) -> int:
