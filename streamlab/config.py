@@ -39,7 +39,7 @@ ConfigPath = Annotated[Path, AfterValidator(_beside_config)]
 class Table(BaseModel):
     """A table of config.toml: frozen once read, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class Server(Table):

@@ -112,7 +112,7 @@ class Scenario(BaseModel):
     must open and close, into a method `lifespan(self, app)` marked with `hookimpl`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: ClassVar[str]
 

@@ -18,7 +18,7 @@ _TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 class Parameter(BaseModel):
     """A value that a configured SQL names as `:name`, and that requests may give."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["text", "integer", "real", "boolean"] = "text"
     """What it is; a request that gives something else is refused."""
