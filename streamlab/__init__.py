@@ -5,6 +5,7 @@ from .eventlog import END, ORIGIN, Draft, Event, EventLogError, Position, Retent
 from .events import EVENTS, Channel, Events, draft, follow
 from .hookspecs import hookimpl
 from .hub import View
+from .observe import METRICS
 from .problems import Problem
 from .scenario import Scenario, endpoint
 from .streaming import Outcome, Stream, StreamSummary, open_stream
@@ -13,6 +14,7 @@ __all__ = [
     "CONFIG",
     "END",
     "EVENTS",
+    "METRICS",
     "ORIGIN",
     "Channel",
     "ConfigPath",

@@ -55,14 +55,23 @@ class Channel:
     """A named, ordered stream of events that any number of clients follow, from any id.
 
     A value: making one costs nothing, and what it names exists from the first event on. `finite` says that it is to
-    end with an event `end`, after which a client that comes back is told 204.
+    end with an event `end`, after which a client that comes back is told 204. `stem` stands before the ids of its
+    events, always the same for a name: where one route serves many channels, the id that a client comes back with says
+    which it means.
     """
 
-    def __init__(self, events: "Events", name: str, retention: Retention, *, finite: bool = False) -> None:
+    def __init__(
+        self, events: "Events", name: str, retention: Retention, *, finite: bool = False, stem: str = ""
+    ) -> None:
         self.events = events
         self.name = name
         self.retention = retention
         self.finite = finite
+        self.stem = stem
+
+    def position(self, id: str) -> Position | None:  # noqa: A002
+        """Read the place in this channel that an event's id means; None where it means none."""
+        return Position.parse(id.removeprefix(self.stem)) if id.startswith(self.stem) else None
 
     async def publish(self, data: Any, event: str = "", *, key: str = "") -> str:
         """Publish an event and return its id, once the log has it; followers get it after that, never before.
@@ -95,7 +104,7 @@ class Channel:
                 await asyncio.sleep(INSIST_SECONDS)
         await self.events.room(self.name)
         first = last.offset - len(drafts) + 1
-        return [str(Position(last.epoch, first + number)) for number in range(len(drafts))]
+        return [f"{self.stem}{Position(last.epoch, first + number)}" for number in range(len(drafts))]
 
     async def checkpoint(self, name: str) -> str | None:
         """Return the text that was last published under a name; None where there is none."""
@@ -114,7 +123,7 @@ class Channel:
 
     async def listen(self, after: Position) -> AsyncIterator[Event]:
         """Go through the events after a position, and all that will be published."""
-        hub = self.events.enter(self.name, after)
+        hub = self.events.enter(self, after)
         try:
             while True:
                 async for event in self.read(after):
@@ -122,7 +131,7 @@ class Channel:
                     after = event.position
                 await hub.beyond(after)
         finally:
-            self.events.leave(self.name)
+            self.events.leave(self)
 
     async def delete(self) -> None:
         """Forget the channel and all that belongs to it."""
@@ -150,9 +159,9 @@ class Events:
         """Who follows a channel, and gets heartbeats."""
         self._group: asyncio.TaskGroup | None = None
 
-    def channel(self, name: str, *, keep: Retention | None = None, finite: bool = False) -> Channel:
+    def channel(self, name: str, *, keep: Retention | None = None, finite: bool = False, stem: str = "") -> Channel:
         """Name a channel; without `keep` it keeps what config.toml says under [events]."""
-        return Channel(self, name, keep or self._keep, finite=finite)
+        return Channel(self, name, keep or self._keep, finite=finite, stem=stem)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -177,24 +186,24 @@ class Events:
         if channel in self._hubs:
             await self._hubs[channel][0].room()
 
-    def enter(self, channel: str, position: Position) -> Hub:
+    def enter(self, channel: Channel, position: Position) -> Hub:
         """Lend the hub of a channel until `leave`; the first who needs it makes it at its own position."""
-        if channel not in self._hubs:
+        if channel.name not in self._hubs:
             assert self._group is not None, "the server has not started, or is over"
-            hub = Hub(position)
-            self._hubs[channel] = hub, self._group.create_task(hub.run())
-            self.log.watch(channel, position, hub.deliver)
-        hub, _ = self._hubs[channel]
+            hub = Hub(position, channel.stem)
+            self._hubs[channel.name] = hub, self._group.create_task(hub.run())
+            self.log.watch(channel.name, position, hub.deliver)
+        hub, _ = self._hubs[channel.name]
         hub.members += 1
         return hub
 
-    def leave(self, channel: str) -> None:
+    def leave(self, channel: Channel) -> None:
         """Give a hub back; the last who does takes it down."""
-        hub, task = self._hubs[channel]
+        hub, task = self._hubs[channel.name]
         hub.members -= 1
         if not hub.members:
-            del self._hubs[channel]
-            self.log.unwatch(channel)
+            del self._hubs[channel.name]
+            self.log.unwatch(channel.name)
             task.cancel()
 
     async def _beat(self) -> None:
@@ -280,6 +289,7 @@ async def follow(
     tail: int | None = None,
     since: Callable[[Event], bool] | None = None,
     limit: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> web.StreamResponse:
     """Answer a request with a channel as an event stream: what follows an id, then everything as it is published.
 
@@ -291,11 +301,11 @@ async def follow(
     Source: WHATWG HTML 9.2 (Last-Event-ID, 204 against reconnection).
     """
     asked = request.headers.get("Last-Event-ID") or after
-    position = Position.parse(asked) if asked else None
+    position = channel.position(asked) if asked else None
     if channel.finite and position and await _has_ended(channel, position):
         return web.Response(status=204, headers={"Cache-Control": "no-store"})
-    async with open_stream(request, sse.MEDIA_TYPE) as stream:
-        follower = Follower(stream, view, position or ORIGIN, limit)
+    async with open_stream(request, sse.MEDIA_TYPE, headers=headers) as stream:
+        follower = Follower(stream, view, position or ORIGIN, limit, channel.stem)
         stream.event_id = follower.event_id
         channel.events.followers.add(follower)
         try:
@@ -370,7 +380,7 @@ class _Session:
         done = follower.remaining == 0 or await self._catch_up()
         if done:
             return
-        hub = self._channel.events.enter(self._channel.name, follower.position)
+        hub = self._channel.events.enter(self._channel, follower.position)
         try:
             while not done:
                 if follower.position == hub.position:
@@ -381,7 +391,7 @@ class _Session:
                 done = done or await self._catch_up()
         finally:
             hub.leave(follower)
-            self._channel.events.leave(self._channel.name)
+            self._channel.events.leave(self._channel)
 
     async def _catch_up(self) -> bool:
         """Send what the log has after the follower's position; True when the client has all that it wanted."""
@@ -403,14 +413,16 @@ class _Session:
         if held and await self._send(held, position):
             return True
         if position != batch.last:
-            if self._sure:
+            # A channel may have begun with a checkpoint alone: then nothing lies between its origin and its place.
+            if self._sure and not (position == ORIGIN and not batch.last.offset):
                 await self.tell_gap(position, batch.last)
             follower.position = batch.last
         self._sure = True
         return False
 
     def _chosen(self, events: Sequence[Event]) -> list[Framed]:
-        return [framed(event) for event in events if self._follower.view.wants(event)]
+        stem = self._channel.stem
+        return [framed(event, stem) for event in events if self._follower.view.wants(event)]
 
     async def _send(self, items: Sequence[Framed], after: Position) -> bool:
         """Write frames as the client takes them; True when it has all that it wanted."""
@@ -440,10 +452,10 @@ class _Session:
         data = {
             "reason": reason,
             "missing": missing,
-            "after": None if before is None else str(before),
-            "until": str(after),
+            "after": None if before is None else f"{self._channel.stem}{before}",
+            "until": f"{self._channel.stem}{after}",
         }
-        await self._write(sse.frame(sse.encode(data), id=f"{after}.gap", event="gap"), after)
+        await self._write(sse.frame(sse.encode(data), id=f"{self._channel.stem}{after}.gap", event="gap"), after)
 
     async def _write(self, body: bytes, after: Position) -> None:
         """Write whole events; a large one in steps, so that a slow client does not fill this process with it."""

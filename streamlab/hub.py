@@ -2,21 +2,25 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from . import sse
 from .eventlog import END, Event, Position
-from .streaming import HIGH_WATER, Meter, Piece, Stream
+from .streaming import Piece, Pusher, Stream, Writer
 
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 * 1024
 """Bytes pushed to a follower at once; a larger event is written by the follower's own task."""
 
-SLICE = 64
-"""Followers served between two looks at what else the loop has to do."""
+SLICE = 32
+"""Followers served between two looks at the clock,"""
+
+TURN_SECONDS = 0.0005
+"""and how long they are served before whatever else the loop has to do gets its turn."""
 
 PENDING_BYTES = 1024 * 1024
 """Bytes that may wait to be pushed before publishers of this process wait too."""
@@ -54,9 +58,9 @@ class Framed(NamedTuple):
     frame: bytes
 
 
-def framed(event: Event) -> Framed:
-    """Frame an event of the log; the same bytes whenever and wherever it is sent."""
-    return Framed(event, sse.frame(event.data, id=str(event.position), event=event.event))
+def framed(event: Event, stem: str) -> Framed:
+    """Frame an event of the log, `stem` before its id; the same bytes whenever and wherever it is sent."""
+    return Framed(event, sse.frame(event.data, id=f"{stem}{event.position}", event=event.event))
 
 
 def latest(items: Sequence[Framed]) -> list[Framed]:
@@ -71,17 +75,20 @@ def latest(items: Sequence[Framed]) -> list[Framed]:
     return kept[::-1]
 
 
-class Follower(Meter):
+class Follower(Pusher):
     """One client of a channel. Either its own task writes (it catches up), or the hub pushes (it is live).
 
     While it is live, a push touches this object and the transport, and no other: with thousands of followers, what an
     event costs is memory that is not in the processor's cache.
     """
 
-    __slots__ = ("chunked", "live", "position", "released", "remaining", "stream", "transport", "view")
+    __slots__ = ("chunked", "live", "position", "released", "remaining", "stem", "stream", "transport", "view")
 
-    def __init__(self, stream: Stream, view: View, position: Position, remaining: int | None = None) -> None:
+    def __init__(
+        self, stream: Stream, view: View, position: Position, remaining: int | None = None, stem: str = ""
+    ) -> None:
         super().__init__()
+        self.stem = stem
         self.stream = stream
         self.view = view
         self.position = position
@@ -91,7 +98,7 @@ class Follower(Meter):
         self.live = False
         self.released: asyncio.Future[bool] | None = None
         """While live: done when its task must take over, True because everything has been sent."""
-        self.transport: asyncio.Transport | None = None
+        self.transport: Writer | None = None
         self.chunked = False
 
     @property
@@ -101,7 +108,11 @@ class Follower(Meter):
 
     def event_id(self, name: str) -> str:
         """The id of an event that is not in the log: it tells where the follower stands."""
-        return f"{self.position}.{name}"
+        return f"{self.stem}{self.position}.{name}"
+
+    def fall_behind(self) -> None:
+        """Let its task take over, which waits for the client."""
+        self.release(done=False)
 
     def release(self, *, done: bool) -> None:
         """Hand a live follower back to its task."""
@@ -205,7 +216,8 @@ class Pushed(NamedTuple):
 class Hub:
     """The followers of one channel in this process."""
 
-    def __init__(self, position: Position) -> None:
+    def __init__(self, position: Position, stem: str) -> None:
+        self._stem = stem
         self.position = position
         """What has been pushed, or is being pushed, ends here."""
         self.members = 0
@@ -258,6 +270,8 @@ class Hub:
         audience.followers.add(follower)
         follower.live = True
         follower.released = asyncio.get_running_loop().create_future()
+        if follower.transport is None:
+            follower.release(done=False)
         return follower.released
 
     def leave(self, follower: Follower) -> None:
@@ -295,13 +309,13 @@ class Hub:
                 moved.set_result(None)
         # What is missing, each follower's own task finds in the log, and says so.
         gap = overrun is not None or bool(events and not before.precedes(events[0].position))
-        items = [] if gap else [framed(event) for event in events]
+        items = [] if gap else [framed(event, self._stem) for event in events]
         # Who joins from here on stands after these events already, so all audiences are noted before the first await.
         noted = [
             (audience, None if gap else self._select(audience, items), tuple(audience.followers))
             for audience in self._audiences.values()
         ]
-        served = 0
+        began = time.monotonic()
         for audience, chosen, followers in noted:
             if chosen is None:
                 for follower in followers:
@@ -311,10 +325,9 @@ class Hub:
             push = self._push_some if audience.limited or audience.view.conflate or len(pieces) != 1 else _push_one
             for start in range(0, len(followers), SLICE):
                 push(followers[start : start + SLICE], pieces, audience, chosen)
-                served += min(SLICE, len(followers) - start)
-                if served >= SLICE:
-                    served = 0
+                if time.monotonic() - began >= TURN_SECONDS:
                     await asyncio.sleep(0)
+                    began = time.monotonic()
 
     def _select(self, audience: Audience, items: Sequence[Framed]) -> list[Framed] | None:
         """What an audience is to get now; None where its view fails, so that each follower fails by itself."""
@@ -335,31 +348,34 @@ class Hub:
                 lacking = [item for item in chosen if item.event.position > follower.position]
                 mine = audience.pieces(lacking, self.position)
             for piece in mine:
-                if follower.live and follower.remaining is not None and piece.events > follower.remaining:
-                    follower.release(done=False)  # its task takes from the log as many as it wants
-                _push_one((follower,), (piece,))
-                if follower.live and follower.remaining is not None:
+                if piece.too_large or (follower.remaining is not None and piece.events > follower.remaining):
+                    follower.release(done=False)  # its task takes from the log as many as it wants, and as it may
+                if not follower.live:
+                    break
+                if follower.remaining is not None:
                     follower.remaining -= piece.events
-                    if follower.remaining == 0:
-                        follower.release(done=True)
+                _push(follower, piece, piece.last or follower.remaining == 0)
             if follower.live and not chosen and not audience.view.conflate:
                 follower.position = self.position
 
 
 def _push_one(followers: Sequence[Follower], pieces: Sequence[Pushed], *_: object) -> None:
     """Push one piece to followers that want it: the loop in which a server with many clients spends its time."""
-    wire, size, too_large, _events, after, last = pieces[0]
+    piece = pieces[0]
     for follower in followers:
-        if not follower.live:
-            continue
-        transport = follower.transport
-        if transport is None or too_large or transport.get_write_buffer_size() > HIGH_WATER:
+        if piece.too_large:
             follower.release(done=False)
-            continue
-        transport.write(wire)
-        if not follower.pushed:
-            follower.stream.note_first_byte()
-        follower.pushed += size
-        follower.position = after
-        if last:
-            follower.release(done=True)
+        if follower.live:
+            _push(follower, piece, piece.last)
+
+
+def _push(follower: Follower, piece: Pushed, done: bool) -> None:
+    """Push a piece to a live follower, which has all that it wants then if `done`."""
+    if done:  # before the write, from within which it may be said to fall behind: it lacks nothing any more
+        follower.release(done=True)
+    assert follower.transport is not None
+    follower.transport.write(piece.wire)
+    if not follower.pushed:
+        follower.stream.note_first_byte()
+    follower.pushed += piece.size
+    follower.position = piece.after

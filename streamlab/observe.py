@@ -43,7 +43,8 @@ class Metrics(Collector):
         self._streams = streams
         self._events = events
         self._bytes_of_ended: Tally[str] = Tally()
-        self._registry = registry = prometheus_client.CollectorRegistry()
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        """Where a plugin's own counters go: `Counter(..., registry=app[METRICS].registry)`."""
         self._ends = prometheus_client.Counter(
             "streamlab_streams", "Streams that ended, by outcome.", ["scenario", "outcome"], registry=registry
         )
@@ -124,7 +125,10 @@ class Metrics(Collector):
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Everything measured, and its content type."""
         encoder, content_type = choose_encoder(accept)
-        return encoder(self._registry), content_type
+        return encoder(self.registry), content_type
+
+
+METRICS = web.AppKey("metrics", Metrics)
 
 
 class AccessLog:

@@ -12,14 +12,13 @@ from pydantic import BaseModel, Field
 
 from . import openapi
 from .events import EVENTS
-from .observe import Metrics
+from .observe import METRICS
 from .problems import Problem
 from .registry import Registry
 from .scenario import Route, Scenario, endpoint
 from .streaming import STREAMS
 
 REGISTRY = web.AppKey("registry", Registry)
-METRICS = web.AppKey("metrics", Metrics)
 ROUTES = web.AppKey("routes", list[Route])
 STARTED_AT = web.AppKey("started_at", float)
 

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, Any, Literal, Protocol
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -76,6 +76,9 @@ UNSENT_BYTES = 64 * 1024
 
 SOURCE_FAILED = "The source of this response failed; the server's log says why."
 
+SMALL_BYTES = 16 * 1024
+"""Writes up to this take the short way: what they cost is steps, and not copies."""
+
 HIGH_WATER = 64 * 1024
 """What may wait in this process for a client before `push` passes it by."""
 
@@ -95,13 +98,52 @@ class Piece:
         self.chunk = b"%x\r\n%b\r\n" % (len(body), body)
 
 
-class Meter:
-    """Counts what somebody else writes to the connection of a stream."""
+class Pusher:
+    """Somebody else who writes to the connection of a stream: what they wrote so far is counted."""
 
     __slots__ = ("pushed",)
 
     def __init__(self) -> None:
         self.pushed = 0
+
+    def fall_behind(self) -> None:
+        """Hear, from within a write, that more than HIGH_WATER bytes wait for the client now: write no more."""
+
+
+class Connection(web.RequestHandler):
+    """A connection of aiohttp that says when its client falls behind, so that a pusher need not ask at each write."""
+
+    __slots__ = ("pusher",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pusher: Pusher | None = None
+
+    def pause_writing(self) -> None:
+        """Pass on what the transport says when more than HIGH_WATER bytes (its own default, too) wait."""
+        super().pause_writing()
+        if self.pusher is not None:
+            self.pusher.fall_behind()
+
+
+class _Asked:
+    """A transport of a connection that does not say it (aiohttp's own, under TestServer): it is asked instead."""
+
+    def __init__(self, transport: asyncio.Transport, pusher: Pusher) -> None:
+        self._transport = transport
+        self._pusher = pusher
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > HIGH_WATER:
+            self._pusher.fall_behind()
+
+
+class Writer(Protocol):
+    """Where a pusher writes."""
+
+    def write(self, data: bytes) -> None:
+        """Send some bytes, or keep them until the client takes them; never waits."""
 
 
 class Stream(web.StreamResponse):
@@ -119,7 +161,7 @@ class Stream(web.StreamResponse):
         "_eof_begun",
         "_headers_timer",
         "_is_chunked",
-        "_meter",
+        "_pusher",
         "_request",
         "_since_yield_bytes",
         "_since_yield_writes",
@@ -161,7 +203,7 @@ class Stream(web.StreamResponse):
         self.on_stop = on_stop
         self.scenario = scenario
         self._bytes_sent = 0
-        self._meter: Meter | None = None
+        self._pusher: Pusher | None = None
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
         self.opened_at = time.monotonic()
@@ -193,29 +235,48 @@ class Stream(web.StreamResponse):
             data = await self._encoder.encode(data)
         if not data:
             return
-        self._send_headers_with(data)
-        await super().write(data)
+        if not (len(data) <= SMALL_BYTES and self._takes_pieces and self.push(Piece(bytes(data)))):
+            self._send_headers_with(data)
+            await super().write(data)
         self._since_yield_bytes += len(data)
         self._since_yield_writes += 1
         if self._since_yield_bytes >= YIELD_BYTES or self._since_yield_writes >= YIELD_WRITES:
             self._since_yield_bytes = self._since_yield_writes = 0
             await asyncio.sleep(0)
 
+    @property
+    def _takes_pieces(self) -> bool:
+        """Whether a chunk may go straight to the connection: what aiohttp does, in fewer steps."""
+        return (
+            self.headers_sent
+            and self._is_chunked
+            and self._encoder is None
+            and not self._eof_begun
+            and self.content_length is None
+            and not self.client_gone
+        )
+
     async def ready(self) -> None:
         """Wait until no more than HIGH_WATER bytes wait for the client."""
         if self._writer is not None and self.headers_sent:
             await self._writer.drain()
 
-    def direct(self, meter: Meter) -> tuple[asyncio.Transport | None, bool]:
-        """Send the headers, and hand out the connection, and whether it takes chunks, to one who writes to many.
+    def direct(self, pusher: Pusher) -> tuple[Writer | None, bool]:
+        """Send the headers; hand out where to write, and whether chunks are wanted there, to one who pushes to many.
 
-        They see to it that nothing else writes meanwhile, write framed pieces while no more than HIGH_WATER bytes wait,
-        and count them in `meter`.
+        They see to it that nothing else writes meanwhile, write framed pieces until they are told that the client has
+        fallen behind, and count them. There is nowhere to write while too much waits, and when the client has left.
         """
         self.send_headers()
         self.headers.clear()  # they have left, and would cost as much memory as all else that a follower keeps
-        self._meter = meter
-        return self._transport, self._is_chunked
+        self._pusher = pusher
+        protocol, transport = self._request.protocol, self._transport
+        if transport is None or protocol.writing_paused:
+            return None, self._is_chunked
+        if not isinstance(protocol, Connection):
+            return _Asked(transport, pusher), self._is_chunked
+        protocol.pusher = pusher
+        return transport, self._is_chunked
 
     def note_first_byte(self) -> None:
         """Remember that the body has begun."""
@@ -225,7 +286,7 @@ class Stream(web.StreamResponse):
     @property
     def bytes_sent(self) -> int:
         """Bytes of the body handed to the connection."""
-        return self._bytes_sent + (self._meter.pushed if self._meter is not None else 0)
+        return self._bytes_sent + (self._pusher.pushed if self._pusher is not None else 0)
 
     def push(self, piece: Piece) -> bool:
         """Write a piece without waiting; False, and nothing is written, where too much waits for the client already.
@@ -390,6 +451,8 @@ class Stream(web.StreamResponse):
             return False
         finally:
             self.forget_timer()
+            if self._pusher is not None and isinstance(self._request.protocol, Connection):
+                self._request.protocol.pusher = None
             self._streams.dismiss(self._request, self)
 
     async def finish(self) -> None:

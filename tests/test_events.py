@@ -89,7 +89,8 @@ BOARD = '''
         @endpoint("POST", "/board/{name}", path_model=Name, takes="application/json")
         async def write(self, request, path):
             drafts = [draft(data, event, key=key) for data, event, key in await request.json()]
-            return web.json_response(await self.channel(request, path.name).publish_all(drafts))
+            checkpoint = None if drafts else ("place", "here")
+            return web.json_response(await self.channel(request, path.name).publish_all(drafts, checkpoint=checkpoint))
 
         @endpoint("DELETE", "/board/{name}", path_model=Name)
         async def forget(self, request, path):
@@ -138,10 +139,10 @@ def test_an_event_is_an_id_and_its_data_and_nothing_else(serve: Callable[..., Ru
     server = serve()
     with server.send("GET /board/c?limit=3 HTTP/1.1\nHost: localhost\nConnection: close") as connection:
         head = read_until(connection, b"\r\n\r\n")
-        ids = publish(server, {"price": 1.5, "name": "é\u2028"}, "plain\ntext\r\nof lines\rfour") + publish(
-            server, 3, event="tick"
-        )
-        body = read_all(connection)
+        ids = publish(server, {"price": 1.5, "name": "é\u2028"}, "plain\ntext\r\nof lines\rfour")
+        body = read_until(connection, b"four\n\n\r\n")
+        publish(server, 3, event="tick")
+        body += read_all(connection)
     assert b"\r\nContent-Type: text/event-stream\r\n" in head
     assert b"\r\nCache-Control: no-cache\r\n" in head
     assert b"\r\nX-Accel-Buffering: no\r\n" in head
@@ -314,6 +315,18 @@ def test_an_id_that_is_ahead_is_a_gap_and_then_what_comes(serve: Callable[..., R
         assert (gap.event, gap.id, gap.json["missing"]) == ("gap", f"{epoch}-2.gap", 0)
         publish(server, 3)
         assert next(events).json == 3
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "redis"])
+def test_a_channel_that_begins_with_a_checkpoint_has_no_gap_before_its_first_event(
+    serve: Callable[..., Running], engine: str, request: pytest.FixtureRequest
+) -> None:
+    url = "sqlite://" if engine == "sqlite" else request.getfixturevalue("valkey").url
+    server = serve(f'[events]\nurl = "{url}"\n')
+    publish(server)
+    with EventStream(server, "/board/c?limit=1", after="0-0") as stream:
+        publish(server, 1)
+        assert [(event.event, event.json) for event in stream] == [("", 1)]
 
 
 def test_an_id_of_a_channel_that_was_forgotten_never_means_a_new_event(serve: Callable[..., Running]) -> None:

@@ -20,6 +20,9 @@ T = TypeVar("T")
 BATCHES = (16, 64, 256, 1000)
 """Rows in the first batches of an export, and in all that follow: the first bytes leave at once."""
 
+PIECE_ROWS = 64
+"""Rows read and encoded at once: encoders keep the interpreter for as long as they work on some."""
+
 AGAIN_SECONDS = 0.02
 """How long after an interrupt the next one: what falls between two statements of a job stops nothing."""
 
@@ -60,9 +63,10 @@ class Turns:
 class _Reading:
     """A connection to a file, and what is read from it in one snapshot. Its methods wait: they belong in threads."""
 
-    def __init__(self, path: Path, query: Query) -> None:
+    def __init__(self, path: Path, query: Query, known: dict[str, tuple[int, Sequence[str]]]) -> None:
         self._path = path
         self._query = query
+        self._known = known
         self._connection: sqlite3.Connection | None = None
         self._cursor: sqlite3.Cursor | None = None
         self._statement: tuple[str, Mapping[str, Any]] = "", {}
@@ -78,27 +82,31 @@ class _Reading:
                 f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
             )
             connection.execute("BEGIN")
-            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            (schema,) = connection.execute("PRAGMA schema_version").fetchone()
             connection.set_authorizer(_authorize)
             described = f"SELECT * FROM ({self._query.sql}\n) LIMIT 0"  # noqa: S608 - the operator's own
             cursor = connection.execute(described, self._query.parameters)
             names = unique(_given([entry[0] for entry in cursor.description]))
-            types = self._types(connection, len(names))
+            types = self._types(connection, len(names), schema)
         except sqlite3.Error as error:
             raise _refusal(error) from error
         except sqlite3.Warning as error:
             raise BadQuery(str(error)) from error
         return [Column(name, kind) for name, kind in zip(names, types, strict=True)]
 
-    def _types(self, connection: sqlite3.Connection, count: int) -> Sequence[str]:
+    def _types(self, connection: sqlite3.Connection, count: int, schema: int) -> Sequence[str]:
         """The types that columns were declared with; expressions have none. A view is the only thing that tells."""
         if self._query.parameters:
             return ["any"] * count  # a view takes no parameters
+        known, types = self._known.get(self._query.sql, (None, ()))
+        if known == schema:
+            return types
         connection.set_authorizer(None)
         connection.execute(f"CREATE TEMP VIEW described AS SELECT * FROM ({self._query.sql}\n)")  # noqa: S608
         types = [_type(row[2]) for row in connection.execute("PRAGMA temp.table_info(described)")]
         connection.execute("DROP VIEW temp.described")
         connection.set_authorizer(_authorize)
+        self._known[self._query.sql] = schema, types
         return types
 
     def open(self, selection: Selection, form: str, formula_guard: bool) -> "_Opened":
@@ -122,19 +130,25 @@ class _Reading:
 
     def batch(self, count: int) -> tuple[int, bytes]:
         """Read and encode up to `count` rows: how many there were, and their bytes; raises sqlite3.Error, Misfit."""
-        assert self._cursor is not None
         assert self._encoder is not None
+        read, pieces = 0, []
+        while read < count and (rows := self._rows(min(PIECE_ROWS, count - read))):
+            read += len(rows)
+            self._read += len(rows)
+            try:
+                pieces.append(self._encoder.rows(rows))
+            except ValueError as error:
+                raise Misfit(str(error)) from error
+        return read, b"".join(pieces)
+
+    def _rows(self, count: int) -> list[tuple[Any, ...]]:
+        assert self._cursor is not None
         try:
-            rows = self._cursor.fetchmany(count)
+            return self._cursor.fetchmany(count)
         except sqlite3.OperationalError as error:
             if self._tolerant or "decode" not in str(error):
                 raise
-            rows = self._again(count)
-        self._read += len(rows)
-        try:
-            return len(rows), self._encoder.rows(rows) if rows else b""
-        except ValueError as error:
-            raise Misfit(str(error)) from error
+            return self._again(count)
 
     def _again(self, count: int) -> list[tuple[Any, ...]]:
         """Begin anew in the same snapshot, reading text that is no UTF-8, and go on where it failed."""
@@ -207,10 +221,12 @@ class SqliteSource:
     def __init__(self, path: Path, turns: Turns) -> None:
         self._path = path
         self._turns = turns
+        self._known: dict[str, tuple[int, Sequence[str]]] = {}
+        """The types of results, by SQL, and the version of the schema that they hold for."""
 
     @asynccontextmanager
     async def _reading(self, query: Query) -> AsyncIterator[_Reading]:
-        reading = _Reading(self._path, query)
+        reading = _Reading(self._path, query, self._known)
         try:
             yield reading
         finally:
