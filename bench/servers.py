@@ -32,15 +32,18 @@ class Server:
     """It takes a port of its own choice, and its log says which."""
 
 
-def streamlab(name: str, config: Callable[[Path], str]) -> Server:
-    """Build the server of this project; `config` returns its config.toml, given the folder it runs in."""
+def streamlab(name: str, config: Callable[[Path], str], *, llm: bool = False) -> Server:
+    """Build the server of this project; `config` returns its config.toml, given the folder it runs in.
+
+    Only with `llm` it has that scenario, whose model would take a CPU's time from whatever else is measured.
+    """
 
     def command(folder: Path, port: int) -> list[str]:
         path = folder / "config.toml"
         path.write_text(config(folder), encoding="utf-8")
         return [sys.executable, "-m", "streamlab", "run", "--config", str(path), "--port", "0"]
 
-    return Server(name, command, says_port=True)
+    return Server(name, command, {"STREAMLAB_SCENARIOS__LLM__ENABLED": str(llm).lower()}, says_port=True)
 
 
 def uvicorn(name: str, app: str, environment: Mapping[str, str] | None = None) -> Server:

