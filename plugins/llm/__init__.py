@@ -11,7 +11,16 @@ from urllib.parse import urlsplit
 import msgspec
 from aiohttp import web
 from prometheus_client import Counter
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    model_validator,
+)
 
 from streamlab import EVENTS, METRICS, Problem, Scenario, endpoint, hookimpl, open_stream
 
@@ -101,6 +110,8 @@ class Message(BaseModel):
 
 class Conversation(Sampling):
     """A prompt, or the conversation so far, as a JSON document."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Hello", "max_tokens": 40}]})
 
     prompt: Text | None = Field(None, description="What is said to the model; or messages.")
     messages: list[Message] | None = Field(None, min_length=1, max_length=1000, description="The conversation so far.")
@@ -217,7 +228,6 @@ class Llm(Scenario):
         body=Conversation,
         body_limit=BODY_BYTES,
         sends="text/plain",
-        curl='-N --json \'{"prompt": "Hello"}\' {url}',
     )
     async def text_of(self, request: web.Request, body: Conversation) -> web.StreamResponse:
         """Answer a prompt, or go on with a conversation, as plain text."""
@@ -259,7 +269,6 @@ class Llm(Scenario):
         body_limit=BODY_BYTES,
         sends="text/event-stream",
         responses={204: "The client has the end of the answer already."},
-        curl='-N --json \'{"prompt": "Hello"}\' {url}',
     )
     async def events_of(self, request: web.Request, body: Conversation) -> web.StreamResponse:
         """Answer a prompt, or go on with a conversation, as events that can be left and come back to."""
@@ -301,7 +310,7 @@ class Llm(Scenario):
             204: "It is stopped, or was over.",
             404: "There is no such generation.",
         },
-        curl="-X DELETE {url}",
+        curl="{url}",
     )
     async def stop(self, request: web.Request, path: Which) -> web.StreamResponse:
         """Stop a generation, for everybody who follows it."""

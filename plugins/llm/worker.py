@@ -35,6 +35,7 @@ def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
     params.n_batch = params.n_ubatch = 128
     # OpenMP's threads spin: on the last core they would take the event loop's time.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
+    params.sampling.temp = 0.2  # unless a request says otherwise: so small a model talks nonsense above that
     params.cache_ram_mib = 0
     params.n_gpu_layers = 0
     params.ui = False
