@@ -15,7 +15,7 @@ from pathlib import Path
 from . import rig
 from .event_peers import PATH
 from .followers import BURST, FIRST, LINES, MISSED, PACED_RATE, PACED_TIMES, PUBLISHERS, Load, event
-from .report import Goal, Numbers, filesystem, goal_rows, keep, machine, show, spread
+from .report import Goal, Measurement, Numbers, by_round, filesystem, goal_rows, keep, machine, show, spread
 from .servers import START_SECONDS, Running, Server, nginx, nginx_binary, python, running, started, streamlab, uvicorn
 
 STREAMLAB, MEMORY, VALKEY = "streamlab", "streamlab in memory", "streamlab on Valkey"
@@ -46,17 +46,6 @@ GOALS = (
     Goal("RSS an idle follower, KiB", None, 5000, "idle", "<=", 12),
     Goal("p95 of /health while flushing, ms", None, 5000, "health p95", "<=", 25),
 )
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number of one server. Rates are events a second that reached a follower, `cpu` microseconds for each."""
-
-    server: str
-    round: int
-    streams: int  # followers; 0 where only the engine behind them is measured
-    key: str
-    value: float
 
 
 def config(url: Callable[[Path], str]) -> Callable[[Path], str]:
@@ -208,11 +197,6 @@ def run(
         for key, value in json.loads(done.stdout).items():
             taken.append(Measurement(name, visit.round, visit.followers, key, value))
     return taken
-
-
-def by_round(taken: Sequence[Measurement]) -> Numbers:
-    """Look numbers up by server, followers and key; each of them by round."""
-    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
 
 
 def ratios(numbers: Numbers, server: str, peer: str, count: int, key: str) -> dict[int, float]:

@@ -29,7 +29,7 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from . import rig
-from .report import Goal, Numbers, goal_rows, keep, machine, show, spread
+from .report import Goal, Measurement, Numbers, by_round, goal_rows, keep, machine, show, spread
 from .servers import Running, Server, postgres, postgres_binary, reset_peak, running, streamlab, uvicorn
 
 STREAMLAB, POSTGRES = "streamlab", "streamlab on PostgreSQL"
@@ -80,17 +80,6 @@ GOALS = (
     Goal("query stopped before its first row, ms", None, 1, "stopped early", "<=", 100),
     Goal("query stopped before its first row, ms", None, 1, "stopped early", "<=", 100, POSTGRES),
 )
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number of one server: rates in krows/s, `cpu` in seconds a million rows, times in ms, memory in MB."""
-
-    server: str
-    round: int
-    streams: int  # clients at once
-    key: str
-    value: float
 
 
 # -- the client
@@ -550,11 +539,6 @@ def run(
 
 
 # -- the report
-
-
-def by_round(taken: Sequence[Measurement]) -> Numbers:
-    """Look numbers up by server, clients and key; each of them by round."""
-    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
 
 
 def ratio_rows(numbers: Numbers) -> list[list[str]]:

@@ -7,14 +7,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import rig
-from .report import Goal, Numbers, goal_rows, keep, machine, show, spread
+from .report import Goal, Measurement, Numbers, by_round, goal_rows, keep, machine, show, spread
 from .servers import Running, Server, running, streamlab, uvicorn
 
 STREAMLAB, FASTAPI, EMBEDDED, DIRECT = "streamlab", "FastAPI and httpx", "streamlab with its model", "the model itself"
@@ -39,17 +39,6 @@ GOALS = (
     Goal("ms to the first token, more than the model itself", None, 1, "added", "<=", 10, EMBEDDED),
 )
 PADDING = {"id": "chatcmpl-" + "x" * 29, "object": "chat.completion.chunk", "created": 1, "model": "m" * 30}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number of one server."""
-
-    server: str
-    round: int
-    streams: int
-    key: str
-    value: float
 
 
 def chunk(text: str, **others: Any) -> bytes:
@@ -315,11 +304,6 @@ def rows(numbers: Numbers) -> list[list[str]]:
 
 
 NAMES = (STREAMLAB, FASTAPI, EMBEDDED, DIRECT)
-
-
-def by_round(taken: Sequence[Measurement]) -> Numbers:
-    """Look numbers up by server, streams and key; each of them by round."""
-    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
 
 
 def main() -> None:

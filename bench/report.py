@@ -22,6 +22,22 @@ Numbers = Callable[[str, int, str], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """One number of one server in one round; `streams` is how many clients it had at once."""
+
+    server: str
+    round: int
+    streams: int
+    key: str
+    value: float
+
+
+def by_round(taken: Sequence[Measurement]) -> Numbers:
+    """Look numbers up by server, streams and key; each of them by round."""
+    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
+
+
+@dataclass(frozen=True)
 class Goal:
     """What a server's number, divided by the peer's of the same round, shall be; without a peer, the number itself."""
 
