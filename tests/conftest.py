@@ -28,17 +28,12 @@ WITHOUT_MODEL = {"STREAMLAB_SCENARIOS__LLM__ENABLED": "false"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the hundreds of servers start quickly: what Python compiles is kept for the session, and for it alone.
-
-    No test speaks TLS to a stranger, so the system's certificates, which aiohttp reads when it is imported, are left
-    out: they are a tenth of a second a server.
-    """
+    """Let the hundreds of servers start quickly: what Python compiles is kept for the session, and for it alone."""
     if "PYTHONPYCACHEPREFIX" not in os.environ:  # the workers of a parallel run inherit it
         folder = tempfile.TemporaryDirectory(prefix="streamlab-bytecode-")
         config.add_cleanup(folder.cleanup)
         os.environ["PYTHONPYCACHEPREFIX"] = folder.name
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    os.environ.setdefault("SSL_CERT_FILE", os.devnull)
     # Applications of this process do without the embedded model, which would take a second each.
     sys.modules["xllamacpp"] = None  # type: ignore[assignment]
     sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
@@ -227,6 +222,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
                     **os.environ,
                     "PYTHONWARNINGS": "error",
                     "PYTHONPATH": str(REPOSITORY),
+                    # aiohttp reads the system's certificates when it is imported, which takes a tenth of a second.
+                    "SSL_CERT_FILE": os.devnull,
                     **({} if "[scenarios.llm]" in config else WITHOUT_MODEL),
                     **(environ or {}),
                 },

@@ -1005,7 +1005,7 @@ def test_configuration_that_will_not_do_is_told(table: dict[str, str], words: st
     (tmp_path / "config.toml").write_text(f"[scenarios.llm]\n{lines}\n")
     done = subprocess.run(
         [sys.executable, "-m", "streamlab", "check"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 2
     assert words in done.stderr
@@ -1025,7 +1025,9 @@ def test_without_its_key_the_gateway_is_out_of_service_and_says_so(start: Start)
 def talk(url: str, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "streamlab", "chat", url, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        # A shell's background job has it ignored, and so would all that descend from it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
