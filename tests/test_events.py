@@ -317,6 +317,25 @@ def test_an_id_that_is_ahead_is_a_gap_and_then_what_comes(serve: Callable[..., R
         assert next(events).json == 3
 
 
+def test_a_slow_client_has_the_end_whichever_write_it_falls_behind_at(serve: Callable[..., Running]) -> None:
+    server = serve()
+    large = "x" * 60_000
+    for number in range(10):  # one of them fills what the connection takes with the very write that ends the channel
+        channel = f"finite{number}"
+        with server.send(
+            f"GET /board/{channel} HTTP/1.1\nHost: localhost\nConnection: close", receive_buffer=4096
+        ) as connection:
+            head = read_until(connection, b"\r\n\r\n")
+            for _ in range(number):
+                publish(server, large, channel=channel)
+            body = json.dumps([[large, "", ""], [1, "end", ""]]).encode()
+            sent = server.get(f"/board/{channel}", {"Content-Type": "application/json"}, method="POST", body=body)
+            assert sent[0] == 200
+            received = head.partition(b"\r\n\r\n")[2] + read_all(connection)
+        assert received.count(b"data: xxx") == number + 1
+        assert received.endswith(b"event: end\ndata: 1\n\n\r\n0\r\n\r\n")
+
+
 @pytest.mark.parametrize("engine", ["sqlite", "redis"])
 def test_a_channel_that_begins_with_a_checkpoint_has_no_gap_before_its_first_event(
     serve: Callable[..., Running], engine: str, request: pytest.FixtureRequest

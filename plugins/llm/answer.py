@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -28,17 +29,18 @@ class Answer:
     async def blocks(self) -> AsyncGenerator[Block, None]:
         """Yield what comes, whole events at a time, and keep count; raises Failure where it breaks off."""
         assert self.response is not None
-        async for block in self.upstream.blocks(self.response):
-            self._count(block)
-            yield block
+        async with aclosing(self.upstream.blocks(self.response)) as blocks:
+            async for block in blocks:
+                self._count(block)
+                yield block
 
     async def texts(self) -> AsyncGenerator[list[str], None]:
         """Yield the texts that came together, each of whole characters."""
         whole = Whole()
-        async for block in self.blocks():
-            texts = [text for chunk in block.chunks if (text := whole.feed(chunk.text))]
-            if texts:
-                yield texts
+        async with aclosing(self.blocks()) as blocks:
+            async for block in blocks:
+                if texts := [text for chunk in block.chunks if (text := whole.feed(chunk.text))]:
+                    yield texts
 
     async def whole(self) -> bytes:
         """Return an answer that is not streamed: a `chat.completion` as the upstream wrote it."""

@@ -6,7 +6,7 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -145,10 +145,10 @@ class Generations:
         try:
             first = draft({"id": generation.id, "model": body["model"]}, "generation")
             await generation.channel.publish_all([first], checkpoint=("process", self._process))
-            async with self.ask(body) as answer:
+            async with self.ask(body) as answer, aclosing(answer.texts()) as pieces:
                 generation.begin()
                 index = 0
-                async for texts in answer.texts():
+                async for texts in pieces:
                     tokens = [draft({"text": t, "index": index + n}, "token") for n, t in enumerate(texts)]
                     await generation.channel.publish_all(tokens)
                     index += len(texts)
