@@ -110,9 +110,11 @@ class Engine:
         while True:
             started = time.monotonic()
             reason = await self._run(model)
-            self._loaded.set()
-            self._refusal = "The model is being started anew."
             failures = 0 if time.monotonic() - started >= STEADY_SECONDS else failures + 1
+            self._refusal = "The model is being started anew."
+            if failures > 2:
+                self._refusal = "The model's process does not stay alive; the server's log says why."
+            self._loaded.set()
             pause = min(MAX_PAUSE_SECONDS, 0.1 * 4 ** (failures - 1)) if failures else 0.0
             log.error("the embedded model's process ended and is started anew in %.1f s: %s", pause, reason)
             await asyncio.sleep(pause)

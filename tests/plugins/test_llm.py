@@ -234,6 +234,19 @@ def test_a_model_that_is_damaged_is_not_loaded(start: Start, tmp_path: Path) -> 
     assert str(tmp_path) not in body.decode()
 
 
+@needs_model
+def test_a_model_that_cannot_start_is_told_to_client_and_operator(start: Start, tmp_path: Path) -> None:
+    package = tmp_path / "site" / "xllamacpp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')\n")
+    environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
+    server = start(EMBEDDED, environ=environ, tracebacks=True)
+    assert "libgomp.so.1" in server.wait_for_log("in 1.6 s", seconds=30)
+    status, headers, body = server.get(ask("Hello"))
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "the server's log says why" in json.loads(body)["detail"]
+
+
 def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
