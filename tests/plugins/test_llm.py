@@ -769,11 +769,13 @@ def test_leaving_a_plain_answer_stops_the_work(gateway: Callable[..., tuple[Runn
     wait_until(lambda: 'outcome="stopped"} 3.0' in server.get("/metrics")[2].decode())
 
 
+@pytest.mark.parametrize("engine", ["sqlite", "redis"])
 def test_a_client_that_comes_back_misses_nothing_and_others_follow_the_same_generation(
-    gateway: Callable[..., tuple[Running, FakeUpstream]],
+    gateway: Callable[..., tuple[Running, FakeUpstream]], engine: str, request: pytest.FixtureRequest
 ) -> None:
     gate = Gate()
-    server, upstream = gateway({"default": gate})
+    url = "sqlite://" if engine == "sqlite" else request.getfixturevalue("valkey").url
+    server, upstream = gateway({"default": gate}, f'[events]\nurl = "{url}"')
     path = ask_events("x")
     gate.let(3)
     with EventStream(server, path) as stream:
