@@ -278,14 +278,9 @@ class Llm(Scenario):
         if request.method == "HEAD":
             return await _headers(request, "text/event-stream")
         place = read_place(request.headers.get("Last-Event-ID") or after)
-        if place is None:
-            id = (await self._generations.start(body)).id  # noqa: A001
-        else:
-            id = place.generation  # noqa: A001
-            if await self._generations.state(id) == "unknown":
-                await self._generations.lose(id)
+        id = place.generation if place else (await self._generations.start(body)).id  # noqa: A001
         headers = {**HEADERS, "Location": f"/ai/generations/{id}"}
-        return await self._generations.follow(request, id, after, headers)
+        return await self._generations.follow(request, id, after, headers, told_if_lost=True)
 
     @endpoint(
         "GET",
@@ -297,7 +292,6 @@ class Llm(Scenario):
     )
     async def generation(self, request: web.Request, path: Which, query: Again) -> web.StreamResponse:
         """Follow a generation from its beginning, or from an id on; any number of clients may."""
-        await self._known(path.id)
         return await self._generations.follow(request, path.id, query.last_event_id, HEADERS)
 
     @endpoint(
@@ -314,13 +308,8 @@ class Llm(Scenario):
     )
     async def stop(self, request: web.Request, path: Which) -> web.StreamResponse:
         """Stop a generation, for everybody who follows it."""
-        await self._known(path.id)
         stopped = await self._generations.stop(path.id)
         return web.Response(status=204 if stopped else 202)
-
-    async def _known(self, id: str) -> None:  # noqa: A002
-        if await self._generations.state(id) == "unknown":
-            raise Problem(404, "There is no generation with this id, or it is not kept any more.")
 
     # -- the OpenAI API
 

@@ -27,6 +27,8 @@ LAST_WORDS_SECONDS = 2.0
 MAX_EVENTS = 10_000_000
 """Events of a generation that are kept: all."""
 
+UNKNOWN = "There is no generation with this id, or it is not kept any more."
+
 CONTROL = "llm"
 """The channel on which processes that share the log ask each other to stop a generation, or not to abandon it."""
 
@@ -184,13 +186,23 @@ class Generations:
         id: str,  # noqa: A002
         after: str,
         headers: Mapping[str, str] | None = None,
+        *,
+        told_if_lost: bool = False,
     ) -> web.StreamResponse:
-        """Answer with a generation from an id on, or from its beginning; for as long as it is followed, it runs."""
+        """Answer with a generation from an id on, or from its beginning; for as long as it is followed, it runs.
+
+        One of which nothing is kept is refused (Problem 404), or, with `told_if_lost`, answered with a gap and an end.
+        """
         channel = self.channel(id)
         if generation := self._running.get(id):
             with self._followed(generation):
                 return await follow(request, channel, after=after, headers=headers)
-        if await self.state(id) == "ended":
+        state = await self.state(id)
+        if state == "unknown" and not told_if_lost:
+            raise Problem(404, UNKNOWN)
+        if state == "unknown":
+            await channel.publish_all([_end("lost", None)])
+        if state != "running":
             return await follow(request, channel, after=after, headers=headers)
         assert self._group is not None
         attending = self._group.create_task(self._attend(id))
@@ -218,10 +230,6 @@ class Generations:
             loop = asyncio.get_running_loop()
             generation.timer = loop.call_later(self.abandon_seconds, generation.stop, "abandoned")
 
-    async def lose(self, id: str) -> None:  # noqa: A002
-        """End a generation of which nothing is kept, so that a client that comes back to it learns that."""
-        await self.channel(id).publish_all([_end("lost", None)])
-
     async def state(self, id: str) -> State:  # noqa: A002
         """Whether a generation runs, somewhere."""
         channel = self.channel(id)
@@ -236,13 +244,18 @@ class Generations:
     # -- stopping
 
     async def stop(self, id: str) -> bool:  # noqa: A002
-        """Stop a generation for all who follow it; False where another process is still to do it."""
+        """Stop a generation for all who follow it; False where another process is still to do it.
+
+        Raises Problem 404 where nothing is kept of it.
+        """
         generation = self._running.get(id)
         if generation is None:
-            if await self.state(id) == "running":
+            state = await self.state(id)
+            if state == "unknown":
+                raise Problem(404, UNKNOWN)
+            if state == "running":
                 await self._control.publish({"stop": id})
-                return False
-            return True
+            return state != "running"
         generation.stop("cancelled")
         if generation.task is not None:
             await asyncio.wait({generation.task})
