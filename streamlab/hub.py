@@ -226,6 +226,8 @@ class Hub:
         self._pending: list[Event] = []
         self._pending_bytes = 0
         self._overrun: Position | None = None
+        self._joined: set[Follower] | None = None
+        """Who has joined since the flush that is under way began: what it pushes, they have from the log."""
         self._news = asyncio.Event()
         self._moved: set[asyncio.Future[None]] = set()
         self._idle = asyncio.Event()
@@ -268,6 +270,8 @@ class Hub:
         key = follower.audience_key
         audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
         audience.followers.add(follower)
+        if self._joined is not None:
+            self._joined.add(follower)
         follower.live = True
         follower.released = asyncio.get_running_loop().create_future()
         if follower.transport is None:
@@ -310,6 +314,7 @@ class Hub:
         # What is missing, each follower's own task finds in the log, and says so.
         gap = overrun is not None or bool(events and not before.precedes(events[0].position))
         items = [] if gap else [framed(event, self._stem) for event in events]
+        self._joined = set()
         # Who joins from here on stands after these events already, so all audiences are noted before the first await.
         noted = [
             (audience, None if gap else self._select(audience, items), tuple(audience.followers))
@@ -324,10 +329,14 @@ class Hub:
             pieces = audience.pieces(chosen, self.position)
             push = self._push_some if audience.limited or audience.view.conflate or len(pieces) != 1 else _push_one
             for start in range(0, len(followers), SLICE):
-                push(followers[start : start + SLICE], pieces, audience, chosen)
+                some: Sequence[Follower] = followers[start : start + SLICE]
+                if self._joined:  # one may have left and come back meanwhile, and be among them
+                    some = [follower for follower in some if follower not in self._joined]
+                push(some, pieces, audience, chosen)
                 if time.monotonic() - began >= TURN_SECONDS:
                     await asyncio.sleep(0)
                     began = time.monotonic()
+        self._joined = None
 
     def _select(self, audience: Audience, items: Sequence[Framed]) -> list[Framed] | None:
         """What an audience is to get now; None where its view fails, so that each follower fails by itself."""

@@ -709,7 +709,6 @@ class Gate:
     def __call__(self, exchange: Exchange) -> None:
         exchange.begin()
         self.begun.set()
-        exchange.connection.settimeout(0.01)
         while True:
             if self.more.acquire(timeout=0.01):
                 self.count += 1
@@ -718,14 +717,9 @@ class Gate:
                     exchange.end()
                     return
                 exchange.tell(event(f"{self.count} "))
-            with contextlib.suppress(TimeoutError):
-                try:
-                    gone = not exchange.connection.recv(1)
-                except ConnectionError:
-                    gone = True
-                if gone:
-                    self.left.set()
-                    return
+            if exchange.wait_until_left(0.01):
+                self.left.set()
+                return
 
     def let(self, count: int) -> None:
         for _ in range(count):

@@ -1,0 +1,57 @@
+"""The hub by itself: what a turn of the loop in the middle of a flush may change."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from streamlab import hub
+from streamlab.eventlog import Event, Position
+from streamlab.hub import EVERYTHING, Follower, Hub
+
+
+class Kept:
+    """What a follower's stream is to the hub, keeping what is written."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def direct(self, pusher: object) -> tuple["Kept", bool]:
+        return self, False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def note_first_byte(self) -> None:
+        """Nothing to be told here."""
+
+
+async def test_a_follower_that_leaves_and_comes_back_in_the_middle_of_a_flush_gets_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub, "TURN_SECONDS", 0.0)  # a turn for the others after each slice
+    before, after = Position(1, 1), Position(1, 2)
+    one = Hub(before, "")
+    streams = [Kept() for _ in range(3 * hub.SLICE)]
+    followers = [Follower(stream, EVERYTHING, before) for stream in streams]  # type: ignore[arg-type]
+    released: list[Any] = [one.join(follower) for follower in followers]
+
+    async def come_back(number: int) -> None:
+        """As its task does: what it lacks is read from the log, and then it stands where the hub does."""
+        await released[number]
+        one.leave(followers[number])
+        streams[number].written.append(b"from the log")
+        followers[number].position = one.position
+        one.join(followers[number])
+
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(one.run())
+        tasks = [group.create_task(come_back(number)) for number in range(len(streams))]
+        await asyncio.sleep(0)
+        one.deliver([Event(after, 0, b"1", "", "")])
+        for follower in followers:
+            follower.fall_behind()
+        await asyncio.wait(tasks)
+        await one.room()
+        running.cancel()
+    assert {tuple(stream.written) for stream in streams} == {(b"from the log",)}
