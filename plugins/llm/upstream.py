@@ -138,7 +138,7 @@ class Upstream:
         """Yield what comes of an event stream, whole events at a time, up to its `[DONE]`; in a silence an empty block.
 
         Raises Failure where it breaks off, stalls, sends an error or what is no event: what came before has been
-        yielded then.
+        yielded then, but for what was not read yet when the connection was reset (aiohttp drops that).
         """
         frames, silence = Frames(), 0.0
         with _Patience(min(HEARTBEAT_SECONDS, self._stall_seconds)) as patience:
