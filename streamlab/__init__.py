@@ -9,6 +9,7 @@ from .observe import METRICS
 from .problems import Problem
 from .scenario import Scenario, endpoint
 from .streaming import Outcome, Stream, StreamSummary, open_stream
+from .tasks import TASKS, Progress, Task
 
 __all__ = [
     "CONFIG",
@@ -16,6 +17,7 @@ __all__ = [
     "EVENTS",
     "METRICS",
     "ORIGIN",
+    "TASKS",
     "Channel",
     "ConfigPath",
     "Draft",
@@ -25,10 +27,12 @@ __all__ = [
     "Outcome",
     "Position",
     "Problem",
+    "Progress",
     "Retention",
     "Scenario",
     "Stream",
     "StreamSummary",
+    "Task",
     "View",
     "draft",
     "endpoint",

@@ -11,7 +11,7 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,6 +27,7 @@ from .registry import Plugin, Registry
 from .scenario import Handler, Route
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
 from .streaming import SCENARIO, STREAM, STREAMS, Connection, HeadersOnly, Stream, Streams
+from .tasks import TASKS
 from .validation import read_parameters
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def create_app(config: Config) -> web.Application:
 
     app = web.Application(middlewares=[_frontier], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
-    app[EVENTS] = events
+    app[EVENTS], app[TASKS] = events, registry.tasks()
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app.on_response_prepare.append(_sign)
@@ -121,6 +122,25 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
         await runner.cleanup()
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -> None:
+    """Do what plugins leave to workers, and serve nobody, until SIGTERM or SIGINT.
+
+    `on_ready` is called once work is taken. Raises ConfigError, also where there is nothing that workers do.
+    """
+    app, loop, stopping = create_app(config), asyncio.get_running_loop(), asyncio.Event()
+    works = app[REGISTRY].works(app)
+    if not works:
+        reason = "no scenario of this configuration leaves its work to workers"
+        raise ConfigError([Fault(config.source, "", reason)])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    async with _events_opened(app), AsyncExitStack() as stack:
+        for context in works:
+            await stack.enter_async_context(context)
+        on_ready(app)
+        await stopping.wait()
 
 
 def _keep_pauses_short() -> None:
@@ -334,6 +354,12 @@ def _events(config: Config) -> Events:
 
 async def _hold_events(app: web.Application) -> AsyncIterator[None]:
     """Hold the event log open around all plugins: they publish until they are closed."""
+    async with _events_opened(app):
+        yield
+
+
+@asynccontextmanager
+async def _events_opened(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(app[EVENTS].opened())

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import fcntl
 import os
-import re
 import resource
 import shlex
 import stat
@@ -21,13 +20,17 @@ from rich.table import Table
 from watchfiles import PythonFilter, run_process
 
 from . import chat as conversation
-from . import client, openapi
+from . import client, longtask, openapi
 from .app import create_app, serve
-from .config import Config, ConfigError
+from .app import work as serve_work
+from .config import Config, ConfigError, Fault
 from .observe import logging_to
+from .problems import Problem
 from .registry import find
 from .scaffold import write_plugin
 from .site import REGISTRY, ROUTES, version
+from .tasks import TASKS
+from .terminal import printable, say
 
 DEFAULT_CONFIG = Path("config.toml")
 
@@ -37,6 +40,8 @@ cli = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+cli.add_typer(longtask.task, name="task")
 
 ConfigOption = Annotated[
     Path | None,
@@ -138,6 +143,23 @@ def _announce(app: web.Application, address: str) -> None:
 
 
 @cli.command()
+def worker(config: ConfigOption = None) -> None:
+    """Run long tasks that servers leave to workers, until SIGTERM or Ctrl-C; those of a moment ago go on elsewhere."""
+    with _refusing():
+        settings = _read(config)
+        server = settings.server
+        with logging_to(style=server.log_format, level=server.log_level, file=None):
+            try:
+                asyncio.run(serve_work(settings, on_ready=_announce_worker))
+            except Problem as problem:
+                raise ConfigError([Fault(settings.source, "", problem.detail)]) from None
+
+
+def _announce_worker(app: web.Application) -> None:
+    print(f"streamlab {version()} works at: {', '.join(sorted(app[TASKS].keys()))}", flush=True)
+
+
+@cli.command()
 def routes(config: ConfigOption = None) -> None:
     """List every route with a curl command that tries it."""
     with _refusing():
@@ -202,10 +224,10 @@ def follow(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except ValueError as error:
-        _say(f"streamlab: {error}")
+        say(f"streamlab: {error}")
         raise typer.Exit(2) from None
     except (client.Refused, OSError) as error:
-        _say(f"streamlab: {error}")
+        say(f"streamlab: {error}")
         raise typer.Exit(1) from None
 
 
@@ -218,13 +240,13 @@ async def _print_events(url: str, last_event_id: str, limit: int | None, *, reco
         asyncio.get_running_loop().add_reader(output, task.cancel)
     count = 0
     events = client.follow(
-        url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: _say(str(pause))
+        url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: say(str(pause))
     )
     async with aclosing(events):
         async for event in events:
             text = event.data if event.event == "message" else f"{event.event}: {event.data}"
             if terminal:
-                line = (_printable(text) + "\n").encode(sys.stdout.encoding, "backslashreplace")
+                line = (printable(text) + "\n").encode(sys.stdout.encoding, "backslashreplace")
             else:
                 line = text.encode() + b"\n"
             while line:
@@ -254,9 +276,9 @@ def chat(
         try:
             asyncio.run(_print_answer(address, messages, model, max_tokens, said))
         except KeyboardInterrupt:
-            _say(" [stopped]")
+            say(" [stopped]")
         except (conversation.ChatError, ValueError) as error:
-            _say(f"streamlab: {error}")
+            say(f"streamlab: {error}")
             if not interactive:
                 raise typer.Exit(1) from None
         if said:
@@ -283,15 +305,5 @@ async def _print_answer(
     async with aclosing(conversation.answer(url, messages, model=model, max_tokens=max_tokens)) as texts:
         async for text in texts:
             said.append(text)
-            typer.echo(_printable(text), nl=False)
+            typer.echo(printable(text), nl=False)
     typer.echo()
-
-
-def _printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:
-    """A text without the control characters that a terminal would act upon; each is shown as `\\x1b`."""
-    return re.sub(pattern, lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def _say(text: str) -> None:
-    """One line on stderr, though a server has worded it."""
-    typer.echo(_printable(text, r"[\0-\x1f\x7f-\x9f]"), err=True)

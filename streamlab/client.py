@@ -6,12 +6,13 @@ import os
 import random
 import re
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -288,6 +289,27 @@ async def follow(
             await asyncio.sleep(pause.seconds)
 
 
+async def ask(method: str, url: str, document: Any = None, *, headers: Mapping[str, str] | None = None) -> Any:
+    """Send a request, with a JSON document if there is one, and return the JSON document that answers it.
+
+    Raises ValueError for what is no URL, Refused for an answer without success or without JSON, Lost where there is
+    none within CONNECT_SECONDS.
+    """
+    target = _target(url)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS)) as session:
+        try:
+            async with session.request(method, target, json=document, headers=headers) as response:
+                if not response.ok:
+                    raise await _refused(response)
+                return await response.json()
+        except (aiohttp.ContentTypeError, json.JSONDecodeError):
+            raise Refused(target, "answered with something other than JSON") from None
+        except aiohttp.InvalidURL as error:
+            raise ValueError(f"{_shown(target)} is no URL of http or https: {error}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Lost(target, f"cannot connect: {_reason(error)}") from error
+
+
 async def _connection(session: aiohttp.ClientSession, target: URL, place: _Place) -> AsyncGenerator[Event, None]:
     """The events of one connection; keeps `place` up to date, and marks it when the stream is over."""
     place.failures += 1
@@ -355,15 +377,19 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 async def _check(response: aiohttp.ClientResponse) -> None:
     """Raise Refused unless this is an event stream."""
     if response.status != 200:
-        raise Refused(
-            response.url,
-            f"answered {response.status}: {await _detail(response)}",
-            status=response.status,
-            retry_after=retry_after_seconds(response.headers.get("Retry-After")),
-        )
+        raise await _refused(response)
     if response.content_type.lower() != MEDIA_TYPE:
         what = response.headers.get("Content-Type") or "no content type"
         raise Refused(response.url, f"answered with {what}, not with an event stream ({MEDIA_TYPE})")
+
+
+async def _refused(response: aiohttp.ClientResponse) -> Refused:
+    return Refused(
+        response.url,
+        f"answered {response.status}: {await _detail(response)}",
+        status=response.status,
+        retry_after=retry_after_seconds(response.headers.get("Retry-After")),
+    )
 
 
 async def _detail(response: aiohttp.ClientResponse) -> str:

@@ -156,6 +156,12 @@ class EventLog(Protocol):
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
 
+    async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        """Return the texts last appended under a name, of all channels whose own names begin with a prefix, by those.
+
+        Waits while the engine's server is away.
+        """
+
     async def trim(self, channel: str, retention: Retention) -> None:
         """Forget what retention does not keep; engines do it by themselves, now and then."""
 

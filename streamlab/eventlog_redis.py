@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ TYPICAL_BYTES = 1024
 
 SIZES = 1000
 """Channels whose events' size is remembered."""
+
+SCAN_KEYS = 1000
+"""Keys that the server looks at in one step where all of some kind are searched."""
 
 LOOKBACK_EVENTS = 10_000
 """Events among which an append looks for itself after a lost connection, before it is applied again."""
@@ -270,6 +274,8 @@ class RedisLog:
             self._aging.move_to_end(append.channel)
             if len(self._aging) > AGING_CHANNELS:
                 self._aging.popitem(last=False)
+        else:
+            self._aging.pop(append.channel, None)
         return await self._queue.append(append)
 
     async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
@@ -407,6 +413,22 @@ class RedisLog:
         value = await self._patiently(ask)
         return None if value is None else _text(value)
 
+    async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        """Return the texts last appended under a name, by the names of their channels, which begin with a prefix."""
+        pattern = _keys(re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*")[1]
+
+        async def ask() -> tuple[list[str], list[Any]]:
+            keys = [_text(key) async for key in self._redis.scan_iter(match=pattern, count=SCAN_KEYS)]
+            keys = list(dict.fromkeys(keys))  # a scan may name one twice
+            pipe = self._redis.pipeline(transaction=False)
+            for key in keys:
+                pipe.hget(key, name)
+            return keys, await pipe.execute()
+
+        keys, values = await self._patiently(ask)
+        found = zip(keys, values, strict=True)
+        return {_channel(key): _text(value) for key, value in found if value is not None}
+
     # -- forgetting
 
     async def trim(self, channel: str, retention: Retention) -> None:
@@ -466,8 +488,9 @@ def _stream(channel: str) -> str:
     return f"streamlab:{{{channel}}}:events"
 
 
-def _channel(stream: str) -> str:
-    return stream.removeprefix("streamlab:{").removesuffix("}:events")
+def _channel(key: str) -> str:
+    """The channel that a key of `_keys` belongs to."""
+    return key.removeprefix("streamlab:{").rpartition("}:")[0]
 
 
 def _arguments(append: Append, token: str, lookback: int) -> Iterator[str | int | bytes]:

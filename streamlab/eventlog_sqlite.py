@@ -107,8 +107,8 @@ class SqliteLog:
                         for task in tasks:
                             task.cancel()
             finally:
-                for descriptor in self._leases.values():
-                    os.close(descriptor)
+                for lease, descriptor in self._leases.items():
+                    self._unlock(lease, descriptor)
                 self._leases.clear()
                 # Each on its own thread: what was asked for last may still be read there.
                 if self._readers is not self._db:
@@ -367,7 +367,10 @@ class SqliteLog:
 
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
-        return await self._on(self._reading, self._read_checkpoint, channel, name)
+        try:
+            return await self._on(self._reading, self._read_checkpoint, channel, name)
+        except sqlite3.Error as error:
+            raise EventLogError("The event log cannot be read.") from error
 
     def _read_checkpoint(self, channel: str, name: str) -> str | None:
         row = self._readers.execute(
@@ -375,6 +378,21 @@ class SqliteLog:
             (name, channel),
         ).fetchone()
         return row[0] if row else None
+
+    async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        """Return the texts last appended under a name, by the names of their channels, which begin with a prefix."""
+        try:
+            return await self._on(self._reading, self._read_checkpoints, prefix, name)
+        except sqlite3.Error as error:
+            raise EventLogError("The event log cannot be read.") from error
+
+    def _read_checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        rows = self._readers.execute(
+            "SELECT channels.name, value FROM channels JOIN checkpoints ON channel = id "
+            "WHERE channels.name >= ? AND channels.name < ? AND checkpoints.name = ?",
+            (prefix, prefix + "\U0010ffff", name),
+        )
+        return dict(rows.fetchall())
 
     # -- forgetting
 
@@ -463,20 +481,35 @@ class SqliteLog:
         assert self._path is not None
         folder = self._path.with_name(f"{self._path.name}-leases")
         folder.mkdir(exist_ok=True)
+        path = self._lock_file(lease)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # it was given back meanwhile, and its file is gone: this lock holds nothing
+
+    def _lock_file(self, lease: str) -> Path:
+        assert self._path is not None
         name = re.sub(r"[^A-Za-z0-9]+", "-", lease)[:40]
-        path = folder / f"{name}-{hashlib.sha256(lease.encode()).hexdigest()[:12]}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        digest = hashlib.sha256(lease.encode()).hexdigest()[:12]
+        return self._path.with_name(f"{self._path.name}-leases") / f"{name}-{digest}"
 
     async def release(self, lease: str) -> None:
         """Give a lease back."""
         if (descriptor := self._leases.pop(lease, None)) is not None:
-            os.close(descriptor)
+            self._unlock(lease, descriptor)
+
+    def _unlock(self, lease: str, descriptor: int) -> None:
+        """Unlock a file, and leave none behind: many leases have names that are used once."""
+        self._lock_file(lease).unlink(missing_ok=True)
+        os.close(descriptor)
 
     def state(self) -> Mapping[str, object]:
         """Say that all is well: a file does not go away."""

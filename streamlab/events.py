@@ -177,6 +177,10 @@ class Events:
                 for _, task in self._hubs.values():
                     task.cancel()
 
+    async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        """Return the texts last published under a name, of all channels whose own names begin with a prefix."""
+        return await self.log.checkpoints(prefix, name)
+
     def state(self) -> Mapping[str, object]:
         """How the log is, for /health."""
         return self.log.state()
@@ -222,13 +226,35 @@ class Events:
         When the process that runs it dies, another begins within LEASE_SECONDS and a little more. `produce` is
         cancelled if the lease is lost: the log's server was away for too long.
         """
-        while True:
+        done = False
+        while not done:
             await self._wait_for(lease)
             try:
-                if await self._produce(lease, produce):
-                    return
+                done = await self._produce(lease, produce)
             finally:
                 await self.log.release(lease)
+
+    async def if_free(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
+        """Run `produce` as `exclusively` does, unless another process has the lease; whether it was run to its end.
+
+        Raises EventLogError where the log cannot tell.
+        """
+        async with self.lease(lease) as held:
+            return held and await self._produce(lease, produce)
+
+    @asynccontextmanager
+    async def lease(self, name: str) -> AsyncIterator[bool]:
+        """Hold a lease in the block if nobody has it, and say whether that is so; the block is short.
+
+        A lease belongs to a process: two blocks of one must not want the same. Raises EventLogError where the log
+        cannot tell.
+        """
+        held = await self.log.hold(name)
+        try:
+            yield held
+        finally:
+            if held:
+                await self.log.release(name)
 
     async def _wait_for(self, lease: str) -> None:
         while True:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .scenario import Scenario
     from .streaming import StreamSummary
+    from .tasks import Task
 
 hookspec = pluggy.HookspecMarker("streamlab")
 hookimpl = pluggy.HookimplMarker("streamlab")
@@ -24,8 +25,21 @@ def register_scenarios() -> Iterable[type[Scenario]]:
 
 
 @hookspec
+def register_tasks() -> Iterable[Task]:
+    """Name the kinds of long tasks this plugin brings; asked once, before a socket is bound."""
+
+
+@hookspec
 def lifespan(app: web.Application) -> AbstractAsyncContextManager[None]:
     """Return what is held open while the server serves: entered before the first request, left last in, first out."""
+
+
+@hookspec
+def work(app: web.Application) -> AbstractAsyncContextManager[None] | None:
+    """Return what `streamlab worker` holds open, which serves nobody; None where all work is the server's own.
+
+    It is not entered by a server, nor `lifespan` by a worker.
+    """
 
 
 @hookspec

@@ -1,6 +1,7 @@
 """Every refusal as `application/problem+json` (RFC 9457)."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -48,6 +49,16 @@ class Problem(Exception):
         text = json.dumps(self.document(), ensure_ascii=False) + "\n"
         headers = {"Cache-Control": "no-store", **self.headers}
         return web.Response(status=self.status, text=text, content_type=MEDIA_TYPE, headers=headers)
+
+
+_PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")
+"""An absolute path in the words of an exception: quoted, with spaces and all, or bare."""
+
+
+def in_words(error: BaseException) -> str:
+    """What an exception says, for people who may not see this machine: no path, no traceback."""
+    detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return _PATH.sub("...", detail)
 
 
 _DETAILS = {

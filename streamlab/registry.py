@@ -19,8 +19,10 @@ from aiohttp import web
 
 from . import hookspecs
 from .config import Config, ConfigError, Fault, nearest
+from .problems import Problem, in_words
 from .scenario import Route, Scenario
 from .streaming import StreamSummary
+from .tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +30,6 @@ PROJECT = hookspecs.hookspec.project_name
 HOOKS = frozenset(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT}_spec"))
 
 State = Literal["ready", "disabled", "failed"]
-
-_PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")
-"""An absolute path in the words of an exception: quoted, with spaces and all, or bare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +182,37 @@ class Registry:
     def add(self, name: str, plugin: object) -> None:
         """Register hooks of the core itself; its metrics and its log are plugins like others."""
         self._hooks.register(plugin, name=name)
+
+    def tasks(self) -> dict[str, Task]:
+        """Every kind of task that plugins in force bring, by name; a plugin that names none rightly fails alone.
+
+        Raises ConfigError where two of them have one name.
+        """
+        tasks: dict[str, Task] = {}
+        owners: dict[str, str] = {}
+        faults: list[Fault] = []
+        for name, ask in reversed(self._implementations("register_tasks")):
+            try:
+                answer = list(next(iter(ask()), ()))
+                for task in answer:
+                    if not isinstance(task, Task):
+                        raise TypeError(f"register_tasks must return Tasks, not {task!r}")
+            except Exception as error:
+                self.fail(name, error)
+                continue
+            for task in answer:
+                if owner := owners.get(task.name):
+                    both = f"two plugins have a task {task.name!r}: {owner} and {name}; rename one"
+                    faults.append(Fault(name, "", both))
+                tasks[task.name], owners[task.name] = task, name
+        if faults:
+            raise ConfigError(faults)
+        return tasks
+
+    def works(self, app: web.Application) -> list[AbstractAsyncContextManager[None]]:
+        """What plugins in force hold open in a process that only works."""
+        answers = [next(iter(ask(app=app)), None) for _, ask in reversed(self._implementations("work"))]
+        return [answer for answer in answers if answer is not None]
 
     def lifespans(self, app: web.Application) -> Iterator[tuple[str, Callable[[], AbstractAsyncContextManager[None]]]]:
         """Every lifespan in force, in the order of the plugins, with the name to give to `fail`."""
@@ -344,6 +374,8 @@ def _reason(plugin: str, error: BaseException) -> str:
     """Why a plugin failed, for people who may not see this machine: no path, and what to do where that is known."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    if isinstance(error, Problem):
+        return error.detail
     if isinstance(error, ModuleNotFoundError) and error.name:
         known = plugin in _extras()
         remedy = f"pip install 'streamlab[{plugin}]'" if known else f"install what provides {error.name!r}"
@@ -352,5 +384,4 @@ def _reason(plugin: str, error: BaseException) -> str:
         return f"{error.msg} (line {error.lineno} of {Path(error.filename or plugin).name})"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
-    detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return f"{type(error).__name__}{where}: {_PATH.sub('...', detail)}".rstrip(": ")
+    return f"{type(error).__name__}{where}: {in_words(error)}".rstrip(": ")

@@ -1,6 +1,7 @@
 """A request, read into the models its endpoint declared, or one refusal that names everything wrong with it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
@@ -31,10 +32,7 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     if endpoint.body is not None:
         _decode("body", endpoint.body, await _json(request, endpoint.body_limit), found, errors)
     if errors:
-        listed = errors[:MAX_ERRORS]
-        names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
-        more = f" and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
-        raise Problem(422, f"This request has parameters that will not do: {names}{more}.", errors=listed)
+        raise refusal(errors)
     return found
 
 
@@ -75,11 +73,25 @@ def _decode(
     try:
         found[place] = model.model_validate(values, extra=model.model_config.get("extra") or "forbid")
     except ValidationError as error:
-        for detail in error.errors(include_url=False, include_input=False):
-            name = ".".join(str(part) for part in detail["loc"])[:100] or place
-            if name not in refused:
-                message = detail["msg"].removeprefix("Value error, ")
-                errors.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
+        errors += [fault for fault in faults(error, place) if fault["name"] not in refused]
+
+
+def faults(error: ValidationError, place: str) -> list[dict[str, Any]]:
+    """What a model does not take, as the `errors` of a problem document: where, which parameter, and why."""
+    found = []
+    for detail in error.errors(include_url=False, include_input=False):
+        name = ".".join(str(part) for part in detail["loc"])[:100] or place
+        message = detail["msg"].removeprefix("Value error, ")
+        found.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
+    return found
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """The refusal of a request for its parameters."""
+    listed = errors[:MAX_ERRORS]
+    names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
+    more = f" and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+    return Problem(422, f"This request has parameters that will not do: {names}{more}.", errors=listed)
 
 
 async def _json(request: web.Request, limit: int | None) -> Any:

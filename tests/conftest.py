@@ -121,7 +121,8 @@ class EventStream:
 
     def __init__(self, server: Running, path: str, after: str | None = None, *, timeout: float = 20) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
-        self._connection.request("GET", path, headers={} if after is None else {"Last-Event-ID": after})
+        headers = {"Accept": "text/event-stream"} | ({} if after is None else {"Last-Event-ID": after})
+        self._connection.request("GET", path, headers=headers)
         self._response = self._connection.getresponse()
         self.status = self._response.status
         self.headers = {name.lower(): value for name, value in self._response.getheaders()}

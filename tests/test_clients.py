@@ -242,7 +242,7 @@ FOLLOW = """
     path => {
         window.told = [];
         window.source = new EventSource(path);
-        for (const name of ["message", "gap", "end", "stop"])
+        for (const name of ["message", "progress", "gap", "end", "stop"])
             source.addEventListener(name, event => told.push([event.lastEventId, event.type, event.data]));
         return new Promise((resolve, reject) => {
             source.onopen = () => resolve();
@@ -322,6 +322,27 @@ async def test_a_browser_that_has_the_end_of_a_channel_is_told_204_and_stays_awa
         ("end", '{"laps":3}'),
     ]
     assert re.findall(r"method=GET path=/race .*?status=(\d+)", server.log) == ["200", "204"]
+
+
+async def test_a_browser_that_comes_back_to_a_long_task_goes_on_with_the_same_one(
+    start: Callable[..., Running], browser: Browser
+) -> None:
+    port, config = free_port(), "[scenarios.export]\nsample_rows = 20000\n"
+    server = await asyncio.to_thread(start, config, port=port)
+    page = await browser.new_page()
+    await follow_in(page, server.url, "/process/long-task?steps=400")
+    await wait_for(page, """told.some(([id, type, data]) => type == "progress" && JSON.parse(data).done > 1000)""")
+    await asyncio.to_thread(server.terminate, signal.SIGKILL)
+    server = await asyncio.to_thread(start, config, port=port)
+    await wait_for(page, "source.readyState === EventSource.CLOSED")
+
+    told = await told_in(page)
+    assert [int(event.id.rpartition("-")[2]) for event in told] == list(range(1, len(told) + 1))
+    end = json.loads(told[-1].data)
+    assert (told[-1].event, end["state"], end["attempts"], end["result"]["users"]) == ("end", "done", 2, 20_000)
+    listed = json.loads((await asyncio.to_thread(server.get, "/process/tasks"))[2])
+    assert [task["id"] for task in listed["tasks"]] == [end["id"]]
+    assert re.findall(r"path=/process/long-task .*?status=(\d+)", server.log) == ["200", "204"]
 
 
 @dataclass

@@ -298,6 +298,29 @@ async def test_a_channel_that_is_idle_for_too_long_vanishes(url: str, monkeypatc
         assert (await publish(log, "c")).epoch > first.epoch
 
 
+# -- checkpoints of many channels
+
+
+async def test_checkpoints_are_found_by_the_beginning_of_their_channels_names(url: str) -> None:
+    async with opened(url) as log:
+        for channel in ("task/a", "task/b", "task", "tasks/c", "ta*/d"):
+            await log.append(Append(channel, [Draft(b"x")], KEEP, ("state", f"of {channel}")))
+        await log.append(Append("task/e", [Draft(b"x")], KEEP, ("other", "text")))
+        assert dict(await log.checkpoints("task/", "state")) == {"task/a": "of task/a", "task/b": "of task/b"}
+        assert dict(await log.checkpoints("ta*/", "state")) == {"ta*/d": "of ta*/d"}
+        assert dict(await log.checkpoints("none/", "state")) == {}
+
+
+async def test_checkpoints_of_many_channels_are_all_found(url: str) -> None:
+    async with opened(url) as log:
+        async with asyncio.TaskGroup() as group:
+            for number in range(2500):
+                append = Append(f"task/{number}", [], KEEP, ("state", str(number)))
+                group.create_task(log.append(append))
+        found = await log.checkpoints("task/", "state")
+        assert found == {f"task/{number}": str(number) for number in range(2500)}
+
+
 # -- leases
 
 
@@ -411,6 +434,19 @@ async def test_redis_that_lost_the_end_of_a_channel_begins_a_new_epoch(valkey: V
         assert (new.epoch > old.epoch, new.offset) == (True, 1)
         assert texts(await watcher.until(4)) == ["a", "b", "c", "d"]
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "d"]
+
+
+async def test_a_lease_leaves_no_file_behind(tmp_path: Path) -> None:
+    url, folder = f"sqlite:///{tmp_path / 'events.db'}", tmp_path / "events.db-leases"
+    async with opened(url) as one, opened(url) as two:
+        assert await one.hold("l")
+        assert await one.hold("m")
+        assert len(list(folder.iterdir())) == 2
+        await one.release("l")
+        assert await two.hold("l")
+        assert not await one.hold("l")
+        await two.release("l")
+    assert list(folder.iterdir()) == []
 
 
 async def test_redis_lease_moves_when_its_holder_is_gone(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from streamlab.app import create_app
 from streamlab.config import Config
 
 README = (REPOSITORY / "README.md").read_text()
-COUNTDOWN, VOTES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+THUMBNAILS, COUNTDOWN, VOTES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TOMLS = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 CURLS = [line.strip("`") for line in re.findall(r"^curl .*$|`curl [^`]*`", README, re.MULTILINE)]
 
@@ -47,6 +48,17 @@ def test_votes_are_cast_and_watched_from_any_id(start: Callable[..., Running]) -
         (second,) = stream.take(1)
     with EventStream(server, "/votes", after=first) as stream:
         assert stream.take(1) == [second]
+
+
+def test_thumbnails_are_made_and_go_on_after_a_crash(start: Callable[..., Running]) -> None:
+    server = start(thumbnails=THUMBNAILS)
+    with EventStream(server, "/process/long-task?kind=thumbnails&count=200") as stream:
+        first = next(event for event in stream if event.event == "progress" and event.json["done"] > 20)
+    server.terminate(signal.SIGKILL)
+    server = start(thumbnails=THUMBNAILS)
+    with EventStream(server, "/process/long-task", first.id) as stream:
+        end = list(stream)[-1].json
+    assert (end["state"], end["attempts"], end["result"]) == ("done", 2, {"made": 200})
 
 
 @pytest.mark.parametrize("table", TOMLS)

@@ -20,6 +20,7 @@ from streamlab.observe import LineFormatter
 from streamlab.registry import HOOKS, find
 from streamlab.site import REGISTRY, ROUTES
 from streamlab.streaming import STREAMS
+from streamlab.tasks import TASKS
 
 Client = Callable[..., Awaitable[TestClient[Any, Any]]]
 
@@ -710,9 +711,48 @@ def events(tmp_path: Path) -> list[str]:
 
 
 def test_every_hook_has_a_test_named_after_it() -> None:
-    assert frozenset({"register_scenarios", "lifespan", "on_stream_end"}) == HOOKS
+    assert frozenset({"register_scenarios", "register_tasks", "lifespan", "work", "on_stream_end"}) == HOOKS
     assert all((getattr(hookspecs, hook).__doc__ or "").strip() for hook in HOOKS)
     assert [hook for hook in HOOKS if not any(name.startswith(f"test_{hook}_") for name in globals())] == []
+
+
+WORKING = """
+    from contextlib import asynccontextmanager
+    from streamlab import Task, hookimpl
+
+
+    async def nap(progress):
+        pass
+
+
+    @hookimpl
+    def register_tasks():
+        return [Task(nap)]
+
+
+    @asynccontextmanager
+    async def working():
+        yield
+
+
+    @hookimpl
+    def work(app):
+        return {answer}
+"""
+
+
+async def test_register_tasks_names_what_clients_may_start(tmp_path: Path, aiohttp_client: Client) -> None:
+    app = create_app(config(tmp_path, {"working": WORKING.format(answer=None)}))
+    assert "nap" in app[TASKS]
+    async with (await aiohttp_client(app)).get("/process/kinds") as response:
+        assert "nap" in [kind["kind"] for kind in (await response.json())["kinds"]]
+
+
+def test_work_is_what_workers_hold_open_where_there_is_some(tmp_path: Path) -> None:
+    alone = {"scenarios": {name: {"enabled": False} for name in ("export", "progress")}}
+    for answer, count in (("None", 0), ("working()", 1)):
+        app = create_app(config(tmp_path, {"working": WORKING.format(answer=answer)}, **alone))
+        assert len(app[REGISTRY].works(app)) == count
 
 
 def test_register_scenarios_is_asked_once_of_each_plugin_before_a_socket_is_bound(

@@ -296,6 +296,7 @@ async def test_metrics_are_prometheus_text_with_a_name_for_everything_measured(l
         "streamlab_followers": "gauge",
         "streamlab_llm_generations": "counter",
         "streamlab_llm_tokens": "counter",
+        "streamlab_tasks": "counter",
         "streamlab_request_seconds": "histogram",
     }
     assert "process_resident_memory_bytes" in found

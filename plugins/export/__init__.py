@@ -9,17 +9,18 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
 
-from streamlab import CONFIG, Problem, Scenario, endpoint, hookimpl, open_stream
+from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, endpoint, hookimpl, open_stream
 
 from . import sample
 from .formats import FORMATS, Encoder, MissingLibrary
+from .jobs import Jobs
 from .request import RESERVED, Parameter, Wanted
 from .source import (
     BadQuery,
@@ -32,6 +33,7 @@ from .source import (
     Source,
     Unavailable,
     UnknownColumn,
+    body,
 )
 from .sqlite_source import SqliteSource, Turns
 
@@ -149,6 +151,8 @@ class Exports(Scenario):
     """Exports at once; one more is answered 503 with Retry-After."""
     max_seconds: float = Field(3600.0, gt=0, le=7 * 86_400)
     """How long an export may take; then it is cut."""
+    folder: ConfigPath = Path("var/files/exports")
+    """Where the task `export` writes its files; below the root of the file scenario, they can be downloaded."""
 
     _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
     _missing: dict[str, MissingLibrary] = PrivateAttr(default_factory=dict)
@@ -156,6 +160,12 @@ class Exports(Scenario):
     _sample_made: asyncio.Lock = PrivateAttr(default_factory=asyncio.Lock)
     _sample_path: Path = PrivateAttr(default=Path())
     _stopping: threading.Event = PrivateAttr(default_factory=threading.Event)
+    _folder_url: str = PrivateAttr(default="")
+
+    @property
+    def folder_url(self) -> str:
+        """Where files of `folder` are served; empty where they are not."""
+        return self._folder_url
 
     @model_validator(mode="after")
     def _databases_exist(self) -> "Exports":
@@ -164,6 +174,11 @@ class Exports(Scenario):
             if query.database not in known:
                 raise ValueError(f"{name} names the database {query.database!r}; known: {', '.join(known) or 'none'}")
         return self
+
+    @property
+    def has_sample(self) -> bool:
+        """Whether there is a database `sample`."""
+        return self.sample or SAMPLE in self.databases
 
     @property
     def exports(self) -> Mapping[str, Configured]:
@@ -176,6 +191,9 @@ class Exports(Scenario):
         """Keep threads for SQLite and connections to PostgreSQL while the server serves."""
         base = app[CONFIG].base
         self._sample_path = base / "var/sample.db"
+        root = base / app[CONFIG].scenarios.get("file", {}).get("root", "var/files")
+        if self.folder.is_relative_to(root):
+            self._folder_url = f"/files/{self.folder.relative_to(root).as_posix()}"
         async with AsyncExitStack() as stack:
             threads = stack.enter_context(ThreadPoolExecutor(THREADS, "export"))
             stack.callback(self._stopping.set)
@@ -194,6 +212,18 @@ class Exports(Scenario):
                     self._missing[name] = error
             yield
 
+    @hookimpl
+    def work(self, app: web.Application) -> AbstractAsyncContextManager[None]:
+        """Keep the same while a worker runs tasks."""
+        return self.lifespan(app)
+
+    @hookimpl
+    def register_tasks(self) -> list[Task]:
+        """Bring the report over the sample, and exports into files."""
+        jobs = Jobs(self)
+        report = [Task(jobs.report, unit="users", resumable=True)] if self.has_sample else []
+        return [*report, Task(jobs.export, unit="rows", resumable=True)]
+
     # -- routes
 
     @endpoint("GET", "/export", sends="application/json", curl="{url}")
@@ -208,7 +238,7 @@ class Exports(Scenario):
         entry["urls"] = {form: f"/export/{name}/{form}" for form in FORMATS}
         entry["parameters"] = {key: value.model_dump(exclude_defaults=True) for key, value in query.parameters.items()}
         try:
-            columns = await (await self._source(query.database)).describe(_example(query))
+            columns = await (await self.source(query.database)).describe(_example(query))
             entry["columns"] = [{"name": column.name, "type": column.type} for column in columns]
         except (BadQuery, Unavailable, MissingLibrary, Problem) as error:
             entry["unavailable"] = str(error)
@@ -263,15 +293,15 @@ class Exports(Scenario):
         if end and form != "jsonl":
             errors = [{"in": "query", "name": "end", "detail": f"only jsonl ends with a record; this is {form}"}]
             raise Problem(422, "This format has no end record.", errors=errors)
-        async with self._opened(name, form, wanted, 0) as (export, encoder, deadline):
+        async with self.opened(name, form, wanted, 0) as (export, encoder, deadline):
             filename = f"{name}.{encoder.extension}"
             headers = {"Content-Disposition": f'attachment; filename="{filename}"', **headers}
             async with (
                 open_stream(request, encoder.media_type, headers=headers, compress=True) as stream,
-                self._limited(name, deadline),
+                self.limited(name, deadline),
             ):
                 digest = hashlib.sha256() if end else None
-                async for data in _body(export):
+                async for data in body(export):
                     if digest is not None:
                         digest.update(data)
                     await stream.write(data)
@@ -286,15 +316,15 @@ class Exports(Scenario):
         match = re.fullmatch(r"([0-9a-f]{1,16})-([0-9]{1,15})(?:\.[a-z]+)?", asked)
         skip = int(match[2]) if match else 0
         async with AsyncExitStack() as stack:
-            export, _, deadline = await stack.enter_async_context(self._opened(name, "jsonl", wanted, skip))
+            export, _, deadline = await stack.enter_async_context(self.opened(name, "jsonl", wanted, skip))
             changed = bool(asked) and (match is None or match[1] != export.version)
             if changed and skip:  # those rows may be others by now: all are sent again
                 await stack.aclose()
                 skip = 0
-                export, _, deadline = await stack.enter_async_context(self._opened(name, "jsonl", wanted, 0))
+                export, _, deadline = await stack.enter_async_context(self.opened(name, "jsonl", wanted, 0))
             stream = await stack.enter_async_context(open_stream(request, "text/event-stream"))
             place = f"{export.version}-{skip}"
-            await stack.enter_async_context(self._limited(name, deadline))
+            await stack.enter_async_context(self.limited(name, deadline))
             stream.event_id = lambda kind: f"{place}.{kind}"
             if changed:
                 gap = {"reason": "the data may have changed since", "missing": None}
@@ -311,7 +341,7 @@ class Exports(Scenario):
         return stream
 
     @asynccontextmanager
-    async def _opened(
+    async def opened(
         self, name: str, form: str, wanted: Wanted, skip: int
     ) -> AsyncIterator[tuple[Export, Encoder, float]]:
         """Run an export within the limits, and say until when; what it may be refused for becomes a refusal."""
@@ -325,15 +355,15 @@ class Exports(Scenario):
         deadline = asyncio.get_running_loop().time() + self.max_seconds
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place())
-            async with self._limited(name, deadline):
-                source = await self._source(configured.database)
+            async with self.limited(name, deadline):
+                source = await self.source(configured.database)
                 query = Query(configured.sql, values)
                 running = source.export(query, selection, form, formula_guard=self.formula_guard)
                 export, encoder = await stack.enter_async_context(running)
             yield export, encoder, deadline
 
     @asynccontextmanager
-    async def _limited(self, name: str, deadline: float) -> AsyncIterator[None]:
+    async def limited(self, name: str, deadline: float | None = None) -> AsyncIterator[None]:
         """Refuse, or break off, what fails or takes too long in the block.
 
         Inside the block of an open stream, for as soon as that is cut the handler is cancelled.
@@ -358,7 +388,7 @@ class Exports(Scenario):
         finally:
             self._running.discard(place)
 
-    async def _source(self, database: str) -> Source:
+    async def source(self, database: str = SAMPLE) -> Source:
         """The source of a database; the sample is made when it is first asked for."""
         path = self._sample_path
         if database == SAMPLE and SAMPLE not in self.databases:
@@ -408,16 +438,6 @@ def _refusing(name: str) -> Iterator[None]:
     except Interrupted as error:
         log.warning("the export %s broke off: %s", name, error)
         raise Problem(503, "The database broke off.", headers={"Retry-After": "5"}) from None
-
-
-async def _body(export: Export) -> AsyncIterator[bytes]:
-    """The body but for its end; what begins it comes with the first rows, in one piece."""
-    begin = export.begin
-    async for data in export.chunks():
-        yield begin + data
-        begin = b""
-    if begin:
-        yield begin
 
 
 def _event(identity: str, event: str, data: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
 """What a database promises to an export, and how it refuses."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -97,3 +97,13 @@ class Source(Protocol):
         Its first rows are fetched before the block begins, so that what fails at once can be refused: raises BadQuery,
         Unavailable, UnknownColumn, BadValue.
         """
+
+
+async def body(export: Export) -> AsyncGenerator[bytes, None]:
+    """The body but for its end; what begins it comes with the first rows, in one piece."""
+    begin = export.begin
+    async for data in export.chunks():
+        yield begin + data
+        begin = b""
+    if begin:
+        yield begin

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import errno
+import hashlib
 import heapq
 import os
 import re
@@ -10,16 +11,17 @@ import stat
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeVar
+from typing import Annotated, Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from aiohttp import web
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr
 
-from streamlab import ConfigPath, Problem, Scenario, endpoint, hookimpl, open_stream
+from streamlab import ConfigPath, Problem, Progress, Scenario, Task, endpoint, hookimpl, open_stream
 
 from . import representation
 from .conditions import precondition, range_applies
@@ -30,6 +32,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MEGABYTE = 1_000_000
+
+DIGEST_CHUNK = 4 * 1024 * 1024
+"""Bytes that the task `checksum` reads at once: one that is cancelled stops within so many."""
 
 SUCCESSES = {
     206: "The ranges asked for (multipart/byteranges for several).",
@@ -65,6 +70,12 @@ class Listing(Pace):
 
     limit: int = Field(1000, ge=1, le=10_000, description="How many names of a folder to list at most.")
     after: str = Field("", max_length=255, description="List the names that follow this one.")
+
+
+def _beneath(path: str) -> str:
+    if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+        raise ValueError("must stay beneath the served folder")
+    return path
 
 
 class File(Scenario):
@@ -116,6 +127,34 @@ class File(Scenario):
             return _listing(request, found)
         async with representation.held(found, parts[-1]) as file:
             return await self._send(request, file, query.rate)
+
+    # -- tasks
+
+    @hookimpl
+    def register_tasks(self) -> list[Task]:
+        """Bring the checksum of a file."""
+        return [Task(self.checksum, unit="bytes", resumable=True)]
+
+    async def checksum(
+        self,
+        progress: Progress,
+        path: Annotated[
+            str,
+            AfterValidator(_beneath),
+            Field(min_length=1, max_length=4096, description="The file, as /files/ knows it."),
+        ],
+    ) -> dict[str, Any]:
+        """Compute the SHA-256 of a file of the served folder, of any size."""
+        parts = self._parts(path)
+        file = await _off_loop(lambda: representation.regular(representation.open_beneath(self.root, parts)))
+        with closing(file):
+            size = os.fstat(file.fileno()).st_size
+            digest, done = hashlib.sha256(), 0
+            await progress(0, size, f"reading {parts[-1]}")
+            while chunk := await asyncio.to_thread(_read_into, file, digest):
+                done += chunk
+                await progress(done)
+        return {"path": "/".join(parts), "bytes": done, "sha256": digest.hexdigest()}
 
     # -- what is asked for
 
@@ -224,6 +263,13 @@ class File(Scenario):
                     self._digests.popitem(last=False)
             self._digests.move_to_end(key)
             return self._digests[key]
+
+
+def _read_into(file: BinaryIO, digest: "hashlib._Hash") -> int:
+    """Read on and add what was read to a digest; how many bytes there were. Runs in a thread."""
+    chunk = file.read(DIGEST_CHUNK)
+    digest.update(chunk)
+    return len(chunk)
 
 
 def _write_sample(path: Path, size: int) -> None:

@@ -1,0 +1,132 @@
+"""Exports as long tasks: a report over the sample's users, and a result written into a file."""
+
+import asyncio
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from streamlab import Problem, Progress
+
+from .request import Wanted
+from .source import Query, Selection, body
+
+if TYPE_CHECKING:
+    from . import Exports
+
+TOTALS = """
+    SELECT country, substr(created, 1, 7) AS month, count(*) AS users, sum(balance) AS balance
+    FROM users WHERE id > :after AND id <= :until GROUP BY country, substr(created, 1, 7)
+"""
+
+
+class Jobs:
+    """The tasks of an export scenario."""
+
+    def __init__(self, exports: "Exports") -> None:
+        self._exports = exports
+
+    async def report(
+        self,
+        progress: Progress,
+        steps: Annotated[int, Field(ge=1, le=100_000, description="In how many batches.")] = 100,
+    ) -> dict[str, Any]:
+        """Add up the users of the sample database by country and by month, a batch at a time."""
+        await progress(progress.done, message="preparing the sample database")
+        first, last = await self._bounds()
+        size = -(-(last - first) // steps) or 1
+        state = progress.checkpoint or {"after": first, "users": 0, "countries": {}, "months": {}}
+        while (after := state["after"]) < last:
+            await progress(after - first, last - first, "adding up")
+            until = min(last, after + size)
+            for row in await self._rows(Query(TOTALS, {"after": after, "until": until})):
+                for table, key in (("countries", row["country"]), ("months", row["month"])):
+                    total = state[table].setdefault(key, {"users": 0, "balance": 0.0})
+                    total["users"] += row["users"]
+                    total["balance"] = round(total["balance"] + (row["balance"] or 0), 2)
+                state["users"] += row["users"]
+            state["after"] = until
+            progress.checkpoint = state
+        await progress(last - first, last - first)
+        return {name: dict(sorted(state[name].items())) for name in ("countries", "months")} | {"users": state["users"]}
+
+    async def _bounds(self) -> tuple[int, int]:
+        (row,) = await self._rows(Query("SELECT min(id) - 1 AS first, max(id) AS last FROM users"))
+        return int(row["first"] or 0), int(row["last"] or 0)
+
+    async def _rows(self, query: Query) -> Sequence[Mapping[str, Any]]:
+        async with self._exports.limited("report"):
+            source = await self._exports.source()
+            async with source.export(query, Selection(), "jsonl", formula_guard=False) as (export, _):
+                text = b"".join([data async for data in export.chunks()])
+        return [msgspec.json.decode(line) for line in text.splitlines()]
+
+    async def export(
+        self,
+        progress: Progress,
+        name: Annotated[str, Field(max_length=64, description="The export; GET /export lists them.")] = "users",
+        format: Annotated[  # noqa: A002
+            Literal["csv", "jsonl", "json", "arrow", "parquet"], Field(description="The format.")
+        ] = "csv",
+        columns: Annotated[list[str], Field(max_length=200, description="Only these columns; none for all.")] = [],  # noqa: B006
+        limit: Annotated[int | None, Field(ge=0, le=10**12, description="Rows at most.")] = None,
+    ) -> dict[str, Any]:
+        """Write an export into a file, whole or not at all, to be downloaded later."""
+        folder = self._exports.folder
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        wanted = Wanted(columns=columns, limit=limit)
+        async with self._exports.opened(name, format, wanted, 0) as (export, encoder, deadline):
+            file = _Unfinished(folder, f"{name}-{progress.id[:12]}.{encoder.extension}")
+            try:
+                await progress(0, limit, f"writing {file.name}")
+                async with self._exports.limited(name, deadline), aclosing(body(export)) as chunks:
+                    async for data in chunks:
+                        await asyncio.to_thread(file.write, data)
+                        await progress(export.rows)
+                await asyncio.to_thread(file.write, encoder.end(export.rows, None))
+                await asyncio.to_thread(file.keep)
+            finally:
+                file.close()
+        await progress(export.rows, export.rows)
+        url = f"{self._exports.folder_url}/{file.name}" if self._exports.folder_url else None
+        sha256 = file.digest.hexdigest()
+        return {"file": file.name, "url": url, "rows": export.rows, "bytes": file.size, "sha256": sha256}
+
+
+class _Unfinished:
+    """A file that gets its name only when it is whole. Its methods wait for the disk: they belong into threads."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.size = 0
+        self.digest = hashlib.sha256()
+        descriptor, path = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+        self._file = os.fdopen(descriptor, "wb")
+        self._path = Path(path)
+
+    def write(self, data: bytes) -> None:
+        """Add bytes; raises Problem where the disk takes no more."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise Problem(507, f"The file cannot be written: {error.strerror}.") from None
+        self.digest.update(data)
+        self.size += len(data)
+
+    def keep(self) -> None:
+        """Give it its name, once all of it is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._path.chmod(0o644)
+        self._path.replace(self._path.with_name(self.name))
+
+    def close(self) -> None:
+        """Let go of it; what was not kept is gone."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)

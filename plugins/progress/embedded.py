@@ -1,0 +1,156 @@
+"""Tasks that run in the process that takes them on, and what becomes of those whose process is gone."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from streamlab import EventLogError, Events, Problem, draft
+
+from .engine import Engine, full
+from .runner import Runner
+from .store import Record, Store
+
+log = logging.getLogger(__name__)
+
+ADOPT_AT_ONCE = 100
+"""Tasks of a process that is gone that are taken on together, in one commit."""
+
+AGAIN_SECONDS = 1.0
+"""When a task that could not be begun is tried again."""
+
+
+class Embedded(Engine):
+    """So many tasks run at once, first come, first served; so many wait, and one more is refused.
+
+    Tasks of a process that is gone come on top, since they had their place there: the next that notices takes them.
+    """
+
+    def __init__(self, events: Events, store: Store, runner: Runner, *, max_running: int, max_queued: int) -> None:
+        super().__init__(events, store, runner)
+        self._max_running = max_running
+        self._max_queued = max_queued
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._waiting: set[str] = set()
+        """Those in the queue, and those on their way into it."""
+        self._attended: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def lease(self, record: Record) -> str:
+        """A process's: it holds one for all its tasks."""
+        return _lease(record.owner)
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Run tasks while the block lasts; those that are not over then, the next process finds."""
+        living = self.events.exclusively(_lease(self.process), self._serve)
+        async with self.working(living, self._look_after()):
+            yield
+
+    def serving(self, max_running: int) -> AbstractAsyncContextManager[None]:
+        """Refuse: there is nothing left to workers."""
+        raise Problem(500, 'Tasks run in the server; [scenarios.progress] engine = "docket" leaves them to workers.')
+
+    async def submit(self, record: Record) -> None:
+        """Keep a new task and put it into the queue."""
+        if len(self._waiting) >= self._max_queued:
+            raise full(len(self._waiting))
+        self._waiting.add(record.id)
+        await self.surely(self._enter(record))
+
+    async def _enter(self, record: Record) -> None:
+        record.owner = self.process
+        try:
+            await self.store.keep(record, draft(record.news(), "progress"))
+        except BaseException:
+            self._waiting.discard(record.id)
+            raise
+        self._queue.put_nowait(record.id)
+
+    async def _serve(self) -> None:
+        """Run what waits. This process holds its lease meanwhile: nobody else touches its tasks."""
+        await self._adopt(self.process)  # what was broken off when the lease had been lost
+        await self.control.publish({"hello": self.process})
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._max_running):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            id = await self._queue.get()  # noqa: A001
+            try:
+                self._waiting.discard(id)
+                await self.runner.run(id, self.process)
+            except EventLogError as error:
+                log.error("a task cannot be begun: %s", error)
+                await asyncio.sleep(AGAIN_SECONDS)
+                self._waiting.add(id)
+                self._queue.put_nowait(id)
+
+    # -- processes that are gone
+
+    async def asked(self, asked: dict[str, str]) -> None:
+        """Wait for the end of a process that says it is there, and answer one that is new."""
+        await super().asked(asked)
+        if other := asked.get("hello"):
+            self._attend(other)
+            await self.control.publish({"here": self.process})
+        elif other := asked.get("here"):
+            self._attend(other)
+
+    async def _look_after(self) -> None:
+        """Take on what processes have left that were gone before this one began."""
+        await self.heard.wait()
+        for owner in dict.fromkeys(record.owner for record in await self._all() if not record.over):
+            self._attend(owner)
+
+    async def _all(self) -> list[Record]:
+        """Every task, however often the log has to be asked."""
+        while True:
+            try:
+                return await self.store.all()
+            except EventLogError as error:
+                log.error("tasks cannot be looked for: %s", error)
+                await asyncio.sleep(AGAIN_SECONDS)
+
+    def _attend(self, owner: str) -> None:
+        if owner != self.process and owner not in self._attended:
+            self._attended.add(owner)
+            self.beside(self._inherit(owner))
+
+    async def _inherit(self, owner: str) -> None:
+        """Wait until a process is gone, and take its tasks on, unless another one does."""
+        await self.events.exclusively(_lease(owner), lambda: self._adopt(owner))
+        self._attended.discard(owner)
+
+    async def _adopt(self, owner: str) -> None:
+        async with self.runner.hands:
+            tasks = [task for task in await self._all() if task.owner == owner and not task.over]
+            left = [task for task in tasks if not self._has(task.id)]
+            for first in range(0, len(left), ADOPT_AT_ONCE):
+                batch = left[first : first + ADOPT_AT_ONCE]
+                async with asyncio.TaskGroup() as group:
+                    for record in batch:
+                        group.create_task(self._take_on(record))
+                for record in batch:
+                    if not record.over:
+                        self._waiting.add(record.id)
+                        self._queue.put_nowait(record.id)
+        if left:
+            log.info("took on %d tasks of a process that is gone", len(left))
+
+    def _has(self, id: str) -> bool:  # noqa: A002
+        return id in self._waiting or self.runner.has(id)
+
+    async def _take_on(self, record: Record) -> None:
+        before = record.state
+        if await self.runner.pick_up(record):
+            record.owner = self.process
+            news = [draft(record.news(), "progress")] if record.state != before else []
+            await self.store.keep(record, *news, insist=True)
+
+
+def _lease(process: str) -> str:
+    return f"progress/{process}"

@@ -1,0 +1,265 @@
+"""One task being run: its function called, its progress told, its end written down, whatever that is."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from streamlab import Draft, EventLogError, Problem, Progress, Task, draft
+
+from .store import Record, State, Store, now
+
+log = logging.getLogger(__name__)
+
+TELL_SECONDS = 0.05
+"""How far apart two events `progress` are at least."""
+
+HEARTBEAT_SECONDS = 5.0
+"""How often a task that has nothing to tell gives a sign of life."""
+
+CANCEL_SECONDS = 0.8
+"""How long a task that is cancelled may take to end, before its clients are told without it."""
+
+LAST_WORDS_SECONDS = 2.0
+"""What a task that is broken off may take to write down where it stands."""
+
+RATE_SECONDS = 15
+"""Over how long a time the rate is taken."""
+
+GONE = "The process that ran it is gone"
+
+
+class _Outcome(NamedTuple):
+    """What came of a task's function."""
+
+    state: State
+    result: Any = None
+    error: dict[str, Any] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A task of this process that is run, or about to be."""
+
+    cancelled: float | None = None
+    """When it was cancelled, if it was: the loop's time."""
+    work: "asyncio.Task[_Outcome] | None" = None
+    told_over: bool = False
+    """Whether its end has been written down before its function has returned."""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def cancel(self) -> None:
+        if self.cancelled is None:
+            self.cancelled = asyncio.get_running_loop().time()
+        if self.work is not None:
+            self.work.cancel()
+
+    @property
+    def stubborn(self) -> bool:
+        """Whether it was cancelled some time ago, and runs on."""
+        time = asyncio.get_running_loop().time()
+        return self.cancelled is not None and time - self.cancelled >= CANCEL_SECONDS / 2
+
+
+class Runner:
+    """Runs tasks of this process. Whatever changes the hands a task is in happens under one lock.
+
+    `on_end` hears of each task that is over.
+    """
+
+    def __init__(
+        self, store: Store, kinds: Mapping[str, Task], *, max_crashes: int, on_end: Callable[[Record], None]
+    ) -> None:
+        self._store = store
+        self._kinds = kinds
+        self._max_crashes = max_crashes
+        self._on_end = on_end
+        self._running: dict[str, _Running] = {}
+        self.hands = asyncio.Lock()
+        self.stopping = False
+        """Whether nothing is begun any more."""
+        self.unwanted: set[str] = set()
+        """Tasks that other processes have been asked to cancel: whoever takes one up ends it."""
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def has(self, id: str) -> bool:  # noqa: A002
+        """Whether this process runs a task, or is about to."""
+        return id in self._running
+
+    def cancel(self, id: str) -> bool:  # noqa: A002
+        """Cancel a task if it runs here; whether it does."""
+        if running := self._running.get(id):
+            running.cancel()
+        return running is not None
+
+    async def stop(self) -> None:
+        """Break off what runs, once and for all, and write down where it stands."""
+        self.stopping = True
+        for running in (runs := tuple(self._running.values())):
+            if running.work is not None:
+                running.work.cancel()
+        for running in runs:
+            await running.over.wait()
+
+    async def run(self, id: str, owner: str) -> None:  # noqa: A002
+        """Run a task until it is over or `stop` breaks it off, if it is for this owner to run.
+
+        When this is cancelled, the task is left as it is: another process may have it by now.
+        """
+        running = self._running[id] = _Running()
+        try:
+            async with self.hands:
+                record = None if self.stopping else await self._begin(id, owner)
+            if record is not None:
+                await self._work(record, running)
+        finally:
+            del self._running[id]
+            running.over.set()
+
+    async def _begin(self, id: str, owner: str) -> Record | None:  # noqa: A002
+        record = await self._store.find(id)
+        if record is None or record.over or record.owner != owner or not await self.pick_up(record):
+            return None
+        record.state, record.attempts, record.started = "running", record.attempts + 1, record.started or now()
+        await self._store.keep(record, draft(record.news(), "progress"), insist=True)
+        return record
+
+    async def pick_up(self, record: Record) -> bool:
+        """Decide about a task that another process may have left, under the lock; whether it is to be run."""
+        task = self._kinds.get(record.kind)
+        if record.id in self.unwanted:
+            await self._end(record, "cancelled")
+        elif task is None:
+            await self._end(record, "interrupted", f"This server has no task of the kind {record.kind}.")
+        elif record.state == "running" and not task.resumable:
+            reason = f"{GONE}, and a task of the kind {record.kind} cannot go on where it stopped."
+            await self._end(record, "interrupted", reason)
+        elif record.state == "running" and record.crashes + 1 >= self._max_crashes:
+            await self._end(record, "interrupted", f"{GONE}, as often as that may be ({self._max_crashes}).")
+        elif record.state == "running":
+            record.state, record.crashes = "queued", record.crashes + 1
+            record.message = f"{GONE}; it goes on from where it was last known to be."
+        return not record.over
+
+    async def withdraw(self, record: Record) -> None:
+        """End a task that nobody runs as cancelled, under the lock."""
+        await self._end(record, "cancelled")
+
+    async def _work(self, record: Record, running: _Running) -> None:
+        task = self._kinds[record.kind]
+        checkpoint = b"" if bytes(record.checkpoint) == b"null" else bytes(record.checkpoint)
+        progress = Progress(
+            record.id, done=record.done, total=record.total, checkpoint=checkpoint, attempt=record.attempts
+        )
+        progress.message = record.message
+        teller = _Teller(self._store, record, progress)
+        async with asyncio.TaskGroup() as group:
+            telling = group.create_task(teller.run())
+            running.work = group.create_task(_outcome(task, progress, record.parameters))
+            if running.cancelled is not None or self.stopping:
+                running.work.cancel()
+            while not (await asyncio.wait({running.work}, timeout=CANCEL_SECONDS / 2))[0]:
+                if running.stubborn and not running.told_over:
+                    log.warning("a task %s does not heed that it is cancelled", record.kind)
+                    telling.cancel()
+                    running.told_over = True
+                    await self._end(record, "cancelled", drafts=teller.news())
+            telling.cancel()
+        if running.told_over:
+            return
+        if not running.work.cancelled():
+            outcome = running.work.result()
+            record.result, record.error = outcome.result, outcome.error
+            await self._end(record, outcome.state, drafts=teller.news())
+        elif running.cancelled is not None:
+            await self._end(record, "cancelled", drafts=teller.news())
+        elif self.stopping:
+            await self._put_back(task, record, teller)
+        else:
+            await self._end(record, "failed", "The task cancelled itself.", drafts=teller.news())
+
+    async def _put_back(self, task: Task, record: Record, teller: "_Teller") -> None:
+        """Write down where a task stands that is broken off because its server stops."""
+        drafts = teller.news()
+        with suppress(TimeoutError, EventLogError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                if task.resumable:
+                    record.state, record.message = "queued", "The server stopped; it goes on when one starts."
+                    record.rate = record.eta_seconds = None
+                    await self._store.keep(record, *drafts, draft(record.news(), "progress"))
+                else:
+                    reason = f"The server stopped, and a task of the kind {record.kind} cannot go on where it stopped."
+                    await self._end(record, "interrupted", reason, drafts=drafts)
+
+    async def _end(self, record: Record, state: State, reason: str = "", *, drafts: list[Draft] | None = None) -> None:
+        record.state = state
+        if reason:
+            record.error = Problem(500, reason).document()
+        self._on_end(record)
+        await self._store.end(record, *(drafts or ()))
+
+
+async def _outcome(task: Task, progress: Progress, parameters: Mapping[str, Any]) -> _Outcome:
+    try:
+        return _Outcome("done", await task.run(progress, parameters))
+    except Problem as problem:
+        return _Outcome("failed", error=problem.document())
+
+
+class _Teller:
+    """Brings what a task's function tells to its clients, some times a second."""
+
+    def __init__(self, store: Store, record: Record, progress: Progress) -> None:
+        self._store = store
+        self._record = record
+        self._progress = progress
+        self._samples: deque[tuple[float, float]] = deque(maxlen=RATE_SECONDS)
+        self._sample()
+
+    async def run(self) -> None:
+        """Tell, until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self._progress.changed.wait()
+            try:
+                await self._store.keep(self._record, *self.news())
+            except EventLogError as error:
+                log.warning("the progress of a task %s cannot be told: %s", self._record.kind, error)
+            await asyncio.sleep(TELL_SECONDS)
+
+    def news(self) -> list[Draft]:
+        """Bring the record up to date; return the events that tell what is new, at most one of them `progress`."""
+        progress, record = self._progress, self._record
+        messages, progress.messages = progress.messages, []
+        drafts = [draft({"message": message, "done": progress.done}, "message") for message in messages]
+        if progress.changed.is_set():
+            progress.changed.clear()
+            record.done, record.total, record.message = progress.done, progress.total, progress.message
+            record.checkpoint = msgspec.Raw(progress.saved or b"null")
+            self._estimate()
+            drafts.append(draft(record.news(), "progress"))
+        progress.told.set()
+        return drafts
+
+    def _sample(self) -> tuple[float, float]:
+        """Remember how much was done at this time, once a second; return the sample to compare with."""
+        time = asyncio.get_running_loop().time()
+        if not self._samples or time - self._samples[-1][0] >= 1:
+            self._samples.append((time, self._progress.done))
+        return self._samples[0]
+
+    def _estimate(self) -> None:
+        since, before = self._sample()
+        record, elapsed = self._record, asyncio.get_running_loop().time() - since
+        done = record.done - before
+        record.rate = round(done / elapsed, 3) if elapsed > 0 and done > 0 else None
+        left = None if record.total is None else max(0, record.total - record.done)
+        record.eta_seconds = round(left / record.rate, 1) if left is not None and record.rate else None

@@ -1,0 +1,771 @@
+"""Long tasks: one contract for both engines, and what each of them does when processes come and go."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, EventStream, Received, Running, Valkey, free_port
+
+TOIL = '''
+    """Tasks that do what a test wants: they wait for files, and note each run."""
+
+    import asyncio
+    import sys
+    import time
+    from pathlib import Path
+
+    from streamlab import Problem, Task, hookimpl
+
+
+    async def count(progress, until: int, hold_at: int = -1, gate: str = ""):
+        """Count, from where it was, and wait at a number for a file."""
+        start = progress.checkpoint or 0
+        with Path("runs").open("a") as file:
+            file.write(f"{progress.attempt}:{start}\\n")
+        for number in range(start, until):
+            if number == hold_at:
+                await progress(number, until, f"held at {number}")
+                while not Path(gate).exists():
+                    await asyncio.sleep(0.01)
+            progress.checkpoint = number + 1
+            await progress(number + 1, until)
+        return {"counted": until}
+
+
+    async def hold(progress, gate: str):
+        """Wait for a file, and keep nothing."""
+        await progress(0, 1, "held")
+        while not Path(gate).exists():
+            await asyncio.sleep(0.01)
+        return "through"
+
+
+    async def fail(progress, how: str):
+        """Fail in some way."""
+        if how == "problem":
+            raise Problem(507, "The disk is full.")
+        if how == "exception":
+            raise ValueError("cannot read /etc/passwd")
+        if how == "exit":
+            sys.exit(3)
+        if how == "result":
+            return object()
+        if how == "large":
+            return "x" * 2_000_000
+        if how == "cancel":
+            raise asyncio.CancelledError
+        if how == "checkpoint":
+            progress.checkpoint = object()
+
+
+    async def stubborn(progress, gate: str):
+        """Do not heed that it is cancelled."""
+        await progress(0, 1, "held")
+        while not Path(gate).exists():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                Path("heard").touch()
+
+
+    async def compute(progress, seconds: float):
+        """Keep a thread busy, and not the loop."""
+        def work():
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                pass
+        await asyncio.to_thread(work)
+
+
+    @hookimpl
+    def register_tasks():
+        return [
+            Task(count, unit="numbers", resumable=True),
+            Task(hold),
+            Task(fail),
+            Task(stubborn),
+            Task(compute),
+        ]
+'''
+
+TASKS = "/process/tasks"
+
+
+def ask(
+    server: Running, method: str, path: str, document: Any = None, **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    body = None if document is None else json.dumps(document).encode()
+    given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    status, answered, text = server.get(path, given, method=method, body=body)
+    return status, answered, json.loads(text) if text else None
+
+
+def start_task(server: Running, kind: str, **parameters: Any) -> dict[str, Any]:
+    status, headers, task = ask(server, "POST", TASKS, {"kind": kind, "parameters": parameters})
+    assert status == 202, task
+    assert headers["location"] == task["url"]
+    assert int(headers["retry-after"]) > 0
+    return dict(task)
+
+
+def look(server: Running, task: dict[str, Any]) -> dict[str, Any]:
+    status, _, found = ask(server, "GET", task["url"])
+    assert status == 200, found
+    return dict(found)
+
+
+def wait_for(server: Running, task: dict[str, Any], seconds: float = 30, **wanted: Any) -> dict[str, Any]:
+    """The task, once it is as wanted."""
+    deadline = time.monotonic() + seconds
+    while any((found := look(server, task))[name] != value for name, value in wanted.items()):
+        assert time.monotonic() < deadline, f"not {wanted} within {seconds} s: {found}"
+        time.sleep(0.02)
+    return found
+
+
+def events(server: Running, path: str, after: str | None = None) -> list[Received]:
+    with EventStream(server, path, after, timeout=40) as stream:
+        assert stream.status == 200
+        return list(stream)
+
+
+def ended(server: Running, task: dict[str, Any]) -> dict[str, Any]:
+    """The data of the task's last event, once it has come."""
+    last = events(server, task["url"])[-1]
+    assert last.event == "end"
+    return dict(last.json)
+
+
+def offsets(received: list[Received]) -> list[int]:
+    return [int(event.id.rpartition("-")[2]) for event in received]
+
+
+@dataclass
+class Workshop:
+    """A server, and whatever runs its tasks."""
+
+    engine: str
+    config: str
+    start: Callable[..., Running]
+    base: Path
+    port: int = field(default_factory=free_port)
+    workers: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    server: Running = field(init=False)
+
+    def open(self, **plugins: str) -> None:
+        self.server = self.start(self.config, port=self.port, tracebacks=True, toil=TOIL, **plugins)
+        if self.engine == "docket":
+            self.hire()
+
+    def hire(self) -> None:
+        """Start a worker, and wait until it takes tasks."""
+        with (self.base / f"worker-{len(self.workers)}.log").open("w") as errors:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "streamlab", "worker", "--config", str(self.base / "config.toml")],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY)},
+                cwd=self.base,
+            )
+        self.workers.append(worker)
+        assert worker.stdout is not None
+        assert " works at: " in worker.stdout.readline(), (
+            self.base / f"worker-{len(self.workers) - 1}.log"
+        ).read_text()
+
+    def end(self, number: int) -> None:
+        """End what runs the tasks, by a signal."""
+        process: subprocess.Popen[str] = self.workers[-1] if self.engine == "docket" else self.server.process
+        process.send_signal(number)
+        assert process.wait(20) == (-number if number == signal.SIGKILL else 0)
+
+    def begin_anew(self) -> None:
+        """Start what runs the tasks again."""
+        if self.engine == "docket":
+            self.hire()
+        else:
+            self.server = self.start(self.config, port=self.port, tracebacks=True, toil=TOIL)
+
+    def runs(self) -> list[str]:
+        """The runs of the task `count` so far: attempt and where it began."""
+        return (self.base / "runs").read_text().splitlines()
+
+    def let(self, gate: str) -> None:
+        (self.base / gate).touch()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in self.workers:
+            try:
+                worker.wait(15)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+                raise
+            finally:
+                assert worker.stdout is not None
+                worker.stdout.close()
+
+
+@pytest.fixture(params=["embedded", "docket"])
+def workshop(
+    request: pytest.FixtureRequest, start: Callable[..., Running], tmp_path: Path
+) -> Iterator[Callable[..., Workshop]]:
+    """One workshop, opened: `workshop(max_running=1)` sets keys of [scenarios.progress]."""
+    opened: list[Workshop] = []
+
+    def opening(sample_rows: int = 1000, **keys: Any) -> Workshop:
+        keys["engine"] = request.param
+        lines = [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
+        config = "\n".join([f"[scenarios.export]\nsample_rows = {sample_rows}", "[scenarios.progress]", *lines])
+        if request.param == "docket":
+            pytest.importorskip("docket", reason="pydocket is not installed")
+            valkey: Valkey = request.getfixturevalue("valkey")
+            config += f'\n[events]\nurl = "{valkey.url}"\n'
+        place = Workshop(request.param, config, start, tmp_path)
+        opened.append(place)
+        place.open()
+        return place
+
+    yield opening
+    for place in opened:
+        place.close()
+
+
+# -- the contract
+
+
+def test_a_task_is_started_watched_and_over(workshop: Callable[..., Workshop]) -> None:
+    place = workshop()
+    task = start_task(place.server, "rehearsal", steps=3, delay=0.06)
+    assert (task["state"], task["done"], task["unit"], task["attempts"]) == ("queued", 0, "steps", 0)
+    assert task["parameters"] == {"steps": 3, "delay": 0.06, "fail_at": None}
+
+    received = events(place.server, task["url"])
+    told = [(event.event, event.json.get("state"), event.json["done"]) for event in received]
+    assert told == [
+        ("progress", "queued", 0),
+        ("progress", "running", 0),
+        ("message", None, 0),
+        ("progress", "running", 0),
+        ("progress", "running", 1),
+        ("progress", "running", 2),
+        ("progress", "running", 3),
+        ("end", "done", 3),
+    ]
+    assert received[2].json["message"] == "rehearsing"
+    assert offsets(received) == list(range(1, 9))
+    assert all(event.id.startswith(f"{task['id']}:") for event in received)
+
+    end = received[-1].json
+    assert (end["result"], end["error"], end["total"], end["attempts"]) == ({"steps": 3}, None, 3, 1)
+    assert end["created"] <= end["started"] <= end["ended"]
+    assert look(place.server, task) == end
+    assert "retry-after" not in ask(place.server, "GET", task["url"])[1]
+
+    for position, event in enumerate(received[:-1]):
+        assert events(place.server, task["url"], event.id) == received[position + 1 :]
+    with EventStream(place.server, task["url"], received[-1].id) as stream:
+        assert stream.status == 204
+    if place.engine == "embedded":  # a worker counts for itself, and serves nobody
+        assert 'streamlab_tasks_total{kind="rehearsal",state="done"} 1.0' in place.server.get("/metrics")[2].decode()
+
+
+def test_a_running_task_says_how_far_it_is(workshop: Callable[..., Workshop]) -> None:
+    place = workshop()
+    task = start_task(place.server, "count", until=100, hold_at=40, gate="go")
+    found = wait_for(place.server, task, done=40)
+    assert (found["state"], found["total"], found["message"], found["unit"]) == (
+        "running",
+        100,
+        "held at 40",
+        "numbers",
+    )
+    assert 0 <= found["heartbeat_age"] < 6
+    status, headers, _ = ask(place.server, "GET", task["url"])
+    assert (status, headers["retry-after"]) == (200, "1")
+    place.let("go")
+    assert ended(place.server, task)["result"] == {"counted": 100}
+
+
+def test_a_repeated_post_with_its_key_gets_the_same_task(workshop: Callable[..., Workshop]) -> None:
+    place = workshop()
+    wanted = {"kind": "hold", "parameters": {"gate": "go"}}
+
+    def post(_: int) -> tuple[int, dict[str, str], Any]:
+        while True:
+            answer = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
+            if answer[0] != 409:
+                return answer
+            assert int(answer[1]["retry-after"]) > 0
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(post, range(16)))
+    assert {status for status, _, _ in answers} == {202}
+    assert len({task["id"] for _, _, task in answers}) == 1
+    assert len(ask(place.server, "GET", TASKS)[2]["tasks"]) == 1
+
+    status, _, problem = ask(place.server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="a-key")
+    assert (status, problem["detail"]) == (
+        422,
+        "This Idempotency-Key was given with another request; each needs its own.",
+    )
+    status, _, other = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="another")
+    assert other["id"] != answers[0][2]["id"]
+    place.let("go")
+    for task in (other, answers[0][2]):
+        assert ended(place.server, task)["state"] == "done"
+    status, _, again = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
+    assert (status, again["id"], again["state"]) == (202, answers[0][2]["id"], "done")
+
+
+def test_a_task_that_fails_says_why_and_hurts_nobody(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=4)
+    details = {
+        "problem": "The disk is full.",
+        "exception": "ValueError: cannot read ...",
+        "exit": "SystemExit: 3",
+        "result": "TypeError: Encoding objects of type object is unsupported",
+        "large": "The result has 2000002 bytes; 1048576 is what a task may return.",
+        "cancel": "The task cancelled itself.",
+        "checkpoint": "TypeError: Encoding objects of type object is unsupported",
+    }
+    tasks = {how: start_task(place.server, "fail", how=how) for how in details}
+    for how, detail in details.items():
+        *_, error, end = events(place.server, tasks[how]["url"])
+        assert (error.event, error.json["detail"]) == ("error", detail), how
+        assert (end.event, end.json["state"], end.json["error"]) == ("end", "failed", error.json), how
+    assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
+
+
+def test_a_task_is_cancelled_wherever_it_is(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=1)
+    running = start_task(place.server, "hold", gate="never")
+    wait_for(place.server, running, state="running")
+    queued = start_task(place.server, "hold", gate="never")
+    for task in (queued, running):
+        asked = time.monotonic()
+        status, headers, answer = ask(place.server, "DELETE", task["url"])
+        assert (status, headers["location"]) == (202, task["url"])
+        assert answer["state"] in ("cancelled", "running", "queued")
+        assert ended(place.server, task)["state"] == "cancelled"
+        assert time.monotonic() - asked < 1, "a cancellation is acknowledged within a second"
+        status, _, problem = ask(place.server, "DELETE", task["url"])
+        assert (status, problem["detail"]) == (409, "This task is over already: cancelled.")
+    assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
+    assert [event.event for event in events(place.server, queued["url"])] == ["progress", "end"]
+
+
+def test_a_task_that_does_not_heed_its_cancellation_is_told_as_cancelled(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=1)
+    task = start_task(place.server, "stubborn", gate="go")
+    wait_for(place.server, task, message="held")
+    asked = time.monotonic()
+    assert ask(place.server, "DELETE", task["url"])[0] == 202
+    assert ended(place.server, task)["state"] == "cancelled"
+    assert time.monotonic() - asked < 2
+    assert (place.base / "heard").exists()
+    waiting = start_task(place.server, "rehearsal", steps=1)
+    assert look(place.server, waiting)["state"] == "queued", "its place is free only when its function has returned"
+    place.let("go")
+    assert ended(place.server, waiting)["state"] == "done"
+    assert [event.event for event in events(place.server, task["url"])].count("end") == 1
+
+
+def test_what_waits_is_bounded(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=1, max_queued=2)
+    tasks = [start_task(place.server, "hold", gate="go")]
+    wait_for(place.server, tasks[0], state="running")
+    # Docket's queue counts what it has handed out, too.
+    tasks += [start_task(place.server, "hold", gate="go") for _ in range(2 if place.engine == "embedded" else 1)]
+    for method, path, document in (
+        ("POST", TASKS, {"kind": "hold", "parameters": {"gate": "go"}}),
+        ("GET", "/process/long-task?kind=rehearsal", None),
+    ):
+        status, headers, problem = ask(place.server, method, path, document)
+        assert (status, headers["retry-after"]) == (429, "5")
+        assert problem["detail"] == "2 tasks wait to be run, which is all this server takes."
+    place.let("go")
+    assert [ended(place.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
+    assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
+
+
+def test_what_is_over_is_kept_for_a_while(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(keep_seconds=1)
+    held = start_task(place.server, "hold", gate="go")
+    task = start_task(place.server, "rehearsal", steps=1, delay=0)
+    end = events(place.server, task["url"])[-1]
+    deadline = time.monotonic() + 15
+    while (answer := ask(place.server, "GET", task["url"]))[0] == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    gone = (410, "This task is over; results are kept for 1 seconds.")
+    assert (answer[0], answer[2]["detail"]) == gone
+    assert [ask(place.server, "DELETE", task["url"])[0], ask(place.server, "GET", f"{TASKS}/{'f' * 32}")[0]] == [
+        410,
+        404,
+    ]
+    with EventStream(place.server, task["url"]) as stream:
+        assert stream.status == 410
+    with EventStream(place.server, "/process/long-task", end.id) as stream:
+        assert stream.status == 204, "a browser must not start another task instead"
+    assert [listed["id"] for listed in ask(place.server, "GET", TASKS)[2]["tasks"]] == [held["id"]]
+    assert look(place.server, held)["state"] == "running", "what is not over is kept, however long that takes"
+    place.let("go")
+    assert ended(place.server, held)["state"] == "done"
+
+
+def test_the_list_has_the_newest_first_and_goes_on(workshop: Callable[..., Workshop]) -> None:
+    place = workshop()
+    ids = [start_task(place.server, "rehearsal", steps=1, delay=0)["id"] for _ in range(5)]
+    path: str | None = f"{TASKS}?limit=2"
+    pages: list[list[str]] = []
+    while path:
+        page = ask(place.server, "GET", path)[2]
+        pages.append([task["id"] for task in page["tasks"]])
+        path = page["next"]
+    newest = sorted(ids, reverse=True)
+    assert pages == [newest[:2], newest[2:4], newest[4:]]
+
+
+def test_a_report_survives_kill_9_without_a_gap(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(sample_rows=20_000)
+    task = start_task(place.server, "report", steps=400)
+    before: list[Received] = []
+    with EventStream(place.server, task["url"], timeout=40) as stream:
+        for event in stream:
+            before.append(event)
+            if event.event == "progress" and event.json["done"] > 2000:
+                break
+    place.end(signal.SIGKILL)
+    stood = look(place.server, task)["done"] if place.engine == "docket" else before[-1].json["done"]
+    assert stood < 20_000
+    place.begin_anew()
+    after = events(place.server, task["url"], before[-1].id)
+    assert offsets(before + after) == list(range(1, len(before + after) + 1))
+    end = after[-1].json
+    assert (end["state"], end["attempts"], end["done"], end["total"]) == ("done", 2, 20_000, 20_000)
+    assert any(event.json.get("message", "").startswith("The process that ran it is gone") for event in after)
+    resumed = [event.json["done"] for event in after if event.event == "progress"]
+    assert min(resumed) >= before[-1].json["done"], "what was done is not done twice"
+
+    with contextlib.closing(sqlite3.connect(place.base / "var/sample.db")) as database:
+        for table, column in (("countries", "country"), ("months", "substr(created, 1, 7)")):
+            totals = database.execute(f"SELECT {column}, count(*), sum(balance) FROM users GROUP BY 1 ORDER BY 1")
+            expected = {key: (users, pytest.approx(balance, abs=0.5)) for key, users, balance in totals}
+            found = {key: (total["users"], total["balance"]) for key, total in end["result"][table].items()}
+            assert found == expected
+    assert end["result"]["users"] == 20_000
+
+
+def test_a_task_that_keeps_nothing_is_interrupted_and_says_why(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=2)
+    broken = start_task(place.server, "hold", gate="never")
+    resumed = start_task(place.server, "count", until=10, hold_at=5, gate="go")
+    wait_for(place.server, resumed, done=5)
+    wait_for(place.server, broken, message="held")
+    waiting = start_task(place.server, "count", until=3)
+    place.end(signal.SIGKILL)
+    place.let("go")
+    place.begin_anew()
+    *_, error, end = events(place.server, broken["url"])
+    reason = "The process that ran it is gone, and a task of the kind hold cannot go on where it stopped."
+    assert (error.event, error.json["detail"]) == ("error", reason)
+    assert (end.json["state"], end.json["attempts"]) == ("interrupted", 1)
+    assert ended(place.server, resumed)["attempts"] == 2
+    assert ended(place.server, waiting)["attempts"] == 1
+    assert sorted(place.runs()) == ["1:0", "1:0", "2:5"]
+    assert look(place.server, broken)["state"] == "interrupted"
+
+
+def test_a_server_that_stops_hands_its_tasks_on(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=2, max_crashes=1)
+    resumed = start_task(place.server, "count", until=10, hold_at=5, gate="go")
+    broken = start_task(place.server, "hold", gate="never")
+    wait_for(place.server, resumed, done=5)
+    wait_for(place.server, broken, message="held")
+    place.end(signal.SIGTERM)
+    place.let("go")
+    place.begin_anew()
+    received = events(place.server, resumed["url"])
+    assert offsets(received) == list(range(1, len(received) + 1))
+    assert "The server stopped; it goes on when one starts." in [e.json.get("message") for e in received]
+    end = received[-1].json
+    assert (end["state"], end["attempts"], end["result"]) == ("done", 2, {"counted": 10})
+    assert place.runs() == ["1:0", "2:5"]
+    end = ended(place.server, broken)
+    assert (end["state"], end["error"]["detail"]) == (
+        "interrupted",
+        "The server stopped, and a task of the kind hold cannot go on where it stopped.",
+    )
+
+
+def test_a_task_whose_process_dies_again_and_again_is_given_up(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_crashes=1)
+    task = start_task(place.server, "count", until=10, hold_at=5, gate="never")
+    wait_for(place.server, task, done=5)
+    place.end(signal.SIGKILL)
+    place.begin_anew()
+    end = ended(place.server, task)
+    assert (end["state"], end["error"]["detail"]) == (
+        "interrupted",
+        "The process that ran it is gone, as often as that may be (1).",
+    )
+
+
+# -- in the server itself
+
+
+def embedded(start: Callable[..., Running], keys: str = "", **options: Any) -> Running:
+    config = f"[scenarios.export]\nsample_rows = 1000\n[scenarios.progress]\n{keys}\n"
+    return start(config, toil=TOIL, **options)
+
+
+def test_a_long_task_is_one_request_and_one_task(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    with EventStream(server, "/process/long-task?kind=count&until=10&hold_at=5&gate=go") as stream:
+        assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream")
+        location = stream.headers["location"]
+        first = stream.take(3)
+    assert location == f"{TASKS}/{first[0].json['id']}"
+    assert ask(server, "GET", location)[2]["state"] == "running", "leaving does not stop it"
+    (server.base / "go").touch()
+    rest = events(server, "/process/long-task?kind=count&until=10&hold_at=5&gate=go", first[-1].id)
+    assert offsets(first + rest) == list(range(1, len(first + rest) + 1))
+    assert (rest[-1].event, rest[-1].json["id"]) == ("end", first[0].json["id"])
+    with EventStream(server, "/process/long-task?kind=count&until=10", rest[-1].id) as stream:
+        assert stream.status == 204
+    assert server.get("/process/long-task", method="HEAD")[0] == 200
+    assert len(ask(server, "GET", TASKS)[2]["tasks"]) == 1
+    with EventStream(server, "/process/long-task?kind=rehearsal&steps=1", "7-7") as stream:
+        gap, *_, end = list(stream)
+    assert (gap.event, gap.json["reason"]) == ("gap", "the id is none of this stream")
+    assert (end.event, end.json["state"]) == ("end", "done")
+
+
+def test_the_long_task_of_the_first_day_is_a_report(start: Callable[..., Running]) -> None:
+    received = events(embedded(start), "/process/long-task?steps=4")
+    assert received[0].json["kind"] == "report"
+    assert (received[-1].event, received[-1].json["done"]) == ("end", 1000)
+    assert received[-1].json["result"]["users"] == 1000
+
+
+KINDS = ["checksum", "compute", "count", "export", "fail", "hold", "rehearsal", "report", "stubborn"]
+
+
+WRONG: list[tuple[str, Any, dict[str, str]]] = [
+    (TASKS, {"kind": "nap"}, {"kind": f"is none of the kinds of tasks: {', '.join(KINDS)}"}),
+    (
+        TASKS,
+        {"kind": "rehearsal", "parameters": {"steps": 0, "dealy": 1}},
+        {
+            "parameters.steps": "input should be greater than or equal to 1",
+            "parameters.dealy": "unknown parameter of the task rehearsal; known: steps, delay, fail_at",
+        },
+    ),
+    (TASKS, {"kind": "hold"}, {"parameters.gate": "field required"}),
+    (TASKS, {"kinds": "hold"}, {"kind": "field required", "kinds": "extra inputs are not permitted"}),
+    (
+        TASKS,
+        {"kind": "checksum", "parameters": {"path": "../etc/passwd"}},
+        {"parameters.path": "must stay beneath the served folder"},
+    ),
+    ("/process/long-task?kind=checksum&path=/etc/passwd", None, {"path": "must stay beneath the served folder"}),
+    (
+        "/process/long-task?kind=rehearsal&steps=many",
+        None,
+        {"steps": "input should be a valid integer, unable to parse string as an integer"},
+    ),
+    ("/process/long-task?kind=nap", None, {"kind": f"is none of the kinds of tasks: {', '.join(KINDS)}"}),
+    (f"{TASKS}/abc", None, {"id": "string should match pattern '^[0-9a-f]{32}$'"}),
+]
+
+
+def test_a_wrong_request_is_told_every_fault(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    for path, document, errors in WRONG:
+        status, _, problem = ask(server, "GET" if document is None else "POST", path, document)
+        assert status == 422, path
+        assert {error["name"]: error["detail"] for error in problem["errors"]} == errors, path
+    assert ask(server, "GET", TASKS)[2]["tasks"] == []
+
+
+def test_every_kind_is_listed_with_its_parameters(start: Callable[..., Running]) -> None:
+    listed = ask(embedded(start), "GET", "/process/kinds")[2]
+    kinds = {kind["kind"]: kind for kind in listed["kinds"]}
+    assert (listed["default"], list(kinds)) == ("report", KINDS)
+    assert kinds["count"]["description"] == "Count, from where it was, and wait at a number for a file."
+    assert (kinds["count"]["unit"], kinds["count"]["resumable"], kinds["hold"]["resumable"]) == ("numbers", True, False)
+    assert kinds["count"]["parameters"]["required"] == ["until"]
+    assert kinds["rehearsal"]["parameters"]["properties"]["steps"]["maximum"] == 1_000_000
+
+
+def test_an_export_is_written_whole_and_can_be_downloaded(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    end = ended(server, start_task(server, "export", name="users", format="csv", columns=["id", "note"], limit=500))
+    result = end["result"]
+    status, _, body = server.get(result["url"])
+    assert (status, body) == server.get("/export/users/csv?columns=id,note&limit=500")[::2]
+    assert (result["rows"], result["bytes"]) == (500, len(body))
+    assert result["sha256"] == hashlib.sha256(body).hexdigest()
+    end = ended(server, start_task(server, "checksum", path=result["url"].removeprefix("/files/")))
+    assert end["result"]["sha256"] == result["sha256"]
+    assert (end["done"], end["total"], end["unit"]) == (len(body), len(body), "bytes")
+
+    end = ended(server, start_task(server, "export", name="nothing"))
+    assert (end["state"], end["error"]["status"]) == ("failed", 404)
+    assert [path.name for path in (server.base / "var/files/exports").iterdir()] == [result["file"]]
+    end = ended(server, start_task(server, "checksum", path="no/such"))
+    assert (end["state"], end["error"]["detail"]) == ("failed", "There is no such file.")
+
+
+def test_no_task_that_waits_is_lost_at_a_crash(start: Callable[..., Running]) -> None:
+    server = embedded(start, "max_running = 1")
+    held = start_task(server, "count", until=2, hold_at=1, gate="go")
+    tasks = [start_task(server, "rehearsal", steps=1, delay=0) for _ in range(250)]
+    server.terminate(signal.SIGKILL)
+    (server.base / "go").touch()
+    server = embedded(start, "max_running = 1")
+    assert ended(server, held)["state"] == "done"
+    assert ended(server, tasks[-1])["attempts"] == 1
+    listed = ask(server, "GET", f"{TASKS}?limit=1000")[2]["tasks"]
+    assert {task["id"]: task["state"] for task in listed} == {task["id"]: "done" for task in (held, *tasks)}
+    ends = {task["id"]: task["ended"] for task in listed}
+    assert [ends[task["id"]] for task in (held, *tasks)] == sorted(ends.values()), "first come, first served, still"
+
+
+def test_servers_that_share_a_log_cancel_and_inherit_each_others_tasks(start: Callable[..., Running]) -> None:
+    one, two = embedded(start, "max_running = 1"), embedded(start, "max_running = 1")
+    running = start_task(one, "hold", gate="never")
+    queued = start_task(one, "hold", gate="never")
+    wait_for(two, running, state="running")
+    for task in (running, queued):
+        asked = time.monotonic()
+        assert ask(two, "DELETE", task["url"])[0] == 202
+        assert ended(two, task)["state"] == "cancelled"
+        assert time.monotonic() - asked < 1
+
+    left = start_task(one, "count", until=10, hold_at=5, gate="go")
+    waiting = start_task(one, "count", until=3)
+    wait_for(two, left, done=5)
+    received: list[Received] = []
+    reading = threading.Thread(target=lambda: received.extend(events(two, left["url"])))
+    reading.start()
+    one.terminate(signal.SIGKILL)
+    (two.base / "go").touch()
+    reading.join(20)
+    assert offsets(received) == list(range(1, len(received) + 1))
+    assert (received[-1].json["state"], received[-1].json["attempts"]) == ("done", 2)
+    assert ended(two, waiting)["attempts"] == 1
+    assert (two.base / "runs").read_text().splitlines() == ["1:0", "2:5", "1:0"]
+
+
+def test_a_task_that_computes_leaves_the_loop_to_others(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    task = start_task(server, "compute", seconds=1)
+    answers = 0
+    while look(server, task)["state"] in ("queued", "running"):
+        answers += 1
+    assert answers > 10, "nobody else was answered meanwhile"
+
+
+def test_a_kind_that_is_not_there_any_more_is_said_so(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    task = start_task(server, "count", until=10, hold_at=5, gate="never")
+    wait_for(server, task, done=5)
+    server.terminate(signal.SIGTERM)
+    server = start("[scenarios.toil]\nenabled = false\n")
+    end = ended(server, task)
+    assert (end["state"], end["error"]["detail"]) == ("interrupted", "This server has no task of the kind count.")
+
+
+# -- the command line
+
+
+def streamlab(*words: str, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamlab", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"},
+        cwd=cwd,
+    )
+
+
+def said(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command, once it has ended."""
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        return said(streamlab("task", "run", *words, "--url", server.url, cwd=server.base))
+
+    assert run("rehearsal", "-p", "steps=2", "-p", "delay=0.01") == (0, '{\n "steps": 2\n}\n', "rehearsing\n")
+    failure = "streamlab: the task is failed: Step 1 failed, as it was asked to.\n"
+    assert run("rehearsal", "-p", "fail_at=1") == (1, "", f"rehearsing\n{failure}")
+    assert run("rehearsal", "-p", "steps") == (2, "", "streamlab: 'steps' is no NAME=VALUE\n")
+    status, out, err = run("nap")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"streamlab: {server.url}/process/tasks answered 422: This server has no task of this kind.")
+    status, out, err = said(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
+    assert (status, out) == (1, "")
+    assert err.endswith("answered 404: There is no task with this id.\n")
+
+
+def test_watching_goes_on_across_a_crash_of_the_server(start: Callable[..., Running]) -> None:
+    port = free_port()
+    server = embedded(start, port=port)
+    task = start_task(server, "count", until=10, hold_at=5, gate="go")
+    watching = streamlab("task", "watch", task["id"], "--url", f"127.0.0.1:{port}", cwd=server.base)
+    assert watching.stderr is not None
+    assert watching.stderr.readline() == "held at 5\n"
+    server.terminate(signal.SIGKILL)
+    (server.base / "go").touch()
+    embedded(start, port=port)
+    status, out, err = said(watching)
+    assert (status, json.loads(out)) == (0, {"counted": 10})
+    assert "again in" in err
+
+
+def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    task = start_task(server, "hold", gate="never")
+    wait_for(server, task, message="held")
+    watching = streamlab("task", "watch", task["id"], "--url", server.url, cwd=server.base)
+    assert watching.stderr is not None
+    assert watching.stderr.readline() == "held\n"
+    assert said(streamlab("task", "cancel", task["id"], "--url", server.url, cwd=server.base))[0] == 0
+    assert said(watching) == (1, "", "streamlab: the task is cancelled\n")
+
+
+def test_a_worker_without_work_refuses_to_start(tmp_path: Path) -> None:
+    refusal = 'defaults: Tasks run in the server; [scenarios.progress] engine = "docket" leaves them to workers.\n'
+    status, out, err = said(streamlab("worker", cwd=tmp_path))
+    assert (status, out, err) == (2, "", f"{refusal}streamlab: 1 fault; nothing was started\n")
+    (tmp_path / "config.toml").write_text('[scenarios.progress]\nengine = "docket"\n')
+    status, _, err = said(streamlab("worker", cwd=tmp_path))
+    assert (status, err.splitlines()[0]) == (
+        2,
+        'config.toml: engine = "docket" needs a Redis server: [events] url = "redis://..."',
+    )

@@ -1,0 +1,162 @@
+"""Tasks as plugins declare them, and the progress that their functions tell."""
+
+import asyncio
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from conftest import write_plugins
+from pydantic import Field
+
+from streamlab import TASKS, Problem, Progress, Task
+from streamlab.app import create_app
+from streamlab.config import Config, ConfigError
+from streamlab.site import REGISTRY
+from streamlab.tasks import MESSAGES
+
+
+async def bake(progress: Progress, cakes: Annotated[int, Field(ge=1)], *, icing: list[str] = []) -> dict[str, Any]:  # noqa: B006
+    """Bake some cakes.
+
+    With icing, if there is some.
+    """
+    return {"cakes": cakes, "icing": icing, "attempt": progress.attempt}
+
+
+async def test_a_task_is_what_its_function_says() -> None:
+    task = Task(bake, unit="cakes", resumable=True)
+    assert (task.name, task.unit, task.resumable) == ("bake", "cakes", True)
+    assert task.description == "Bake some cakes.\n\nWith icing, if there is some."
+    assert task.read({"cakes": "2"}, place="query") == {"cakes": 2, "icing": []}
+    assert await task.run(Progress(attempt=3), {"cakes": 2}) == {"cakes": 2, "icing": [], "attempt": 3}
+    with pytest.raises(Problem) as raised:
+        task.read({"cakes": 0, "icing": "x", "cherries": 1}, place="body", prefix="parameters.")
+    assert raised.value.errors == (
+        {"in": "body", "name": "parameters.cakes", "detail": "input should be greater than or equal to 1"},
+        {"in": "body", "name": "parameters.icing", "detail": "input should be a valid list"},
+        {
+            "in": "body",
+            "name": "parameters.cherries",
+            "detail": "unknown parameter of the task bake; known: cakes, icing",
+        },
+    )
+    with pytest.raises(Problem, match="The parameters of this task are not valid any more"):
+        await task.run(Progress(), {"cakes": 0})
+
+
+async def untyped(progress: Progress, cakes) -> None:  # type: ignore[no-untyped-def]
+    """Lack an annotation."""
+
+
+async def nameless(progress: Progress, *cakes: int) -> None:
+    """Take what has no name."""
+
+
+async def alone() -> None:
+    """Lack a progress."""
+
+
+def waits(progress: Progress) -> None:
+    """Block."""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (untyped, "the parameter 'cakes' of the task untyped needs an annotation"),
+        (nameless, "the task nameless has a parameter without a name"),
+        (alone, "the first parameter of the task alone must be its progress"),
+        (waits, "a task must be an `async def` function"),
+    ],
+)
+def test_a_function_that_is_no_task_is_refused(function: Callable[..., Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        Task(function)
+
+
+async def test_progress_keeps_the_last_and_every_new_message() -> None:
+    progress = Progress()
+    await progress(1, 10, "first")
+    await progress(2, message="first")
+    await progress(3, 20, "second")
+    assert (progress.done, progress.total, progress.messages) == (3, 20, ["first", "second"])
+    assert progress.changed.is_set()
+
+
+async def test_a_task_with_too_much_to_say_waits_until_it_is_told() -> None:
+    progress = Progress()
+    for number in range(MESSAGES - 1):
+        await progress(number, message=str(number))
+    telling = asyncio.ensure_future(progress(MESSAGES, message="the last"))
+    await asyncio.sleep(0)
+    assert not telling.done()
+    progress.messages = []
+    progress.told.set()
+    await telling
+
+
+async def test_a_task_that_never_waits_leaves_others_their_turn() -> None:
+    progress, turns = Progress(), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.ensure_future(count())
+    while turns < 3:
+        await progress(0)
+    counting.cancel()
+
+
+def test_a_checkpoint_is_what_it_was_when_it_was_set() -> None:
+    progress = Progress()
+    assert progress.checkpoint is None
+    state = {"n": 1}
+    progress.checkpoint = state
+    state["n"] = 2
+    assert progress.checkpoint == {"n": 1}
+    with pytest.raises(TypeError):
+        progress.checkpoint = object()
+    with pytest.raises(ValueError, match="a checkpoint of 2000002 bytes is larger than 1048576"):
+        progress.checkpoint = "x" * 2_000_000
+    assert progress.checkpoint == {"n": 1}
+
+
+PLUGIN = """
+    from streamlab import Task, hookimpl
+
+
+    async def bake(progress):
+        pass
+
+
+    @hookimpl
+    def register_tasks():
+        return {tasks}
+"""
+
+
+def made(tmp_path: Path, **plugins: str) -> Any:
+    write_plugins(tmp_path, {name: textwrap.dedent(PLUGIN).format(tasks=tasks) for name, tasks in plugins.items()})
+    return create_app(Config.of({"plugins": {"path": ["plugins"]}}, base=tmp_path))
+
+
+def test_two_tasks_of_one_name_are_a_fault_that_names_both(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        made(tmp_path, one="[Task(bake)]", two="[Task(bake)]")
+    assert [fault.reason for fault in raised.value.faults] == [
+        "two plugins have a task 'bake': one and two; rename one"
+    ]
+
+
+def test_a_plugin_whose_tasks_are_none_fails_alone(tmp_path: Path) -> None:
+    app = made(tmp_path, one="[bake]", two="[Task(bake)]")
+    assert "bake" in app[TASKS]
+    states = {plugin.name: (plugin.state, plugin.reason) for plugin in app[REGISTRY].plugins}
+    assert states["two"] == ("ready", "")
+    assert states["one"][0] == "failed"
+    assert "register_tasks must return Tasks, not <function bake" in states["one"][1]
