@@ -18,7 +18,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab plugins/export plugins/file plugins/llm plugins/logs plugins/progress plugins/ticker
+	$(BIN)/mypy --strict streamlab plugins/comparison plugins/export plugins/file plugins/llm plugins/logs plugins/progress plugins/ticker
 
 format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff check --fix

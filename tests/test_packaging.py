@@ -64,7 +64,8 @@ def test_wheel_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     )
     assert (listed.returncode, listed.stdout, listed.stderr) == (
         0,
-        "countdown: ready\nexport: ready\nfile: ready\nllm: ready\nlogs: ready\nprogress: ready\nticker: ready\n",
+        "comparison: ready\ncountdown: ready\nexport: ready\nfile: ready\n"
+        "llm: ready\nlogs: ready\nprogress: ready\nticker: ready\n",
         "",
     )
 
@@ -85,5 +86,8 @@ def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], env=environ, cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "export: ready\nfile: ready\nllm: ready\nlogs: ready\nprogress: ready\nticker: ready\n"
+    assert (
+        done.stdout
+        == "comparison: ready\nexport: ready\nfile: ready\nllm: ready\nlogs: ready\nprogress: ready\nticker: ready\n"
+    )
     assert "needs the Python module 'no_such_module': install what provides" in done.stderr

@@ -1,0 +1,493 @@
+"""Buffered and streamed on the process that `make run` starts: the same bytes, what either way costs, and who stops."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from conftest import EventStream, Running, plugin_module, read_all, read_until
+
+from streamlab.app import create_app
+from streamlab.config import Config
+
+ways = plugin_module("comparison", "ways")
+memory = plugin_module("comparison", "memory")
+measuring = plugin_module("comparison", "measure")
+reporting = plugin_module("comparison", "report")
+
+BUFFERED, STREAMED = "/demo/comparison/buffered", "/demo/comparison/streamed"
+REPORT = "/demo/comparison/report"
+OTHERS = ("export", "file", "llm", "logs", "ticker")
+LONG = f"{REPORT}?rows=1000000"
+"""A report that takes a minute."""
+AS_EVENTS = f"GET {LONG} HTTP/1.1\nAccept: text/event-stream"
+
+Serve = Callable[..., Running]
+
+
+@pytest.fixture
+def serve(start: Serve) -> Serve:
+    """A server of this scenario alone, whose table has these lines."""
+
+    def serving(comparison: str = "", others: str = "") -> Running:
+        off = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in OTHERS)
+        return start(f"{others}\n{off}[scenarios.comparison]\n{comparison}\n")
+
+    return serving
+
+
+def until(reached: Callable[[], Any], *, seconds: float = 20) -> Any:
+    """What `reached` returns, once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := reached()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.005)
+    return found
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What the kernel tells of a process; nothing of one that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return dict(line.split(":", 1) for line in lines)
+
+
+def resident(server: Running) -> int:
+    """Bytes of memory that a server has."""
+    return int(status_of(server.process.pid)["VmRSS"].split()[0]) * 1024
+
+
+def child_of(server: Running, *, serving: bool = False) -> tuple[int, Path]:
+    """The process that a report measures just now, once it is one (that serves): its pid, the folder of its socket."""
+    parent = str(server.process.pid)
+
+    def found() -> tuple[int, Path] | None:
+        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+            if status_of(pid).get("PPid", "").strip() == parent:
+                with contextlib.suppress(OSError):
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                    if words[2:3] and words[2].endswith("ways.py") and (not serving or Path(words[4]).exists()):
+                        return pid, Path(words[4]).parent
+        return None
+
+    return until(found)  # type: ignore[no-any-return]
+
+
+def assert_gone(pid: int, folder: Path, *, orphan: bool = False) -> None:
+    """Neither the process nor its folder stays; an orphan may wait for the system to bury it."""
+    until(lambda: not (status := status_of(pid)) or (orphan and status["State"].strip().startswith("Z")))
+    until(lambda: not folder.exists())
+
+
+# -- the two routes
+
+
+def test_both_ways_send_the_same_bytes_one_with_a_length_the_other_in_chunks(serve: Serve) -> None:
+    server = serve()
+    for rows in (0, 1, 100, 101, 2345):
+        lines = [json.dumps(ways.row(number), separators=(",", ":")).encode() for number in range(rows)]
+        expected = b"[\n" + b",\n".join(lines) + b"\n]\n" if lines else b"[\n]\n"
+        status, buffered, body = server.get(f"{BUFFERED}?rows={rows}")
+        assert (status, body) == (200, expected)
+        assert [one["id"] for one in json.loads(body)] == list(range(rows))
+        status, streamed, body = server.get(f"{STREAMED}?rows={rows}")
+        assert (status, body) == (200, expected)
+        assert (buffered["content-length"], buffered.get("transfer-encoding")) == (str(len(expected)), None)
+        assert (streamed.get("content-length"), streamed["transfer-encoding"]) == (None, "chunked")
+        assert buffered["content-type"] == streamed["content-type"] == "application/json"
+        assert re.fullmatch(rf'collect;dur=\d+\.\d{{3}};desc="{rows} rows made and held"', buffered["server-timing"])
+        assert re.fullmatch(r'first;dur=\d+\.\d{3};desc="the first rows made"', streamed["server-timing"])
+
+
+def test_no_row_is_longer_than_what_memory_is_reckoned_with() -> None:
+    tens = [10**power + number for power in range(9) for number in range(110)]
+    assert max(len(json.dumps(ways.row(number))) + 2 for number in tens) <= ways.ROW_BYTES
+
+
+def test_head_and_http_1_0_are_answered_as_everywhere(serve: Serve) -> None:
+    server = serve()
+    body = server.get(STREAMED)[2]
+    for path in (BUFFERED, STREAMED, REPORT):
+        status, headers, nothing = server.get(path, method="HEAD")
+        assert (status, nothing) == (200, b""), path
+        assert headers.get("content-length") == (str(len(body)) if path == BUFFERED else None)
+    for path in (BUFFERED, STREAMED):
+        head, _, old = read_all(server.send(f"GET {path} HTTP/1.0")).partition(b"\r\n\r\n")
+        assert b" 200 " in head.partition(b"\r\n")[0]
+        assert b"chunked" not in head.lower()
+        assert old == body
+
+
+def test_the_first_streamed_rows_are_there_before_anything_of_the_buffered_answer_and_nobody_waits(
+    serve: Serve,
+) -> None:
+    server = serve()
+    # Collecting so many takes seconds, and it begins first; the other answer gets its turns all the same.
+    with (
+        server.send(f"GET {BUFFERED}?rows=1000000 HTTP/1.1\nHost: localhost") as buffered,
+        server.send(f"GET {STREAMED}?rows=1000000 HTTP/1.1\nHost: localhost") as streamed,
+    ):
+        assert b'"id":99,' in read_until(streamed, b'"id":99,')
+        assert server.get("/health")[0] == 200
+        assert select.select([buffered], [], [], 0)[0] == []
+    server.wait_for_log("client left")
+
+
+def test_a_streamed_answer_waits_for_its_client_and_takes_no_more_memory_however_long_it_is(serve: Serve) -> None:
+    server = serve()
+
+    def sent() -> float:
+        found = re.search(
+            rb'^streamlab_stream_bytes_total\{scenario="comparison"\} (\S+)', server.get("/metrics")[2], re.M
+        )
+        return float(found[1]) if found else 0.0
+
+    def read(connection: Any, count: int) -> None:
+        while count > 0:
+            received = connection.recv(min(count, 65536))
+            assert received
+            count -= len(received)
+
+    with server.send(f"GET {STREAMED}?rows=100000000 HTTP/1.1\nHost: localhost", receive_buffer=65536) as connection:
+        read(connection, 2_000_000)
+        before, stalled = resident(server), [0.0]
+
+        def is_still() -> bool:
+            time.sleep(0.05)
+            stalled.append(sent())
+            return stalled[-1] == stalled[-2] > 0
+
+        until(is_still)
+        assert stalled[-1] < 6_000_000  # of 13 GB
+        read(connection, 10_000_000)
+        assert resident(server) - before < 5_000_000
+
+
+def test_what_does_not_fit_is_refused_by_name(serve: Serve) -> None:
+    server = serve("max_rows = 5000")
+    for path in (BUFFERED, REPORT):
+        assert server.get(f"{path}?rows=5000", method="HEAD")[0] == 200
+        status, _, body = server.get(f"{path}?rows=5001")
+        problem = json.loads(body)
+        assert (status, problem["detail"]) == (422, "So many rows do not fit into memory at once.")
+        detail = "must be at most 5000, as many as this server collects in memory"
+        assert problem["errors"] == [{"in": "query", "name": "rows", "detail": detail}]
+    assert len(json.loads(server.get(f"{STREAMED}?rows=6000")[2])) == 6000
+    for path, wrong in [
+        (BUFFERED, "rows=-1"),
+        (STREAMED, "rows=100000001"),
+        (REPORT, "rows=99"),
+        (REPORT, "repeats=0"),
+    ]:
+        status, _, body = server.get(f"{path}?{wrong}")
+        assert (status, json.loads(body)["errors"][0]["name"]) == (422, wrong.partition("=")[0])
+
+
+def test_so_many_answers_are_collected_at_once_and_one_more_is_503(serve: Serve) -> None:
+    server = serve("max_buffered = 1")
+    with server.send(f"GET {BUFFERED}?rows=100000 HTTP/1.1\nHost: localhost", receive_buffer=65536) as first:
+        read_until(first, b"\r\n\r\n")  # it is held in memory for as long as its client takes to read it
+        status, headers, body = server.get(BUFFERED)
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert json.loads(body)["detail"] == "All places for collected answers (1) are taken."
+        assert server.get(STREAMED)[0] == 200
+    until(lambda: server.get(BUFFERED)[0] == 200)
+
+
+# -- memory
+
+
+@pytest.fixture
+async def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[TestClient[Any, Any], Any]]:
+    """A client of an application in this process, and the plugin's module."""
+    off = {name: {"enabled": False} for name in OTHERS}
+    config = Config.of({"scenarios": off, "events": {"url": "sqlite://"}}, base=tmp_path)
+    app = create_app(config)
+    async with TestClient(TestServer(app)) as client:
+        yield client, sys.modules["streamlab.plugins.comparison"]
+
+
+async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_refused(
+    client: tuple[TestClient[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, module = client
+    need = ways.collected_bytes(10_000)
+    assert need == 1_800_000
+    for free, status in ((2 * need, 200), (2 * need - 2, 422), (0, 422), (None, 200)):
+        monkeypatch.setattr(module.memory, "available", lambda free=free: free)
+        response = await ask.get(BUFFERED)
+        assert response.status == status, free
+    monkeypatch.setattr(module.memory, "available", lambda: 3_000_000)
+    problem = await (await ask.get(f"{REPORT}?rows=10000")).json()
+    assert (
+        problem["errors"][0]["detail"]
+        == "would take up to 1 MB of memory, and half of the 3 MB that are free is allowed"
+    )
+    # What one is about to take counts before it has it.
+    monkeypatch.setattr(module.memory, "available", lambda: 400_000_000)
+    async with ask.get(f"{REPORT}?rows=1000000") as report:
+        assert (report.status, (await ask.get(BUFFERED)).status) == (200, 200)
+        response = await ask.get(f"{BUFFERED}?rows=200000")
+        assert (response.status, response.headers["Retry-After"]) == (503, "5")
+        assert (await response.json())["detail"] == "Others have the memory that these rows would take."
+
+
+def test_free_memory_is_the_least_of_the_machine_and_every_group_around(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+
+    def write(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    assert memory.available(proc, groups) is None
+    write({"proc/meminfo": "MemFree:  1 kB\nMemAvailable:    9000 kB\n", "proc/self/cgroup": "0::/a/b\n"})
+    assert memory.available(proc, groups) == 9_216_000
+    write({"cgroup/a/b/memory.max": "max\n", "cgroup/a/b/memory.current": "7\n"})
+    assert memory.available(proc, groups) == 9_216_000
+    write({"cgroup/a/memory.max": "5000\n", "cgroup/a/memory.current": "4000\n"})
+    assert memory.available(proc, groups) == 1000
+    write({"cgroup/a/memory.stat": "anon 9\ninactive_file 500\nslab 1\n"})
+    assert memory.available(proc, groups) == 1500
+    write({"cgroup/memory.max": "100\n", "cgroup/memory.current": "200\n"})
+    assert memory.available(proc, groups) == 0
+    write({"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/outside\n1:cpu:/\n0::/\n", "cgroup/memory.max": "max"})
+    write({"cgroup/memory/memory.limit_in_bytes": "300", "cgroup/memory/memory.usage_in_bytes": "100"})
+    write({"cgroup/memory/memory.stat": "inactive_file 70\ntotal_inactive_file 50\n"})
+    assert memory.available(proc, groups) == 250
+
+
+# -- the report
+
+
+def test_a_report_as_events_measures_both_ways_at_every_size_and_ends_with_a_verdict(serve: Serve) -> None:
+    server = serve()
+    with EventStream(server, f"{REPORT}?rows=40000&repeats=1") as stream:
+        assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream")
+        assert stream.headers["vary"] == "Accept"
+        events = list(stream)
+    assert len({event.id for event in events}) == len(events)
+    assert all(event.id for event in events)
+    names = ["progress", "progress", "measurement", "measurement"] * 3 + ["end"]
+    assert [event.event for event in events] == names
+    progress = [event.json for event in events if event.event == "progress"]
+    assert [(one["done"], one["total"]) for one in progress] == [(done, 6) for done in range(6)]
+    assert progress[3]["message"] == "measuring 4,000 rows, streamed"
+
+    measured = [event.json for event in events if event.event == "measurement"]
+    plan = [(way, rows) for rows in (400, 4000, 40000) for way in ("buffered", "streamed")]
+    assert [(one["way"], one["rows"]) for one in measured] == plan
+    for one in measured:
+        assert one["bytes"] == sum(map(len, ways.pieces(one["rows"])))
+        assert 0 < one["ttfb_ms"] <= one["total_ms"]
+        assert one["cpu_ms"] > 0
+        assert one["mb_per_s"] == pytest.approx(one["bytes"] / one["total_ms"] / 1000, rel=0.1, abs=0.06)
+    small, _, _, _, buffered, streamed = measured
+    assert buffered["peak_rss_mb"] > 0.8 * buffered["bytes"] / 1_000_000
+    assert buffered["peak_rss_mb"] > 4 * small["peak_rss_mb"]
+    assert streamed["peak_rss_mb"] < buffered["peak_rss_mb"] / 3
+    assert buffered["ttfb_ms"] > buffered["total_ms"] / 2
+    assert streamed["ttfb_ms"] < streamed["total_ms"] / 2
+    assert events[-1].json["verdict"].startswith("Streaming pays from ")
+
+    with EventStream(server, REPORT, events[-1].id) as stream:
+        assert stream.status == 204
+    assert server.get(f"{REPORT}?last_event_id={events[-1].id}", {"Accept": "text/event-stream"})[0] == 204
+
+
+def test_a_report_for_curl_is_a_table_that_comes_line_by_line(serve: Serve) -> None:
+    server = serve()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", f"{REPORT}?rows=2000&repeats=1")
+        response = connection.getresponse()
+        assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+        head = response.readline().decode()
+        child_of(server)  # the head is there before anything is measured
+        body = response.read().decode().splitlines()
+    names = ["rows", "way", "bytes", "first byte", "total", "peak memory", "CPU", "throughput"]
+    assert re.split(r"\s{2,}", head.strip()) == names
+    lines = [re.split(r"\s{2,}", line.strip()) for line in body[:6]]
+    plan = [(rows, way) for rows in ("20", "200", "2,000") for way in ("buffered", "streamed")]
+    assert [(rows, way) for rows, way, *_ in lines] == plan
+    sizes = [f"{sum(map(len, ways.pieces(int(line[0].replace(',', ''))))):,}" for line in lines]
+    assert [line[2] for line in lines] == sizes
+    for line in lines:
+        units = zip(line[3:], (r"ms", r"ms", r"MB", r"ms", r"MB/s"), strict=True)
+        assert all(re.fullmatch(rf"[\d,]+\.\d {unit}", cell) for cell, unit in units), line
+    assert body[6] == ""
+    assert re.fullmatch(r"Streaming (pays|does not pay) .*\.", body[7])
+    assert len(body) == 8
+
+
+def test_who_leaves_a_report_stops_it_and_who_comes_back_is_told_that_it_is_another(serve: Serve) -> None:
+    server = serve()
+    with EventStream(server, LONG) as stream:
+        (first,) = stream.take(1)
+        status, headers, body = server.get(REPORT)
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert json.loads(body)["detail"] == "All places for reports (1) are taken."
+        pid, folder = child_of(server, serving=True)
+    assert_gone(pid, folder)
+    server.wait_for_log('outcome="client left"')
+    with EventStream(server, LONG, first.id) as stream:
+        gap, second = stream.take(2)
+        assert (gap.event, gap.json["missing"]) == ("gap", None)
+        assert (second.event, second.json["done"]) == ("progress", 0)
+        assert len({first.id, gap.id, second.id}) == 3
+        pid, folder = child_of(server)
+    assert_gone(pid, folder)
+
+
+def test_no_process_outlives_a_server_that_is_killed(serve: Serve) -> None:
+    server = serve()
+    with EventStream(server, LONG) as stream:
+        stream.take(1)
+        pid, folder = child_of(server, serving=True)
+        server.terminate(signal.SIGKILL)
+        assert_gone(pid, folder, orphan=True)
+
+
+def test_sigterm_ends_a_report_at_once_where_it_is_events_and_cuts_a_table(serve: Serve) -> None:
+    server = serve("max_reports = 2", "[server]\ndrain_seconds = 0.2")
+    with (
+        EventStream(server, LONG) as stream,
+        server.send(f"GET {LONG} HTTP/1.1\nHost: localhost") as table,
+    ):
+        stream.take(1)
+        read_until(table, b"throughput")
+        pid, folder = child_of(server)
+        assert server.terminate()[0] == 0
+        assert [event.event for event in stream][-1] == "stop"
+        broken_off(table)
+    assert_gone(pid, folder, orphan=True)
+
+
+def broken_off(report: Any) -> bytes:
+    """What was left to read of a report, which must not end as if it were whole."""
+    rest = read_all(report)
+    assert not rest.endswith(b"0\r\n\r\n")
+    return rest
+
+
+def test_a_report_that_takes_too_long_fails_for_all_to_see(serve: Serve) -> None:
+    server = serve("max_seconds = 0.2")
+    reason = b"The report took more than the 0.2 seconds it may: ask for fewer rows, or repeats."
+    events = broken_off(server.send(f"{AS_EVENTS}\nHost: localhost"))
+    assert re.search(rb"\nevent: error\ndata: .*%b.*\n\n\r\n$" % reason, events)
+    assert b"event: end" not in events
+    table = broken_off(server.send(f"GET {LONG} HTTP/1.1\nHost: localhost"))
+    assert re.search(rb"\n%b\n\r\n$" % reason, table)
+
+
+def test_a_process_that_dies_fails_its_report_and_the_log_says_why(serve: Serve) -> None:
+    server = serve()
+    with server.send(f"{AS_EVENTS}\nHost: localhost") as report:
+        read_until(report, b"event: progress")
+        pid, folder = child_of(server)
+        os.kill(pid, signal.SIGKILL)
+        assert b'\nevent: error\ndata: {"type":"about:blank","title":"Internal Server Error"' in broken_off(report)
+    assert_gone(pid, folder)
+    server.wait_for_log("a process that was to be measured failed: exit status -9; it said nothing")
+    until(lambda: server.get(REPORT, method="HEAD")[0] == 200)
+
+
+# -- the verdict
+
+
+def measured(rows: int, buffered: tuple[float, float, float], streamed: tuple[float, float, float]) -> list[Any]:
+    """Measurements of both ways: milliseconds to the first byte and in all, and megabytes."""
+    return [
+        reporting.Measurement(way, rows, rows * 130, first, total, peak, 37.0, 1.0, 1.0)
+        for way, (first, total, peak) in zip(("buffered", "streamed"), (buffered, streamed), strict=True)
+    ]
+
+
+def test_the_verdict_says_from_which_size_on_streaming_pays() -> None:
+    small = measured(1000, (9.0, 9.5, 0.1), (1.0, 9.9, 0.0))
+    middle = measured(10_000, (90.0, 91.0, 0.9), (1.0, 95.0, 0.1))
+    large = measured(100_000, (900.0, 910.0, 13.5), (1.5, 1001.0, 0.5))
+    gains = (
+        "the first byte came 600 times sooner (1.5 ms, not 900.0 ms) and the answer took 13.0 MB less memory "
+        "(0.5 MB, not 13.5 MB), while the whole took 1.10 times as long"
+    )
+    assert reporting.verdict(small + middle + large) == (
+        f"Streaming pays from 10,000 rows (1.3 MB) on: with 100,000 rows (13.0 MB) {gains}; "
+        "with 1,000 rows (130 kB) or fewer, buffering is as good."
+    )
+    assert reporting.verdict(small + large) == (
+        f"Streaming pays from 100,000 rows (13.0 MB) on: {gains}; "
+        "with 1,000 rows (130 kB) or fewer, buffering is as good."
+    )
+    assert reporting.verdict(middle + large) == (
+        f"Streaming pays from 10,000 rows (1.3 MB) on: with 100,000 rows (13.0 MB) {gains}."
+    )
+    assert reporting.verdict(small) == (
+        "Streaming does not pay up to 1,000 rows (130 kB): there the first byte came after 1.0 ms streamed and 9.0 ms "
+        "buffered, and the answer took 0.0 MB of memory streamed and 0.1 MB buffered."
+    )
+    # One size that pays among those that do not is noise.
+    assert reporting.verdict(middle + small).startswith("Streaming does not pay up to 1,000 rows")
+
+
+def test_streaming_may_pay_by_memory_or_by_the_first_byte_alone() -> None:
+    lighter = reporting.verdict(measured(1000, (2.0, 2.0, 9.0), (1.0, 2.0, 0.0)))
+    assert lighter.startswith("Streaming pays from 1,000 rows (130 kB) on: the answer took 9.0 MB less memory (")
+    sooner = reporting.verdict(measured(1000, (80.0, 80.0, 1.0), (20.0, 40.0, 0.6)))
+    assert sooner == (
+        "Streaming pays from 1,000 rows (130 kB) on: the first byte came 4 times sooner (20.0 ms, not 80.0 ms), while "
+        "the whole took 0.50 times as long."
+    )
+
+
+async def test_ways_take_turns_and_medians_are_told() -> None:
+    asked: list[tuple[str, int]] = []
+
+    async def measure(way: str, rows: int) -> Any:
+        asked.append((way, rows))
+        number = (3, 1, 2)[sum(one == (way, rows) for one in asked) - 1]
+        usage = measuring.Usage(20_000_000, 20_000_000 + number * 1_000_000, number / 100)
+        return measuring.Run(1_000_000, number / 1000, number / 10, usage)
+
+    moments = [moment async for moment in reporting.reported(1000, 3, measure)]
+    assert asked == [(way, rows) for rows in (10, 100, 1000) for way in ("buffered", "streamed") * 3]
+    assert [moment for moment in moments if isinstance(moment, reporting.Measurement)] == [
+        reporting.Measurement(way, rows, 1_000_000, 2.0, 200.0, 2.0, 20.0, 20.0, 5.0)
+        for rows in (10, 100, 1000)
+        for way in ("buffered", "streamed")
+    ]
+    assert moments[1] == reporting.Progress(1, 18, "measuring 10 rows, streamed (1 of 3)")
+
+
+async def test_a_reader_hears_something_while_one_measurement_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "HEARTBEAT_SECONDS", 0.001)
+    heard = asyncio.Event()
+
+    async def measure(way: str, rows: int) -> Any:
+        await heard.wait()
+        heard.clear()
+        return measuring.Run(1, 1.0, 1.0, measuring.Usage(0, 0, 0.0))
+
+    events, table, told = reporting.EventLines("a"), reporting.Table(), list[bytes]()
+    async for moment in reporting.reported(100, 1, measure):
+        if isinstance(moment, reporting.Waiting):
+            heard.set()
+            told.append(events.tell(moment))
+            assert table.tell(moment) == b""
+        else:
+            table.tell(moment)
+    assert set(told) == {b":\n"}
+    assert len(told) >= 6
