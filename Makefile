@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check bench-file bench-events bench-export bench-llm lock clean
+.PHONY: help run test lint format check bench-file bench-events bench-export bench-llm bench-progress lock clean
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench-export: $(VENV)/bench.stamp  ## measure exports beside FastAPI, SQLAlchemy
 
 bench-llm: $(VENV)/bench.stamp  ## measure the gateway beside FastAPI with httpx, and beside the model itself
 	@$(BIN)/python -m bench.llm $(ARGS)
+
+bench-progress: $(VENV)/bench.stamp  ## measure long tasks beside the ticker, and docket's own progress
+	@$(BIN)/python -m bench.progress $(ARGS)
 
 lock: $(VENV)/dev.stamp  ## choose the newest versions of everything, and lock them
 	$(BIN)/pip install -q uv
