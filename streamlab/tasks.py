@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.005
 """How long a task that only tells its progress may keep the event loop before others get a turn."""
 
+MOST = 2**53
+"""How much may be done: what every client of JSON can count."""
+
+MESSAGE_BYTES = 10_000
+
 CHECKPOINT_BYTES = 1024 * 1024
 """What a task may leave for the run that goes on where it was broken off."""
 
@@ -65,12 +70,15 @@ class Progress:
     async def __call__(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Tell that so much is done, of a total where that is known, and what is being done in words.
 
-        A message is told each time it changes, in an event of its own.
+        A message is told each time it changes, in an event of its own. Raises TypeError or ValueError for what is no
+        number up to MOST or no text of MESSAGE_BYTES.
         """
-        self.done = done
+        self.done = _number(done)
         if total is not None:
-            self.total = total
+            self.total = _number(total)
         if message is not None and message != self.message:
+            if len(message.encode()) > MESSAGE_BYTES:
+                raise ValueError(f"a message is longer than {MESSAGE_BYTES} bytes")
             self.message = message
             self.messages.append(message)
             if len(self.messages) >= MESSAGES:
@@ -98,6 +106,14 @@ class Progress:
         if len(saved) > CHECKPOINT_BYTES:
             raise ValueError(f"a checkpoint of {len(saved)} bytes is larger than {CHECKPOINT_BYTES}")
         self.saved = saved
+
+
+def _number(value: float) -> float:
+    """A number as JSON has it, whatever library it is of."""
+    plain = value if type(value) is int or type(value) is float else float(value)
+    if not -MOST <= plain <= MOST:
+        raise ValueError(f"{value} is more than can be done")
+    return plain
 
 
 class Task:

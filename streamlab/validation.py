@@ -107,7 +107,12 @@ async def _json(request: web.Request, limit: int | None) -> Any:
     if limit is not None and len(text) > limit:
         raise Problem(413, f"The body is larger than {limit} bytes, which is what this route takes.")
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(text, parse_constant=_refuse_constant)
+        if b"\\u" in text:  # half a surrogate pair is no character, and nothing could write it down (RFC 8259, 8.2)
+            json.dumps(document, ensure_ascii=False).encode()
+        return document
+    except UnicodeEncodeError:
+        raise Problem(400, "The body has half a surrogate pair, which is no character.") from None
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem(400, f"The body is not JSON{where}.") from None

@@ -1,8 +1,10 @@
 """Tasks as plugins declare them, and the progress that their functions tell."""
 
 import asyncio
+import math
 import textwrap
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +85,23 @@ async def test_progress_keeps_the_last_and_every_new_message() -> None:
     await progress(3, 20, "second")
     assert (progress.done, progress.total, progress.messages) == (3, 20, ["first", "second"])
     assert progress.changed.is_set()
+
+
+async def test_progress_takes_what_json_can_say() -> None:
+    progress = Progress()
+    await progress(Decimal("1.5"), True)  # type: ignore[arg-type]
+    assert (progress.done, progress.total) == (1.5, 1.0)
+    for wrong in (math.nan, math.inf, 2**60):
+        with pytest.raises(ValueError, match="is more than can be done"):
+            await progress(wrong)
+    for nothing in ("many", None):
+        with pytest.raises((TypeError, ValueError)):
+            await progress(nothing)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a message is longer"):
+        await progress(1, message="x" * 10_001)
+    with pytest.raises(UnicodeEncodeError):
+        await progress(1, message="\ud800")
+    assert (progress.done, progress.messages) == (1, [])
 
 
 async def test_a_task_with_too_much_to_say_waits_until_it_is_told() -> None:

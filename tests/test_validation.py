@@ -335,6 +335,12 @@ async def test_a_body_that_is_not_json_is_400(body: bytes, client: Client) -> No
     assert document["detail"].startswith("The body is not JSON")
 
 
+async def test_half_a_surrogate_pair_in_a_body_is_400(client: Client) -> None:
+    document = await problem(client, "POST", "/orders", 400, data=rb'{"amount": "\ud83d"}', headers=JSON)
+    assert document["detail"] == "The body has half a surrogate pair, which is no character."
+    await problem(client, "POST", "/orders", 422, data=rb'{"amount": "\ud83d\ude00"}', headers=JSON)
+
+
 async def test_a_body_that_is_not_json_is_answered_with_the_place(client: Client) -> None:
     document = await problem(client, "POST", "/orders", 400, data=b'{\n"amount": }', headers=JSON)
     assert document["detail"] == "The body is not JSON (line 2, column 11)."

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from streamlab import ORIGIN, Channel, Event, EventLogError, Events, Problem, Retention
+from streamlab import ORIGIN, Channel, Event, Events, Problem, Retention
 
 from .runner import Runner
 from .store import Record, Store
@@ -82,23 +82,21 @@ class Engine:
 
     async def surely(self, work: Coroutine[Any, Any, None]) -> None:
         """Do some work to its end, even when the client that wanted it has left."""
-        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        failure: Exception | None = None
 
         async def doing() -> None:
-            failure: Exception | None = None
+            nonlocal failure
             try:
                 await work
-            except (Problem, EventLogError) as error:
+            except Exception as error:
                 failure = error
-            if over.done():
-                return
-            if failure is not None:
-                over.set_exception(failure)
-            else:
-                over.set_result(None)
 
-        self.beside(doing())
-        await over
+        task = self.beside(doing())
+        await asyncio.wait({task})  # unlike the task itself, this may be cancelled
+        if failure is not None:
+            raise failure
+        if task.cancelled():
+            raise Problem(503, "The server is stopping.", headers={"Retry-After": "5"})
 
     async def cancel(self, id: str) -> Record:  # noqa: A002
         """Cancel a task, or ask who runs it to; returns it as it stands then.

@@ -88,7 +88,7 @@ def now() -> int:
 
 
 def new_id() -> str:
-    """Make an id: whoever knows it may follow and cancel the task, so it cannot be guessed."""
+    """Make an id: later ones are greater, and no two processes make the same."""
     return f"{now():012x}{secrets.token_hex(10)}"
 
 
@@ -162,7 +162,7 @@ class Store:
 
         Source: draft-ietf-httpapi-idempotency-key-header, section 2.
         """
-        digest = hashlib.sha256(key.encode()).hexdigest()
+        digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
         keep = Retention(events=100, seconds=FOR_EVER, idle_seconds=max(self._keep_seconds, 2 * CLAIM_SECONDS))
         channel = self._events.channel(f"progress-key/{digest}", keep=keep)
         asked = hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest()

@@ -606,6 +606,19 @@ def test_a_wrong_request_is_told_every_fault(start: Callable[..., Running]) -> N
     assert ask(server, "GET", TASKS)[2]["tasks"] == []
 
 
+def test_odd_keys_and_bodies_are_taken_or_refused(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+    half = b'{"kind": "checksum", "parameters": {"path": "\\ud800"}}'
+    assert server.get(TASKS, {"Content-Type": "application/json"}, method="POST", body=half)[0] == 400
+    assert ask(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="")[0] == 400
+    ids = [ask(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="\xff\xfe")[2]["id"] for _ in range(2)]
+    assert ids[0] == ids[1]
+    assert ask(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="x" * 256)[0] == 400
+    large = {"kind": "checksum", "parameters": {"path": "x" * 70_000}}
+    assert ask(server, "POST", TASKS, large)[0] == 413
+    assert "Traceback" not in server.log
+
+
 def test_every_kind_is_listed_with_its_parameters(start: Callable[..., Running]) -> None:
     listed = ask(embedded(start), "GET", "/process/kinds")[2]
     kinds = {kind["kind"]: kind for kind in listed["kinds"]}
