@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -72,6 +73,8 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
         "tags": [route.scenario],
         "summary": endpoint.summary,
         "description": endpoint.description,
+        # An extension, for pages that show the command with other parameters: its words, "{url}" among them.
+        "x-curl": _words(endpoint),
         "parameters": [*_path_parameters(endpoint), *_parameters(endpoint.query, "query")],
         "responses": {
             "200": {"description": endpoint.summary, "content": {media: {} for media in endpoint.sends}},
@@ -86,8 +89,28 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
         content = {"application/json": {"schema": schemas[endpoint.body]}}
         operation["requestBody"] = {"required": True, "content": content}
     elif endpoint.takes:
-        operation["requestBody"] = {"required": True, "content": {media: {} for media in endpoint.takes}}
+        first, *others = endpoint.takes
+        content = {first: _example(endpoint), **{media: {} for media in others}}
+        operation["requestBody"] = {"required": True, "content": content}
     return {name: value for name, value in operation.items() if value not in ("", [])}
+
+
+def _example(endpoint: Endpoint) -> dict[str, Any]:
+    """The body that the curl command of an endpoint sends, as the `example` of a media type; nothing without one."""
+    body = next((body for option, body in pairwise(_words(endpoint)) if option in ("--json", "-d")), None)
+    if body is None:
+        return {}
+    try:
+        return {"example": json.loads(body)}
+    except ValueError:
+        return {"example": body}
+
+
+def _words(endpoint: Endpoint) -> list[str]:
+    try:
+        return shlex.split(endpoint.curl)
+    except ValueError:  # a quote that is not closed is its author's to mend, and no reason to describe nothing
+        return endpoint.curl.split()
 
 
 def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:

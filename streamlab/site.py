@@ -1,10 +1,12 @@
-"""The routes that every streamlab serves: index, health, metrics, the API document and its page."""
+"""The routes that every streamlab serves: index, lab page, health, metrics, the API document and its page."""
 
 import importlib.metadata
 import importlib.util
 import time
+from collections.abc import Iterable
 from functools import cache
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from aiohttp import web
@@ -14,7 +16,7 @@ from . import openapi
 from .events import EVENTS
 from .observe import METRICS
 from .problems import Problem
-from .registry import Registry
+from .registry import Plugin, Registry
 from .scenario import Route, Scenario, endpoint
 from .streaming import STREAMS
 
@@ -25,12 +27,13 @@ STARTED_AT = web.AppKey("started_at", float)
 WEB = Path(__file__).parent / "web"
 
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# Swagger UI writes style attributes into its page.
+DOCS_POLICY = CONTENT_SECURITY_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
-
-MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png"}
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png", ".svg": "image/svg+xml"}
 
 
 def version() -> str:
@@ -45,7 +48,7 @@ class Asset(BaseModel):
     """Which file of a page is meant."""
 
     name: str = Field(
-        pattern=r"^[\w-]+\.(css|js|png)$", max_length=100, description="The file's name.", examples=["site.css"]
+        pattern=r"^[\w-]+\.(css|js|png|svg)$", max_length=100, description="The file's name.", examples=["site.css"]
     )
 
 
@@ -54,33 +57,20 @@ class Site(Scenario):
 
     @endpoint("GET", "/", sends=("text/plain", "text/html"), curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
-        """List every route with one line and a curl command that tries it; HTML for a browser."""
-        failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
-        lost = {name for plugin in failed for name in plugin.scenario_names}
-        origin = str(request.url.origin())
-        serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
-        serving.sort(key=lambda route: route.scenario == self.name)  # what plugins bring comes first
-        rows = [(route, openapi.curl(route.endpoint, origin)) for route in serving]
+        """List every route with one line and a curl command that tries it; the lab page for a browser."""
         vary = {"Vary": "Accept"}
-        if "text/html" not in request.headers.get("Accept", ""):
-            blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in rows]
-            blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
-            text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
-            return web.Response(text=text, headers=vary)
-        items = [
-            f'<li><h2><span class="method">{escape(route.endpoint.method)}</span> '
-            f"<code>{escape(route.endpoint.template)}</code></h2>"
-            f"<p>{escape(route.endpoint.summary)}</p><pre>{escape(command)}</pre></li>"
-            for route, command in rows
-        ]
-        items += [
-            f'<li class="failed"><h2><code>{escape(path)}</code></h2>'
-            f"<p>Out of service: {escape(plugin.reason)}</p></li>"
-            for plugin in failed
-            for _, path in plugin.lost_routes
-        ]
-        page = _template("index.html").replace("{{version}}", escape(version())).replace("{{routes}}", "\n".join(items))
-        return _page(page, vary)
+        if "text/html" in request.headers.get("Accept", ""):
+            return self._lab(request, vary)
+        serving, failed = self._offers(request)
+        blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in serving]
+        blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
+        text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
+        return web.Response(text=text, headers=vary)
+
+    @endpoint("GET", "/lab", sends="text/html", curl="{url}")
+    async def lab(self, request: web.Request) -> web.Response:
+        """Run every route in a browser: watch what arrives, cut the connection, resume."""
+        return self._lab(request)
 
     @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
     async def health(self, request: web.Request) -> web.Response:
@@ -118,18 +108,20 @@ class Site(Scenario):
     @endpoint("GET", "/openapi.json", sends="application/json", curl="{url}")
     async def openapi(self, request: web.Request) -> web.Response:
         """Describe every route as an OpenAPI 3.1 document."""
-        scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
         routes = request.app[ROUTES]
-        described = {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
-        return web.json_response(openapi.document(routes, version=version(), described=described))
+        return web.json_response(openapi.document(routes, version=version(), described=self._described(request)))
 
     @endpoint("GET", "/docs", sends="text/html", curl="{url}")
     async def docs(self, request: web.Request) -> web.Response:
         """Try every route in a browser (Swagger UI, served from this machine)."""
-        return _page(_template("docs.html"))
+        return _page(_template("docs.html"), {"Content-Security-Policy": DOCS_POLICY})
 
     @endpoint(
-        "GET", "/assets/{name}", path_model=Asset, sends=("text/css", "text/javascript", "image/png"), curl="{url}"
+        "GET",
+        "/assets/{name}",
+        path_model=Asset,
+        sends=tuple(MEDIA_TYPES.values()),
+        curl="{url}",
     )
     async def asset(self, request: web.Request, path: Asset) -> web.StreamResponse:
         """Serve a file that the pages need."""
@@ -138,6 +130,58 @@ class Site(Scenario):
                 headers = {"Content-Type": MEDIA_TYPES[file.suffix], "Cache-Control": "no-cache"}
                 return web.FileResponse(file, headers=headers)
         raise Problem(404, "No page needs a file of this name.")
+
+    def _offers(self, request: web.Request) -> tuple[list[tuple[Route, str]], list[Plugin]]:
+        """The routes in service, each with a command that tries it, and the plugins that are out of service."""
+        failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
+        lost = {name for plugin in failed for name in plugin.scenario_names}
+        origin = str(request.url.origin())
+        serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
+        serving.sort(key=lambda route: route.scenario == self.name)  # what plugins bring comes first
+        return [(route, openapi.curl(route.endpoint, origin)) for route in serving], failed
+
+    def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
+        """The lab page. Its list of routes is whole without JavaScript; what can be done with one is web/lab.js."""
+        serving, failed = self._offers(request)
+        described = self._described(request)
+        sections = [
+            _section(scenario, described.get(scenario, ""), (_item(route, command) for route, command in offers))
+            for scenario, offers in groupby(serving, key=lambda offer: offer[0].scenario)
+        ]
+        sections += [
+            _section(
+                plugin.name,
+                f"Out of service: {plugin.reason}",
+                (f"<li>{_name(method, path)}</li>" for method, path in plugin.lost_routes),
+                style=' class="failed"',
+            )
+            for plugin in failed
+        ]
+        page = _template("lab.html").replace("{{version}}", escape(version()))
+        return _page(page.replace("{{routes}}", "\n".join(sections)), headers)
+
+    def _described(self, request: web.Request) -> dict[str, str]:
+        """A sentence on each scenario."""
+        scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
+        return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
+
+
+def _section(title: str, told: str, items: Iterable[str], style: str = "") -> str:
+    listed = "\n".join(items)
+    return f"<section{style}><h2>{escape(title)}</h2>\n<p>{escape(told)}</p>\n<ul>\n{listed}\n</ul></section>"
+
+
+def _item(route: Route, command: str) -> str:
+    method, path = route.endpoint.method, route.endpoint.template
+    key = escape(method + path)  # as web/routes.js names it
+    return (
+        f'<li id="{key}"><a href="#{key}">{_name(method, path)}</a>\n'
+        f"<p>{escape(route.endpoint.summary)}</p><pre>{escape(command)}</pre></li>"
+    )
+
+
+def _name(method: str, path: str) -> str:
+    return f'<span class="method">{escape(method)}</span> <code>{escape(path)}</code>'
 
 
 def _sentence(scenario: Scenario) -> str:

@@ -199,6 +199,13 @@ def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """Start `streamlab run` as a process of its own; it is ended after the test, and must not have left a traceback."""
+    with starting_in(tmp_path) as starting:
+        yield starting
+
+
+@contextlib.contextmanager
+def starting_in(base: Path) -> Iterator[Callable[..., Running]]:
+    """What `start` lends to a test, for a folder; whoever shares a server between tests enters it for itself."""
     servers: list[tuple[Running, bool]] = []
 
     def starting(
@@ -209,10 +216,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         port: int = 0,
         **plugins: str,
     ) -> Running:
-        write_plugins(tmp_path, plugins)
-        config_file = tmp_path / "config.toml"
+        write_plugins(base, plugins)
+        config_file = base / "config.toml"
         config_file.write_text(textwrap.dedent(config))
-        stderr = tmp_path / f"stderr-{len(servers)}.log"
+        stderr = base / f"stderr-{len(servers)}.log"
         with stderr.open("w") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "streamlab", "run", "--config", str(config_file), "--port", str(port)],
@@ -228,26 +235,28 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
                     **({} if "[scenarios.llm]" in config else WITHOUT_MODEL),
                     **(environ or {}),
                 },
-                cwd=tmp_path,
+                cwd=base,
             )
         assert process.stdout is not None
         address = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), None)
-        server = Running(process, address or "", tmp_path, stderr)
+        server = Running(process, address or "", base, stderr)
         servers.append((server, tracebacks))
         assert address is not None, f"the server did not start:\n{server.log}"
         return server
 
-    yield starting
-    for server, _ in servers:
-        if server.process.poll() is None:
-            server.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(15)
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
-        assert server.process.stdout is not None
-        server.process.stdout.close()
+    try:
+        yield starting
+    finally:
+        for server, _ in servers:
+            if server.process.poll() is None:
+                server.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.process.wait(15)
+            if server.process.poll() is None:
+                server.process.kill()
+                server.process.wait()
+            assert server.process.stdout is not None
+            server.process.stdout.close()
     for server, tracebacks in servers:
         assert tracebacks or "Traceback" not in server.log, server.log
 

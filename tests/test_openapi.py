@@ -249,6 +249,27 @@ async def test_a_body_is_told_with_its_bounds(aiohttp_client: Client, tmp_path: 
     assert (amount["type"], amount["minimum"], amount["maximum"]) == ("integer", 1, 10)
 
 
+async def test_the_words_of_a_command_and_the_body_in_it_are_told(aiohttp_client: Client, tmp_path: Path) -> None:
+    api = await document(aiohttp_client, tmp_path, shop())
+    pushed = api["paths"]["/stream/stock-ticker"]["post"]
+    assert pushed["x-curl"] == ["--json", '{"symbol": "ACME", "price": 12.5}', "{url}"]
+    first, *others = pushed["requestBody"]["content"].values()
+    assert (first, others) == ({"example": {"symbol": "ACME", "price": 12.5}}, [{}, {}])
+    assert api["paths"]["/shop/search"]["get"]["x-curl"] == ["-N", "{url}"]
+    assert api["paths"]["/export/{name}"]["get"]["x-curl"] == ["-H", "Accept: application/jsonl", "{url}"]
+
+
+async def test_a_command_with_a_broken_quote_spoils_nothing_else(aiohttp_client: Client, tmp_path: Path) -> None:
+    source = PLUGIN % {"name": "shop", "title": "Shop"}
+    broken = source.replace(
+        '"/shop/orders", sends=', '"/shop/orders", takes="text/plain", curl="-d \'it {url}", sends='
+    )
+    api = await document(aiohttp_client, tmp_path, {"shop": broken})
+    cancel = api["paths"]["/shop/orders"]["delete"]
+    assert cancel["x-curl"] == ["-d", "'it", "{url}"]
+    assert cancel["requestBody"]["content"] == {"text/plain": {"example": "'it"}}
+
+
 async def test_every_number_in_a_query_that_ships_has_a_minimum_and_a_maximum(
     aiohttp_client: Client, tmp_path: Path
 ) -> None:
@@ -348,7 +369,7 @@ def test_every_command_of_the_index_works_when_pasted_into_a_shell(
     folder.mkdir()
     index = server.get("/")[2].decode()
     commands = re.findall(r"^ +curl (.*)$", index, re.MULTILINE)
-    assert len(commands) == 6 + 2 + 4
+    assert len(commands) == 7 + 2 + 4
     script = "\n".join(f"curl -sS -f --max-time 10 {command} > body || echo {n}" for n, command in enumerate(commands))
     done = subprocess.run(["sh", "-c", script], cwd=folder, capture_output=True, text=True, timeout=50)
     failed = [commands[int(number)] for number in done.stdout.split()]

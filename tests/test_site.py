@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from streamlab import openapi
 from streamlab.app import create_app
 from streamlab.config import Config
 from streamlab.observe import METRICS, LineFormatter, logging_to
@@ -170,7 +172,12 @@ async def test_the_index_is_html_for_a_browser(lab: Lab) -> None:
     assert "Send five bytes &amp; &lt;stop&gt;." in page
     assert "<stop>" not in page
     assert "{{" not in page
-    assert f"curl -N http://127.0.0.1:{client.port}/lab/stream" in page
+    for route in client.app[ROUTES]:  # type: ignore[union-attr]
+        method, path = route.endpoint.method, route.endpoint.template
+        assert f'<span class="method">{method}</span> <code>{path}</code>' in page
+        assert f"<pre>{escape(openapi.curl(route.endpoint, f'http://127.0.0.1:{client.port}'))}</pre>" in page
+    assert "<p>Things &lt;b&gt;bold&lt;/b&gt;.</p>" in page
+    assert (await get(client, "/lab"))[1] == page
 
 
 EVIL_HOSTS = [
@@ -368,23 +375,27 @@ async def test_metrics_speak_openmetrics_to_whom_asks(lab: Lab) -> None:
 
 
 class Links(HTMLParser):
-    """Every address that a page names."""
+    """Every address that a page names, and every place of its own that can be named."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.places: set[str] = set()
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found += [value or "" for name, value in attrs if name in ("href", "src", "action", "srcset", "data")]
+        self.places |= {value or "" for name, value in attrs if name == "id"}
 
 
 def links(page: str) -> list[str]:
-    parser = Links()
-    parser.feed(page)
-    return parser.found
+    """Addresses beyond the page itself; those of the page must name a place that it has."""
+    parser = Links(page)
+    assert {link[1:] for link in parser.found if link.startswith("#")} <= parser.places
+    return [link for link in parser.found if not link.startswith("#")]
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/lab", "/docs"])
 async def test_a_page_names_only_addresses_of_this_server_and_each_is_served(path: str, lab: Lab) -> None:
     client = await lab()
     async with client.get(path, headers={"Accept": "text/html"}) as response:
@@ -415,9 +426,31 @@ async def test_the_assets_of_the_documentation_have_their_types(lab: Lab) -> Non
     }
 
 
+async def test_the_modules_of_the_lab_are_all_named_by_its_page_and_load_no_others(lab: Lab) -> None:
+    client = await lab()
+    modules = {link for link in links((await get(client, "/lab"))[1]) if link.endswith(".js")}
+    assert "/assets/lab.js" in modules
+    imported = set()
+    for link in modules:
+        async with client.get(link) as response:
+            assert (response.content_type, response.headers["Cache-Control"]) == ("text/javascript", "no-cache")
+            source = await response.text()
+        assert re.match("// [A-Z].*[.:;]", source), link  # what it owns
+        imported |= {f"/assets/{name}" for name in re.findall(r'^import .* from "\./([^"]+)";$', source, re.MULTILINE)}
+        assert source.count("import ") == len(re.findall(r"^import ", source, re.MULTILINE))
+    assert imported | {"/assets/lab.js"} == modules
+
+
+async def test_only_the_page_of_swagger_ui_may_have_styles_in_itself(lab: Lab) -> None:
+    client = await lab()
+    for path, style in (("/lab", "style-src 'self'; "), ("/docs", "style-src 'self' 'unsafe-inline'; ")):
+        async with client.get(path) as response:
+            assert style in response.headers["Content-Security-Policy"]
+
+
 async def test_a_style_sheet_names_only_addresses_of_this_server(lab: Lab) -> None:
     client = await lab()
-    for name in ("site.css", "swagger-ui.css"):
+    for name in ("site.css", "lab.css", "swagger-ui.css"):
         _, text = await get(client, f"/assets/{name}")
         outside = [url for url in re.findall(r"""url\(\s*["']?([^"')]+)""", text) if not url.startswith("data:")]
         assert (outside, "@import" in text) == ([], False)
@@ -426,7 +459,7 @@ async def test_a_style_sheet_names_only_addresses_of_this_server(lab: Lab) -> No
 @pytest.mark.parametrize(
     "name",
     [
-        "index.html",
+        "lab.html",
         "docs.html",
         "absent.css",
         "..%2Fapp.py",

@@ -1,0 +1,118 @@
+// Figures and charts of a run, and of the server while it runs: first byte, rates, gaps, memory, open streams.
+
+import { LineChart } from "./charts.js";
+
+const number = new Intl.NumberFormat("en");
+const SECOND = 1000;
+/** Milliseconds between two points of the charts of rates; each is the rate of the second before it. */
+const SAMPLE = 250;
+
+/** A size in bytes, as people say it. */
+export function size(bytes) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let at = 0;
+  for (; bytes >= 999.95 && at < units.length - 1; at++) bytes /= 1000;
+  return `${at === 0 ? number.format(Math.round(bytes)) : bytes.toFixed(bytes < 10 ? 2 : 1)} ${units[at]}`;
+}
+
+/** A duration in milliseconds, as people say it. */
+export function duration(milliseconds) {
+  if (milliseconds < 1) return "< 1 ms";
+  if (milliseconds < 10 * SECOND) return `${number.format(Math.round(milliseconds))} ms`;
+  return `${(milliseconds / SECOND).toFixed(1)} s`;
+}
+
+export class Figures {
+  #run = null;
+  #counts = [];
+  #poll = 0;
+  #bytes = new LineChart(named("chart-bytes"), { y: round, floor: 0, filled: true });
+  #things = new LineChart(named("chart-count"), { y: short, floor: 0, filled: true });
+  #memory = new LineChart(named("chart-memory"), { y: round, floor: 0, filled: true });
+
+  /** A run begins, or none: everything counts from nothing. */
+  begin(run) {
+    this.#run = run;
+    this.#counts = [{ bytes: 0, things: 0, at: performance.now() }];
+    for (const chart of [this.#bytes, this.#things, this.#memory]) chart.clear();
+    for (const id of ["status", "ttfb", "bytes", "count", "gaps", "memory", "streams"]) named(id).textContent = "–";
+    this.#name("Chunks");
+    clearTimeout(this.#poll);
+    if (run) this.#watch(run);
+  }
+
+  respond(response) {
+    named("status").textContent = response.status;
+    this.#name(this.#run.hasEvents ? "Events" : "Chunks");
+  }
+
+  /** Show what is known now. */
+  draw() {
+    const run = this.#run;
+    if (!run) return;
+    this.#sample(performance.now());
+    if (run.firstByte !== null) named("ttfb").textContent = duration(run.firstByte);
+    named("bytes").textContent = size(run.bytes);
+    named("count").textContent = number.format(this.#counted());
+    if (run.gaps.length) {
+      const sorted = Float64Array.from(run.gaps).sort();
+      named("gaps").textContent = [sorted[0], sorted[sorted.length >> 1], sorted.at(-1)].map(duration).join(" · ");
+    }
+    for (const chart of [this.#bytes, this.#things, this.#memory]) chart.draw();
+  }
+
+  #counted() {
+    return this.#run.hasEvents ? this.#run.events : this.#run.chunks;
+  }
+
+  #name(things) {
+    named("things").textContent = things;
+    named("chart-count-name").textContent = `${things} a second`;
+  }
+
+  /** Add a point to the charts of rates, every quarter of a second while something is on its way. */
+  #sample(now) {
+    const run = this.#run;
+    if (now - this.#counts.at(-1).at < SAMPLE || run.over) return;
+    const count = { bytes: run.bytes, things: this.#counted(), at: now };
+    this.#counts.push(count);
+    while (this.#counts.length > 2 && now - this.#counts[1].at >= SECOND) this.#counts.shift();
+    const before = this.#counts[0];
+    const [x, seconds] = [(now - run.startedAt) / SECOND, (now - before.at) / SECOND];
+    this.#bytes.add("bytes a second", x, (count.bytes - before.bytes) / seconds);
+    this.#things.add("a second", x, (count.things - before.things) / seconds);
+  }
+
+  /** Ask the server how it is, about once a second while the run lasts, and once after. */
+  async #watch(run) {
+    const last = run.over;
+    try {
+      const text = await (await fetch("/metrics", { cache: "no-store" })).text();
+      if (run !== this.#run) return;
+      const memory = /^process_resident_memory_bytes (\S+)/m.exec(text);
+      const open = [...text.matchAll(/^streamlab_open_streams\{[^}]*\} (\S+)/gm)];
+      if (memory) {
+        named("memory").textContent = size(Number(memory[1]));
+        this.#memory.add("server memory", (performance.now() - run.startedAt) / SECOND, Number(memory[1]));
+        this.#memory.draw();
+      }
+      named("streams").textContent = number.format(open.reduce((sum, [, value]) => sum + Number(value), 0));
+    } catch {
+      if (run !== this.#run) return;
+      named("memory").textContent = named("streams").textContent = "–"; // the server is away
+    }
+    if (!last) this.#poll = setTimeout(() => this.#watch(run), SECOND);
+  }
+}
+
+function round(bytes) {
+  return size(bytes).replace(/\.0+ /, " ");
+}
+
+function short(value) {
+  return value >= 1e6 ? `${value / 1e6} M` : value >= 1e3 ? `${value / 1e3} k` : `${value}`;
+}
+
+function named(id) {
+  return document.getElementById(id);
+}

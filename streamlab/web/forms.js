@@ -1,0 +1,188 @@
+// The form of an operation: a control for each parameter, with its type, bounds, default and example.
+
+import { element, prose } from "./views.js";
+
+const number = new Intl.NumberFormat("en");
+
+/** Fill `place` with the fields of an operation; `given` has values of path parameters. Returns the form's reader. */
+export function build(place, operation, given = {}) {
+  // What is needed comes first.
+  const parameters = [...operation.parameters].sort((one, other) => other.required - one.required);
+  const fields = parameters.map((parameter) => field(parameter, given[parameter.name]));
+  // Where to go on is what the button Resume says by itself; by hand it is rarely wanted.
+  const byHand = fields.filter(({ parameter }) => parameter.name === "last_event_id");
+  const grid = element(
+    "div",
+    { className: "grid" },
+    ...fields.filter((field) => !byHand.includes(field)).map(({ node }) => node),
+  );
+  const accept =
+    operation.media.length > 1
+      ? choice("Accept", "Which form to ask for; without one, the server chooses.", operation.media, operation.accept)
+      : null;
+  if (accept) grid.append(accept.node);
+  place.replaceChildren(grid);
+
+  let more = null;
+  if (operation.parameters.some(({ place }) => place === "query")) {
+    more = element("input", { id: "more", type: "text", placeholder: "name=value&name=value", spellcheck: false });
+    const label = element("label", { htmlFor: "more" }, "Anything else");
+    const says = element("small", {}, "Sent as it stands, after the others.");
+    const fields = [...byHand.map(({ node }) => node), element("div", { className: "field" }, label, more, says)];
+    place.append(
+      element(
+        "details",
+        { className: "more" },
+        element("summary", {}, "More parameters"),
+        element("div", { className: "grid" }, ...fields),
+      ),
+    );
+  }
+
+  let type = null;
+  let body = null;
+  if (operation.body) {
+    body = element("textarea", {
+      id: "body",
+      value: operation.body.example,
+      spellcheck: false,
+      rows: Math.min(10, operation.body.example.split("\n").length + 1),
+    });
+    body.setAttribute("aria-describedby", "body-says");
+    const says = element("small", { id: "body-says" }, ...prose(operation.body.description));
+    const row = element(
+      "div",
+      { className: "field body" },
+      element("label", { htmlFor: "body" }, "Body"),
+      body,
+      says,
+      fault("body"),
+    );
+    if (operation.body.types.length > 1) {
+      type = choice("Content-Type", "", operation.body.types, operation.body.types[0], false);
+      row.prepend(type.node);
+    }
+    place.append(row);
+  }
+
+  return {
+    /** What the form says now, as `routes.request` takes it. */
+    values() {
+      const path = {};
+      const query = [];
+      for (const { parameter, read } of fields)
+        if (parameter.place === "path") path[parameter.name] = read()[0] ?? "";
+        else for (const value of read()) query.push([parameter.name, value]);
+      return {
+        path,
+        query,
+        more: more?.value.trim() ?? "",
+        accept: accept?.control.value ?? "",
+        type: type?.control.value ?? operation.body?.types[0] ?? "",
+        body: body ? body.value : null,
+      };
+    },
+
+    /** Mark the fields that a refusal names, and only those. */
+    blame(errors) {
+      for (const { control, parameter } of fields)
+        blame(
+          control,
+          errors.filter(({ name }) => name === parameter.name),
+        );
+      if (body)
+        blame(
+          body,
+          errors.filter((error) => error.in === "body"),
+        );
+    },
+  };
+}
+
+function blame(control, errors) {
+  const place = control.closest(".field").querySelector(".fault");
+  place.textContent = errors.map(({ detail }) => detail).join("; ");
+  if (errors.length) control.setAttribute("aria-invalid", "true");
+  else control.removeAttribute("aria-invalid");
+}
+
+function fault(name) {
+  return element("small", { id: `${name}-fault`, className: "fault" });
+}
+
+function field(parameter, given) {
+  const { name, shape, required, description, example } = parameter;
+  const id = `field-${name}`;
+  // What is needed is filled in; what may be left out only says what it could be.
+  const value = given ?? (required ? String(example ?? shape.default ?? "") : "");
+  const control = make(shape, value, required);
+  control.id = id;
+  control.setAttribute("aria-describedby", `${id}-says ${id}-fault`);
+  if (required) control.required = true;
+  if (!shape.enum && shape.type !== "boolean") control.placeholder = suggestion(shape, example);
+  const label = element("label", { htmlFor: id }, element("code", {}, name), required ? " (needed)" : "");
+  const says = element("small", { id: `${id}-says` }, ...prose([description, hint(shape)].filter(Boolean).join(" ")));
+  return {
+    parameter,
+    control,
+    read: () => read(control, shape),
+    node: element("div", { className: "field" }, label, control, says, fault(id)),
+  };
+}
+
+function make(shape, value, required) {
+  if (shape.enum)
+    return select(shape.enum, value, required ? null : shape.default == null ? "any" : `${shape.default} (default)`);
+  if (shape.type === "boolean" && typeof shape.default === "boolean")
+    return select([String(!shape.default)], value, `${shape.default} (default)`);
+  if (shape.type === "boolean") return select(["true", "false"], value, required ? null : "any");
+  if (shape.type === "array") return element("textarea", { rows: 1, value, spellcheck: false });
+  const numeric = shape.type === "integer" || shape.type === "number";
+  const control = element("input", { type: "text", value, spellcheck: false });
+  if (numeric) control.inputMode = shape.type === "integer" ? "numeric" : "decimal";
+  return control;
+}
+
+function select(values, value, none) {
+  const options = values.map((one) => element("option", { value: one }, String(one)));
+  if (none !== null) options.unshift(element("option", { value: "" }, none));
+  const control = element("select", {}, ...options);
+  if (value) control.value = value;
+  return control;
+}
+
+function choice(name, description, values, value, optional = true) {
+  const id = `choice-${name}`;
+  const control = select(values, value, optional ? "*/*" : null);
+  control.id = id;
+  const label = element("label", { htmlFor: id }, element("code", {}, name));
+  return { control, node: element("div", { className: "field" }, label, control, element("small", {}, description)) };
+}
+
+function read(control, shape) {
+  if (shape.type === "array")
+    return control.value
+      .split("\n")
+      .map((line) => line.trim())
+      .filter(Boolean);
+  return control.value === "" ? [] : [control.value];
+}
+
+function suggestion(shape, example) {
+  if (example !== undefined) return `e.g. ${example}`;
+  const fallback = shape.default;
+  return fallback == null || fallback === "" || Array.isArray(fallback) ? "" : `${fallback}`;
+}
+
+/** What the type and the bounds of a parameter are, in words. */
+function hint(shape) {
+  if (shape.enum || shape.type === "boolean") return "";
+  const said = [{ array: "One a line", integer: "Integer", number: "Number" }[shape.type] ?? "Text"];
+  const least = shape.minimum ?? shape.exclusiveMinimum;
+  const most = shape.maximum ?? shape.exclusiveMaximum;
+  if (least !== undefined && most !== undefined) said.push(`${number.format(least)} to ${number.format(most)}`);
+  else if (least !== undefined) said.push(`from ${number.format(least)}`);
+  else if (most !== undefined) said.push(`up to ${number.format(most)}`);
+  else if (shape.maxLength !== undefined) said.push(`${number.format(shape.maxLength)} characters at most`);
+  return `${said.join(", ")}.`;
+}

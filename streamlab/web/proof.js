@@ -1,0 +1,288 @@
+// What proves that nothing was lost over a cut: consecutive ids for events; size and SHA-256 for a download.
+
+import { place } from "./sse.js";
+
+const number = new Intl.NumberFormat("en");
+
+/** So many consecutive offsets make it sure that a view leaves nothing out, and that a jump over a cut is a loss. */
+const SURE = 10;
+
+/** A download of more bytes is told by its size alone: hashing it here would hold back a fast server. */
+const HASHED = 256e6;
+
+const events = (count) => `${number.format(count)} ${count === 1 ? "event" : "events"}`;
+
+/** Whether the events of a run follow each other. */
+export class EventProof {
+  #last = null;
+  #first = null;
+  #placed = 0;
+  #broken = false;
+  #seam = null;
+  #jumps = 0;
+  #repeated = 0;
+  #gap = null;
+  #lost = 0;
+  #epochs = 0;
+
+  take(event, json) {
+    if (event.event === "gap")
+      this.#gap = typeof json?.missing === "number" ? events(json.missing) : "an unknown number of events";
+    const here = event.named && place(event.id);
+    if (!here) return;
+    const last = this.#last;
+    // A batch of rows counts them all: its id is the place of the last.
+    const step = Array.isArray(json?.rows) ? json.rows.length : 1;
+    const follows = last !== null && here.epoch === last.epoch;
+    const missing = follows ? here.offset - last.offset - step : 0;
+    if (last !== null && !follows) this.#epochs++;
+    if (missing < 0) {
+      this.#repeated++;
+      return;
+    }
+    if (this.#broken) {
+      this.#seam = { before: last.offset, after: here.offset - step + 1 };
+      this.#lost += missing;
+    } else if (missing > 0) this.#jumps++;
+    this.#first ??= here.offset - step + 1;
+    this.#broken = false;
+    this.#last = here;
+    this.#placed++;
+  }
+
+  /** The connection is gone: the next event must be the one that follows. */
+  cut() {
+    this.#broken = this.#last !== null;
+  }
+
+  /** {mark, text}; `mark` is "good", "bad", "warn", or "" where there is nothing to say yet. */
+  verdict() {
+    const seam = this.#seam;
+    if (this.#repeated) return { mark: "bad", text: `${events(this.#repeated)} came twice.` };
+    if (this.#epochs)
+      return { mark: "warn", text: "The history of this channel was lost and began anew: its ids have a new epoch." };
+    if (this.#gap !== null)
+      return { mark: "warn", text: `Not kept any more, says the server (event gap): ${this.#gap}.` };
+    if (!seam) return { mark: "", text: "" };
+    const over = `after offset ${seam.before} came ${seam.after}`;
+    if (this.#jumps)
+      return {
+        mark: "",
+        text: `None twice, and no gap reported: ${over}. More is not proven, since this view leaves events out: offsets jump without a cut, too.`,
+      };
+    if (this.#lost && this.#placed < SURE)
+      return {
+        mark: "",
+        text: `None twice, and no gap reported: ${over}. More events will tell whether this view leaves some out.`,
+      };
+    if (this.#lost) return { mark: "bad", text: `${events(this.#lost)} missing: ${over}.` };
+    const all = `all ${number.format(this.#placed)} events from ${this.#first} to ${this.#last.offset} came once, in order`;
+    return { mark: "good", text: `Nothing was lost: ${over}, and ${all}.` };
+  }
+}
+
+/** Whether the pieces of a download make up the file of the server. */
+export class DownloadProof {
+  received = 0;
+  pieces = 1;
+
+  #hash = null;
+  #finished = false;
+  #digest = null;
+  #theirs = null;
+  #total = null;
+  #changed = false;
+  #seam = null;
+
+  take(bytes) {
+    this.received += bytes.length;
+    this.#hash?.update(bytes);
+  }
+
+  /** The response that brings the first piece says how long the whole is. */
+  begin(total) {
+    this.#total = total;
+    this.#hash = total !== null && total > HASHED ? null : new Sha256();
+  }
+
+  /** A response goes on at `start`; true if that is where the last one was cut. */
+  goesOn(start, total) {
+    this.pieces++;
+    this.#seam = { asked: this.received, start };
+    this.#total = total;
+    return start === this.received;
+  }
+
+  /** The file is not the one that was begun: the server sends the new one from its beginning. */
+  beginsAnew(total) {
+    this.received = 0;
+    this.pieces = 1;
+    this.#changed = true;
+    this.begin(total);
+  }
+
+  /** All has come; compare with the digest that the server gives for the address, if it gives one. */
+  async finish(url) {
+    try {
+      if (this.#hash === null) return;
+      this.#digest = this.#hash.digest();
+      const answer = await fetch(url, {
+        method: "HEAD",
+        headers: { "Want-Repr-Digest": "sha-256=1" },
+        cache: "no-store",
+      });
+      this.#theirs = /sha-256=:([^:]+):/.exec(answer.headers.get("Repr-Digest") ?? "")?.[1] ?? null;
+    } catch {
+      this.#theirs = null; // the server is gone: size alone has to do
+    } finally {
+      this.#finished = true;
+    }
+  }
+
+  verdict() {
+    const whole = this.#total === null ? "" : ` of ${number.format(this.#total)}`;
+    const pieces = this.pieces === 1 ? "one piece" : `${this.pieces} pieces`;
+    if (!this.#finished) {
+      if (this.#changed)
+        return {
+          mark: "warn",
+          text: "The file has changed since: the server sends the new one from its first byte, and mixes nothing.",
+        };
+      if (this.#seam === null) return { mark: "", text: "" };
+      const { asked, start } = this.#seam;
+      if (start !== asked)
+        return {
+          mark: "bad",
+          text: `Asked for byte ${number.format(asked)}, the server went on at ${number.format(start)}.`,
+        };
+      return { mark: "good", text: `The server went on at byte ${number.format(start)} exactly.` };
+    }
+    if (this.#total !== null && this.received !== this.#total)
+      return { mark: "bad", text: `${number.format(this.received)}${whole} bytes came.` };
+    const came = `${number.format(this.received)} bytes in ${pieces}`;
+    if (this.#digest === null)
+      return { mark: "good", text: `Nothing was lost by size: ${came}. So many are not hashed here.` };
+    const mine = hex(this.#digest);
+    const short = `${mine.slice(0, 8)}…${mine.slice(-8)}`;
+    if (this.#theirs === null)
+      return {
+        mark: "good",
+        text: `Nothing was lost by size: ${came}. Their SHA-256 is ${short}; the server gives none to compare.`,
+      };
+    if (base64(this.#digest) !== this.#theirs)
+      return { mark: "bad", text: `The SHA-256 of the ${pieces} is ${short}, and not the server's.` };
+    return {
+      mark: "good",
+      text: `Nothing was lost: ${came}, and their SHA-256 ${short} is the server's own.`,
+    };
+  }
+}
+
+function hex(bytes) {
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function base64(bytes) {
+  return btoa(String.fromCharCode(...bytes));
+}
+
+// The constants of FIPS 180-4 are the fractions of square and cube roots of primes: they are computed, not copied.
+const primes = [];
+for (let candidate = 2; primes.length < 64; candidate++)
+  if (primes.every((prime) => candidate % prime)) primes.push(candidate);
+const fraction = (root) => ((root - Math.floor(root)) * 2 ** 32) | 0;
+const START = Int32Array.from(primes.slice(0, 8), (prime) => fraction(Math.sqrt(prime)));
+const ROUND = Int32Array.from(primes, (prime) => fraction(Math.cbrt(prime)));
+
+/** SHA-256 of bytes that come piece by piece, which the browser's own digest cannot take. Source: FIPS 180-4. */
+export class Sha256 {
+  #state = START.slice();
+  #block = new Uint8Array(64);
+  #filled = 0;
+  #length = 0;
+
+  update(bytes) {
+    this.#length += bytes.length;
+    let from = 0;
+    if (this.#filled) {
+      from = Math.min(64 - this.#filled, bytes.length);
+      this.#block.set(bytes.subarray(0, from), this.#filled);
+      this.#filled += from;
+      if (this.#filled < 64) return;
+      compress(this.#state, this.#block, 0, 64);
+    }
+    const whole = from + Math.floor((bytes.length - from) / 64) * 64;
+    compress(this.#state, bytes, from, whole);
+    this.#block.set(bytes.subarray(whole));
+    this.#filled = bytes.length - whole;
+  }
+
+  digest() {
+    const bits = this.#length * 8;
+    const padding = new Uint8Array((this.#length % 64 < 56 ? 64 : 128) - (this.#length % 64));
+    padding[0] = 0x80;
+    const view = new DataView(padding.buffer);
+    view.setUint32(padding.length - 8, Math.floor(bits / 2 ** 32));
+    view.setUint32(padding.length - 4, bits >>> 0);
+    this.update(padding);
+    const result = new DataView(new ArrayBuffer(32));
+    this.#state.forEach((word, at) => result.setInt32(at * 4, word));
+    return new Uint8Array(result.buffer);
+  }
+}
+
+/** Take blocks of 64 bytes into the state. Everything is a plain local variable: engines make that two times as fast. */
+function compress(state, bytes, from, to) {
+  const words = new Int32Array(64);
+  const round = ROUND;
+  let s0 = state[0],
+    s1 = state[1],
+    s2 = state[2],
+    s3 = state[3];
+  let s4 = state[4],
+    s5 = state[5],
+    s6 = state[6],
+    s7 = state[7];
+  while (from < to) {
+    for (let at = 0; at < 16; at++, from += 4)
+      words[at] = (bytes[from] << 24) | (bytes[from + 1] << 16) | (bytes[from + 2] << 8) | bytes[from + 3];
+    for (let at = 16; at < 64; at++) {
+      const one = words[at - 15];
+      const two = words[at - 2];
+      const small0 = ((one >>> 7) | (one << 25)) ^ ((one >>> 18) | (one << 14)) ^ (one >>> 3);
+      const small1 = ((two >>> 17) | (two << 15)) ^ ((two >>> 19) | (two << 13)) ^ (two >>> 10);
+      words[at] = (words[at - 16] + small0 + words[at - 7] + small1) | 0;
+    }
+    let a = s0,
+      b = s1,
+      c = s2,
+      d = s3,
+      e = s4,
+      f = s5,
+      g = s6,
+      h = s7;
+    for (let at = 0; at < 64; at++) {
+      const big1 = ((e >>> 6) | (e << 26)) ^ ((e >>> 11) | (e << 21)) ^ ((e >>> 25) | (e << 7));
+      const first = (h + big1 + ((e & f) ^ (~e & g)) + round[at] + words[at]) | 0;
+      const big0 = ((a >>> 2) | (a << 30)) ^ ((a >>> 13) | (a << 19)) ^ ((a >>> 22) | (a << 10));
+      const second = (big0 + ((a & b) ^ (a & c) ^ (b & c))) | 0;
+      h = g;
+      g = f;
+      f = e;
+      e = (d + first) | 0;
+      d = c;
+      c = b;
+      b = a;
+      a = (first + second) | 0;
+    }
+    s0 = (s0 + a) | 0;
+    s1 = (s1 + b) | 0;
+    s2 = (s2 + c) | 0;
+    s3 = (s3 + d) | 0;
+    s4 = (s4 + e) | 0;
+    s5 = (s5 + f) | 0;
+    s6 = (s6 + g) | 0;
+    s7 = (s7 + h) | 0;
+  }
+  state.set([s0, s1, s2, s3, s4, s5, s6, s7]);
+}

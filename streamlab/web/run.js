@@ -1,0 +1,306 @@
+// One run of a request: read as it comes, cut, resumed, and brought back by itself when the server goes away.
+
+import { DownloadProof, EventProof } from "./proof.js";
+import { EventStreamParser } from "./sse.js";
+
+/** How long to wait before coming back where the stream has not said so, and at most: milliseconds. */
+const RETRY = 1000;
+const LONGEST_RETRY = 15000;
+/** After so many milliseconds of bytes without a pause, the page gets its turn to draw. */
+const TURN = 12;
+/** At a pace, a chunk is taken piece by piece, of so many bytes at least: browsers read ahead, and chunks get large. */
+const PIECE = 4096;
+/** Bytes of a refusal that are read for what it has against the parameters. */
+const PROBLEM = 65536;
+
+/**
+ * A request on its way. States: connecting, running, cut (by hand; to be resumed), away (comes back by itself), and,
+ * for good, done, stopped or failed. `told` hears of everything: state(), response(response), bytes(chunk) and
+ * event(event, json).
+ */
+export class Run {
+  state = "connecting";
+  /** What there is to say about the state. */
+  detail = "";
+  startedAt = performance.now();
+  /** Milliseconds from the request to the first byte of the body. */
+  firstByte = null;
+  bytes = 0;
+  chunks = 0;
+  events = 0;
+  /** Milliseconds between chunks: the latest few thousand. */
+  gaps = [];
+  proof = null;
+  /** What a refusal has against the parameters, as RFC 9457 and this server tell it. */
+  errors = [];
+
+  #told;
+  #request;
+  #ranges;
+  #pace;
+  #abort = new AbortController();
+  #wanted = "";
+  #timer = 0;
+  #attempts = 0;
+  #parser = null;
+  #decoder = null;
+  #validator = null;
+  #location = null;
+  #lastEvent = null;
+  #lastChunkAt = 0;
+  #refusal = "";
+
+  /** `ranges`: whether the route says that it serves ranges. `pace()`: bytes a second to read, 0 for all. */
+  constructor(request, { ranges, pace, told }) {
+    this.#request = request;
+    this.#ranges = ranges;
+    this.#pace = pace;
+    this.#told = told;
+  }
+
+  get over() {
+    return ["done", "stopped", "failed"].includes(this.state);
+  }
+
+  /** Whether what comes is an event stream. */
+  get hasEvents() {
+    return this.#parser !== null;
+  }
+
+  /** Whether, once it is cut, the server can go on where it stopped. */
+  get resumable() {
+    if (this.#parser)
+      return Boolean(this.#parser.lastId) && (this.#request.method === "GET" || this.#location !== null);
+    return this.#validator !== null && this.#request.method === "GET";
+  }
+
+  /** How the next request says where to go on; "" where it cannot. */
+  get continuation() {
+    if (!this.resumable) return "";
+    if (this.#parser) return `Last-Event-ID: ${this.#parser.lastId}`;
+    return `Range: bytes=${this.proof.received}-, If-Range: ${this.#validator}`;
+  }
+
+  start() {
+    this.#connect(this.#request);
+  }
+
+  /** Break the connection off, as a lost network does. */
+  cut() {
+    this.#end("cut");
+  }
+
+  /** Break the connection off and do not come back. */
+  stop() {
+    this.#end("stopped");
+  }
+
+  /** Go on after what has come. */
+  resume() {
+    clearTimeout(this.#timer);
+    const { "Content-Type": _, ...headers } = this.#request.headers; // it was the body's, and that is not sent again
+    const again = { method: "GET", url: this.#request.url, headers, body: null };
+    if (this.#parser) {
+      this.#parser.reconnect();
+      headers["Last-Event-ID"] = this.#parser.lastId;
+      // A stream with a place of its own is gone back to there: the first request might begin another one.
+      if (this.#location) again.url = this.#location;
+    } else Object.assign(headers, { Range: `bytes=${this.proof.received}-`, "If-Range": this.#validator });
+    this.#connect(again);
+  }
+
+  #end(state) {
+    clearTimeout(this.#timer);
+    this.#wanted = state;
+    if (this.state === "away" || this.state === "cut") this.#become(state);
+    else this.#abort.abort();
+  }
+
+  #become(state, detail = "") {
+    this.state = state;
+    this.detail = detail;
+    if (state === "cut" || state === "away") this.proof?.cut?.();
+    if (this.over) this.#abort.abort(); // of an answer that is not wanted to its end
+    this.#told.state();
+  }
+
+  async #connect(request) {
+    const going = this.proof !== null && (this.state === "cut" || this.state === "away");
+    this.#wanted = "";
+    this.#abort = new AbortController();
+    this.#become("connecting");
+    const { url, method, headers } = request;
+    const body = request.body ?? undefined;
+    let response;
+    try {
+      response = await fetch(url, { method, headers, body, signal: this.#abort.signal, cache: "no-store" });
+    } catch {
+      if (this.#wanted) return this.#become(this.#wanted);
+      return going
+        ? this.#comeBack("The server cannot be reached.")
+        : this.#become("failed", "The server cannot be reached.");
+    }
+    if (going && response.status === 503)
+      return this.#comeBack("The server is not ready.", 1000 * (Number(response.headers.get("Retry-After")) || 0));
+    if (!this.#fits(response, going)) return;
+    this.#told.response(response);
+    this.#become("running");
+    try {
+      await this.#read(response);
+    } catch {
+      if (this.#wanted) return this.#become(this.#wanted);
+      const failed = this.#lastEvent?.event === "error";
+      if (this.resumable && !failed) return this.#comeBack("The connection broke off.");
+      return this.#become(
+        "failed",
+        failed
+          ? "The source failed, and the server broke off: what came is not the whole."
+          : "The connection broke off: what came is not the whole.",
+      );
+    }
+    if (this.#lastEvent?.event === "stop") return this.#comeBack("The server stops.");
+    if (this.proof instanceof DownloadProof) await this.proof.finish(this.#request.url);
+    if (response.ok) return this.#become("done");
+    this.errors = parsed(this.#refusal)?.errors ?? [];
+    this.#become("failed", "The server refused.");
+  }
+
+  /** Take the head of a response; false if it ends the run. */
+  #fits(response, going) {
+    const type = (response.headers.get("Content-Type") ?? "").split(";")[0];
+    if (response.status === 204 && going) {
+      this.#become("done", "The server says that there is nothing more (204).");
+      return false;
+    }
+    if (going && !response.ok) {
+      this.#told.response(response);
+      this.#become("failed", `The server does not go on: ${response.status}.`);
+      return false;
+    }
+    if (going && this.#parser && type !== "text/event-stream") {
+      this.#become("failed", "The server does not go on with an event stream.");
+      return false;
+    }
+    const total = length(response);
+    if (going && this.proof instanceof DownloadProof) {
+      if (response.status !== 206) this.proof.beginsAnew(total);
+      else if (!this.proof.goesOn(...range(response))) {
+        this.#become("failed", "The server went on at another byte than it was asked for.");
+        return false;
+      }
+    } else if (!going && type === "text/event-stream" && response.ok) {
+      this.#parser = new EventStreamParser();
+      this.proof = new EventProof();
+      const there = response.headers.get("Location");
+      this.#location = there && new URL(there, location.href).origin === location.origin ? there : null;
+    } else if (!going && this.#ranges && response.status === 200 && response.headers.get("Accept-Ranges") === "bytes") {
+      this.proof = new DownloadProof();
+      this.proof.begin(total);
+    }
+    // Only a strong validator tells that two parts are parts of the same bytes (RFC 9110 13.1.5).
+    const tag = response.headers.get("ETag");
+    if (this.proof instanceof DownloadProof) this.#validator = tag?.startsWith('"') ? tag : null;
+    this.#decoder = new TextDecoder();
+    return true;
+  }
+
+  async #read(response) {
+    const reader = response.body?.getReader();
+    if (!reader) return;
+    this.#lastChunkAt = 0;
+    let turn = performance.now();
+    let due = turn;
+    for (;;) {
+      const asked = performance.now();
+      const { done, value } = await reader.read();
+      if (done) return;
+      this.#attempts = 0;
+      const now = performance.now();
+      if (now - asked > 1) turn = now; // the page had its turn while this one waited
+      this.#measure(now);
+      for (let from = 0; from < value.length;) {
+        const pace = this.#pace();
+        const piece = value.subarray(from, from + (pace ? Math.max(PIECE, Math.ceil(pace / 10)) : value.length));
+        from += piece.length;
+        this.#take(piece, response);
+        if (pace) {
+          // What is read slowly here waits in the server's socket, and after that in the server, which waits too.
+          due = Math.max(due, performance.now() - 100) + (1000 * piece.length) / pace;
+          if (due > performance.now()) await this.#pause(due - performance.now());
+        }
+        if (performance.now() - turn > TURN) {
+          await this.#pause(0);
+          turn = performance.now();
+        }
+        if (this.#wanted) throw new DOMException("cut by hand", "AbortError");
+      }
+    }
+  }
+
+  #take(bytes, response) {
+    this.bytes += bytes.length;
+    this.#told.bytes(bytes);
+    if (this.#parser) {
+      for (const event of this.#parser.feed(this.#decoder.decode(bytes, { stream: true }))) {
+        this.events++;
+        this.#lastEvent = event;
+        const json = parsed(event.data);
+        this.proof.take(event, json);
+        this.#told.event(event, json);
+      }
+    } else if (this.proof) this.proof.take(bytes);
+    else if (!response.ok && this.bytes < PROBLEM) this.#refusal += this.#decoder.decode(bytes, { stream: true });
+  }
+
+  #measure(now) {
+    if (this.firstByte === null) this.firstByte = now - this.startedAt;
+    if (this.#lastChunkAt) {
+      this.gaps.push(now - this.#lastChunkAt);
+      if (this.gaps.length > 4000) this.gaps.splice(0, 2000);
+    }
+    this.#lastChunkAt = now;
+    this.chunks++;
+  }
+
+  /** Wait, but no longer than until the run is broken off. */
+  #pause(milliseconds) {
+    return new Promise((resolve) => {
+      const signal = this.#abort.signal;
+      const timer = setTimeout(finished, milliseconds);
+      signal.addEventListener("abort", finished, { once: true });
+      function finished() {
+        clearTimeout(timer);
+        signal.removeEventListener("abort", finished);
+        resolve();
+      }
+    });
+  }
+
+  #comeBack(reason, atLeast = 0) {
+    const asked = this.#parser?.retry ?? RETRY;
+    const wait = Math.max(Math.min(asked * 2 ** this.#attempts, Math.max(LONGEST_RETRY, asked)), atLeast);
+    this.#attempts++;
+    this.#lastEvent = null;
+    this.#timer = setTimeout(() => this.resume(), wait);
+    this.#become("away", `${reason} Coming back in ${(wait / 1000).toFixed(1)} s (try ${this.#attempts}).`);
+  }
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    return undefined;
+  }
+}
+
+function length(response) {
+  const header = response.headers.get("Content-Length");
+  return header === null || response.headers.get("Content-Encoding") ? null : Number(header);
+}
+
+/** Where a 206 begins, and how long the whole is. */
+function range(response) {
+  const found = /^bytes (\d+)-\d+\/(\d+)$/.exec(response.headers.get("Content-Range") ?? "");
+  return found ? [Number(found[1]), Number(found[2])] : [NaN, null];
+}

@@ -1,0 +1,731 @@
+// What arrives, made visible: the view is chosen by what the data is, and everything that is kept is bounded.
+
+import { LineChart } from "./charts.js";
+import { duration, size } from "./figures.js";
+
+const number = new Intl.NumberFormat("en");
+const precise = new Intl.NumberFormat("en", { maximumFractionDigits: 2 });
+const finer = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
+
+/** Characters of text, and rows of a list, that are kept; and how many rows are shown of them. */
+const TEXT = 65536;
+const ROWS = 1000;
+const SHOWN = 200;
+
+/** An element with properties and children; text is never taken for markup. */
+export function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+/** Text with `code` in it, as elements. */
+export function prose(text) {
+  return text.split("`").map((part, at) => (at % 2 ? element("code", {}, part) : part));
+}
+
+// -- the panel with its tabs
+
+/** The panel: at the left tab the richest view that fits, then the events, then the bytes. */
+export class Output {
+  #tabs;
+  #panels;
+  #kept;
+  #views = [];
+  #shown = null;
+  #chosen = false;
+  #text = null;
+
+  constructor(section) {
+    this.#tabs = section.querySelector("[role=tablist]");
+    this.#panels = section.querySelector(".panels");
+    this.#kept = section.querySelector("#kept");
+    this.#tabs.addEventListener("keydown", (press) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[press.key];
+      if (!step) return;
+      const at = this.#views.indexOf(this.#shown) + step;
+      this.#show(this.#views.at(at % this.#views.length), true);
+      this.#shown.tab.focus();
+    });
+    this.#panels.addEventListener("input", () => this.draw(true)); // a view with a filter of its own
+    this.begin();
+  }
+
+  /** Forget everything, and say what will be here. */
+  begin(told = "Press Run: what arrives is shown here, as it arrives.") {
+    this.#text = null;
+    this.#chosen = false;
+    this.#set([new Nothing(told)]);
+  }
+
+  /** A response has come; that of a resumed run goes on in the views there are. */
+  respond(response) {
+    const type = response.headers.get("Content-Type") ?? "";
+    this.#text = textual(type) ? new TextDecoder() : null;
+    if (this.#views.length > 1 && response.ok) return;
+    const [first, bytes] = [viewOf(type, response.headers), this.#text ? new Text("Bytes") : new Binary("Bytes")];
+    this.#set(first ? [first, bytes] : [bytes]);
+  }
+
+  bytes(chunk) {
+    const text = this.#text?.decode(chunk, { stream: true });
+    for (const view of this.#views) view.bytes(chunk, text);
+  }
+
+  event(event, json) {
+    const events = this.#views.find((view) => view instanceof Events);
+    for (const view of this.#views) view.event(event, json);
+    if (this.#views[0] !== events) return;
+    const Rich = [Prices, Progress, Tokens, Log, Comparison, Rows].find((one) => one.shows(event, json));
+    if (!Rich) return;
+    const rich = new Rich();
+    for (const [past, parsed] of events.rows) rich.event(past, parsed);
+    this.#set([rich, ...this.#views], this.#chosen ? this.#shown : rich);
+  }
+
+  /** Bring what is in sight up to date. `over`: nothing more will come. */
+  draw(over) {
+    const { follows, scroller } = this.#shown;
+    // Who scrolls back to read is left alone; who is at the end follows it.
+    const following = follows && scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - 8;
+    if (follows && !following && !over) return;
+    this.#shown.draw(over);
+    if (following) scroller.scrollTop = scroller.scrollHeight;
+    const told = this.#shown.kept();
+    if (this.#kept.textContent !== told) this.#kept.textContent = told;
+  }
+
+  #set(views, shown = views[0]) {
+    this.#views = views;
+    for (const view of views) view.tab ??= this.#tab(view);
+    this.#tabs.replaceChildren(...views.map(({ tab }) => tab));
+    this.#panels.replaceChildren(...views.map((view) => view.element));
+    this.#show(shown, this.#chosen);
+  }
+
+  #tab(view) {
+    const id = `tab-${view.title.toLowerCase().replace(/\W+/g, "-")}`;
+    const tab = element("button", { type: "button", id, onclick: () => this.#show(view, true) }, view.title);
+    tab.setAttribute("role", "tab");
+    view.element.setAttribute("role", "tabpanel");
+    view.element.setAttribute("aria-labelledby", id);
+    view.element.tabIndex = 0;
+    return tab;
+  }
+
+  #show(view, chosen) {
+    this.#shown = view;
+    this.#chosen = chosen;
+    for (const one of this.#views) {
+      one.element.hidden = one !== view;
+      one.tab.setAttribute("aria-selected", String(one === view));
+      one.tab.tabIndex = one === view ? 0 : -1;
+    }
+    view.stale = true;
+    this.draw(true);
+  }
+}
+
+function textual(type) {
+  return /^(text\/|application\/(\w*json|jsonl|x-ndjson|xml|problem\+json))/.test(type) || /charset=/.test(type);
+}
+
+function viewOf(type, headers) {
+  const media = type.split(";")[0];
+  if (media === "text/event-stream") return new Events();
+  if (media === "application/problem+json") return new Refusal();
+  if (media === "application/jsonl" || media === "application/x-ndjson") return new Rows(lines);
+  if (media === "text/csv") return new Rows(csv);
+  if (media === "application/json") return new Json();
+  if (media === "text/plain") return new Text("Text", true);
+  return null;
+}
+
+// -- views: each has a title, an element, what it takes, and how it is drawn
+
+class View {
+  /** Whether the end is what one wants to see. */
+  follows = true;
+  stale = true;
+
+  constructor(title, className, ...children) {
+    this.title = title;
+    this.element = element("div", { className: `panel ${className}` }, ...children);
+    this.scroller = this.element;
+  }
+
+  bytes() {}
+  event() {}
+  draw() {}
+
+  /** What is shown of all that came. */
+  kept() {
+    return "";
+  }
+}
+
+class Nothing extends View {
+  follows = false;
+
+  constructor(told) {
+    super("Output", "empty", element("p", {}, told));
+  }
+}
+
+/** Text as it flows; of long ones the end. */
+class Text extends View {
+  #parts = [];
+  #length = 0;
+  #total = 0;
+  #out = element("pre");
+
+  constructor(title, flowing = false) {
+    super(title, flowing ? "flow" : "raw");
+    this.element.append(this.#out);
+  }
+
+  bytes(_, text) {
+    this.#parts.push(text);
+    this.#length += text.length;
+    this.#total += text.length;
+    if (this.#length > 2 * TEXT) this.#trim();
+    this.stale = true;
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    this.#trim();
+    this.#out.textContent = this.#parts[0];
+  }
+
+  kept() {
+    const dropped = this.#total - Math.min(this.#total, TEXT);
+    return dropped
+      ? `The last ${number.format(TEXT)} characters; ${number.format(dropped)} before them are not kept.`
+      : "";
+  }
+
+  #trim() {
+    this.#parts = [this.#parts.join("").slice(-TEXT)];
+    this.#length = this.#parts[0].length;
+  }
+}
+
+/** Bytes that are no text: how many, how they begin, and how they end. */
+class Binary extends View {
+  follows = false;
+  #head = new Uint8Array(256);
+  #tail = new Uint8Array(0);
+  #total = 0;
+  #out = element("pre");
+
+  constructor(title) {
+    super(title, "raw");
+    this.element.append(this.#out);
+  }
+
+  bytes(chunk) {
+    if (this.#total < 256) this.#head.set(chunk.subarray(0, 256 - this.#total), this.#total);
+    this.#total += chunk.length;
+    const end = chunk.length >= 256 ? chunk.slice(-256) : Uint8Array.from([...this.#tail, ...chunk]).slice(-256);
+    this.#tail = end;
+    this.stale = true;
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    const shown = dump(this.#head.subarray(0, Math.min(256, this.#total)), 0);
+    const from = Math.max(256, Math.ceil((this.#total - 256) / 16) * 16);
+    const rest = this.#total > from ? dump(this.#tail.subarray(this.#tail.length - (this.#total - from)), from) : [];
+    this.#out.textContent = [...shown, ...(from > 256 ? ["…"] : []), ...rest].join("\n");
+  }
+
+  kept() {
+    return this.#total
+      ? `${size(this.#total)} (${number.format(this.#total)} bytes): the first 256 and the last; nothing between is kept.`
+      : "";
+  }
+}
+
+function dump(bytes, from) {
+  const rows = [];
+  for (let at = 0; at < bytes.length; at += 16) {
+    const row = [...bytes.subarray(at, at + 16)];
+    const codes = row.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
+    const letters = row.map((byte) => (byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·")).join("");
+    rows.push(`${(from + at).toString(16).padStart(8, "0")}  ${codes.padEnd(47)}  ${letters}`);
+  }
+  return rows;
+}
+
+/** A JSON document, set out once it is whole. */
+class Json extends Text {
+  #whole = "";
+
+  constructor() {
+    super("JSON");
+  }
+
+  bytes(chunk, text) {
+    super.bytes(chunk, text);
+    if (this.#whole.length <= TEXT) this.#whole += text;
+  }
+
+  draw(over) {
+    if (!over || this.#whole.length > TEXT) return super.draw();
+    try {
+      this.element.firstChild.textContent = JSON.stringify(JSON.parse(this.#whole), null, 2);
+    } catch {
+      super.draw(); // it is not whole
+    }
+    this.follows = false;
+  }
+}
+
+/** A refusal, in the words of the server. */
+class Refusal extends View {
+  follows = false;
+  #text = "";
+
+  constructor() {
+    super("Refusal", "refusal");
+  }
+
+  bytes(_, text) {
+    this.#text += text;
+  }
+
+  draw(over) {
+    if (!over) return;
+    let problem;
+    try {
+      problem = JSON.parse(this.#text);
+    } catch {
+      return; // not whole yet
+    }
+    const faults = (problem.errors ?? []).map(({ in: where, name, detail }) =>
+      element("li", {}, `${where} `, element("code", {}, name), `: ${detail}`),
+    );
+    this.element.replaceChildren(
+      element("h3", {}, `${problem.status} ${problem.title}`),
+      element("p", {}, problem.detail ?? ""),
+      element("ul", {}, ...faults),
+    );
+  }
+}
+
+/** A list of which the latest rows are kept and the last of those shown. */
+class List extends View {
+  rows = [];
+  total = 0;
+
+  add(row) {
+    this.rows.push(row);
+    if (this.rows.length > ROWS + 200) this.rows.splice(0, 200);
+    this.total++;
+    this.stale = true;
+  }
+
+  kept() {
+    const shown = Math.min(this.total, SHOWN);
+    return this.total > shown ? `The last ${number.format(shown)} of ${number.format(this.total)}.` : "";
+  }
+}
+
+/** Events as they are: id, name, data. */
+class Events extends List {
+  #out = element("tbody");
+
+  constructor() {
+    super("Events", "table");
+    const head = element("tr", {}, ...["id", "event", "data"].map((name) => element("th", { scope: "col" }, name)));
+    this.element.append(element("table", { className: "events" }, element("thead", {}, head), this.#out));
+  }
+
+  event(event, json) {
+    this.add([event, json]);
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    this.#out.replaceChildren(
+      ...this.rows.slice(-SHOWN).map(([{ id, event, data }]) => {
+        const short = data.length > 300 ? `${data.slice(0, 300)}…` : data;
+        return element("tr", {}, element("td", {}, id), element("td", {}, event), element("td", {}, short));
+      }),
+    );
+  }
+}
+
+/** Records as a table: JSON lines, CSV, or events that carry rows. */
+class Rows extends List {
+  static shows(_, json) {
+    return Array.isArray(json?.rows) && json.rows.every((row) => row && typeof row === "object");
+  }
+
+  #names = [];
+  #read;
+  #head = element("tr");
+  #out = element("tbody");
+
+  constructor(reading) {
+    super("Table", "table");
+    this.#read = reading?.((record) => this.#take(record));
+    this.element.append(element("table", {}, element("thead", {}, this.#head), this.#out));
+  }
+
+  bytes(_, text) {
+    this.#read?.(text);
+  }
+
+  event(_, json) {
+    if (Array.isArray(json?.rows)) json.rows.forEach((row) => this.#take(row));
+  }
+
+  #take(record) {
+    for (const name of Object.keys(record))
+      if (this.#names.length < 30 && !this.#names.includes(name)) this.#names.push(name);
+    this.add(record);
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    this.#head.replaceChildren(...this.#names.map((name) => element("th", { scope: "col" }, name)));
+    const cell = (value) => {
+      const numeric = typeof value === "number";
+      const text = value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
+      return element("td", { className: numeric ? "number" : "" }, text);
+    };
+    this.#out.replaceChildren(
+      ...this.rows.slice(-SHOWN).map((record) => element("tr", {}, ...this.#names.map((name) => cell(record[name])))),
+    );
+  }
+}
+
+/** Read JSON lines out of pieces of text, and hand on each record. */
+function lines(take) {
+  let rest = "";
+  return (text) => {
+    const found = (rest + text).split("\n");
+    rest = found.pop();
+    for (const line of found)
+      try {
+        const record = JSON.parse(line);
+        take(record && typeof record === "object" ? record : { value: record });
+      } catch {
+        if (line.trim()) take({ line });
+      }
+  };
+}
+
+/** Read CSV (RFC 4180) out of pieces of text, and hand on each record by the names of the first. */
+function csv(take) {
+  let [names, row, cell, quoted, before] = [null, [], "", false, ""];
+  return (text) => {
+    for (const letter of text) {
+      if (quoted) {
+        if (letter === '"') quoted = false;
+        else cell += letter;
+      } else if (letter === '"') {
+        quoted = true;
+        if (before === '"') cell += letter; // a quote, written twice
+      } else if (letter === ",") [row, cell] = [[...row, cell], ""];
+      else if (letter === "\n") {
+        row.push(cell.replace(/\r$/, ""));
+        if (names) take(Object.fromEntries(names.map((name, at) => [name, row[at] ?? ""])));
+        else names = row;
+        [row, cell] = [[], ""];
+      } else cell += letter;
+      before = letter;
+    }
+  };
+}
+
+/** Prices as lines, each as its change since the first one seen, with the latest beside. */
+class Prices extends View {
+  static shows(_, json) {
+    return typeof json?.symbol === "string" && typeof json.price === "number";
+  }
+
+  follows = false;
+  #latest = new Map();
+  #rows = new Map();
+  #box = element("div", { className: "chart" });
+  #chart;
+  #legend = element("tbody");
+
+  constructor() {
+    super("Prices", "prices");
+    this.#chart = new LineChart(this.#box, { y: (value) => `${finer.format(value)} %`, step: 50, labelled: true });
+    const head = element(
+      "tr",
+      {},
+      ...["Symbol", "Price", "Change"].map((name) => element("th", { scope: "col" }, name)),
+    );
+    this.element.append(
+      this.#box,
+      element("div", { className: "legend" }, element("table", {}, element("thead", {}, head), this.#legend)),
+    );
+  }
+
+  event(_, json) {
+    if (!Prices.shows(null, json)) return;
+    const { symbol, price, time } = json;
+    const known = this.#latest.get(symbol) ?? { first: price, price, at: -Infinity };
+    const said = Date.parse(time);
+    // What was missed and is sent later stands where it belongs; a time that goes back does not break the line.
+    known.at = Math.max(known.at, Number.isNaN(said) ? Date.now() : said);
+    known.price = price;
+    if (this.#latest.size >= 40 && !this.#latest.has(symbol)) return;
+    this.#latest.set(symbol, known);
+    this.#chart.add(symbol, known.at, known.first ? (price / known.first - 1) * 100 : price);
+    this.stale = true;
+  }
+
+  draw() {
+    this.#chart.draw();
+    if (!this.stale) return;
+    this.stale = false;
+    for (const [symbol, { first, price }] of this.#latest) {
+      let row = this.#rows.get(symbol);
+      if (!row) {
+        const cells = [element("td"), element("td")];
+        const name = element(
+          "th",
+          { scope: "row" },
+          element("i", { className: `swatch series-${Math.min(this.#rows.size + 1, 8)}` }),
+          symbol,
+        );
+        this.#legend.append(element("tr", {}, name, ...cells));
+        this.#rows.set(symbol, (row = cells));
+      }
+      const change = first ? (price / first - 1) * 100 : 0;
+      row[0].textContent = price.toFixed(2);
+      const rounded = change.toFixed(2);
+      row[1].textContent = `${Number(rounded) < 0 ? "−" : "+"}${rounded.replace("-", "")} %`;
+    }
+  }
+}
+
+/** A task: how far it is, how fast it goes, how long it will take, what it says, and how it ended. */
+class Progress extends View {
+  static shows({ event }, json) {
+    return event === "progress" && typeof json?.done === "number";
+  }
+
+  follows = false;
+  #bar = element("progress", { max: 1, value: 0 });
+  #head = element("p", { className: "headline" });
+  #figures = element("p", { className: "muted" });
+  #end = element("p", { className: "ending" });
+  #result = element("pre");
+  #said = element("ol");
+  #latest = null;
+  #ended = null;
+  #messages = [];
+
+  constructor() {
+    super("Progress", "progress");
+    this.#bar.setAttribute("aria-label", "Progress");
+    this.element.append(this.#head, this.#bar, this.#figures, this.#end, this.#result, this.#said);
+  }
+
+  event(event, json) {
+    if (event.event === "progress") {
+      // What a step says of itself is said again with the next: it counts once.
+      if (json?.message && json.message !== this.#latest?.message) this.#messages.push(json.message);
+      this.#latest = json;
+    } else if (event.event === "message") this.#messages.push(json?.message ?? json?.text ?? event.data);
+    else if (event.event === "end") this.#ended = json ?? {};
+    this.#messages.splice(0, Math.max(0, this.#messages.length - 50));
+    this.stale = true;
+  }
+
+  draw() {
+    if (!this.stale || !this.#latest) return;
+    this.stale = false;
+    const { state, done, total, unit, rate, eta_seconds: eta } = this.#latest;
+    const ended = this.#ended?.state;
+    if (total) {
+      this.#bar.max = total;
+      this.#bar.value = done;
+    } else if (ended) this.#bar.value = this.#bar.max;
+    else this.#bar.removeAttribute("value"); // how much there is to do is not known
+    const share = total ? ` · ${Math.floor((100 * done) / total)} %` : "";
+    this.#head.textContent = `${ended ?? state ?? "running"}${share}`;
+    const parts = [`${number.format(done)}${total ? ` of ${number.format(total)}` : ""} ${unit ?? ""}`.trim()];
+    if (typeof rate === "number") parts.push(`${precise.format(rate)} ${unit ?? ""} a second`.replace("  ", " "));
+    if (typeof eta === "number" && !ended) parts.push(`about ${duration(eta * 1000)} left`);
+    this.#figures.textContent = parts.join(" · ");
+    this.element.dataset.state = ended ?? "running";
+    const { result, error } = this.#ended ?? {};
+    this.#end.textContent = error
+      ? typeof error === "string"
+        ? error
+        : (error.detail ?? error.message ?? JSON.stringify(error))
+      : "";
+    this.#result.textContent = result == null ? "" : JSON.stringify(result, null, 2);
+    this.#said.replaceChildren(...this.#messages.map((text) => element("li", {}, text)));
+  }
+}
+
+/** The words of a language model. */
+class Tokens extends View {
+  static shows({ event }, json) {
+    return (event === "token" && typeof json?.text === "string") || Array.isArray(json?.choices);
+  }
+
+  #text = "";
+  #count = 0;
+  #from = 0;
+  #to = 0;
+  #end = null;
+  #out = element("pre");
+
+  constructor() {
+    super("Text", "flow");
+    this.element.append(this.#out);
+  }
+
+  event({ event }, json) {
+    if (event === "end") this.#end = json;
+    const text = event === "token" ? json?.text : (json?.choices?.[0]?.delta?.content ?? "");
+    if (text) {
+      this.#text = (this.#text + text).slice(-TEXT);
+      this.#count++;
+      this.#to = performance.now();
+      this.#from ||= this.#to;
+    }
+    this.stale = true;
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    this.#out.textContent = this.#text;
+  }
+
+  kept() {
+    const seconds = (this.#to - this.#from) / 1000;
+    const said = [`${number.format(this.#count)} tokens`];
+    if (seconds > 0.2) said.push(`${precise.format((this.#count - 1) / seconds)} a second here`);
+    if (this.#end?.finish_reason) said.push(`ended by ${this.#end.finish_reason}`);
+    return said.join(" · ");
+  }
+}
+
+/** Lines of a log, with their levels, and only those with a text if one is asked for. */
+class Log extends List {
+  static shows(_, json) {
+    return typeof json?.level === "string" && typeof (json.line ?? json.message) === "string";
+  }
+
+  #filter = element("input", {
+    type: "search",
+    id: "filter",
+    placeholder: "only lines with this text",
+    spellcheck: false,
+  });
+  #out = element("div", { className: "lines" });
+  #matching = 0;
+
+  constructor() {
+    super("Log", "log");
+    this.#filter.addEventListener("input", () => (this.stale = true));
+    this.scroller = this.#out;
+    const label = element("label", { htmlFor: "filter" }, "Filter ");
+    this.element.append(element("div", { className: "filter" }, label, this.#filter), this.#out);
+  }
+
+  event({ event }, json) {
+    if (Log.shows(null, json)) this.add(json);
+    else this.add({ level: "", time: "", line: `— ${event} —` });
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    const wanted = this.#filter.value.toLowerCase();
+    const text = (row) => row.line ?? row.message;
+    const found = this.rows.filter((row) => `${row.level} ${text(row)}`.toLowerCase().includes(wanted));
+    this.#matching = found.length;
+    const rows = found.slice(-SHOWN).map((row) => {
+      const level = String(row.level).toUpperCase();
+      return element(
+        "div",
+        { className: `line level-${level.toLowerCase().replace(/\W/g, "")}` },
+        element("b", {}, level.slice(0, 8).padEnd(8)),
+        ` ${text(row)}`,
+      );
+    });
+    this.#out.replaceChildren(...rows);
+  }
+
+  kept() {
+    if (this.#filter.value)
+      return `${number.format(this.#matching)} of the last ${number.format(this.rows.length)} lines have the text.`;
+    return super.kept();
+  }
+}
+
+/** Two ways to do the same, measured: bars side by side, and the verdict. */
+class Comparison extends View {
+  static shows({ event }, json) {
+    return event === "measurement" && typeof json?.way === "string";
+  }
+
+  follows = false;
+  #measured = [];
+  #verdict = "";
+
+  constructor() {
+    super("Comparison", "comparison");
+  }
+
+  event(event, json) {
+    if (Comparison.shows(event, json)) this.#measured.push(json);
+    this.#measured.splice(0, this.#measured.length - 40);
+    if (event.event === "end") this.#verdict = json?.verdict ?? "";
+    this.stale = true;
+  }
+
+  draw() {
+    if (!this.stale) return;
+    this.stale = false;
+    const measures = [
+      ["ttfb_ms", "First byte", "ms"],
+      ["total_ms", "All of it", "ms"],
+      ["peak_rss_mb", "Peak memory", "MB"],
+      ["cpu_ms", "Processor", "ms"],
+      ["mb_per_s", "Throughput", "MB/s"],
+    ];
+    const sections = measures.map(([key, title, unit]) => {
+      const measured = this.#measured.filter((one) => typeof one[key] === "number");
+      const most = Math.max(...measured.map((one) => one[key]));
+      const rows = measured.map((one) => {
+        const bar = element("i", { className: `bar ${one.way === "streamed" ? "series-1" : "series-2"}` });
+        bar.style.width = `${most > 0 ? Math.max(0.5, (100 * one[key]) / most) : 0}%`;
+        const name = element(
+          "th",
+          { scope: "row" },
+          one.way,
+          " ",
+          element("small", {}, typeof one.rows === "number" ? `${number.format(one.rows)} rows` : ""),
+        );
+        return element(
+          "tr",
+          {},
+          name,
+          element("td", { className: "bars" }, bar),
+          element("td", { className: "number" }, `${precise.format(one[key])} ${unit}`),
+        );
+      });
+      return rows.length ? [element("table", {}, element("caption", {}, title), element("tbody", {}, ...rows))] : [];
+    });
+    this.element.replaceChildren(element("p", { className: "headline" }, this.#verdict), ...sections.flat());
+  }
+}

@@ -1,0 +1,905 @@
+"""The lab page in a real browser: every route runs from it, and what it says of a cut is true."""
+
+import asyncio
+import hashlib
+import json
+import re
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from conftest import REPOSITORY, EventStream, Running, free_port, starting_in
+from fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
+from playwright.async_api import Browser, Locator, Page, Response, async_playwright, expect
+from test_clients import BROWSERS, SWITCHES
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+Start = Callable[..., Running]
+Opened = Callable[..., Awaitable["Lab"]]
+
+STRANGER = '''
+    """A stranger's plugin: everything that the page has a view for, and streams that lie."""
+
+    import asyncio
+    import json
+    from typing import Literal
+
+    from aiohttp import web
+    from pydantic import BaseModel, Field
+    from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+
+    def event(data, name="", identity=""):
+        lines = [f"id: {identity}"] * bool(identity) + [f"event: {name}"] * bool(name) + [f"data: {json.dumps(data)}"]
+        return ("\\n".join(lines) + "\\n\\n").encode()
+
+
+    class Wanted(BaseModel):
+        count: int = Field(ge=1, le=9000, description="How many, as `3`.", examples=[3])
+        kind: Literal["plain", "fancy"] = "plain"
+        loud: bool = False
+        words: list[str] = Field([], max_length=4)
+
+
+    class Order(BaseModel):
+        """What is ordered."""
+
+        item: str = Field(max_length=20)
+
+        model_config = {"json_schema_extra": {"examples": [{"item": "tea"}]}}
+
+
+    class Place(BaseModel):
+        room: int = Field(ge=1, le=9, description="Which room.", examples=[4])
+
+
+    class Task(BaseModel):
+        state: Literal["running", "done", "failed"] = "running"
+
+
+    class Astray(BaseModel):
+        astray: str = Field("", max_length=3)
+
+
+    class Strange(Scenario):
+        """Things <b>nobody</b> has heard of."""
+
+        _cuts: int = 0
+
+        async def _send(self, request, *events):
+            async with open_stream(request, "text/event-stream") as response:
+                for one in events:
+                    await response.write(one)
+            return response
+
+        @endpoint("GET", "/strange/rooms/{room}", path_model=Place, query=Wanted, sends="application/json")
+        async def room(self, request, path, query):
+            """Tell what was asked for & <how>."""
+            return web.json_response({"room": path.room, "count": query.count, "kind": query.kind,
+                                      "loud": query.loud, "words": query.words})
+
+        @endpoint("POST", "/strange/orders", body=Order, sends="application/json", responses={201: "Kept."})
+        async def order(self, request, body):
+            return web.json_response({"kept": body.item}, status=201, headers={"Location": "/strange/rooms/7"})
+
+        @endpoint("GET", "/strange/task", query=Task, sends="text/event-stream")
+        async def task(self, request, query):
+            def step(done):
+                return event({"state": "running", "done": done, "total": 2000, "unit": "rows", "rate": 512.5,
+                              "eta_seconds": 12.0, "message": "copying"}, "progress", f"a:9-{done}")
+
+            steps = [step(0), event({"message": "half <done>"}, "message", "a:9-1"), step(1000)]
+            if query.state == "done":
+                steps += [step(2000), event({"state": "done", "result": {"rows": 2000}, "error": None}, "end")]
+            if query.state == "failed":
+                steps += [event({"state": "failed", "result": None, "error": "disk <full>"}, "end")]
+            return await self._send(request, *steps)
+
+        @endpoint("GET", "/strange/comparison", sends="text/event-stream")
+        async def comparison(self, request):
+            def measured(way, ttfb, memory):
+                return event({"way": way, "rows": 100000, "bytes": 5000000, "ttfb_ms": ttfb, "total_ms": 900.0,
+                              "peak_rss_mb": memory, "cpu_ms": 700.0, "mb_per_s": 5.5}, "measurement")
+
+            return await self._send(request, measured("buffered", 800.0, 400.0), measured("streamed", 8.0, 40.0),
+                                    event({"verdict": "Streamed: a hundredth of the wait."}, "end"))
+
+        @endpoint("GET", "/strange/burst", query=Wanted, sends="text/event-stream")
+        async def burst(self, request, query):
+            """Send prices, some 900 a second."""
+            async with open_stream(request, "text/event-stream") as response:
+                clock = asyncio.get_running_loop()
+                started = clock.time()
+                for first in range(0, query.count, 9):
+                    prices = [event({"symbol": "ABC"[n % 3], "price": 100 + n % 7}, identity=f"1-{n + 1}")
+                              for n in range(first, min(first + 9, query.count))]
+                    await response.write(b"".join(prices))
+                    await asyncio.sleep(max(0, started + first / 900 - clock.time()))
+            return response
+
+        @endpoint("GET", "/strange/forgets/{room}", path_model=Place, sends="text/event-stream")
+        async def forgets(self, request, path):
+            """Go on elsewhere than where the client was: `room` places further."""
+            last = int(request.headers.get("Last-Event-ID", "1-0").partition("-")[2])
+            first = last + path.room - 3 if last else 1
+            async with open_stream(request, "text/event-stream") as response:
+                for n in range(first, first + 6):
+                    await response.write(event({"n": n}, identity=f"1-{n}"))
+                await asyncio.sleep(3600)
+            return response
+
+        @endpoint("GET", "/strange/file", query=Astray, sends="application/octet-stream", responses={206: "A part."})
+        async def file(self, request, query):
+            """Send a file whose parts do not belong together."""
+            head = {"ETag": '"same"', "Accept-Ranges": "bytes", "Repr-Digest": "sha-256=:%s:" % ("A" * 43 + "=")}
+            if "Range" in request.headers:
+                start = int(request.headers["Range"].partition("=")[2].rstrip("-")) + ("astray" in request.query)
+                head["Content-Range"] = f"bytes {start}-199999/200000"
+                return web.Response(status=206, body=b"x" * (200000 - start), headers=head)
+            async with open_stream(request, "application/octet-stream", length=200000, headers=head) as response:
+                await response.write(b"y" * 100000)
+                await asyncio.sleep(3600)
+            return response
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Strange]
+'''
+
+BROKEN = """
+    from streamlab import Scenario, endpoint, hookimpl
+    import no_such_module_of_the_lab
+
+
+    class Broken(Scenario):
+        @endpoint("GET", "/broken/stream")
+        async def stream(self, request): ...
+"""
+
+LINES = "2026-01-01T00:00:00Z INFO up\n2026-01-01T00:00:01Z ERROR <b>down</b>\n2026-01-01T00:00:02Z WARNING slow\n"
+QUICK = "[scenarios.ticker]\ninterval = 0.05\n[scenarios.file]\nsample_mb = 3\n[scenarios.export]\nsample_rows = 2000\n"
+LOG = '[scenarios.logs.sources.app]\npath = "app.log"\n'
+
+
+@dataclass
+class Lab:
+    """The page, and what the browser has said about it."""
+
+    page: Page
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Locator:
+        """An element by its id: `lab.run`."""
+        return self.page.locator(f"#{name}")
+
+    async def put(self, route: str, **values: str) -> None:
+        """Put a route on the bench, and fill its form."""
+        await self.page.locator("#list").get_by_role("link", name=route, exact=True).click()
+        await expect(self.route).to_have_text(route)
+        for name, value in values.items():
+            control = self.page.locator(f"#field-{name}")
+            if await control.evaluate("control => control.tagName") == "SELECT":
+                await control.select_option(value)
+            else:
+                await control.fill(value)
+
+    async def cells(self, row: str) -> list[list[str]]:
+        rows = await self.page.locator(f".panel:not([hidden]) {row}").all()
+        return [await one.locator("th, td").all_text_contents() for one in rows]
+
+    async def text(self) -> str:
+        """Everything that has come, from the tab that shows it as it is."""
+        await self.page.get_by_role("tab", name="Bytes").click()
+        return await self.page.locator(".panel:not([hidden]) pre").inner_text()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """One for all tests, since it takes a second to start; each has a page, and a profile, of its own."""
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def opened(browser: Browser) -> AsyncIterator[Opened]:
+    """Open the lab of a server. At the end nothing may have been refused by its policy, or asked of another server."""
+    labs: list[tuple[Lab, str]] = []
+
+    async def opening(server: Running, address: str = "/", **options: Any) -> Lab:
+        page = await browser.new_page(**options)
+        lab = Lab(page)
+        labs.append((lab, server.url))
+        page.on("request", lambda request: lab.requests.append(request.url))
+        page.on("console", lambda message: lab.complaints.append(message.text))
+        page.on("pageerror", lambda error: lab.complaints.append(str(error)))
+        await page.goto(server.url + address)
+        await expect(page.locator("#bench")).not_to_have_attribute("aria-busy", "true")
+        return lab
+
+    yield opening
+    for lab, url in labs:
+        await lab.page.close()
+        assert [request for request in lab.requests if not request.startswith((url + "/", "data:"))] == []
+        assert lab.complaints == []
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with what ships and the stranger's plugin, for the tests that leave it as it is."""
+    base = tmp_path_factory.mktemp("lab")
+    (base / "app.log").write_text(LINES)
+    with starting_in(base) as start:
+        yield start(QUICK + LOG, strange=STRANGER)
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, FakeUpstream]]:
+    """A server whose model says three words, or one and then nothing more where the prompt is `stall`."""
+    base = tmp_path_factory.mktemp("talking")
+    with fake_upstream({"default": speak, "stall": stall}) as upstream, starting_in(base) as start:
+        yield start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "fake-1"\n'), upstream
+
+
+def speak(exchange: Exchange) -> None:
+    exchange.answer(event("Strea"), event("ming"), event(" <b>is</b> fun"), FINISH, USED, DONE)
+
+
+def stall(exchange: Exchange) -> None:
+    exchange.begin()
+    exchange.tell(event("one"))
+    exchange.wait_until_left()
+
+
+def offsets(text: str) -> list[int]:
+    return [int(offset) for offset in re.findall(r"^id: .*?-(\d+)$", text, re.MULTILINE)]
+
+
+# -- what ships
+
+
+async def test_a_newcomer_presses_run_and_sees_prices(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await expect(lab.route).to_have_text("GET /stream/stock-ticker")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("Running.")
+    await expect(lab.page.locator(".legend tbody tr")).to_have_count(5)
+    await expect(lab.status).to_have_text("200")
+    await expect(lab.streams).to_have_text("1")
+    await expect(lab.memory).to_have_text(re.compile(r"^\d+\.\d MB$"))
+    await lab.stop.click()
+    await expect(lab.state).to_have_text("Stopped.")
+    await expect(lab.streams).to_have_text("0")
+
+
+async def test_the_ticker_runs(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /stream/stock-ticker", symbols="AAPL\nMSFT", limit="6")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.count).to_have_text("6")
+    assert [row[0] for row in await lab.cells(".legend tbody tr")] == ["AAPL", "MSFT"]
+    text = await lab.text()
+    assert await lab.bytes.text_content() == f"{len(text.encode())} B"
+    prices = [json.loads(line) for line in re.findall(r"^data: (.*)$", text, re.MULTILINE)]
+    assert [price["symbol"] for price in prices] == ["AAPL", "MSFT"] * 3
+    await lab.page.get_by_role("tab", name="Prices").click()
+    shown = [row[1] for row in await lab.cells(".legend tbody tr")]
+    assert shown == [f"{price['price']:.2f}" for price in prices[-2:]]
+
+
+async def test_the_logs_run_with_levels_and_a_filter(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /stream/live-logs", source="app", tail="3", limit="3")
+    await lab.run.click()
+    await expect(lab.page.locator(".line")).to_have_text(
+        [
+            "INFO     2026-01-01T00:00:00Z INFO up",
+            "ERROR    2026-01-01T00:00:01Z ERROR <b>down</b>",
+            "WARNING  2026-01-01T00:00:02Z WARNING slow",
+        ]
+    )
+    await expect(lab.page.locator(".level-error")).to_have_count(1)
+    await lab.page.get_by_label("Filter").fill("DOWN")
+    await expect(lab.page.locator(".line")).to_have_text(["ERROR    2026-01-01T00:00:01Z ERROR <b>down</b>"])
+    await expect(lab.kept).to_have_text("1 of the last 3 lines have the text.")
+
+
+async def test_an_export_is_a_table_in_every_form(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    server = lab.page.url.rstrip("/")
+    await lab.put("GET /export/{name}/{format}", name="data", columns="id,name", limit="300")
+    await expect(lab.curl).to_have_text(f"curl -OJ '{server}/export/data/csv?columns=id%2Cname&limit=300'")
+    tables = []
+    for form in ("csv", "jsonl"):
+        await lab.page.locator("#field-format").select_option(form)
+        await lab.run.click()
+        await expect(lab.state).to_have_text("Done: the server has said all.")
+        await expect(lab.kept).to_have_text("The last 200 of 300.")
+        tables.append(await lab.cells("tr"))
+    assert [row[0] for row in tables[0]] == ["id", *map(str, range(101, 301))]
+    assert tables[0] == tables[1]
+    assert any('"' in row[1] for row in tables[0])  # quotes, which CSV writes twice
+    await lab.page.locator("#field-format").select_option("json")
+    await lab.run.click()
+    name = json.dumps(tables[0][-1][1], ensure_ascii=False)
+    await expect(lab.page.locator(".panel:not([hidden]) pre")).to_contain_text(f'"name": {name}')
+    await lab.put("GET /stream/database-results", limit="3")
+    await lab.page.get_by_label("Accept").select_option("text/event-stream")
+    await lab.run.click()
+    await expect(lab.page.get_by_role("tab", name="Table")).to_be_visible()
+    await expect(lab.page.locator(".panel:not([hidden]) tbody tr")).to_have_count(3)
+    await expect(lab.curl).to_have_text(
+        f"curl -N -H 'Accept: text/event-stream' '{server}/stream/database-results?limit=3'"
+    )
+
+
+async def test_binary_is_shown_as_its_size_and_its_ends(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /download/large-file")
+    await lab.page.get_by_label("Read at").select_option("full speed")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("Done: the server has said all.")
+    content = (shared.base / "var/files/large-file.bin").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    await expect(lab.verdict).to_have_text(
+        f"Nothing was lost: 3,000,000 bytes in one piece, and their SHA-256 {digest[:8]}…{digest[-8:]} "
+        "is the server's own."
+    )
+    rows = (await lab.page.locator(".panel:not([hidden]) pre").inner_text()).split("\n")
+    shown = {int(row[:8], 16): bytes.fromhex(row[10:57].strip()) for row in rows if row != "…"}
+    assert len(rows) == 33
+    assert all(content[at : at + 16] == found for at, found in shown.items())
+    assert max(shown) == 3_000_000 - 16
+    await expect(lab.kept).to_have_text(
+        "3.00 MB (3,000,000 bytes): the first 256 and the last; nothing between is kept."
+    )
+
+
+async def test_words_of_a_model_flow(talking: tuple[Running, FakeUpstream], opened: Opened) -> None:
+    lab = await opened(talking[0])
+    for route, told in [
+        ("GET /ai/chat-stream", ""),
+        ("POST /ai/chat-stream", ""),
+        ("GET /ai/chat-stream-sse", "3 tokens"),
+        ("POST /v1/chat/completions", "3 tokens"),
+    ]:
+        await lab.put(route)
+        await lab.run.click()
+        await expect(lab.page.get_by_role("tab", selected=True)).to_have_text("Text")
+        await expect(lab.page.locator(".flow pre")).to_have_text("Streaming <b>is</b> fun")
+        await expect(lab.state).to_have_text("Done: the server has said all.")
+        await expect(lab.kept).to_contain_text(told)
+
+
+# -- cut and resume
+
+
+async def test_a_cut_event_stream_is_resumed_and_nothing_is_lost(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.run.click()
+    await expect(lab.count).to_have_text(re.compile(r"\d{2}"))
+    await lab.cut.click()
+    await expect(lab.state).to_have_text("Cut.")
+    await expect(lab.streams).to_have_text("0")
+    asks = await lab.verdict.text_content()
+    (last,) = re.findall(r"^Resume asks for what follows \(Last-Event-ID: (\d+-\d+)\)\.$", asks or "")
+
+    def others() -> list[str]:
+        with EventStream(shared, "/stream/stock-ticker?limit=20", after=last) as beside:
+            return [received.id for received in beside.take(20)]
+
+    meanwhile = await asyncio.to_thread(others)  # published while the page was away
+    before, after = (int(identity.partition("-")[2]) for identity in (last, meanwhile[-1]))
+    await expect(lab.resume).to_be_focused()
+    await lab.page.keyboard.press("Enter")
+    await expect(lab.verdict).to_have_attribute("data-mark", "good")
+    await expect(lab.verdict).to_contain_text(f"after offset {before} came {before + 1},")
+    await lab.page.get_by_role("tab", name="Events").click()
+    await expect(lab.page.get_by_role("cell", name=meanwhile[-1], exact=True)).to_be_visible()
+    await lab.stop.click()
+    came = offsets(await lab.text())
+    assert came == list(range(came[0], came[-1] + 1))
+    assert came[0] < before < after <= came[-1]
+    verdict = await lab.verdict.text_content()
+    assert f"all {len(came):,} events from {came[0]} to {came[-1]} came once, in order." in (verdict or "")
+    await expect(lab.heard).to_have_text(re.compile("^Nothing was lost"))
+
+
+async def test_a_cut_download_is_resumed_and_is_the_file(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /download/large-file")
+    await lab.page.get_by_label("Read at").select_option("1 MB/s")
+    await lab.run.click()
+    await expect(lab.bytes).to_have_text(re.compile("kB$"))
+    async with lab.page.expect_request(f"{shared.url}/download/large-file") as asked:
+        await lab.cut.click()
+        await expect(lab.verdict).to_contain_text("Resume asks for what follows (Range: bytes=")
+        await lab.page.get_by_label("Read at").select_option("full speed")
+        await lab.resume.click()
+    headers = (await asked.value).headers
+    (begins,) = re.findall(r"^bytes=(\d+)-$", headers["range"])
+    assert 0 < int(begins) < 3_000_000
+    assert headers["if-range"] == shared.get("/download/large-file", method="HEAD")[1]["etag"]
+    digest = hashlib.sha256((shared.base / "var/files/large-file.bin").read_bytes()).hexdigest()
+    await expect(lab.verdict).to_have_text(
+        f"Nothing was lost: 3,000,000 bytes in 2 pieces, and their SHA-256 {digest[:8]}…{digest[-8:]} "
+        "is the server's own."
+    )
+    await expect(lab.status).to_have_text("206")
+
+
+async def test_a_file_that_changed_is_not_mixed_with_what_came(start: Start, opened: Opened) -> None:
+    server = await asyncio.to_thread(start, QUICK)
+    lab = await opened(server)
+    await lab.put("GET /download/large-file")
+    await lab.page.get_by_label("Read at").select_option("1 MB/s")
+    await lab.run.click()
+    await expect(lab.bytes).to_have_text(re.compile("kB$"))
+    await lab.cut.click()
+    await expect(lab.resume).to_be_enabled()
+    (server.base / "var/files/large-file.bin").write_bytes(b"new" * 200_000)
+    await lab.page.get_by_label("Read at").select_option("100 kB/s")
+    await lab.resume.click()
+    await expect(lab.verdict).to_have_text(
+        "The file has changed since: the server sends the new one from its first byte, and mixes nothing."
+    )
+    await lab.page.get_by_label("Read at").select_option("full speed")
+    await expect(lab.verdict).to_contain_text("Nothing was lost: 600,000 bytes in one piece")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+async def test_the_page_comes_back_by_itself_when_the_server_went_away(start: Start, opened: Opened, how: int) -> None:
+    port = free_port()
+    server = await asyncio.to_thread(start, QUICK, port=port)
+    lab = await opened(server)
+    await lab.run.click()
+    await expect(lab.count).to_have_text(re.compile(r"\d{2}"))
+    await asyncio.to_thread(server.terminate, how)
+    await expect(lab.state).to_have_text(re.compile(r"Coming back in \d+\.\d s \(try \d+\)\.$"))
+    await asyncio.to_thread(start, QUICK, port=port)
+    await expect(lab.verdict).to_have_attribute("data-mark", "good", timeout=20_000)
+    await expect(lab.state).to_have_text("Running.")
+    await lab.stop.click()
+    came = offsets(await lab.text())
+    assert came == list(range(came[0], came[-1] + 1))
+    lab.complaints.clear()  # the browser itself complains of a server that is not there
+
+
+async def test_the_verdict_on_a_server_that_forgets_is_not_kind(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    for further, mark, verdict in [
+        ("4", "good", "Nothing was lost: after offset 6 came 7, and all 12 events from 1 to 12 came once, in order."),
+        ("9", "bad", "5 events missing: after offset 6 came 12."),
+        ("3", "bad", "1 event came twice."),
+        ("2", "bad", "2 events came twice."),
+    ]:
+        await lab.put("GET /strange/forgets/{room}", room=further)
+        await lab.run.click()
+        await expect(lab.count).to_have_text("6")
+        await lab.cut.click()
+        await lab.resume.click()
+        await expect(lab.count).to_have_text("12")
+        await expect(lab.verdict).to_have_text(verdict)
+        await expect(lab.verdict).to_have_attribute("data-mark", mark)
+
+
+async def test_the_verdict_on_a_view_that_leaves_events_out_claims_no_more_than_it_knows(
+    shared: Running, opened: Opened
+) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /stream/stock-ticker", symbols="AAPL")
+    await lab.run.click()
+    await expect(lab.count).to_have_text(re.compile(r"^\d{2}$"))
+    await lab.cut.click()
+    await lab.resume.click()
+    await expect(lab.verdict).to_have_text(
+        re.compile(
+            r"^None twice, and no gap reported: after offset \d+ came \d+\. More is not proven, since this view leaves "
+            r"events out: offsets jump without a cut, too\.$"
+        )
+    )
+    await expect(lab.verdict).to_have_attribute("data-mark", "")
+
+
+async def test_the_verdict_on_parts_that_do_not_belong_together_is_not_kind(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /strange/file")
+    await lab.run.click()
+    await expect(lab.bytes).to_have_text("100.0 kB")
+    await lab.cut.click()
+    await lab.resume.click()
+    mixed = hashlib.sha256(b"y" * 100_000 + b"x" * 100_000).hexdigest()
+    await expect(lab.verdict).to_have_text(
+        f"The SHA-256 of the 2 pieces is {mixed[:8]}…{mixed[-8:]}, and not the server's."
+    )
+    await expect(lab.verdict).to_have_attribute("data-mark", "bad")
+
+
+async def test_a_server_that_goes_on_elsewhere_is_not_listened_to(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /strange/file", astray="yes")
+    await lab.run.click()
+    await expect(lab.bytes).to_have_text("100.0 kB")
+    await lab.cut.click()
+    await lab.resume.click()
+    await expect(lab.state).to_have_text("The server went on at another byte than it was asked for.")
+    await expect(lab.verdict).to_have_text("Asked for byte 100,000, the server went on at 100,001.")
+    await expect(lab.verdict).to_have_attribute("data-mark", "bad")
+    await expect(lab.bytes).to_have_text("100.0 kB")
+
+
+async def test_what_cannot_be_resumed_says_so(talking: tuple[Running, FakeUpstream], opened: Opened) -> None:
+    server, upstream = talking
+    lab = await opened(server)
+    await lab.put("GET /ai/chat-stream", prompt="stall")
+    await lab.run.click()
+    await expect(lab.page.locator(".flow pre")).to_have_text("one")
+    await lab.cut.click()
+    await expect(lab.verdict).to_have_text(
+        "This answer cannot be resumed: it has neither event ids nor ranges. What came is a part."
+    )
+    await expect(lab.resume).to_be_disabled()
+    assert await asyncio.to_thread(upstream.exchanges[-1].closed.wait, 10)  # the cut has reached the source
+
+
+# -- a stranger's plugin
+
+
+async def test_the_form_of_a_stranger_is_what_its_models_say(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /strange/rooms/{room}")
+    await expect(lab.summary).to_have_text("Tell what was asked for & <how>.")
+    fields = lab.page.locator("#fields > .grid .field")
+    assert [re.sub(r"\s+", " ", text) for text in await fields.all_text_contents()] == [
+        "room (needed)Which room. Integer, 1 to 9.",
+        "count (needed)How many, as 3. Integer, 1 to 9,000.",
+        "kindplain (default)plainfancy",
+        "loudfalse (default)true",
+        "wordsOne a line.",
+    ]
+    assert [await control.input_value() for control in await fields.locator("input, select, textarea").all()] == [
+        "4", "3", "", "", "",
+    ]  # fmt: skip
+    await expect(lab.curl).to_have_text(f"curl -N '{shared.url}/strange/rooms/4?count=3'")
+    await lab.put("GET /strange/rooms/{room}", count="5", kind="fancy", loud="true", words="a b\nc&d")
+    await expect(lab.curl).to_have_text(
+        f"curl -N '{shared.url}/strange/rooms/4?count=5&kind=fancy&loud=true&words=a+b&words=c%26d'"
+    )
+    await lab.run.click()
+    await expect(lab.page.locator(".panel:not([hidden]) pre")).to_have_text(
+        json.dumps({"room": 4, "count": 5, "kind": "fancy", "loud": True, "words": ["a b", "c&d"]}, indent=2)
+    )
+
+
+async def test_the_command_does_what_the_page_does(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("POST /strange/orders")
+    await expect(lab.body).to_have_value('{"item":"tea"}')
+    await lab.body.fill('{"item": "it\'s $HOME"}')
+    await lab.run.click()
+    await expect(lab.status).to_have_text("201")
+    shown = await lab.text()
+    await lab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await lab.copy.click()
+    await expect(lab.copy).to_have_text("Copied")
+    assert await lab.page.evaluate("navigator.clipboard.readText()") == await lab.curl.text_content()
+    if shutil.which("curl"):
+        command = (await lab.curl.text_content() or "").replace("curl ", "curl -s ", 1)
+        process = await asyncio.create_subprocess_exec("sh", "-c", command, stdout=asyncio.subprocess.PIPE)
+        assert (await process.communicate())[0].decode() == shown == '{"kept": "it\'s $HOME"}'
+
+
+async def test_a_refusal_is_told_at_the_field_it_is_about(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /strange/rooms/{room}", count="0", room="12")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("The server refused.")
+    await expect(lab.page.locator("[aria-invalid=true]")).to_have_count(2)
+    await expect(lab.page.locator("#field-count-fault")).to_have_text("input should be greater than or equal to 1")
+    await expect(lab.page.locator(".refusal h3")).to_have_text("422 Unprocessable Entity")
+    await lab.put("GET /strange/rooms/{room}", count="1", room="2")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.page.locator("[aria-invalid=true]")).to_have_count(0)
+    (complaint,) = lab.complaints
+    assert "422 (Unprocessable Entity)" in complaint  # the browser's own line on any such status
+    lab.complaints.clear()
+
+
+async def test_where_an_answer_points_can_be_put_on_the_bench(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("POST /strange/orders")
+    await lab.run.click()
+    await lab.page.get_by_role("button", name="Open /strange/rooms/7").click()
+    await expect(lab.page).to_have_url(f"{shared.url}/#GET/strange/rooms/{{room}}")
+    await expect(lab.route).to_have_text("GET /strange/rooms/{room}")
+    await expect(lab.page.locator("#field-room")).to_have_value("7")
+
+
+async def test_a_task_is_a_bar_with_rate_and_time_left(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /strange/task")
+    await lab.run.click()
+    panel = lab.page.locator(".progress")
+    await expect(panel.locator(".headline")).to_have_text("running · 50 %")
+    await expect(panel.locator("progress")).to_have_js_property("value", 1000)
+    await expect(panel.locator("progress")).to_have_js_property("max", 2000)
+    await expect(panel.locator(".muted")).to_have_text("1,000 of 2,000 rows · 512.5 rows a second · about 12.0 s left")
+    await expect(panel.locator("li")).to_have_text(["copying", "half <done>"])
+    await lab.put("GET /strange/task", state="done")
+    await lab.run.click()
+    await expect(panel.locator(".headline")).to_have_text("done · 100 %")
+    await expect(panel.locator(".muted")).to_have_text("2,000 of 2,000 rows · 512.5 rows a second")
+    await expect(panel.locator("pre")).to_have_text('{ "rows": 2000 }')
+    await lab.put("GET /strange/task", state="failed")
+    await lab.run.click()
+    await expect(panel.locator(".headline")).to_have_text("failed · 50 %")
+    await expect(panel.locator(".ending")).to_have_text("disk <full>")
+
+
+async def test_a_comparison_is_bars_side_by_side(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.put("GET /strange/comparison")
+    await lab.run.click()
+    panel = lab.page.locator(".comparison")
+    await expect(panel.locator(".headline")).to_have_text("Streamed: a hundredth of the wait.")
+    await expect(panel.locator("caption")).to_have_text(
+        ["First byte", "All of it", "Peak memory", "Processor", "Throughput"]
+    )
+    await expect(panel.locator("table").first.locator("tr")).to_have_text(
+        ["buffered 100,000 rows800 ms", "streamed 100,000 rows8 ms"]
+    )
+    widths = await panel.locator(".bar").evaluate_all("bars => bars.map(bar => bar.style.width)")
+    assert widths[:2] + widths[4:6] == ["100%", "1%", "100%", "10%"]
+
+
+async def test_a_plugin_that_failed_is_listed_with_the_reason(start: Start, opened: Opened) -> None:
+    lab = await opened(await asyncio.to_thread(start, tracebacks=True, broken=BROKEN))
+    failed = lab.page.locator("#list .failed")
+    await expect(failed).to_contain_text("needs the Python module 'no_such_module_of_the_lab'")
+    await expect(failed.locator("li")).to_have_text("GET /broken/stream")
+
+
+FAILS_AT_START = """
+    from streamlab import Scenario, endpoint, follow, hookimpl
+    from pydantic import BaseModel
+
+
+    class Resumable(BaseModel):
+        last_event_id: str = ""
+
+
+    class Doomed(Scenario):
+        @endpoint("GET", "/doomed", query=Resumable, sends="text/event-stream")
+        async def watch(self, request, query): ...
+
+        @hookimpl
+        def lifespan(self, app):
+            raise RuntimeError("no disk")
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Doomed]
+"""
+
+
+async def test_what_is_out_of_service_does_not_welcome_a_newcomer(start: Start, opened: Opened) -> None:
+    lab = await opened(await asyncio.to_thread(start, QUICK, tracebacks=True, doomed=FAILS_AT_START))
+    await expect(lab.page.locator("#list .failed li")).to_have_text("GET /doomed")
+    await expect(lab.route).to_have_text("GET /stream/stock-ticker")
+
+
+# -- its modules, one by one
+
+PARSE = """
+    async pieces => {
+        const { EventStreamParser } = await import("/assets/sse.js");
+        const parser = new EventStreamParser();
+        const events = pieces.flatMap(piece => [...parser.feed(piece)]);
+        return [events.map(({ id, event, data }) => [id, event, data]), parser.lastId, parser.retry];
+    }
+"""
+
+
+async def test_an_event_stream_is_read_alike_wherever_it_is_cut(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    stream = (
+        "\ufeff: hello\r\n\r\nid: 1-1\r\ndata: one\r\ndata:  two\r\n\r\n"
+        "event: cr\rdata\rdata:\r\rid: 1-\0\ndata: nul\nretry: x1\nretry: 250\nunknown: z\n\n"
+        "id: 1-2\nevent: empty\n\ndata: \u2028 is no line end\n\nid\ndata: none\n\ndata: never ended\n"
+    )
+    expected = [
+        [
+            ["1-1", "message", "one\n two"],
+            ["1-1", "cr", "\n"],
+            ["1-1", "message", "nul"],
+            ["1-2", "message", "\u2028 is no line end"],
+            ["", "message", "none"],
+        ],
+        "",
+        250,
+    ]
+    cuts: list[list[str]] = [[stream], list(stream)]
+    cuts += [[stream[:at], stream[at:]] for at in range(len(stream))]
+    for pieces in cuts:
+        assert await lab.page.evaluate(PARSE, pieces) == expected
+
+
+async def test_the_digest_of_pieces_is_sha_256(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    sizes = [*range(132), 1000, 65537]
+    digests = await lab.page.evaluate(
+        """async sizes => {
+            const { Sha256 } = await import("/assets/proof.js");
+            return sizes.map(size => {
+                const bytes = Uint8Array.from({ length: size }, (_, at) => at * 7);
+                const hash = new Sha256();
+                for (let from = 0, step = 1; from < size; from += step++)
+                    hash.update(bytes.subarray(from, from + step));
+                return [...hash.digest()];
+            });
+        }""",
+        sizes,
+    )
+    expected = [hashlib.sha256(bytes(at * 7 % 256 for at in range(size))).digest() for size in sizes]
+    assert [bytes(digest) for digest in digests] == expected
+
+
+# -- the page itself
+
+WATCH = """
+    window.shifts = [];
+    window.violations = [];
+    new PerformanceObserver(list => window.shifts.push(...list.getEntries().map(entry => entry.value)))
+        .observe({ type: "layout-shift", buffered: true });
+    document.addEventListener("securitypolicyviolation", event => window.violations.push(event.blockedURI));
+"""
+
+
+async def test_900_points_a_second_move_nothing_and_lose_nothing(shared: Running, browser: Browser) -> None:
+    page = await browser.new_page(viewport={"width": 1280, "height": 800})
+    await page.add_init_script(WATCH)
+    await page.goto(f"{shared.url}/lab#GET/strange/burst")
+    lab = Lab(page)
+    await expect(lab.route).to_have_text("GET /strange/burst")
+    await page.locator("#field-count").fill("2700")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("Running.")
+    await page.evaluate("window.shifts.length = 0")
+    await expect(lab.state).to_have_text("Done: the server has said all.", timeout=15_000)
+    await expect(lab.count).to_have_text("2,700")
+    assert await page.locator(".legend tbody tr").count() == 3
+    assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
+    painted = await page.locator(".prices canvas").evaluate(
+        "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)"
+    )
+    assert painted
+
+
+async def test_the_page_is_light_and_there_at_once(shared: Running, browser: Browser) -> None:
+    page = await browser.new_page()
+    await page.add_init_script(WATCH)
+    responses: list[Response] = []
+    page.on("response", lambda response: responses.append(response))
+    paints = []
+    for _ in range(3):
+        responses.clear()
+        await page.goto(f"{shared.url}/lab")
+        await expect(page.locator("#bench")).not_to_have_attribute("aria-busy", "true")
+        paints.append(
+            await page.evaluate(
+                "performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)[0]"
+            )
+        )
+        assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
+        if len(paints) == 1:  # the others come out of the browser's cache
+            sizes = {response.url: len(await response.body()) for response in responses}
+    assert sum(sizes.values()) < 150_000, sizes
+    assert len(sizes) > 10
+    assert min(paints) < 500
+
+
+async def test_the_policy_of_the_page_is_strict(shared: Running) -> None:
+    for path in ("/", "/lab"):
+        policy = shared.get(path, {"Accept": "text/html"})[1]["content-security-policy"]
+        assert policy == (
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+
+async def test_without_javascript_the_page_lists_every_route_with_its_command(
+    shared: Running, browser: Browser
+) -> None:
+    page = await browser.new_page(java_script_enabled=False)
+    await page.goto(shared.url)
+    await expect(page.locator("#bench")).not_to_be_visible()
+    document = json.loads(shared.get("/openapi.json")[2])
+    routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
+    names = await page.locator("#list li a").all_text_contents()
+    assert sorted(names) == sorted(routes)
+    commands = [line.strip() for line in shared.get("/")[2].decode().splitlines() if line.startswith("     curl")]
+    shown = page.locator("#list pre")
+    assert [await one.inner_text() for one in await shown.all() if await one.is_visible()] == commands
+
+
+LOOK = """
+    async key => {
+        location.hash = key;
+        const route = document.getElementById("route");
+        while (route.textContent.replace(" ", "") !== key) await new Promise(done => setTimeout(done));
+        const unnamed = [...document.querySelectorAll("input, select, textarea, button")]
+            .filter(one => !(one.labels?.length || one.textContent.trim()));
+        return [route.textContent, document.documentElement.scrollWidth, unnamed.map(one => one.outerHTML)];
+    }
+"""
+
+
+async def test_every_route_fits_on_a_phone_and_every_control_has_a_name(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared, viewport={"width": 360, "height": 740}, color_scheme="dark")
+    document = json.loads(shared.get("/openapi.json")[2])
+    routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
+    assert len(routes) > 20
+    for route in routes:
+        found = await lab.page.evaluate(LOOK, route.replace(" ", ""))
+        assert found == [route, 360, []]
+
+
+async def test_a_route_is_chosen_and_run_by_the_keyboard_alone(shared: Running, opened: Opened) -> None:
+    lab = await opened(shared)
+    await lab.page.locator("#list").get_by_role("link", name="GET /health", exact=True).focus()
+    await lab.page.keyboard.press("Enter")
+    await expect(lab.route).to_have_text("GET /health")
+    await expect(lab.bench).to_be_focused()
+    await lab.page.keyboard.press("Tab")
+    await expect(lab.copy).to_be_focused()
+    outline = await lab.copy.evaluate("button => getComputedStyle(button).outlineStyle")
+    assert outline == "solid"
+    await lab.page.keyboard.press("Tab")
+    await lab.page.keyboard.press("Enter")
+    await expect(lab.state).to_have_text("Done: the server has said all.")
+    tabs = lab.page.get_by_role("tab")
+    await tabs.first.focus()
+    await lab.page.keyboard.press("ArrowRight")
+    await expect(tabs.nth(1)).to_be_focused()
+    await expect(tabs.nth(1)).to_have_attribute("aria-selected", "true")
+
+
+def palettes() -> Iterator[dict[str, str]]:
+    for block in re.findall(r":root \{(.*?)\}", (REPOSITORY / "streamlab/web/site.css").read_text(), re.DOTALL):
+        yield dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb`. Source: WCAG 2.2."""
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+async def test_text_of_every_colour_can_be_read_on_every_ground_in_light_and_dark() -> None:
+    light, dark = palettes()
+    for palette in (light, light | dark):
+        inks = ["ink", "muted", "mark", "good", "warn", "bad"]
+        pairs = [(ink, ground) for ink in inks for ground in ("paper", "panel", "code")]
+        pairs += [("on-mark", "mark"), *((f"series-{number}", "panel") for number in range(1, 9))]
+        faint = {pair: contrast(palette[pair[0]], palette[pair[1]]) for pair in pairs}
+        assert {pair: ratio for pair, ratio in faint.items() if ratio < 4.5} == {}
