@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check bench-file bench-events bench-export bench-llm bench-progress lock clean
+.PHONY: help run test lint format check screenshot bench-file bench-events bench-export bench-llm bench-progress lock clean
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -25,6 +25,9 @@ format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff format
 
 check: lint test  ## lint, types and tests
+
+screenshot: $(VENV)/dev.stamp  ## take docs/lab.png anew, the picture of README (needs port 8000)
+	@$(BIN)/python docs/screenshot.py
 
 bench-file: $(VENV)/bench.stamp  ## measure downloads beside FastAPI, Starlette and nginx
 	@$(BIN)/python -m bench.file $(ARGS)

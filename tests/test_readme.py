@@ -69,6 +69,15 @@ def test_configuration_of_readme_is_valid(tmp_path: Path, table: str) -> None:
     assert app is not None
 
 
+def test_every_picture_is_there_and_small() -> None:
+    pictures = re.findall(r"!\[.+\]\((.+)\)", README)
+    assert pictures
+    for picture in pictures:
+        content = (REPOSITORY / picture).read_bytes()
+        assert content.startswith(b"\x89PNG\r\n")
+        assert len(content) < 150_000
+
+
 def test_there_are_curl_lines() -> None:
     assert len(CURLS) >= 12
 
