@@ -20,7 +20,7 @@ function operation(method, path, declared, document) {
     parameters: (declared.parameters ?? []).map(parameter),
     body: declared.requestBody ? body(declared.requestBody, document) : null,
     media,
-    accept: accepted(words) ?? "",
+    accept: accepted(words) ?? media.find((one) => one === "text/event-stream") ?? "", // the one with views of its own
     ranges: "206" in declared.responses,
     words,
   };
@@ -50,14 +50,16 @@ function accepted(words) {
 }
 
 /**
- * The route that a newcomer meets first: an event stream that needs nothing, can be resumed, and asks the least.
+ * The route that a newcomer meets first: an event stream that needs nothing, has no end of its own, can be resumed, and
+ * asks the least.
  */
 export function simplest(operations) {
   const ready = operations.filter(
     ({ method, parameters, media }) =>
       method === "GET" && media.join() === "text/event-stream" && !parameters.some(({ required }) => required),
   );
-  const resumable = ready.filter(({ parameters }) => parameters.some(({ name }) => name === "last_event_id"));
+  const takes = (name) => ({ parameters }) => parameters.some((parameter) => parameter.name === name);
+  const resumable = ready.filter(takes("last_event_id")).filter(takes("limit"));
   const fewest = (one, other) => one.parameters.length - other.parameters.length;
   return resumable.sort(fewest)[0] ?? ready.sort(fewest)[0] ?? operations[0];
 }

@@ -197,6 +197,7 @@ class Text extends View {
     this.stale = false;
     this.#trim();
     this.#out.textContent = this.#parts[0];
+    this.element.classList.toggle("columns", / {3}\S/.test(this.#parts[0])); // a table is laid out with spaces
   }
 
   kept() {
@@ -536,8 +537,9 @@ class Progress extends View {
 
   event(event, json) {
     if (event.event === "progress") {
-      // What a step says of itself is said again with the next: it counts once.
-      if (json?.message && json.message !== this.#latest?.message) this.#messages.push(json.message);
+      // What a step says of itself is said again with the next, and may have been said in an event of its own.
+      const { message } = json ?? {};
+      if (message && message !== this.#latest?.message && message !== this.#messages.at(-1)) this.#messages.push(message);
       this.#latest = json;
     } else if (event.event === "message") this.#messages.push(json?.message ?? json?.text ?? event.data);
     else if (event.event === "end") this.#ended = json ?? {};
