@@ -103,6 +103,7 @@ export class Run {
     if (this.#parser) {
       this.#parser.reconnect();
       headers["Last-Event-ID"] = this.#parser.lastId;
+      headers["Accept"] = "text/event-stream"; // that place may have other forms
       // A stream with a place of its own is gone back to there: the first request might begin another one.
       if (this.#location) again.url = this.#location;
     } else Object.assign(headers, { Range: `bytes=${this.proof.received}-`, "If-Range": this.#validator });

@@ -75,7 +75,9 @@ export class Output {
   event(event, json) {
     const events = this.#views.find((view) => view instanceof Events);
     for (const view of this.#views) view.event(event, json);
-    if (this.#views[0] !== events) return;
+    // A comparison may tell its progress before what it has measured.
+    const late = this.#views[0] instanceof Progress && Comparison.shows(event, json);
+    if (this.#views[0] !== events && !late) return;
     const Rich = [Prices, Progress, Tokens, Log, Comparison, Rows].find((one) => one.shows(event, json));
     if (!Rich) return;
     const rich = new Rich();
