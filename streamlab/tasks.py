@@ -124,6 +124,8 @@ class Task:
     so or the server stops, and raises where it fails: the words of a `Problem` are for clients as they are. What
     computes or waits for a disk belongs into a thread (`asyncio.to_thread`).
 
+    A function must end when it is cancelled: one that does not keeps its place, and its server from stopping.
+
     `resumable` says that it goes on from `progress.checkpoint`, and may run twice from there on; one that is not is
     never begun anew. `unit` is what is counted. Raises TypeError for a function that is none of this kind.
     """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from streamlab import Draft, EventLogError, Problem, Progress, Task, draft
+from streamlab import Draft, Problem, Progress, Task, draft
 
 from .store import Record, State, Store, now
 
@@ -26,7 +26,7 @@ CANCEL_SECONDS = 0.8
 """How long a task that is cancelled may take to end, before its clients are told without it."""
 
 LAST_WORDS_SECONDS = 2.0
-"""What a task that is broken off may take to write down where it stands."""
+"""What tasks that are broken off may take to write down where they stand."""
 
 RATE_SECONDS = 15
 """Over how long a time the rate is taken."""
@@ -100,13 +100,15 @@ class Runner:
         return running is not None
 
     async def stop(self) -> None:
-        """Break off what runs, once and for all, and write down where it stands."""
+        """Break off what runs, once and for all, and write down where it stands, within LAST_WORDS_SECONDS."""
         self.stopping = True
         for running in (runs := tuple(self._running.values())):
             if running.work is not None:
                 running.work.cancel()
-        for running in runs:
-            await running.over.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                for running in runs:
+                    await running.over.wait()
 
     async def run(self, id: str, owner: str) -> None:  # noqa: A002
         """Run a task until it is over or `stop` breaks it off, if it is for this owner to run.
@@ -188,15 +190,13 @@ class Runner:
     async def _put_back(self, task: Task, record: Record, teller: "_Teller") -> None:
         """Write down where a task stands that is broken off because its server stops."""
         drafts = teller.news()
-        with suppress(TimeoutError, EventLogError):
-            async with asyncio.timeout(LAST_WORDS_SECONDS):
-                if task.resumable:
-                    record.state, record.message = "queued", "The server stopped; it goes on when one starts."
-                    record.rate = record.eta_seconds = None
-                    await self._store.keep(record, *drafts, draft(record.news(), "progress"))
-                else:
-                    reason = f"The server stopped, and a task of the kind {record.kind} cannot go on where it stopped."
-                    await self._end(record, "interrupted", reason, drafts=drafts)
+        if not task.resumable:
+            reason = f"The server stopped, and a task of the kind {record.kind} cannot go on where it stopped."
+            await self._end(record, "interrupted", reason, drafts=drafts)
+            return
+        record.state, record.message = "queued", "The server stopped; it goes on when one starts."
+        record.rate = record.eta_seconds = None
+        await self._store.keep(record, *drafts, draft(record.news(), "progress"), insist=True)
 
     async def _end(self, record: Record, state: State, reason: str = "", *, drafts: list[Draft] | None = None) -> None:
         record.state = state
@@ -229,10 +229,7 @@ class _Teller:
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._progress.changed.wait()
-            try:
-                await self._store.keep(self._record, *self.news())
-            except EventLogError as error:
-                log.warning("the progress of a task %s cannot be told: %s", self._record.kind, error)
+            await self._store.keep(self._record, *self.news(), insist=True)
             await asyncio.sleep(TELL_SECONDS)
 
     def news(self) -> list[Draft]:
