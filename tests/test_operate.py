@@ -136,7 +136,7 @@ def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..
     binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if binary is None:
         pytest.skip("nginx is not installed")
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[str]] = []
 
     def starting(config: str = PUSH, *, environ: Mapping[str, str] | None = None, **plugins: str) -> Front:
         variables = {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})}
@@ -159,11 +159,10 @@ def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..
             f"events {{}} http {{ {kinds} gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;"
             f"include {folder}/streamlab.conf; }}"
         )
-        process = subprocess.Popen(
-            [binary, "-p", str(folder), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
-        )
+        command = [binary, "-p", str(folder), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
+        process = subprocess.Popen(command, text=True)
         processes.append(process)
-        nginx = Front(servers[0].process, f"http://127.0.0.1:{port}", tmp_path, folder / "error.log")
+        nginx = Front(process, f"http://127.0.0.1:{port}", tmp_path, folder / "error.log")
         nginx.servers = servers
         while True:
             assert process.poll() is None, nginx.error_log
@@ -334,7 +333,7 @@ def test_the_image_s_health_check_asks_health(start: Callable[..., Running], hos
     _, code, source = words = json.loads(rest.partition(" CMD ")[2])
     assert words[:2] == ["python", "-c"]
     environ = {"STREAMLAB_SERVER__HOST": "0.0.0.0", "STREAMLAB_SERVER__ALLOWED_HOSTS": hosts}
-    server = start("[scenarios]", environ=environ)
+    server = start(environ=environ)
     check = [sys.executable, code, replaced(source, {"8000": str(server.port)})]
     assert subprocess.run(check, check=False).returncode == status
     if status == 0:
