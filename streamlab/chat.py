@@ -1,12 +1,16 @@
 """A conversation with an OpenAI-compatible server, an answer at a time, as a terminal shows it."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import aiohttp
+import typer
 
 from .client import Parser
+from .terminal import printable, say
 
 CONNECT_SECONDS = 15.0
 """What a connection may take to come about."""
@@ -23,6 +27,42 @@ def completions_url(url: str) -> str:
     """The address to ask, of a server's address, with or without its `/v1`."""
     base = (url if "://" in url else f"http://{url}").rstrip("/")
     return f"{base.removesuffix('/v1')}/v1/chat/completions"
+
+
+class Conversation:
+    """What was said so far with the model of a server, whose address is `url`; each answer is printed as it comes."""
+
+    def __init__(self, url: str, *, model: str = "", system: str = "", max_tokens: int | None = None) -> None:
+        self._url = completions_url(url)
+        self._model = model
+        self._max_tokens = max_tokens
+        self._messages = [{"role": "system", "content": system}] if system else []
+
+    def tell(self, text: str) -> None:
+        """Say something and print what is answered; Ctrl-C stops the answer, and what came of it stays said.
+
+        Raises ChatError and ValueError as `answer` does; what nobody answered was then never said.
+        """
+        self._messages.append({"role": "user", "content": text})
+        said: list[str] = []
+        try:
+            asyncio.run(self._print(said))
+        except KeyboardInterrupt:
+            say(" [stopped]")
+        finally:
+            if said:
+                self._messages.append({"role": "assistant", "content": "".join(said)})
+            else:
+                self._messages.pop()
+
+    async def _print(self, said: list[str]) -> None:
+        """Print an answer as it comes, and keep what came in `said`, whatever happens."""
+        texts = answer(self._url, self._messages, model=self._model, max_tokens=self._max_tokens)
+        async with aclosing(texts):
+            async for text in texts:
+                said.append(text)
+                typer.echo(printable(text), nl=False)
+        typer.echo()
 
 
 async def answer(

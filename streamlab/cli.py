@@ -266,25 +266,17 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
 ) -> None:
     """Talk with a model: tokens as they come. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
-    address, interactive = conversation.completions_url(url), sys.stdin.isatty()
-    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    interactive = sys.stdin.isatty()
+    talk = conversation.Conversation(url, model=model, system=system, max_tokens=max_tokens)
     while (line := _read_line("> " if interactive else "")) is not None:
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line})
-        said: list[str] = []
         try:
-            asyncio.run(_print_answer(address, messages, model, max_tokens, said))
-        except KeyboardInterrupt:
-            say(" [stopped]")
+            talk.tell(line)
         except (conversation.ChatError, ValueError) as error:
             say(f"streamlab: {error}")
             if not interactive:
                 raise typer.Exit(1) from None
-        if said:
-            messages.append({"role": "assistant", "content": "".join(said)})
-        else:
-            messages.pop()
 
 
 def _read_line(prompt: str) -> str | None:
@@ -298,12 +290,14 @@ def _read_line(prompt: str) -> str | None:
         raise typer.Exit(130) from None
 
 
-async def _print_answer(
-    url: str, messages: list[dict[str, str]], model: str, max_tokens: int | None, said: list[str]
+@cli.command("client")
+def open_menu(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Open these views, one after another, not the menu.")
+    ] = None,
+    url: longtask.Url = longtask.LOCAL,
 ) -> None:
-    """Print an answer as it comes, and keep what came in `said`, whatever happens."""
-    async with aclosing(conversation.answer(url, messages, model=model, max_tokens=max_tokens)) as texts:
-        async for text in texts:
-            said.append(text)
-            typer.echo(printable(text), nl=False)
-    typer.echo()
+    """Choose from a menu what to see of a server: downloads, prices, logs, exports, a chat, tasks, a comparison."""
+    from . import menu  # what it draws with is not loaded for other commands
+
+    raise typer.Exit(menu.run(url, names or ()))

@@ -6,8 +6,8 @@ import os
 import random
 import re
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -161,6 +161,11 @@ class Refused(Exception):
         self.retry_after = retry_after
         """Seconds the server wants to be left alone, where it says so."""
 
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may be granted a little later: 429, 502, 503 and 504 say so."""
+        return self.status in _TRANSIENT
+
 
 class Lost(ConnectionError):
     """A connection that did not come about, or broke; another one may do."""
@@ -278,7 +283,7 @@ async def follow(
                     raise
                 reason = lost.reason
             except Refused as refused:
-                if not reconnect or refused.status not in _TRANSIENT:
+                if not reconnect or not refused.transient:
                     raise
                 reason, retry_after = refused.what, refused.retry_after
             if place.over or not reconnect:
@@ -295,19 +300,48 @@ async def ask(method: str, url: str, document: Any = None, *, headers: Mapping[s
     Raises ValueError for what is no URL, Refused for an answer without success or without JSON, Lost where there is
     none within CONNECT_SECONDS.
     """
-    target = _target(url)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS)) as session:
+    timeout = aiohttp.ClientTimeout(total=CONNECT_SECONDS)
+    async with answered(method, url, document, headers=headers, timeout=timeout) as response:
         try:
-            async with session.request(method, target, json=document, headers=headers) as response:
-                if not response.ok:
-                    raise await _refused(response)
-                return await response.json()
+            return await response.json()
         except (aiohttp.ContentTypeError, json.JSONDecodeError):
-            raise Refused(target, "answered with something other than JSON") from None
+            raise Refused(response.url, "answered with something other than JSON") from None
+
+
+@asynccontextmanager
+async def answered(
+    method: str,
+    url: str,
+    document: Any = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout: aiohttp.ClientTimeout | None = None,
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The successful answer to a request, its body still to be read in the block, as it comes.
+
+    Without a `timeout` the body may take as long as it likes, with silences of SILENCE_SECONDS at most. Raises
+    ValueError for what is no URL, Refused for an answer without success, and Lost where there is none, or where the
+    block reads a body that breaks off.
+    """
+    target = _target(url)
+    timeout = timeout or aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True), timeout=timeout, read_bufsize=1024 * 1024
+    ) as session:
+        try:
+            response = await session.request(method, target, json=document, headers=headers)
         except aiohttp.InvalidURL as error:
             raise ValueError(f"{_shown(target)} is no URL of http or https: {error}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Lost(target, f"cannot connect: {_reason(error)}") from error
+        try:
+            if not response.ok:
+                raise await _refused(response)
+            yield response
+        except (aiohttp.ClientError, TimeoutError) as error:  # other errors of the block are its own
+            raise Lost(target, "connection lost") from error
+        finally:
+            response.close()
 
 
 async def _connection(session: aiohttp.ClientSession, target: URL, place: _Place) -> AsyncGenerator[Event, None]:

@@ -10,6 +10,11 @@ def printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:
     return re.sub(pattern, lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def one_line(text: str) -> str:
+    """The same, with its line breaks and tabs shown as well."""
+    return printable(text, r"[\0-\x1f\x7f-\x9f]")
+
+
 def say(text: str) -> None:
     """One line on stderr."""
-    typer.echo(printable(text, r"[\0-\x1f\x7f-\x9f]"), err=True)
+    typer.echo(one_line(text), err=True)
