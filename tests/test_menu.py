@@ -1,0 +1,516 @@
+"""The menu of `streamlab client`, as a process that is answered through a pipe, or through a terminal."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Running, free_port
+from fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
+
+Start = Callable[..., Running]
+
+PATTERN = "/download/large-file?size_mb=4"
+
+LIAR = '''
+    """Says another digest than what it sends has, at both places where a client looks."""
+
+    from aiohttp import web
+    from pydantic import BaseModel
+    from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+
+    class Wanted(BaseModel):
+        end: bool = False
+
+
+    class Liar(Scenario):
+        @endpoint("GET", "/lie", sends="application/octet-stream")
+        async def lie(self, request):
+            digest = "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:"
+            headers = {"Repr-Digest": digest, "ETag": '"a"'}
+            async with open_stream(request, "application/octet-stream", headers=headers, length=5) as response:
+                await response.write(b"lying")
+            return response
+
+        @endpoint("GET", "/export", sends="application/json")
+        async def exports(self, request):
+            return web.json_response({"exports": [{"name": name} for name in ("few", "other", "broken", "none")]})
+
+        @endpoint("GET", "/export/{name}/jsonl", query=Wanted, sends="application/jsonl")
+        async def rows(self, request, query):
+            name = request.match_info["name"]
+            async with open_stream(request, "application/jsonl") as response:
+                await response.write(b'{"id":1}\\n{"id":2}\\n')
+                if name == "broken":
+                    raise OSError
+                if name != "none":
+                    rows = 3 if name == "few" else 2
+                    await response.write(b'{"@end":{"rows":%d,"sha256":"00"}}\\n' % rows)
+            return response
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Liar]
+'''
+
+
+# aiohttp reads the system's certificates when it is imported, which takes a tenth of a second.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SSL_CERT_FILE": os.devnull}
+
+
+def begin(server: str, *names: str, cwd: Path) -> "subprocess.Popen[str]":
+    """The command, with its input still open."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamlab", "client", "--url", server, *names],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, "PYTHONWARNINGS": "error", "COLUMNS": "120"},
+        cwd=cwd,
+    )
+
+
+def answer(process: "subprocess.Popen[str]", *answers: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write("".join(f"{answer}\n" for answer in answers))
+    process.stdin.flush()
+
+
+def end(process: "subprocess.Popen[str]", *answers: str) -> tuple[int, list[str], list[str]]:
+    """Give the last answers: the exit status, and the lines of stdout and of stderr."""
+    out, err = process.communicate("".join(f"{answer}\n" for answer in answers), timeout=40)
+    assert "Traceback" not in err, err
+    return process.returncode, out.splitlines(), err.splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the client runs; the server runs elsewhere."""
+    folder = tmp_path / "client"
+    folder.mkdir()
+    return folder
+
+
+def run(server: Running, folder: Path, *views: str) -> tuple[int, list[str], list[str]]:
+    """Open views, each given as its name and its answers with a "|" between; what they showed beside questions."""
+    names = [view.partition("|")[0] for view in views]
+    answers = [answer for view in views for answer in view.split("|")[1:]]
+    status, out, err = end(begin(server.url, *names, cwd=folder), *answers)
+    return status, [line for line in out if not re.search(r" \[[^]]*\]: ", line)], err
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for_followers(server: Running, count: int) -> None:
+    wait_until(lambda: json.loads(server.get("/health")[2])["open_streams"] == count)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# -- the menu itself
+
+
+def test_the_menu_lists_every_view_and_leaves_with_0(start: Start, folder: Path) -> None:
+    server = start()
+    listed = [
+        "",
+        "  1  download    Download a file, with a bar; one that broke off goes on where it stopped.",
+        "  2  ticker      Prices, live.",
+        "  3  logs        Lines of a log, by level and pattern.",
+        "  4  export      Rows of a query, counted, into a file of CSV or JSON lines.",
+        "  5  chat        Talk with a model; an empty line ends it.",
+        "  6  task        A long task, with a bar; Ctrl-C leaves it running.",
+        "  7  comparison  Buffered beside streamed, measured now, as bars.",
+        "  8  quit",
+    ]
+    assert end(begin(server.url, cwd=folder)) == (0, [*listed, "what: "], [])
+    wrong = end(begin(server.url, cwd=folder), "", "9", "x\x1b", "8")
+    assert wrong == (
+        0,
+        [*listed, "what: ", "what: 9", "what: x\x1b", "what: 8"],
+        ["there is no '9' here", r"there is no 'x\x1b' here"],
+    )
+    status, out, err = end(begin(server.url, cwd=folder), "ticker", "", "soon")
+    assert (status, out[-3:]) == (
+        0,
+        ["symbols, as AAPL,MSFT [all]: ", "events [until Ctrl-C]: soon", "events [until Ctrl-C]: "],
+    )
+    assert err == ["a whole number from 1 on, please"]
+
+    # A server that goes away is said in a line, and the menu stays.
+    process = begin(server.url, cwd=folder)
+    assert process.stdout is not None
+    while process.stdout.readline() != "  8  quit\n":
+        pass
+    server.terminate(signal.SIGKILL)
+    refused = f"streamlab: {server.url}/health: cannot connect: Connection refused"
+    status, out, err = end(process, "ticker", "quit")
+    assert (status, out[-1], err) == (0, "what: quit", [refused])
+    assert end(begin(server.url, cwd=folder)) == (1, [], [refused])
+
+
+def test_what_is_no_url_or_no_view_leaves_with_2(tmp_path: Path) -> None:
+    assert end(begin("ftp://x", cwd=tmp_path)) == (2, [], ["streamlab: 'ftp://x/health' is no URL of http or https"])
+    status, _, err = end(begin("127.0.0.1:1", "tikcer", cwd=tmp_path))
+    assert (status, err) == (
+        2,
+        ["streamlab: there is no view 'tikcer'; there are download, ticker, logs, export, chat, task, comparison"],
+    )
+
+
+def test_other_commands_do_not_load_it() -> None:
+    script = "import sys, streamlab.cli; sys.exit('streamlab.menu' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+# -- downloads
+
+
+def test_a_download_is_proven_and_replaces_nothing_unasked(start: Start, folder: Path) -> None:
+    server = start("[scenarios.file]\nsample_mb = 2")
+    (folder / "large-file").write_text("mine")
+    assert run(
+        server, folder, "download|||no|other.bin", "download|files/none|", "download||third", "download||third|y"
+    ) == (
+        1,
+        [f"{name}: 2,000,000 bytes, whole by its SHA-256" for name in ("other.bin", "third", "third")],
+        [f"streamlab: {server.url}/files/none answered 404: There is no such file."],
+    )
+    sample = (server.base / "var/files/large-file.bin").read_bytes()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "large-file": b"mine",
+        "other.bin": sample,
+        "third": sample,
+    }
+
+
+def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Path) -> None:
+    port = free_port()
+    server = start(port=port)
+    process, part = begin(server.url, cwd=folder), folder / "four.part"
+    answer(process, "download", f"{PATTERN}&rate=4000000", "four")
+    wait_until(lambda: size(part) > 1_000_000)
+    server.terminate(signal.SIGKILL)
+    server = start(port=port)
+    status, out, err = end(process, "quit")
+    assert (status, out[12]) == (0, "four: 4,000,000 bytes, whole by its SHA-256")
+    at = re.fullmatch(r"goes on at byte ([\d,]+) of 4,000,000", err[-1])
+    assert at is not None
+    assert int(at[1].replace(",", "")) > 1_000_000
+    assert all(" again in " in line for line in err[:-1])
+    assert re.findall(r"method=GET path=/download/large-file .*?status=(\d+)", server.log) == ["206"]
+    assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
+    assert names(folder) == ["four"]
+
+
+def test_a_download_that_was_stopped_goes_on_when_it_is_chosen_again(start: Start, folder: Path) -> None:
+    server = start()
+    process, part = begin(server.url, cwd=folder), folder / "four.part"
+    answer(process, "1", f"{PATTERN}&rate=1000000", "four")
+    wait_until(lambda: size(part) > 200_000)
+    process.send_signal(signal.SIGINT)
+    wait_for_followers(server, 0)
+    there = size(part)
+    assert 200_000 < there < 4_000_000
+    status, out, err = end(process, "1", PATTERN, "four", "quit")
+    assert status == 0
+    assert "[stopped]" in out
+    assert err == [f"goes on at byte {there:,} of 4,000,000"]
+    assert "four: 4,000,000 bytes, whole by its SHA-256" in out
+    assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
+    assert names(folder) == ["four"]
+
+
+def test_a_part_is_gone_on_with_only_where_it_is_of_the_same_file(start: Start, folder: Path) -> None:
+    server = start()
+    whole, etag = server.get(PATTERN)[2], server.get(PATTERN, method="HEAD")[1]["etag"]
+    parts = {
+        "every byte, not proven yet": (whole, etag),
+        "another state of the file": (b"old" * 100, etag.replace("generated", "another")),
+        "nothing is known of it": (b"old" * 100, None),
+        "other bytes": (b"x" * 100, etag),
+    }
+    for name, (content, tag) in parts.items():
+        (folder / f"{name}.part").write_bytes(content)
+        if tag is not None:
+            (folder / f"{name}.part.etag").write_text(tag)
+    first, second, third, fourth = parts
+    assert run(server, folder, *(f"download|{PATTERN}|{name}" for name in parts)) == (
+        1,
+        [f"{name}: 4,000,000 bytes, whole by its SHA-256" for name in (first, second, third)],
+        [
+            "goes on at byte 4,000,000",
+            "goes on at byte 100 of 4,000,000",
+            f"streamlab: {fourth}: its SHA-256 is not the one that the server tells; nothing of it is kept",
+        ],
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        first: whole,
+        second: whole,
+        third: whole,
+    }
+
+
+def test_what_is_not_what_the_server_says_is_not_kept(start: Start, folder: Path) -> None:
+    server = start("[scenarios.export]\nenabled = false", tracebacks=True, liar=LIAR)
+    digest = "its SHA-256 is not the one that the server tells; nothing of it is kept"
+    status, out, err = run(
+        server, folder, "download|lie|", "export|||", "export|other||", "export|broken||", "export|none||"
+    )
+    assert (status, err) == (
+        1,
+        [
+            f"streamlab: lie: {digest}",
+            "streamlab: few.jsonl: 2 rows came, and 3 were sent; nothing of it is kept",
+            f"streamlab: other.jsonl: {digest}",
+            f"streamlab: {server.url}/export/broken/jsonl?end=true: connection lost",
+        ],
+    )
+    assert names(folder) == ["none.jsonl"]
+    assert re.fullmatch(r"none.jsonl: 2 rows, 18 bytes in .* s \(.* MB/s\), whole by its last chunk", out[0])
+    assert (folder / "none.jsonl").read_bytes() == b'{"id":1}\n{"id":2}\n'
+
+
+# -- events
+
+
+def push(server: Running, *prices: dict[str, object]) -> None:
+    body = "\n".join(map(json.dumps, prices)).encode()
+    path, headers = "/stream/stock-ticker", {"Content-Type": "application/jsonl"}
+    assert server.get(path, headers, method="POST", body=body)[0] == 202
+
+
+def test_the_ticker_comes_back_after_the_server_was_killed(start: Start, folder: Path) -> None:
+    port, config = free_port(), '[scenarios.ticker]\nsource = "push"'
+    server = start(config, port=port)
+    process = begin(server.url, "ticker", cwd=folder)
+    answer(process, "ACME,BOLT", "4")
+    wait_for_followers(server, 1)
+    at = "2026-01-01T00:00:00Z"
+    push(
+        server,
+        {"symbol": "ACME", "price": 12.5, "time": at},
+        {"symbol": "OTHER", "price": 1},
+        {"symbol": "ACME", "price": 12.25, "time": "\x1b[31m\x9bred"},
+    )
+    assert process.stdout is not None
+    shown = [process.stdout.readline() for _ in range(4)]
+    server.terminate(signal.SIGKILL)
+    server = start(config, port=port)
+    push(server, {"symbol": "BOLT", "price": 3, "time": at}, {"symbol": "BOLT", "price": 4, "time": at})
+    status, out, err = end(process)
+    assert status == 0
+    assert shown[2:] == [f"ACME 12.5 - {at}\n", "ACME 12.25 -0.25 \\x1b[31m\\x9bred\n"]
+    assert out == [f"BOLT 3 - {at}", f"BOLT 4 +1 {at}"]
+    assert all(" again in " in line for line in err)
+
+
+def test_logs_are_filtered_and_show_no_control_character(start: Start, folder: Path) -> None:
+    server = start('[scenarios.logs.sources.app]\npath = "app.log"')
+    lines = ["INFO begin a", "ERROR a \x1b[2Jfire", "WARNING b", "ERROR b", "CRITICAL a end"]
+    (server.base / "app.log").write_text("".join(f"2026-01-01T00:00:0{n}Z {line}\n" for n, line in enumerate(lines)))
+    status, out, err = run(server, folder, "logs|app|error|ERROR a|1", "logs|app|error| a|2", "logs|app|loud||")
+    assert (status, out.pop(0)) == (1, r"2026-01-01T00:00:01Z ERROR a \x1b[2Jfire")
+    assert out == [r"2026-01-01T00:00:01Z ERROR a \x1b[2Jfire", "2026-01-01T00:00:04Z CRITICAL a end"]
+    assert err[0].startswith(f"streamlab: {server.url}/stream/live-logs?source=app&level=LOUD answered 422: ")
+
+
+# -- exports, a chat, tasks, the comparison
+
+
+def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> None:
+    server = start(
+        """
+        [scenarios.export]
+        sample_rows = 3000
+        [scenarios.export.queries.notes]
+        database = "sample"
+        sql = "SELECT 'a \\"quoted\\"\\n line' AS note, 2 AS number UNION ALL SELECT '\\n\\"', 3"
+        """
+    )
+    status, out, err = run(
+        server, folder, "export|||", "export|users|70|some.csv", "export|notes||notes.csv", "export|users||users.xlsx"
+    )
+    assert (status, err) == (
+        1,
+        ["streamlab: users.xlsx ends neither in .csv nor in .jsonl, which says what is written"],
+    )
+    written = {
+        "users.jsonl": server.get("/export/users/jsonl")[2],
+        "some.csv": server.get("/export/users/csv?limit=70")[2],
+        "notes.csv": server.get("/export/notes/csv")[2],
+    }
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
+    said = [
+        ("users.jsonl", "3,000", "rows and SHA-256"),
+        ("some.csv", "70", "last chunk"),
+        ("notes.csv", "2", "last chunk"),  # a line break in quotes ends no row
+    ]
+    for line, (name, rows, proof) in zip(out, said, strict=True):
+        told = rf"{name}: {rows} rows, {len(written[name]):,} bytes in \S+ s \(\S+ MB/s\), whole by its {proof}"
+        assert re.fullmatch(told, line), line
+
+
+def test_a_conversation_remembers_what_was_said(start: Start, folder: Path) -> None:
+    def reply(exchange: Exchange) -> None:
+        said = [message["content"] for message in exchange.body["messages"]]
+        exchange.answer(event(f"heard {exchange.body['max_tokens']}: "), event("\x1b, ".join(said)), FINISH, USED, DONE)
+
+    with fake_upstream({"one": reply, "two": reply, "three": reply}) as upstream:
+        server = start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n')
+        process = begin(server.url, cwd=folder)
+        status, out, err = end(process, "chat", "7", "one", "two", "", "quit")
+    assert (status, err) == (0, [])
+    assert out[10:15] == [
+        "tokens of an answer at most [200]: 7",
+        "you: one",
+        "heard 7: one",
+        "you: two",
+        r"heard 7: one\x1b, heard 7: one\x1b, two",
+    ]
+
+
+def test_a_task_is_run_and_says_why_it_fails(start: Start, folder: Path) -> None:
+    server = start()
+    status, out, err = run(
+        server, folder, "task|rehearsal|steps=2 delay=0.01", "task|rehearsal|fail_at=1 delay=0", "task||steps=0"
+    )
+    failure = "streamlab: the task is failed: Step 1 failed, as it was asked to."
+    assert (status, out, err[:-1]) == (1, ["{", ' "steps": 2', "}"], ["rehearsing", "rehearsing", failure])
+    assert err[-1].startswith(f"streamlab: {server.url}/process/tasks answered 422: ")
+
+
+def test_the_comparison_is_drawn_as_bars(start: Start, folder: Path) -> None:
+    server = start()
+    status, out, err = run(server, folder, "comparison|20000|1")
+    assert (status, len(err)) == (0, 6)
+    assert err[0] == "measuring 200 rows, buffered"
+    title, heading, *rows, verdict = out
+    assert (title.rstrip(), heading.split()) == (
+        "measured",
+        ["rows", "way", "first", "byte", "total", "peak", "memory"],
+    )
+    sizes = [tuple(row.split()[:2]) for row in rows]
+    assert sizes == [(count, way) for count in ("200", "2,000", "20,000") for way in ("buffered", "streamed")]
+    assert verdict.startswith("Streaming ")
+    bars = [[len(bar) for bar in re.findall("█+|(?<= ms)  |(?<= MB)  ", row)] for row in rows]
+    assert max(bar[0] for bar in bars) == bars[4][0], "the longest wait for a first byte is that of all rows, buffered"
+
+
+# -- a terminal
+
+
+class Terminal:
+    """The command in a terminal of its own."""
+
+    def __init__(self, server: Running, folder: Path, *names: str) -> None:
+        self._master, slave = pty.openpty()
+        self.shown = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "streamlab", "client", "--url", server.url, *names],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"},
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # its controlling terminal, for Ctrl-C
+        )
+        os.close(slave)
+
+    def wait_for(self, pattern: str) -> str:
+        """What was shown, once `pattern` finds its end; what comes after that is left for the next call."""
+        while (found := re.search(pattern, self.shown, re.DOTALL)) is None:
+            try:
+                self.shown += os.read(self._master, 65536).decode(errors="replace")
+            except OSError:
+                raise AssertionError(f"no {pattern!r} in {self.shown!r}") from None
+        shown, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return shown
+
+    def interrupt_question(self) -> None:
+        """Press Ctrl-C at a question; again, where the first came after the question and before `input` listened."""
+        self.shown = ""
+        self.type("\x03")
+        while "\n" not in self.shown:
+            if select.select([self._master], [], [], 1)[0]:
+                self.shown += os.read(self._master, 65536).decode(errors="replace")
+            else:
+                self.type("\x03")
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(folder: Path) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def opening(server: Running, *names: str) -> Terminal:
+        opened.append(Terminal(server, folder, *names))
+        return opened[-1]
+
+    yield opening
+    for one in opened:
+        one.close()
+
+
+def test_views_are_drawn_live_and_ctrl_c_leads_back_to_the_menu(
+    start: Start, folder: Path, terminal: Callable[..., Terminal]
+) -> None:
+    port, config = free_port(), '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false'
+    server = start(config, port=port)
+    shown = terminal(server)
+    shown.wait_for("quit.*what: ")
+    shown.type("ticker\n\n\n")
+    shown.wait_for("0 symbols, 0.0 events/s")
+    wait_for_followers(server, 1)
+    push(server, {"symbol": "ACME", "price": 12.5, "time": "\x1b]0;title\x07"}, {"symbol": "ACME", "price": 13})
+    shown.wait_for(r"1 symbols, \d.*ACME.* 13 .*\+0\.5")
+    assert "\x1b]0;" not in shown.shown
+    server.terminate(signal.SIGKILL)
+    server = start(config, port=port)
+    shown.wait_for("again in")
+    wait_for_followers(server, 1)
+    push(server, {"symbol": "BOLT", "price": 7})
+    shown.wait_for("2 symbols.*BOLT")
+    shown.type("\x03")
+    shown.wait_for(r"\[stopped\].*quit.*what: ")
+
+    shown.type(f"1\n{PATTERN}&rate=4000000\nfour\n")
+    shown.wait_for(r"four.*━.*4\.0 MB.*four: 4,000,000 bytes, whole by its SHA-256.*what: ")
+    assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
+    shown.type("export\n")
+    shown.wait_for(r"which of data, results, users \[users\]: ")
+    shown.interrupt_question()
+    shown.wait_for(r"\[stopped\].*what: ")
+    shown.interrupt_question()
+    assert shown.process.wait(10) == 130
