@@ -1,11 +1,13 @@
 """Real servers for the tests: a process as `make run` starts it, and an application on a socket of this process."""
 
+import asyncio
 import contextlib
 import http.client
 import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +16,15 @@ import tempfile
 import textwrap
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -325,3 +330,33 @@ def valkey() -> Iterator[Valkey]:
         server.start()
         yield server
         server.kill()
+
+
+# -- a real browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture
+async def browser() -> "AsyncIterator[Browser]":
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
+    from playwright.async_api import async_playwright
+
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
+        yield browser
+        await browser.close()
+
+
+async def wait_for(page: "Page", condition: str) -> None:
+    """Wait in the page itself; playwright's own way needs `eval`, which the page's policy forbids."""
+    async with asyncio.timeout(20):
+        await page.evaluate(
+            f"async () => {{ while (!({condition})) await new Promise(done => setTimeout(done, 10)); }}"
+        )

@@ -20,8 +20,8 @@ import httpx_sse
 import pytest
 import requests
 import sseclient
-from conftest import EventStream, Running, free_port, read_until
-from playwright.async_api import Browser, Page, async_playwright
+from conftest import EventStream, Running, free_port, read_until, wait_for
+from playwright.async_api import Browser, Page
 
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 PATH = "/stream/stock-ticker"
@@ -232,12 +232,6 @@ def test_a_client_that_comes_back_after_the_server_was_killed_has_every_event_on
 
 # -- a browser, which comes back without being told how
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SWITCHES = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
 FOLLOW = """
     path => {
         window.told = [];
@@ -252,17 +246,6 @@ FOLLOW = """
 """
 
 
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
-        yield browser
-        await browser.close()
-
-
 async def follow_in(page: Page, url: str, path: str) -> None:
     """Open the server's own page and follow a stream there."""
     await page.goto(f"{url}/", wait_until="domcontentloaded")
@@ -271,14 +254,6 @@ async def follow_in(page: Page, url: str, path: str) -> None:
 
 async def told_in(page: Page) -> list[Told]:
     return [Told(*fields) for fields in await page.evaluate("told")]
-
-
-async def wait_for(page: Page, condition: str) -> None:
-    """Wait in the page itself; playwright's own way needs `eval`, which the page's policy forbids."""
-    async with asyncio.timeout(20):
-        await page.evaluate(
-            f"async () => {{ while (!({condition})) await new Promise(done => setTimeout(done, 10)); }}"
-        )
 
 
 async def wait_for_price(page: Page, price: int) -> None:

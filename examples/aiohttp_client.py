@@ -1,0 +1,81 @@
+"""Prices with reconnects, and rows of an export as they come, with aiohttp: python aiohttp_client.py [URL]."""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import aiohttp
+
+URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+
+# Five minutes are all that aiohttp gives a whole response, unless it is told that a stream has no end.
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=45)
+
+
+async def events(session: aiohttp.ClientSession, path: str) -> AsyncIterator[tuple[str, str]]:
+    """Yield the id and the data of each event, from one connection to the next."""
+    last = ""
+    while True:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last} if last else {})
+        try:
+            async with session.get(path, headers=headers) as response:
+                if response.status == 204:  # it was over already
+                    return
+                response.raise_for_status()
+                fields: dict[bytes, bytes] = {}
+                async for line in response.content:  # a line each, at LF alone
+                    if line := line.rstrip(b"\n"):
+                        name, _, value = line.partition(b": ")
+                        fields[name] = value
+                    elif b"data" in fields:
+                        last = fields[b"id"].decode()
+                        if b"event" not in fields:  # what has a name is about the stream: gap, stop, end
+                            yield last, fields[b"data"].decode()
+                        if fields.get(b"event") == b"end":
+                            return
+                        fields = {}
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
+            print(f"{type(error).__name__}; again in 1 s", file=sys.stderr)
+        await asyncio.sleep(1)
+
+
+async def rows(session: aiohttp.ClientSession, path: str) -> AsyncIterator[dict[str, Any]]:
+    """Yield the rows of an export in JSON lines; raises ValueError unless the last line proves them."""
+    count, digest = 0, hashlib.sha256()
+    async with session.get(path, params={"limit": 1000, "end": "true"}) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            row = json.loads(line)
+            if "@end" in row:
+                if row["@end"] != {"rows": count, "sha256": digest.hexdigest()}:
+                    raise ValueError("these are not the rows that were sent")
+                return
+            count += 1
+            digest.update(line)
+            yield row
+    raise ValueError("the export has no end")
+
+
+async def main() -> None:
+    """Show both."""
+    # A line may be as long as twice read_bufsize, which is 64 KiB unless told otherwise.
+    async with aiohttp.ClientSession(URL, timeout=TIMEOUT, read_bufsize=1 << 20) as session:
+        count, total = 0, 0.0
+        async for row in rows(session, "/export/users/jsonl"):
+            count, total = count + 1, total + (row["balance"] or 0)
+        print(f"{count} users have {total:.2f}")
+        count = 0
+        async with aclosing(events(session, "/stream/stock-ticker")) as prices:
+            async for identity, data in prices:
+                print(identity, data, sep="\t")
+                count += 1
+                if count == 20:
+                    break
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

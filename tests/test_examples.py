@@ -1,0 +1,267 @@
+"""Examples, and the code of docs/clients.md, do what they say: on a real server that dies in the middle."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, EventStream, Running, free_port, wait_for
+from fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
+from playwright.async_api import Browser
+
+Start = Callable[..., Running]
+
+EXAMPLES = REPOSITORY / "examples"
+
+TICKER, DOWNLOAD = "/stream/stock-ticker", "/download/large-file"
+
+CONFIG = """
+    [scenarios.ticker]
+    interval = 0.05
+    [scenarios.file]
+    sample_mb = 3
+    [scenarios.logs]
+    enabled = false
+    [scenarios.export]
+    sample_rows = 1500
+"""
+
+STORY = ["Once ", "upon ", "a time\nthere was ", "a café."]
+
+
+def tell(exchange: Exchange) -> None:
+    exchange.answer(*map(event, STORY), FINISH, USED, DONE)
+
+
+@pytest.fixture
+def config() -> Iterator[str]:
+    """The configuration of a server whose model tells one story, whatever it is asked."""
+    with fake_upstream(dict.fromkeys(("Tell a story", "Hello", "Python"), tell)) as upstream:
+        yield f'{CONFIG}\n[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n'
+
+
+class Relay:
+    """Between a client and a server: it kills the server in the middle of answers, and starts it again.
+
+    `after` says at which byte of the answers from a path that happens, once each.
+    """
+
+    def __init__(self, start: Start, config: str, after: dict[str, int]) -> None:
+        self._start = start
+        self._config = config
+        self._after = dict(after)
+        self._passed = dict.fromkeys(after, 0)
+        self.server = start(config, port=free_port())
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def cuts_left(self) -> dict[str, int]:
+        return self._after
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self._relay, args=self._listener.accept()[:1], daemon=True).start()
+
+    def _relay(self, client: socket.socket) -> None:
+        asked = [""]
+        with client, suppress(OSError), socket.create_connection(("127.0.0.1", self.server.port)) as server:
+            threading.Thread(target=self._upwards, args=(client, server, asked), daemon=True).start()
+            try:
+                self._downwards(client, server, asked)
+            finally:
+                client.shutdown(socket.SHUT_RDWR)  # closing it alone would wait for the other thread
+
+    def _downwards(self, client: socket.socket, server: socket.socket, asked: list[str]) -> None:
+        while chunk := server.recv(65536):
+            path = asked[0]
+            if path in self._after:
+                self._passed[path] += len(chunk)
+                if (over := self._passed[path] - self._after[path]) >= 0:
+                    del self._after[path]
+                    client.sendall(chunk[: len(chunk) - over])
+                    self.server.terminate(signal.SIGKILL)
+                    self.server = self._start(self._config, port=self.server.port)
+                    return
+            client.sendall(chunk)
+
+    def _upwards(self, client: socket.socket, server: socket.socket, asked: list[str]) -> None:
+        with suppress(OSError):
+            while chunk := client.recv(65536):
+                if chunk.startswith(b"GET "):
+                    asked[0] = chunk.split()[1].partition(b"?")[0].decode()
+                server.sendall(chunk)
+            server.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def relay(start: Start, config: str) -> Iterator[Callable[..., Relay]]:
+    opened: list[Relay] = []
+
+    def opening(after: dict[str, int]) -> Relay:
+        opened.append(Relay(start, config, after))
+        return opened[-1]
+
+    yield opening
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where clients run; the server runs elsewhere."""
+    folder = tmp_path / "client"
+    folder.mkdir()
+    return folder
+
+
+def run(words: Sequence[str | Path], folder: Path) -> list[str]:
+    """Run a program to its end; the lines that it printed."""
+    environ = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(words, cwd=folder, env=environ, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+def check_events(server: Running, lines: Sequence[str]) -> None:
+    """Compare lines of id and data with what the log of the server has: consecutive events, each once."""
+    told = [tuple(line.split("\t")) for line in lines]
+    epoch, _, first = told[0][0].partition("-")
+    with EventStream(server, TICKER, f"{epoch}-{int(first) - 1}") as stream:
+        assert told == [(event.id, event.data) for event in stream.take(len(told))]
+
+
+def test_curl(relay: Callable[..., Relay], folder: Path) -> None:
+    between = relay({DOWNLOAD: 1_500_000, TICKER: 1100})
+    download, *prices, proven, task, one, two = run(["sh", EXAMPLES / "curl.sh", between.url], folder)
+    assert between.cuts_left == {}
+    assert download == "large-file.bin: 3000000 bytes"
+    assert (folder / "large-file.bin").read_bytes() == between.server.get(DOWNLOAD)[2]
+    assert len(prices) == 20
+    check_events(between.server, prices)
+    assert proven == "users.jsonl: proven"
+    assert (folder / "users.jsonl").read_bytes() == between.server.get("/export/users/jsonl?limit=1000&end=true")[2]
+    assert json.loads(task)["result"] == {"steps": 5}
+    assert f"{one}\n{two}" == "".join(STORY)
+
+
+def test_requests(relay: Callable[..., Relay], folder: Path) -> None:
+    between = relay({DOWNLOAD: 1_500_000, TICKER: 1100})
+    download, *prices = run([sys.executable, EXAMPLES / "requests_client.py", between.url], folder)
+    assert between.cuts_left == {}
+    assert download == "large-file.bin: 3000000 bytes"
+    assert (folder / "large-file.bin").read_bytes() == between.server.get(DOWNLOAD)[2]
+    assert len(prices) == 20
+    check_events(between.server, prices)
+
+
+def test_httpx(relay: Callable[..., Relay], folder: Path) -> None:
+    between = relay({TICKER: 1100})
+    one, two, *prices = run([sys.executable, EXAMPLES / "httpx_client.py", between.url], folder)
+    assert between.cuts_left == {}
+    assert f"{one}\n{two}" == "".join(STORY)
+    assert len(prices) == 20
+    check_events(between.server, prices)
+
+
+def test_aiohttp(relay: Callable[..., Relay], folder: Path) -> None:
+    between = relay({TICKER: 1100})
+    total, *prices = run([sys.executable, EXAMPLES / "aiohttp_client.py", between.url], folder)
+    assert between.cuts_left == {}
+    rows = [json.loads(line) for line in between.server.get("/export/users/jsonl?limit=1000")[2].splitlines()]
+    assert total == f"1000 users have {sum(row['balance'] or 0 for row in rows):.2f}"
+    assert len(prices) == 20
+    check_events(between.server, prices)
+
+
+async def test_browser(start: Start, config: str, browser: Browser, tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES / "browser", tmp_path / "plugins/browser", ignore=shutil.ignore_patterns("__pycache__"))
+    port, pushed = free_port(), config.replace("interval = 0.05", 'source = "push"')
+    server = await asyncio.to_thread(start, pushed, port=port)
+
+    async def push(*prices: int) -> None:
+        body = "\n".join(json.dumps({"symbol": "ACME", "price": price}) for price in prices).encode()
+        headers = {"Content-Type": "application/jsonl"}
+        status, _, _ = await asyncio.to_thread(server.get, TICKER, headers, method="POST", body=body)
+        assert status == 202
+
+    page = await browser.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    await page.goto(f"{server.url}/browser/")
+    await wait_for(page, "document.getElementById('state').textContent == 'open'")
+    await push(*range(10))
+    await wait_for(page, "document.getElementById('prices').children.length == 10")
+    await asyncio.to_thread(server.terminate, signal.SIGKILL)
+    server = await asyncio.to_thread(start, pushed, port=port)
+    await push(*range(10, 20))
+    await wait_for(page, "document.getElementById('prices').children.length == 20")
+    shown = await page.evaluate("[...document.getElementById('prices').children].map(line => line.textContent)")
+    assert shown == [f"ACME {price}" for price in reversed(range(20))]
+
+    await page.click("#ask button")
+    await wait_for(page, "document.getElementById('answer').textContent.endsWith('.')")
+    assert await page.evaluate("document.getElementById('answer').textContent") == "".join(STORY)
+
+    await page.click("#start")
+    await wait_for(page, "document.getElementById('result').textContent")
+    assert await page.evaluate("document.getElementById('result').textContent") == '{"steps":20}'
+    assert await page.evaluate("document.getElementById('bar').value") == 20
+    assert complaints == []
+
+
+# -- the first promises: what people write before they have read anything
+
+
+PROMISED = """
+import asyncio
+import sys
+
+import httpx
+import requests
+
+url = sys.argv[1]
+
+with requests.get(f"{url}/download/large-file", stream=True) as r, open("output.bin", "wb") as f:
+    for chunk in r.iter_content(chunk_size=8192):
+        f.write(chunk)
+
+with requests.get(f"{url}/stream/stock-ticker", stream=True) as r:
+    for number, line in zip(range(30), r.iter_lines()):
+        if line.startswith(b"data: "):
+            print(line[6:].decode())
+
+
+async def stream_ai_response():
+    async with httpx.AsyncClient() as client:
+        async with client.stream("GET", f"{url}/ai/chat-stream?prompt=Python") as response:
+            async for chunk in response.aiter_text():
+                print(chunk, end="", flush=True)
+
+
+asyncio.run(stream_ai_response())
+"""
+
+
+def test_naive_clients_work(start: Start, config: str, folder: Path) -> None:
+    server = start(config)
+    (folder / "naive.py").write_text(PROMISED)
+    lines = run([sys.executable, "naive.py", server.url], folder)
+    assert (folder / "output.bin").read_bytes() == server.get(DOWNLOAD)[2]
+    assert [sorted(json.loads(line)) for line in lines[:-2]] == [["change", "price", "symbol", "time"]] * 10
+    assert "\n".join(lines[-2:]) == "".join(STORY)
