@@ -18,18 +18,21 @@ again curl -sSf -C - -H "If-Range: $etag" -o large-file.bin "$url/download/large
 echo "large-file.bin: $(wc -c <large-file.bin | tr -d ' ') bytes"
 
 # Events. -N prints each as it comes; the last id leads back to where the connection broke. Only an event that ends in
-# its empty line has come.
+# its empty line has come; one with a name is about the stream.
 : >prices.tsv
 until count=$(wc -l <prices.tsv) && [ "$count" -ge 20 ]; do
     last=$(tail -n 1 prices.tsv | cut -f 1)
-    curl -sSfN ${last:+-H "Last-Event-ID: $last"} "$url/stream/stock-ticker?limit=$((20 - count))" | awk '
-        /^id: / { id = substr($0, 5) }
-        /^event: / { named = 1 }
-        /^data: / { data = substr($0, 7) }
-        /^$/ { if (data && !named) print id "\t" data; data = named = ""; fflush() }' >>prices.tsv || true
-    sleep 1
+    curl -sSfN ${last:+-H "Last-Event-ID: $last"} "$url/stream/stock-ticker?limit=$((20 - count))" |
+        while IFS= read -r line; do
+            case $line in
+                "id: "*) id=${line#id: } name='' data='' ;;
+                "event: "*) name=${line#event: } ;;
+                "data: "*) data=${line#data: } ;;
+                "") [ -z "$data" ] || [ -n "$name" ] || printf '%s\t%s\n' "$id" "$data" | tee -a prices.tsv ;;
+            esac
+        done
+    [ "$(wc -l <prices.tsv)" -ge 20 ] || sleep 1
 done
-cat prices.tsv
 
 # An export. A server that fails cuts the connection (18); with end=true a last line proves what came before it.
 curl -sSf -o users.jsonl "$url/export/users/jsonl?limit=1000&end=true"

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -50,17 +52,17 @@ def config() -> Iterator[str]:
 
 
 class Relay:
-    """Between a client and a server: it kills the server in the middle of answers, and starts it again.
+    """Between a client and a server: it cuts the connection in the middle of answers.
 
-    `after` says at which byte of the answers from a path that happens, once each.
+    `after` says at which byte of the answers from a path that happens, once each. With `restart`, the server is killed
+    then, and what that returns is the next one, on the same port.
     """
 
-    def __init__(self, start: Start, config: str, after: dict[str, int]) -> None:
-        self._start = start
-        self._config = config
+    def __init__(self, server: Running, after: dict[str, int], restart: Callable[[], Running] | None = None) -> None:
+        self.server = server
+        self._restart = restart
         self._after = dict(after)
         self._passed = dict.fromkeys(after, 0)
-        self.server = start(config, port=free_port())
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -94,8 +96,9 @@ class Relay:
                 if (over := self._passed[path] - self._after[path]) >= 0:
                     del self._after[path]
                     client.sendall(chunk[: len(chunk) - over])
-                    self.server.terminate(signal.SIGKILL)
-                    self.server = self._start(self._config, port=self.server.port)
+                    if self._restart is not None:
+                        self.server.terminate(signal.SIGKILL)
+                        self.server = self._restart()
                     return
             client.sendall(chunk)
 
@@ -110,10 +113,12 @@ class Relay:
 
 @pytest.fixture
 def relay(start: Start, config: str) -> Iterator[Callable[..., Relay]]:
+    """A relay to a server of its own, which it kills."""
     opened: list[Relay] = []
 
     def opening(after: dict[str, int]) -> Relay:
-        opened.append(Relay(start, config, after))
+        port = free_port()
+        opened.append(Relay(start(config, port=port), after, lambda: start(config, port=port)))
         return opened[-1]
 
     yield opening
@@ -265,3 +270,104 @@ def test_naive_clients_work(start: Start, config: str, folder: Path) -> None:
     assert (folder / "output.bin").read_bytes() == server.get(DOWNLOAD)[2]
     assert [sorted(json.loads(line)) for line in lines[:-2]] == [["change", "price", "symbol", "time"]] * 10
     assert "\n".join(lines[-2:]) == "".join(STORY)
+
+
+# -- docs/clients.md
+
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (REPOSITORY / "docs/clients.md").read_text(), re.MULTILINE | re.DOTALL)
+
+RUNNERS = {
+    "sh": (["bash"], "sh"),
+    "python": ([sys.executable], "py"),
+    "js": (["node"], "mjs"),
+    "java": (["java"], "java"),
+}
+"""What runs a block, and how its file ends."""
+
+
+def programs(folder: Path, part: str) -> Iterator[tuple[str, list[str]]]:
+    """The blocks of the page that have `part`, as programs: a name, and a command whose last word is its file."""
+    for number, (language, code) in enumerate(BLOCKS):
+        if language in RUNNERS and part in code:
+            command, suffix = RUNNERS[language]
+            if shutil.which(command[0]):
+                path = folder / str(number) / f"block.{suffix}"
+                path.parent.mkdir()
+                path.write_text(code)
+                yield f"{language} {number}", [*command, str(path)]
+
+
+def point_at(command: list[str], url: str) -> Path:
+    """Have a block ask `url`; the folder to run it in."""
+    path = Path(command[-1])
+    path.write_text(path.read_text().replace("http://127.0.0.1:8000", url))
+    return path.parent
+
+
+def test_the_page_has_two_blocks_of_each_language_that_is_run() -> None:
+    count = Counter(language for language, _ in BLOCKS)
+    assert count == {
+        "sh": 2,
+        "python": 6,
+        "javascript": 2,
+        "js": 2,
+        "java": 2,
+        "go": 1,
+        "csharp": 1,
+        "rust": 1,
+        "ruby": 1,
+    }
+
+
+def test_every_block_of_the_page_that_follows_events_misses_none(start: Start, config: str, folder: Path) -> None:
+    server = start(config)
+    running = []
+    for name, command in programs(folder, TICKER):
+        between = Relay(server, {TICKER: 1100})
+        where = point_at(command, between.url)
+        process = subprocess.Popen(
+            command,
+            cwd=where,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # so that the curl of a shell can be ended with it
+        )
+        running.append((name, between, process))
+    try:
+        for name, between, process in running:
+            assert process.stdout is not None
+            lines = [process.stdout.readline().rstrip("\n") for _ in range(20)]
+            assert between.cuts_left == {}, name
+            check_events(server, lines)
+    finally:
+        for _, between, process in running:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            between.close()
+
+
+def test_every_block_of_the_page_that_reads_a_body_has_it_all(start: Start, config: str, folder: Path) -> None:
+    server = start(config)
+    ran = 0
+    for name, command in programs(folder, "/ai/chat-stream"):
+        lines = run(command, point_at(command, server.url))
+        assert "\n".join(lines) == "".join(STORY), name
+        ran += 1
+    assert ran >= 4
+
+
+async def test_the_blocks_of_the_page_for_a_browser_run_in_one(start: Start, config: str, browser: Browser) -> None:
+    server = await asyncio.to_thread(start, config)
+    page = await browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text) if message.type == "log" else None)
+    await page.goto(f"{server.url}/", wait_until="domcontentloaded")
+    prices, words = (code for language, code in BLOCKS if language == "javascript")
+    await page.evaluate(f"async () => {{ {words} }}")
+    await page.evaluate(f"() => {{ {prices} }}")
+    async with asyncio.timeout(20):
+        while len(said) < 12:
+            await asyncio.sleep(0.01)
+    assert said[0] == "".join(STORY)
+    await asyncio.to_thread(check_events, server, said[1:12])
