@@ -294,13 +294,20 @@ async def follow(
             await asyncio.sleep(pause.seconds)
 
 
-async def ask(method: str, url: str, document: Any = None, *, headers: Mapping[str, str] | None = None) -> Any:
+async def ask(
+    method: str,
+    url: str,
+    document: Any = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    seconds: float = CONNECT_SECONDS,
+) -> Any:
     """Send a request, with a JSON document if there is one, and return the JSON document that answers it.
 
     Raises ValueError for what is no URL, Refused for an answer without success or without JSON, Lost where there is
-    none within CONNECT_SECONDS.
+    none within `seconds`.
     """
-    timeout = aiohttp.ClientTimeout(total=CONNECT_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=seconds, connect=CONNECT_SECONDS)
     async with answered(method, url, document, headers=headers, timeout=timeout) as response:
         try:
             return await response.json()

@@ -5,6 +5,7 @@ live; elsewhere they print plain lines. Ctrl-C ends a view and leads back to the
 """
 
 import asyncio
+import io
 import json
 import sys
 import time
@@ -42,6 +43,9 @@ DRAWINGS_PER_SECOND = 8
 RATE_SECONDS = 5.0
 """The time over which events a second are counted."""
 
+LISTING_SECONDS = 120.0
+"""A server may first make what it lists: the sample database has a million users."""
+
 LEVEL_STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold white on red"}
 
 BAR_CELLS = 30
@@ -65,6 +69,8 @@ def run(url: str, names: Sequence[str] = ()) -> int:
     0 when it was left, or its input ended; 1 where the server is not there, or a named view failed; 2 for what is no
     URL or no view; 130 after Ctrl-C outside of a view.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show what servers send
     menu = _Menu(url.rstrip("/"))
     if unknown := [name for name in names if name not in VIEWS]:
         say(f"streamlab: there is no view {unknown[0]!r}; there are {', '.join(VIEWS)}")
@@ -222,7 +228,7 @@ class _Menu:
 
     def listed(self, path: str, key: str, name: str) -> list[str]:
         """What the server offers at `path`: of each member of the list `key`, its `name`."""
-        document = asyncio.run(client.ask("GET", f"{self.url}{path}"))
+        document = asyncio.run(client.ask("GET", f"{self.url}{path}", seconds=LISTING_SECONDS))
         try:
             return [one_line(str(member[name])) for member in document[key]]
         except (KeyError, TypeError):
@@ -233,7 +239,7 @@ class _Menu:
     ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """The name and the JSON object of each event of a stream; parameters that are None or empty are left out.
 
-        An event `error` is raised as _Failed. Reconnects are noted.
+        Reconnects are noted. Where there are none, an event `error` is raised as _Failed.
         """
         url = _address(f"{self.url}{path}", query)
         async with aclosing(client.follow(url, reconnect=reconnect, on_pause=self.note)) as events:
@@ -244,8 +250,8 @@ class _Menu:
                     told = None
                 if not isinstance(told, dict):
                     raise _Failed(f"this is no event of {path}: {event.data[:200]}")
-                if event.event == "error":
-                    raise _Failed(str(told.get("detail") or told))
+                if event.event == "error" and not reconnect:
+                    raise _Failed(_aside(event.event, told))
                 yield event.event, told
 
 
@@ -343,7 +349,7 @@ def _aside(name: str, told: dict[str, Any]) -> str:
     """What a stream says about itself, in a line."""
     if name == "gap":
         return f"gap: {told.get('missing') or 'some'} events are not kept any more"
-    return f"{name}: {json.dumps(told, ensure_ascii=False)}"
+    return f"{name}: {told.get('detail') or json.dumps(told, ensure_ascii=False)}"
 
 
 def show_logs(menu: _Menu) -> None:

@@ -68,7 +68,35 @@ LIAR = '''
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SSL_CERT_FILE": os.devnull}
 
 
-def begin(server: str, *names: str, cwd: Path) -> "subprocess.Popen[str]":
+ODD = '''
+    """A ticker that says all it can say beside prices, and then something else."""
+
+    from aiohttp import web
+    from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+    EVENTS = (
+        'id: 1\\nevent: gap\\ndata: {"missing": 3}\\n\\n'
+        'id: 2\\nevent: error\\ndata: {"detail": "no source"}\\n\\n'
+        'id: 3\\ndata: {"symbol": "Ä", "price": 1, "change": null, "time": "now"}\\n\\n'
+        'id: 4\\ndata: nonsense \\x9b\\n\\n'
+    )
+
+
+    class Odd(Scenario):
+        @endpoint("GET", "/stream/stock-ticker", sends="text/event-stream")
+        async def tell(self, request):
+            async with open_stream(request, "text/event-stream") as response:
+                await response.write(EVENTS.encode())
+            return response
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Odd]
+'''
+
+
+def begin(server: str, *names: str, cwd: Path, **variables: str) -> "subprocess.Popen[str]":
     """The command, with its input still open."""
     return subprocess.Popen(
         [sys.executable, "-m", "streamlab", "client", "--url", server, *names],
@@ -76,7 +104,7 @@ def begin(server: str, *names: str, cwd: Path) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**ENVIRONMENT, "PYTHONWARNINGS": "error", "COLUMNS": "120"},
+        env={**ENVIRONMENT, "PYTHONWARNINGS": "error", "COLUMNS": "120", **variables},
         cwd=cwd,
     )
 
@@ -327,6 +355,19 @@ def test_the_ticker_comes_back_after_the_server_was_killed(start: Start, folder:
     assert all(" again in " in line for line in err)
 
 
+def test_what_a_stream_says_beside_its_prices_is_said_on_stderr(start: Start, folder: Path) -> None:
+    server = start("[scenarios.ticker]\nenabled = false", odd=ODD)
+    assert end(begin(server.url, "ticker", cwd=folder, PYTHONIOENCODING="ascii"), "", "") == (
+        1,
+        ["symbols, as AAPL,MSFT [all]: ", "events [until Ctrl-C]: ", r"\xc4 1 - now"],
+        [
+            "gap: 3 events are not kept any more",
+            "error: no source",
+            r"streamlab: this is no event of /stream/stock-ticker: nonsense \x9b",
+        ],
+    )
+
+
 def test_logs_are_filtered_and_show_no_control_character(start: Start, folder: Path) -> None:
     server = start('[scenarios.logs.sources.app]\npath = "app.log"')
     lines = ["INFO begin a", "ERROR a \x1b[2Jfire", "WARNING b", "ERROR b", "CRITICAL a end"]
@@ -404,19 +445,22 @@ def test_a_task_is_run_and_says_why_it_fails(start: Start, folder: Path) -> None
 
 def test_the_comparison_is_drawn_as_bars(start: Start, folder: Path) -> None:
     server = start()
-    status, out, err = run(server, folder, "comparison|20000|1")
+    status, out, err = run(server, folder, "comparison|1000|1")
     assert (status, len(err)) == (0, 6)
-    assert err[0] == "measuring 200 rows, buffered"
+    assert err[0] == "measuring 10 rows, buffered"
     title, heading, *rows, verdict = out
     assert (title.rstrip(), heading.split()) == (
         "measured",
         ["rows", "way", "first", "byte", "total", "peak", "memory"],
     )
     sizes = [tuple(row.split()[:2]) for row in rows]
-    assert sizes == [(count, way) for count in ("200", "2,000", "20,000") for way in ("buffered", "streamed")]
+    assert sizes == [(count, way) for count in ("10", "100", "1,000") for way in ("buffered", "streamed")]
     assert verdict.startswith("Streaming ")
-    bars = [[len(bar) for bar in re.findall("█+|(?<= ms)  |(?<= MB)  ", row)] for row in rows]
-    assert max(bar[0] for bar in bars) == bars[4][0], "the longest wait for a first byte is that of all rows, buffered"
+    waits = [re.search(r"([\d,.]+) ms (█*)", row) for row in rows]
+    bars = [(float(wait[1].replace(",", "")), len(wait[2])) for wait in waits if wait is not None]
+    assert len(bars) == 6
+    assert max(bars)[1] == 16, "the longest has all cells there are"
+    assert [cells for _, cells in sorted(bars)] == sorted(cells for _, cells in bars)
 
 
 # -- a terminal
@@ -486,7 +530,7 @@ def terminal(folder: Path) -> Iterator[Callable[..., Terminal]]:
 def test_views_are_drawn_live_and_ctrl_c_leads_back_to_the_menu(
     start: Start, folder: Path, terminal: Callable[..., Terminal]
 ) -> None:
-    port, config = free_port(), '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false'
+    port, config = free_port(), '[scenarios.ticker]\nsource = "push"\n[scenarios.export]\nsample_rows = 10\n'
     server = start(config, port=port)
     shown = terminal(server)
     shown.wait_for("quit.*what: ")
