@@ -23,7 +23,7 @@ echo "large-file.bin: $(wc -c <large-file.bin | tr -d ' ') bytes"
 until count=$(wc -l <prices.tsv) && [ "$count" -ge 20 ]; do
     last=$(tail -n 1 prices.tsv | cut -f 1)
     curl -sSfN ${last:+-H "Last-Event-ID: $last"} "$url/stream/stock-ticker?limit=$((20 - count))" |
-        while IFS= read -r line; do
+        while id=${id-} name=${name-} data=${data-} && IFS= read -r line; do
             case $line in
                 "id: "*) id=${line#id: } name='' data='' ;;
                 "event: "*) name=${line#event: } ;;
@@ -37,7 +37,8 @@ done
 # An export. A server that fails cuts the connection (18); with end=true a last line proves what came before it.
 curl -sSf -o users.jsonl "$url/export/users/jsonl?limit=1000&end=true"
 sum=$(sed '$d' users.jsonl | sha256sum | cut -d ' ' -f 1)
-tail -n 1 users.jsonl | grep -q "\"rows\":1000,\"sha256\":\"$sum\"" && echo "users.jsonl: proven"
+tail -n 1 users.jsonl | grep -q "\"rows\":1000,\"sha256\":\"$sum\""
+echo "users.jsonl: proven"
 
 # A task: started by POST, followed at its Location to its end.
 task=$(curl -sSf -o /dev/null -D - --json '{"kind": "rehearsal", "parameters": {"steps": 5, "delay": 0.1}}' \

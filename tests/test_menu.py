@@ -256,12 +256,12 @@ def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Pa
 def test_a_download_that_was_stopped_goes_on_when_it_is_chosen_again(start: Start, folder: Path) -> None:
     server = start()
     process, part = begin(server.url, cwd=folder), folder / "four.part"
-    answer(process, "1", f"{PATTERN}&rate=1000000", "four")
-    wait_until(lambda: size(part) > 200_000)
+    answer(process, "1", f"{PATTERN}&rate=200000", "four")
+    wait_until(lambda: size(part) > 100_000)
     process.send_signal(signal.SIGINT)
     wait_for_followers(server, 0)
     there = size(part)
-    assert 200_000 < there < 4_000_000
+    assert 100_000 < there < 4_000_000
     status, out, err = end(process, "1", PATTERN, "four", "quit")
     assert status == 0
     assert "[stopped]" in out
