@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from conftest import REPOSITORY, EventStream, Running, free_port, starting_in
+from conftest import BROWSERS, REPOSITORY, SWITCHES, EventStream, Running, free_port, starting_in
 from fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
 from playwright.async_api import Browser, Locator, Page, Response, async_playwright, expect
-from test_clients import BROWSERS, SWITCHES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

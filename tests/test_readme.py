@@ -82,6 +82,7 @@ def test_there_are_curl_lines() -> None:
     assert len(CURLS) >= 12
 
 
+@pytest.mark.timeout(180)
 def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start(
         "[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3\n"
@@ -97,7 +98,7 @@ def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) ->
             os.truncate(folder / "large-file", 1_234_567)
         url = pushing.url if "--json" in line and "ticker" in line else server.url
         command = line.replace("http://127.0.0.1:8000", url).replace("curl ", "curl -sS -f ", 1)
-        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, timeout=20, check=False)
+        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (0, b""), line
     assert (folder / "large-file").read_bytes() == (tmp_path / "var/files/large-file.bin").read_bytes()
     assert (folder / "first.bin").stat().st_size == 100
