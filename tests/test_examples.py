@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -284,17 +285,31 @@ RUNNERS = {
 }
 """What runs a block, and how its file ends."""
 
+NEEDS = {
+    "js": ["node", "-e", "process.exit(typeof fetch === 'function' ? 0 : 1)"],
+    "java": ["java", "--describe-module", "jdk.compiler"],  # a program is run from its source
+}
+"""What succeeds where a language's programs can be run; others need no more than to be there."""
+
+
+@cache
+def can_run(language: str) -> bool:
+    command, _ = RUNNERS[language]
+    if not shutil.which(command[0]):
+        return False
+    asked = NEEDS.get(language)
+    return asked is None or subprocess.run(asked, capture_output=True, timeout=20, check=False).returncode == 0
+
 
 def programs(folder: Path, part: str) -> Iterator[tuple[str, list[str]]]:
     """The blocks of the page that have `part`, as programs: a name, and a command whose last word is its file."""
     for number, (language, code) in enumerate(BLOCKS):
-        if language in RUNNERS and part in code:
+        if language in RUNNERS and part in code and can_run(language):
             command, suffix = RUNNERS[language]
-            if shutil.which(command[0]):
-                path = folder / str(number) / f"block.{suffix}"
-                path.parent.mkdir()
-                path.write_text(code)
-                yield f"{language} {number}", [*command, str(path)]
+            path = folder / str(number) / f"block.{suffix}"
+            path.parent.mkdir()
+            path.write_text(code)
+            yield f"{language} {number}", [*command, str(path)]
 
 
 def point_at(command: list[str], url: str) -> Path:
