@@ -21,6 +21,7 @@ from watchfiles import PythonFilter, run_process
 
 from . import chat as conversation
 from . import client, longtask, openapi
+from . import doctor as examination
 from .app import create_app, serve
 from .app import work as serve_work
 from .config import Config, ConfigError, Fault
@@ -254,6 +255,26 @@ async def _print_events(url: str, last_event_id: str, limit: int | None, *, reco
             count += 1
             if count == limit:
                 break
+
+
+@cli.command()
+def doctor(
+    url: Annotated[str, typer.Argument(help="What is to be looked at; http:// may be left out.", metavar="URL")],
+    seconds: Annotated[float, typer.Option(min=0.5, max=600, help="How long it is watched.")] = 5.0,
+) -> None:
+    """Say whether a URL streams, of any server, through any proxy, and what keeps it from that; exit with 1 if not."""
+    try:
+        report = asyncio.run(examination.examine(url, seconds=seconds))
+    except ValueError as error:
+        say(f"streamlab: {error}")
+        raise typer.Exit(2) from None
+    except (client.Refused, OSError) as error:
+        say(f"streamlab: {error}")
+        raise typer.Exit(1) from None
+    for line in report.lines():
+        typer.echo(printable(line))
+    if not report.streams:
+        raise typer.Exit(1)
 
 
 @cli.command()

@@ -262,7 +262,7 @@ async def follow(
     wraps it in `contextlib.aclosing`, so that the connection is closed at once.
     Source: WHATWG HTML 9.2.3 and 9.2.5; RFC 9110 section 10.2.3.
     """
-    target = _target(url)
+    target = target_of(url)
     if _UNSENDABLE.search(last_event_id):
         raise ValueError(f"{last_event_id!r} cannot be an id: it has characters that no header can carry")
     place = _Place(last_event_id)
@@ -330,7 +330,7 @@ async def answered(
     ValueError for what is no URL, Refused for an answer without success, and Lost where there is none, or where the
     block reads a body that breaks off.
     """
-    target = _target(url)
+    target = target_of(url)
     timeout = timeout or aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(force_close=True), timeout=timeout, read_bufsize=1024 * 1024
@@ -463,7 +463,7 @@ async def _detail(response: aiohttp.ClientResponse) -> str:
     return " - ".join([*(said[:1] or [phrase]), *filter(None, ["; ".join(faults)])])
 
 
-def _target(url: str) -> URL:
+def target_of(url: str) -> URL:
     """The URL that is meant; raises ValueError where none can be."""
     given = url if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) else f"http://{url}"
     try:
