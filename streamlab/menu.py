@@ -215,6 +215,7 @@ class _Menu:
                 yield
             finally:
                 drawing.cancel()
+                await asyncio.wait({drawing})  # nobody else draws from here on
                 live.update(draw(), refresh=True)
 
     @contextmanager

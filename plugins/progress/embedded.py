@@ -35,9 +35,6 @@ class Embedded(Engine):
         """Those in the queue, and those on their way into it."""
         self._attended: set[str] = set()
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     def lease(self, record: Record) -> str:
         """A process's: it holds one for all its tasks."""
         return _lease(record.owner)

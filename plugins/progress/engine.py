@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -19,9 +20,10 @@ CONTROL_EVENTS = 10_000
 """What processes have asked each other that is kept, for whoever takes up the tasks of one that is gone."""
 
 FULL_RETRY_SECONDS = 5
+"""When a client that was refused for want of room may ask again."""
 
 
-class Engine:
+class Engine(ABC):
     """Takes tasks on and sees that they are run. Subclasses say where, and what it means that nobody runs one."""
 
     def __init__(self, events: Events, store: Store, runner: Runner) -> None:
@@ -34,21 +36,21 @@ class Engine:
         self._group: asyncio.TaskGroup | None = None
         self._beside: set[asyncio.Task[None]] = set()
 
+    @abstractmethod
     def opened(self) -> AbstractAsyncContextManager[None]:
         """Take tasks on while the block lasts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def serving(self, max_running: int) -> AbstractAsyncContextManager[None]:
         """Run tasks in a worker while the block lasts; raises Problem where the server runs them."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def submit(self, record: Record) -> None:
         """Keep a new task and see that it is run; raises Problem 429 where there is no room."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lease(self, record: Record) -> str:
         """The lease that whoever may run a task holds: where nobody does, nobody runs it."""
-        raise NotImplementedError
 
     @property
     def control(self) -> Channel:

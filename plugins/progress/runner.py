@@ -86,9 +86,6 @@ class Runner:
         self.unwanted: set[str] = set()
         """Tasks that other processes have been asked to cancel: whoever takes one up ends it."""
 
-    def __len__(self) -> int:
-        return len(self._running)
-
     def has(self, id: str) -> bool:  # noqa: A002
         """Whether this process runs a task, or is about to."""
         return id in self._running
