@@ -345,8 +345,9 @@ SWITCHES = (
 )
 
 
-@pytest.fixture
-async def browser() -> "AsyncIterator[Browser]":
+@contextlib.asynccontextmanager
+async def launched_browser() -> "AsyncIterator[Browser]":
+    """Run the browser that is here; skips where there is none."""
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
@@ -356,6 +357,12 @@ async def browser() -> "AsyncIterator[Browser]":
         browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
         yield browser
         await browser.close()
+
+
+@pytest.fixture
+async def browser() -> "AsyncIterator[Browser]":
+    async with launched_browser() as browser:
+        yield browser
 
 
 async def wait_for(page: "Page", condition: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from conftest import BROWSERS, REPOSITORY, SWITCHES, EventStream, Running, free_port, starting_in
+from conftest import REPOSITORY, EventStream, Running, free_port, launched_browser, starting_in
 from fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
-from playwright.async_api import Browser, Locator, Page, Response, async_playwright, expect
+from playwright.async_api import Browser, Locator, Page, Response, expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -205,13 +205,8 @@ class Lab:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
     """One for all tests, since it takes a second to start; each has a page, and a profile, of its own."""
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
+    async with launched_browser() as browser:
         yield browser
-        await browser.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
