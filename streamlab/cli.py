@@ -190,7 +190,7 @@ def check(config: ConfigOption = None) -> None:
 
 @cli.command()
 def new(name: str, config: ConfigOption = None) -> None:
-    """Write a working plugin called NAME, and its test."""
+    """Write a working plugin called NAME, and the test that asks it for every promise of a stream."""
     with _refusing():
         settings = _read(config)
     taken = next((plugin.origin for plugin in find(settings) if plugin.name == name), None)
@@ -206,7 +206,8 @@ def new(name: str, config: ConfigOption = None) -> None:
     for path in paths:
         typer.echo(f"wrote {path}")
     typer.echo(
-        f"try it: streamlab run, then curl -N http://{settings.server.host}:{settings.server.port}/stream/{name}"
+        f"try it: streamlab run, then curl -N http://{settings.server.host}:{settings.server.port}/stream/{name}\n"
+        f"test it: pytest {paths[1]}"
     )
 
 

@@ -42,35 +42,13 @@ def register_scenarios():
     return [{title}]
 '''
 
-TEST = '''"""The scenario {name}, asked over a real socket."""
+TEST = '''"""The scenario {name} keeps what every stream promises."""
 
-import asyncio
-from pathlib import Path
-
-from aiohttp.test_utils import TestClient, TestServer
-
-from streamlab.app import create_app
-from streamlab.config import Config
-
-HERE = Path(__file__).parent
+from streamlab.testing import Conformance
 
 
-def ask(path: str) -> tuple[int, str]:
-    async def asking() -> tuple[int, str]:
-        config = Config.of({{"scenarios": {{"{name}": {{"interval": 0.0}}}}}}, base=HERE.parent)
-        async with TestClient(TestServer(create_app(config))) as client, client.get(path) as response:
-            return response.status, await response.text()
-
-    return asyncio.run(asking())
-
-
-def test_greets_as_often_as_asked() -> None:
-    assert ask("/stream/{name}?times=2") == (200, "hello 1\\nhello 2\\n")
-
-
-def test_refuses_what_it_cannot_do() -> None:
-    status, _ = ask("/stream/{name}?times=0")
-    assert status == 422
+class Test{title}(Conformance):
+    plugin = "{name}"
 '''
 
 

@@ -42,6 +42,12 @@ log = logging.getLogger(__name__)
 THREADS = 8
 """Threads in which queries of SQLite run."""
 
+EVENT_ENDS = (16, 80, 336)
+"""After so many rows the first events end, so that the first of them comes soon;"""
+
+EVENT_ROWS = 1000
+"""each event after those has so many."""
+
 SAMPLE = "sample"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -329,14 +335,11 @@ class Exports(Scenario):
             if changed:
                 gap = {"reason": "the data may have changed since", "missing": None}
                 await stream.write(_event(f"{place}.gap", "gap", gap))
-            async for data in export.chunks():
-                count = skip + export.rows
-                rows = data.removesuffix(b"\n").replace(b"\n", b",")
-                identity = f"{export.version}-{count}"
+            async for count, rows in _batches(export.chunks(), skip):
+                place = f"{export.version}-{count}"
                 await stream.write(
-                    b'id: %b\nevent: rows\ndata: {"count":%d,"rows":[%b]}\n\n' % (identity.encode(), count, rows)
+                    b'id: %b\nevent: rows\ndata: {"count":%d,"rows":[%b]}\n\n' % (place.encode(), count, rows)
                 )
-                place = identity
             await stream.write(_event(f"{place}.end", "end", {"count": skip + export.rows}))
         return stream
 
@@ -475,6 +478,28 @@ def _preferred(accept: str) -> str:
         known = ", ".join(form.media_type for form in FORMATS.values())
         raise Problem(406, f"This export comes as {known}.")
     return best
+
+
+async def _batches(chunks: AsyncIterator[bytes], count: int) -> AsyncIterator[tuple[int, bytes]]:
+    """JSON lines after `count` rows as the rows of events, each with how many there are up to its end.
+
+    Where an event ends depends on the number of rows alone, so that a client that comes back gets the same bytes.
+    """
+    waiting: list[bytes] = []
+    async for data in chunks:
+        waiting += data.removesuffix(b"\n").split(b"\n")
+        while count + len(waiting) >= (end := _event_end(count)):
+            yield end, b",".join(waiting[: end - count])
+            del waiting[: end - count]
+            count = end
+    if waiting:
+        yield count + len(waiting), b",".join(waiting)
+
+
+def _event_end(count: int) -> int:
+    """How many rows there are at the end of the event that begins after `count`."""
+    begun = next((end for end in EVENT_ENDS if count < end), None)
+    return begun or EVENT_ENDS[-1] + ((count - EVENT_ENDS[-1]) // EVENT_ROWS + 1) * EVENT_ROWS
 
 
 @hookimpl

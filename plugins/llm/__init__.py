@@ -325,7 +325,7 @@ class Llm(Scenario):
         takes="application/json",
         sends=("application/json", "text/event-stream"),
         responses={429: "Too many generations run and wait; Retry-After says when to ask again."},
-        curl='-N --json \'{"messages": [{"role": "user", "content": "Hello"}], "stream": true}\' {url}',
+        curl='-N --json \'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "stream": true}\' {url}',
     )
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Answer as the OpenAI API does, streaming or not; what the upstream says is passed on, event by event."""

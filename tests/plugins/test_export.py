@@ -507,10 +507,7 @@ def test_results_come_as_events_that_resume_by_row(serve: Callable[..., Running]
     assert len({event["id"] for event in events}) == len(events)
     middle = events[3]
     headers = {"Accept": "text/event-stream", "Last-Event-ID": middle["id"]}
-    rest = parsed(server.get(path, headers)[2])
-    assert [row for event in rest if event["event"] == "rows" for row in event["data"]["rows"]] == rows[
-        middle["data"]["count"] :
-    ]
+    assert parsed(server.get(path, headers)[2]) == events[4:]
     status, _, body = server.get(path, {"Accept": "text/event-stream", "Last-Event-ID": events[-1]["id"]})
     assert (status, body) == (204, b"")
 

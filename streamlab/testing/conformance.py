@@ -1,0 +1,129 @@
+"""The class that a plugin's test inherits: which plugin, with which settings, and what each endpoint needs."""
+
+import asyncio
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from streamlab import openapi
+from streamlab.app import create_app
+from streamlab.config import Config, ConfigError
+from streamlab.site import REGISTRY, ROUTES
+
+from .answers import Answers
+from .downloads import Downloads
+from .event_streams import EventStreams
+from .samples import Asked, forms
+from .server import Server, environment, serving, write_settings
+from .stopping import Stopped, Stopping, stopped
+from .streams import Streams
+from .subject import Known, Subject
+
+
+class Unusable(Exception):
+    """A conformance test cannot begin; the text says what would be right."""
+
+
+class Conformance(Stopping, EventStreams, Downloads, Streams, Answers):
+    """Every promise of a stream, asked of each endpoint of a plugin, on a server process of its own.
+
+    Inherit it in a test module, and name the plugin::
+
+        class TestGreeter(Conformance):
+            plugin = "greeter"
+
+    The plugin is looked for where the nearest config.toml above the test says, or in the nearest folder `plugins`
+    above it, and among those that are installed. Requests are made of the examples in the OpenAPI document.
+    """
+
+    plugin: ClassVar[str]
+    """Its name: that of its file, folder or entry point."""
+    settings: ClassVar[str] = ""
+    """The server's config.toml. Paths in it start at a folder of the server's own; other plugins are off unless they
+    have a table here."""
+    values: ClassVar[Mapping[str, Any]] = {}
+    """Values of parameters by name, instead of those that the endpoints give as examples."""
+    large: ClassVar[Mapping[str, Any]] = {}
+    """Values that make answers as long as they get: for clients that leave or stall, and for a server that stops."""
+    data_is_json: ClassVar[bool] = True
+    """Whether the data of every event is JSON."""
+    excused: ClassVar[Mapping[tuple[str, str], str]] = {}
+    """Why a case, named without `test_`, is not asked of an endpoint, as `("resumes_by_header", "GET /x")`; `*` stands
+    for every case."""
+
+    @classmethod
+    def furnish(cls, folder: Path) -> None:
+        """Put what the server needs into its folder, before it starts."""
+
+    @classmethod
+    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
+        """Make what an endpoint is asked for, before each case; returns values that name it, as an id."""
+        return {}
+
+
+class Tested:
+    """One conformance class at work: its endpoints, its server, and what is known of it."""
+
+    def __init__(self, case: type[Conformance], folder: Path) -> None:
+        self.case = case
+        self._settings = write_settings(folder, case.settings)
+        try:
+            self._variables = environment(case.plugin, self._settings, _plugin_folders(case))
+        except (LookupError, ConfigError) as error:
+            raise Unusable(f"{case.__name__}: {error}") from None
+        self._known = Known()
+        self._stopped: Stopped | None = None
+        self.asked = self._forms()
+        """Everything that the plugin answers."""
+
+    def _forms(self) -> list[Asked]:
+        """What the OpenAPI document of the server declares. Raises Unusable where there is no plugin to ask."""
+        try:
+            app = create_app(Config.read(self._settings, self._variables))
+        except ConfigError as error:
+            raise Unusable(f"{self.case.__name__}: {error}") from None
+        plugin = next(one for one in app[REGISTRY].plugins if one.name == self.case.plugin)
+        if plugin.state != "ready":
+            raise Unusable(f"{self.case.__name__}: the plugin {plugin.name} is {plugin.state}: {plugin.reason}")
+        described = dict.fromkeys(plugin.scenario_names, "")
+        routes = app[ROUTES]
+        found = forms(openapi.document(routes, version="", described=described), frozenset(described))
+        if not found:
+            raise Unusable(f"{self.case.__name__}: the plugin {plugin.name} has no endpoint")
+        return found
+
+    @contextmanager
+    def server(self) -> Iterator[Server]:
+        """Run a server with the plugin while the block runs."""
+        self.case.furnish(self._settings.parent)
+        with serving(self._settings, self._variables) as server:
+            yield server
+
+    def subject(self, asked: Asked, server: Server, tell: Any) -> Subject:
+        """An endpoint, with what its requests need."""
+        made = self.case.prepare(server, asked)
+        case = self.case
+        return Subject(
+            asked, server, {**case.values, **made}, case.large, case.data_is_json, self._known, tell, self.stopped
+        )
+
+    def stopped(self) -> Stopped:
+        """Stop a second server that has a stream of each endpoint open, once."""
+        if self._stopped is None:
+            with self.server() as server:
+                subjects = [self.subject(asked, server, print) for asked in self.asked]
+                self._stopped = asyncio.run(stopped(server, subjects))
+        return self._stopped
+
+
+def _plugin_folders(case: type[Conformance]) -> tuple[Path, ...]:
+    """Where the plugin may be: as the nearest config.toml above the test says, or in the nearest folder `plugins`."""
+    file = sys.modules[case.__module__].__file__
+    for folder in Path(file).resolve().parents if file else ():
+        if (folder / "config.toml").is_file():
+            return Config.read(folder / "config.toml", {}).plugins.path
+        if (folder / "plugins").is_dir():
+            return (folder / "plugins",)
+    return ()

@@ -1,0 +1,107 @@
+"""What pytest is told of conformance tests: their endpoints as parameters, their server, a summary; else nothing.
+
+Installed as the entry point `pytest11`, so that a test module needs no more than the class it inherits.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conformance import Tested
+    from .server import Server
+    from .subject import Subject
+
+NOBODY = "no endpoint of this kind"
+"""Stands for the endpoint of a case that is asked of none of a plugin's."""
+
+_TOLD = "streamlab promise"
+
+_tested = pytest.StashKey[dict[type, "Tested"]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer `--promises`."""
+    group = parser.getgroup("streamlab", "conformance of streamlab plugins")
+    group.addoption("--promises", action="store_true", help="tell every promise: what was expected, what came, and why")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what is known of the classes of this run."""
+    config.stash[_tested] = {}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ask each case of every endpoint that it is made for."""
+    promise = getattr(metafunc.function, "promise", None)
+    if metafunc.cls is None or promise is None or "streamlab_subject" not in metafunc.fixturenames:
+        return
+    found = [one for one in _of(metafunc.config, metafunc.cls).asked if promise.of(one)]
+    if promise.once:
+        metafunc.parametrize("streamlab_subject", found[:1], ids=["server"], indirect=True)
+    elif found:
+        metafunc.parametrize("streamlab_subject", found, ids=[one.label for one in found], indirect=True)
+    else:
+        metafunc.parametrize("streamlab_subject", [None], ids=[NOBODY], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases that none of a plugin's endpoints is asked."""
+    absent = [item for item in items if item.name.endswith(f"[{NOBODY}]")]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in set(absent)]
+
+
+def _of(config: pytest.Config, case: type) -> "Tested":
+    from .conformance import Tested, Unusable
+
+    found = config.stash[_tested]
+    if case not in found:
+        folder = tempfile.TemporaryDirectory(prefix="streamlab-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        try:
+            found[case] = Tested(case, Path(folder.name))
+        except Unusable as error:
+            raise pytest.Collector.CollectError(str(error)) from None
+    return found[case]
+
+
+@pytest.fixture(scope="class")
+def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
+    """The server process of a conformance class, for tests of its own too."""
+    with _of(request.config, request.cls).server() as server:
+        yield server
+
+
+@pytest.fixture
+def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server") -> "Subject":
+    """The endpoint that a case is asked of."""
+
+    def tell(found: Mapping[str, Any]) -> None:
+        request.node.user_properties.append((_TOLD, json.dumps({"class": request.cls.__name__, **found})))
+
+    return _of(request.config, request.cls).subject(request.param, streamlab_server, tell)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many promises were asked of each plugin, and which were not kept."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    told = [json.loads(text) for report in reports for name, text in report.user_properties if name == _TOLD]
+    if not told:
+        return
+    terminalreporter.section("streamlab promises")
+    if config.getoption("promises"):
+        for one in told:
+            terminalreporter.write_line(one["text"])
+    for plugin in dict.fromkeys(one["class"] for one in told):
+        mine = [one for one in told if one["class"] == plugin]
+        kept = sum(one["kept"] for one in mine)
+        endpoints = len({one["endpoint"] for one in mine} - {"the server"})
+        broken = ", ".join(dict.fromkeys(one["case"] for one in mine if not one["kept"]))
+        line = f"{plugin}: {kept} of {len(mine)} promises kept by {endpoints} endpoint{'s' * (endpoints != 1)}"
+        terminalreporter.write_line(f"{line}; broken: {broken}" if broken else line)

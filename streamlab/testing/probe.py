@@ -1,0 +1,85 @@
+"""What a server under test says of itself: the plugin that is put beside the one that is asked."""
+
+import asyncio
+import os
+import resource
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from pydantic import PrivateAttr
+
+from streamlab import Scenario, StreamSummary, endpoint, hookimpl
+from streamlab.streaming import STREAMS
+
+
+class ConformanceProbe(Scenario):
+    """What is open, and what it costs, in the process of this server."""
+
+    _ended: deque[dict[str, Any]] = PrivateAttr(default_factory=lambda: deque(maxlen=1000))
+
+    @endpoint("GET", "/conformance/state", sends="application/json", curl="{url}")
+    async def state(self, request: web.Request) -> web.Response:
+        """Tell what is open now, the memory and processor time taken so far, and which streams have ended."""
+        usage = os.times()
+        state = {
+            "streams": len(request.config_dict[STREAMS]),
+            "tasks": sorted(_words(task) for task in asyncio.all_tasks()),
+            "files": sorted(_open_files()),
+            # Those of the loop's own pool are made once and kept.
+            "threads": sorted(thread.name for thread in threading.enumerate() if "asyncio_" not in thread.name),
+            "children": sorted(_children()),
+            "memory": _resident_bytes(),
+            "cpu": usage.user + usage.system,
+            "ended": list(self._ended),
+        }
+        return web.json_response(state)
+
+    @hookimpl
+    def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
+        """Keep how a stream ended, and when."""
+        self._ended.append({"route": summary.route, "outcome": summary.outcome.value, "at": time.monotonic()})
+
+
+def _words(task: "asyncio.Task[Any]") -> str:
+    coroutine = task.get_coro()
+    return str(getattr(coroutine, "__qualname__", coroutine))
+
+
+def _open_files() -> list[str]:
+    folder = Path("/proc/self/fd" if Path("/proc/self/fd").is_dir() else "/dev/fd")
+    found = []
+    for entry in folder.iterdir():
+        try:
+            found.append(str(entry.readlink()))
+        except OSError:  # the listing's own, closed by now; or a system whose entries are no links
+            continue
+    return found
+
+
+def _children() -> list[str]:
+    found: list[str] = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        try:
+            found += task.read_text().split()
+        except OSError:
+            continue
+    return found
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@hookimpl
+def register_scenarios() -> list[type[Scenario]]:
+    """Bring the probe."""
+    return [ConformanceProbe]

@@ -1,0 +1,89 @@
+"""A promise, and the test that it becomes: what was expected, what came, and the standard behind it."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .samples import Asked, NoSample
+from .wire import NotHTTP
+
+if TYPE_CHECKING:
+    from .subject import Subject
+
+Case = Callable[[Any, "Subject"], Awaitable[str]]
+"""Asks a subject, and returns what came; raises NotKept where that is not what was promised."""
+
+
+class NotKept(Exception):
+    """A promise is broken; the text is what came."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a case asks for, and of whom."""
+
+    expected: str
+    standard: str
+    of: Callable[[Asked], bool]
+    once: bool
+    """Whether it is asked once for all endpoints."""
+
+
+def everybody(asked: Asked) -> bool:
+    """Every endpoint."""
+    return True
+
+
+def promise(
+    standard: str, *, of: Callable[[Asked], bool] = everybody, once: bool = False
+) -> Callable[[Case], Callable[..., None]]:
+    """Make a test of a case, for each endpoint that `of` is true of: its docstring says what is expected.
+
+    `standard` names where it is promised; what is promised by the server as a whole is asked `once`.
+    """
+
+    def mark(case: Case) -> Callable[..., None]:
+        made = Promise(" ".join((inspect.getdoc(case) or "").split()), standard, of, once)
+
+        def test(self: Any, streamlab_subject: "Subject") -> None:
+            subject = streamlab_subject
+            name = case.__name__.removeprefix("test_")
+            if reason := _excuse(self.excused, name, subject.asked):
+                pytest.skip(f"excused: {reason}")
+            try:
+                came, kept = asyncio.run(_awaited(case(self, subject))), True
+            except (NotKept, NoSample, NotHTTP) as error:
+                came, kept = str(error), False
+            label = "the server" if once else subject.asked.label
+            text = f"{label}\n  expected  {made.expected}\n  came      {came}\n  promise   {made.standard}"
+            subject.tell({"endpoint": label, "case": name, "kept": kept, "text": text})
+            if not kept:
+                pytest.fail(text, pytrace=False)
+            print(text)
+
+        test.__name__, test.__doc__, test.__module__ = case.__name__, case.__doc__, case.__module__
+        test.__qualname__ = case.__qualname__
+        test.__dict__["promise"] = made
+        return test
+
+    return mark
+
+
+def _excuse(excused: Mapping[tuple[str, str], str], case: str, asked: Asked) -> str | None:
+    """Why an endpoint, or one form of it, is not asked for a case."""
+    named = ((one, of) for one in (case, "*") for of in (asked.label, asked.endpoint))
+    return next((excused[key] for key in named if key in excused), None)
+
+
+async def _awaited(case: Awaitable[str]) -> str:
+    try:
+        return await case
+    except ExceptionGroup as group:
+        fault = group.exceptions[0]
+        if isinstance(fault, NotKept | NotHTTP):
+            raise fault from None
+        raise

@@ -1,0 +1,267 @@
+"""An endpoint's OpenAPI entry, told as requests: one that is right, and many that are wrong."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from .wire import request
+
+EVENTS = "text/event-stream"
+
+_LONG = 4000
+"""Characters of a value that is too long, where that is more than may be; a request line holds 8190 bytes."""
+
+
+class NoSample(Exception):
+    """No request can be made of an endpoint's declaration; its text says what it lacks."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A value that its parameter does not take, and why."""
+
+    name: str
+    where: str
+    """`path`, `query` or `body`."""
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One form of one endpoint: what is asked for, as its OpenAPI operation declares it."""
+
+    method: str
+    template: str
+    operation: Mapping[str, Any]
+    schemas: Mapping[str, Any]
+    """The document's `components.schemas`."""
+    methods: frozenset[str]
+    """Every method that its path takes."""
+    media: str
+    """What Accept says; empty where the endpoint has one form."""
+
+    @property
+    def endpoint(self) -> str:
+        """`GET /stream/hello`."""
+        return f"{self.method} {self.template}"
+
+    @property
+    def label(self) -> str:
+        """The endpoint, and its form where it has several."""
+        return f"{self.endpoint} as {self.media}" if self.media else self.endpoint
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        """The media types of a 200."""
+        return tuple(media.partition(";")[0] for media in self.operation["responses"]["200"].get("content", {}))
+
+    @property
+    def statuses(self) -> frozenset[int]:
+        """Every status that is declared for success or by the protocol."""
+        return frozenset(int(status) for status in self.operation["responses"] if status.isdigit())
+
+    @property
+    def carries_events(self) -> bool:
+        """Whether the answer is an event stream."""
+        return self.media == EVENTS or self.sends == (EVENTS,)
+
+    @property
+    def parameters(self) -> list[Mapping[str, Any]]:
+        """The declared parameters of path and query, as OpenAPI's Parameter Objects."""
+        return list(self.operation.get("parameters", ()))
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a request needs a body."""
+        return "requestBody" in self.operation
+
+    @property
+    def body_schema(self) -> Mapping[str, Any]:
+        """The schema of a JSON body, empty where the endpoint reads the body itself."""
+        content = self.operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+        return self._resolved(content.get("schema", {}))
+
+    def message(
+        self,
+        values: Mapping[str, Any],
+        host: str,
+        *,
+        method: str = "",
+        version: str = "1.1",
+        headers: Mapping[str, str] | None = None,
+        without: tuple[str, ...] = (),
+        body: bytes | None = None,
+    ) -> bytes:
+        """A request for it: `values` by name over the examples that it declares, parameters `without` left out.
+
+        Raises NoSample where a value is needed that nothing tells.
+        """
+        fields = {"Accept": self.media} if self.media else {}
+        if self.has_body and body is None:
+            body = json.dumps(self.body(values)).encode()
+        if body is not None:
+            fields["Content-Type"] = "application/json"
+        return request(
+            method or self.method,
+            self.target(values, without=without),
+            host=host,
+            headers=fields | dict(headers or {}),
+            body=body,
+            version=version,
+        )
+
+    def target(self, values: Mapping[str, Any], *, without: tuple[str, ...] = ()) -> str:
+        """The path and query of a request."""
+        path, query = self.template, []
+        for parameter in self.parameters:
+            name = parameter["name"]
+            if parameter["in"] == "path":
+                path = path.replace(f"{{{name}}}", quote(str(self._value(parameter, values)), safe="/"))
+            elif name not in without and (name in values or "example" in parameter or parameter["required"]):
+                value = self._value(parameter, values)
+                query += [(name, item) for item in (value if isinstance(value, list) else [value])]
+        return f"{path}{'?' if query else ''}{urlencode(query)}"
+
+    def _value(self, parameter: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+        name = parameter["name"]
+        if name in values:
+            return values[name]
+        if "example" in parameter:
+            return parameter["example"]
+        return _made(self._resolved(parameter["schema"]), f"the parameter {name!r} of {self.endpoint}")
+
+    def body(self, values: Mapping[str, Any]) -> Any:
+        """A JSON body: the example declared, with `values` of its members laid over it."""
+        content = self.operation["requestBody"]["content"]
+        media = content.get("application/json") or next(iter(content.values()))
+        schema = self.body_schema
+        example = media.get("example", next(iter(schema.get("examples", ())), {}))
+        if not isinstance(example, dict):
+            return example
+        members, example = schema.get("properties", {}), dict(example)
+        for name in schema.get("required", ()):
+            if name not in example and name not in values:
+                what = f"the member {name!r} of the body of {self.endpoint}"
+                example[name] = _made(self._resolved(members[name]), what)
+        return example | {name: value for name, value in values.items() if name in members or name in example}
+
+    def bad_values(self) -> Iterator[Bad]:
+        """Values that its parameters, and the members of its body, do not take."""
+        for parameter in self.parameters:
+            for value, why in _wrong(self._resolved(parameter["schema"])):
+                if parameter["in"] == "query" or not isinstance(value, list):
+                    yield Bad(parameter["name"], parameter["in"], value, why)
+        for name, schema in self.body_schema.get("properties", {}).items():
+            for value, why in _wrong(self._resolved(schema), typed=True):
+                yield Bad(name, "body", value, why)
+
+    def numbers(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every number that a client may give, with its schema."""
+        members = self.body_schema.get("properties", {}).items()
+        for name, schema in (*((one["name"], one["schema"]) for one in self.parameters), *members):
+            for choice in _choices(self._resolved(schema)):
+                if choice.get("type") in ("integer", "number") and "enum" not in choice:
+                    yield name, choice
+
+    def texts(self) -> Iterator[str]:
+        """The names of the query parameters that take any text."""
+        for parameter in self.parameters:
+            schema = self._resolved(parameter["schema"])
+            plain = [
+                one for one in _choices(schema) if one.get("type") == "string" and not one.keys() & {"enum", "pattern"}
+            ]
+            if parameter["in"] == "query" and plain:
+                yield parameter["name"]
+
+    def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        name = schema.get("$ref", "").rpartition("/")[2]
+        return self.schemas[name] if name else schema
+
+
+def forms(document: Mapping[str, Any], scenarios: frozenset[str]) -> list[Asked]:
+    """Everything that some scenarios of an OpenAPI document answer: events and other types are asked for apart."""
+    found = []
+    for template, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if scenarios.isdisjoint(operation["tags"]):
+                continue
+            content = operation["responses"]["200"].get("content", {})
+            others = [media for media in content if media != EVENTS]
+            several = EVENTS in content and others
+            for media in (others[0], EVENTS) if several else ("",):
+                schemas = document["components"]["schemas"]
+                methods = frozenset(map(str.upper, operations))
+                found.append(Asked(method.upper(), template, operation, schemas, methods, media))
+    return found
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a value may be, null left out."""
+    return [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+
+
+def _made(schema: Mapping[str, Any], what: str) -> Any:
+    """A value that fits a schema; raises NoSample where none can be told from it."""
+    schema = _choices(schema)[0]
+    if "default" in schema:
+        return schema["default"]
+    if "enum" in schema:
+        return schema["enum"][0]
+    match schema.get("type"):
+        case "boolean":
+            return True
+        case "integer" | "number":
+            return max(schema.get("minimum", 1), min(1, schema.get("maximum", 1)))
+        case "string" if "pattern" not in schema and schema.get("minLength", 0) <= 7:
+            return "example"[: schema.get("maxLength")]
+    raise NoSample(f"{what} needs an example: Field(examples=[...]), or `values` of the test")
+
+
+def _wrong(schema: Mapping[str, Any], *, typed: bool = False) -> Iterator[tuple[Any, str]]:
+    """Values that a schema excludes; `typed` where a value is JSON and not text."""
+    choices = _choices(schema)
+    if len(choices) != 1:
+        return
+    (schema,) = choices
+    if "enum" in schema:
+        yield "no-such-choice", "is none of the choices"
+        return
+    match schema.get("type"):
+        case "integer" | "number" as kind:
+            yield "many", "is not a number"
+            if kind == "integer":
+                yield 1.5, "is not whole"
+            yield from _beyond(schema)
+        case "boolean":
+            yield "perhaps", "is neither true nor false"
+        case "string":
+            if typed:
+                yield 5, "is not a text"
+            if "maxLength" in schema and schema["maxLength"] < _LONG:
+                yield "x" * (schema["maxLength"] + 1), f"is longer than {schema['maxLength']}"
+            if schema.get("minLength"):
+                yield "", "is empty"
+            if "pattern" in schema:
+                wrong = next((text for text in ("~ ~", "!", "0", "x") if not re.search(schema["pattern"], text)), None)
+                if wrong is not None:
+                    yield wrong, f"does not match {schema['pattern']}"
+        case "array":
+            for value, why in _wrong(schema.get("items", {}), typed=typed):
+                yield [value], why
+        case "object" if typed:
+            yield "no object", "is not an object"
+
+
+def _beyond(schema: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    if "maximum" in schema:
+        yield schema["maximum"] + 1, f"is more than {schema['maximum']}"
+    if "exclusiveMaximum" in schema:
+        yield schema["exclusiveMaximum"], f"is not less than {schema['exclusiveMaximum']}"
+    if "minimum" in schema:
+        yield schema["minimum"] - 1, f"is less than {schema['minimum']}"
+    if "exclusiveMinimum" in schema:
+        yield schema["exclusiveMinimum"], f"is not more than {schema['exclusiveMinimum']}"

@@ -1,0 +1,187 @@
+"""A real server with one plugin and the probe: started, asked what is open in it, and ended."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamlab.config import Config, nearest
+from streamlab.registry import find
+
+START_SECONDS = 30.0
+"""What a server may take until it serves."""
+
+DRAIN_SECONDS = 1.0
+"""`drain_seconds` of a server under test."""
+
+PROBE = "conformance_probe"
+"""The plugin that tells what is open in the server."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is open in a server, and what it has cost so far."""
+
+    streams: int
+    tasks: list[str]
+    files: list[str]
+    threads: list[str]
+    children: list[str]
+    memory: int
+    """Resident bytes."""
+    cpu: float
+    """Seconds of a processor."""
+    ended: list[dict[str, Any]]
+    """The streams that have ended, each with `route`, `outcome`, and the time `at` which, by `time.monotonic`."""
+
+
+@dataclass
+class Server:
+    """A streamlab process under test."""
+
+    process: "subprocess.Popen[str]"
+    port: int
+    folder: Path
+    """Where its config.toml is, and `var/`."""
+    log_file: Path
+
+    @property
+    def url(self) -> str:
+        """Its address, as `http://127.0.0.1:8000`."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def ask(
+        self, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, body: Any = None
+    ) -> "Said":
+        """Ask it something on a connection of its own, and wait for the whole answer; `body` is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        sent, fields = None, dict(headers or {})
+        if body is not None:
+            sent, fields = json.dumps(body).encode(), {"Content-Type": "application/json"} | fields
+        with closing(connection):
+            connection.request(method, path, body=sent, headers=fields)
+            answer = connection.getresponse()
+            return Said(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+
+    def state(self) -> State:
+        """What is open in it now."""
+        return State(**self.ask("/conformance/state").json)
+
+    def settled(self, reached: Callable[[State], bool], *, seconds: float) -> State:
+        """Look at its state until it is as wanted, for so many seconds at most; the last one seen."""
+        deadline = time.monotonic() + seconds
+        while not reached(state := self.state()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return state
+
+    def stop(self, number: int = signal.SIGTERM, *, seconds: float = 30.0) -> int | None:
+        """Send it a signal and wait for its end: its exit status, None where it went on for too long and was killed."""
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return None
+
+
+@dataclass(frozen=True)
+class Said:
+    """A whole answer: status, header fields (names in lower case), body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as UTF-8."""
+        return self.body.decode()
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+
+def environment(plugin: str, settings: Path, folders: Iterable[Path]) -> dict[str, str]:
+    """The variables that make a server of a settings file one under test: the probe is in it, other plugins are not.
+
+    A plugin that has a table in the settings is left on, since the one that is tested may need it. Raises ConfigError
+    where the settings cannot be read, and LookupError where no plugin has that name.
+    """
+    paths = json.dumps([str(path.resolve()) for path in (*folders, settings.parent / "probe")])
+    variables = {
+        "STREAMLAB_SERVER__DRAIN_SECONDS": f"{DRAIN_SECONDS:g}",
+        "STREAMLAB_SERVER__LOG_FILE": "",
+        "STREAMLAB_PLUGINS__PATH": paths,
+    }
+    config = Config.read(settings, variables)
+    known = {found.name for found in find(config)}
+    if plugin not in known:
+        where = ", ".join(map(str, folders)) or "no folder of plugins was found"
+        raise LookupError(f"there is no plugin {plugin!r}; {nearest(plugin, known)} ({where})")
+    others = known - {plugin, PROBE} - config.scenarios.keys()
+    return variables | {f"STREAMLAB_SCENARIOS__{name.upper()}__ENABLED": "false" for name in others}
+
+
+def write_settings(folder: Path, settings: str) -> Path:
+    """Write a server's settings, as they stand in config.toml, and the probe beside them; the path of the settings."""
+    probe = folder / "probe" / f"{PROBE}.py"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.write_text((Path(__file__).parent / "probe.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "config.toml").write_text(settings, encoding="utf-8")
+    return folder / "config.toml"
+
+
+@contextmanager
+def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
+    """Run `streamlab run` with settings and variables, as a process of its own, while the block runs.
+
+    Raises RuntimeError with what it said where it does not start.
+    """
+    folder = settings.parent
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
+    command = [sys.executable, "-m", "streamlab", "run", "--config", str(settings), "--port", "0"]
+    with (folder / "log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(  # noqa: S603 - this very program
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**environ, **variables}
+        )
+    assert process.stdout is not None
+    try:
+        server = Server(process, 0, folder, folder / "log")
+        server.port = _port(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            server.stop(seconds=DRAIN_SECONDS + 10)
+        process.stdout.close()
+
+
+def _port(server: Server) -> int:
+    """Where it serves, once it does."""
+    assert server.process.stdout is not None
+    patience = threading.Timer(START_SECONDS, server.process.kill)
+    patience.start()
+    try:
+        for line in server.process.stdout:
+            if " serves http" in line:
+                return int(line.rpartition(":")[2])
+    finally:
+        patience.cancel()
+    server.process.wait()
+    raise RuntimeError(f"the server did not start within {START_SECONDS:g} s:\n{server.log}")

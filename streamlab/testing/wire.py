@@ -1,0 +1,281 @@
+"""HTTP/1.x as bytes on a socket: requests as they are written, answers as they come, with the time of each piece."""
+
+import asyncio
+import re
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+Ending = Literal["whole", "closed", "cut"]
+"""How a body ended: as its framing says it should; by the end of the connection, which is all that HTTP/1.0 has; or
+before its length or its last chunk had come (RFC 9112, section 8)."""
+
+HEAD_SECONDS = 20.0
+"""What an answer's headers may take."""
+
+_HEAD_BYTES = 64 * 1024
+
+
+class NotHTTP(Exception):
+    """What came is not an answer as RFC 9112 describes it; its text says what came."""
+
+
+@dataclass
+class Answer:
+    """An answer as it comes: its head, then its body piece by piece."""
+
+    status: int
+    reason: str
+    version: str
+    fields: list[tuple[str, str]]
+    """The header fields in their order, names in lower case."""
+    asked_at: float
+    """When the request was sent, by `time.monotonic`."""
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    has_body: bool
+    body: bytearray = field(default_factory=bytearray)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """For each piece of the body: the seconds since the request, and its bytes."""
+    ending: Ending | None = None
+    """None while more may come."""
+    ended_after: float = 0.0
+    """The seconds from the request to the end of the body."""
+    head_after: float = 0.0
+    """The seconds from the request to the end of the headers."""
+    _left: int = 0
+    """Bytes of a chunk that are still to come."""
+    _chunks: int = 0
+    _in_trailers: bool = False
+
+    def get(self, name: str) -> str | None:
+        """A header field's value, several joined by commas; None where there is none."""
+        values = [value for known, value in self.fields if known == name.lower()]
+        return ", ".join(values) if values else None
+
+    @property
+    def media(self) -> str:
+        """The media type, without its parameters."""
+        return (self.get("content-type") or "").partition(";")[0].strip().lower()
+
+    @property
+    def line(self) -> str:
+        """The status line, for reports."""
+        return f"{self.version} {self.status} {self.reason}".rstrip()
+
+    @property
+    def size(self) -> int:
+        """The bytes of the body that have come."""
+        return sum(length for _, length in self.arrivals)
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the body comes in chunks."""
+        return "chunked" in (self.get("transfer-encoding") or "").lower()
+
+    @property
+    def first_after(self) -> float | None:
+        """The seconds from the request to the first byte of the body."""
+        return self.arrivals[0][0] if self.arrivals else None
+
+    async def piece(self) -> bytes:
+        """The next bytes of the body; none when it is over. May be cancelled, and called again."""
+        if self.ending is not None:
+            return b""
+        try:
+            found = await self._next()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return self._end("cut")
+        if found:
+            self.arrivals.append((time.monotonic() - self.asked_at, len(found)))
+            self.body += found
+        return found
+
+    async def _next(self) -> bytes:
+        if not self.has_body:
+            return self._end("whole")
+        if self.is_chunked:
+            return await self._of_a_chunk()
+        length = self.get("content-length")
+        left = (1 << 16) if length is None else int(length) - self.size
+        if not left:
+            return self._end("whole")
+        found = await self.reader.read(min(left, 1 << 16))
+        return found or self._end("closed" if length is None else "cut")
+
+    async def _of_a_chunk(self) -> bytes:
+        while not self._left:
+            line = (await self.reader.readuntil(b"\r\n"))[:-2]
+            if self._in_trailers:
+                if not line:
+                    return self._end("whole")
+            elif line or not self._chunks:  # an empty line ends the chunk before
+                size = line.partition(b";")[0].strip()
+                if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
+                    raise NotHTTP(f"the chunk size {line[:80]!r}")
+                self._left, self._chunks = int(size, 16), self._chunks + 1
+                self._in_trailers = not self._left
+        found = await self.reader.read(min(self._left, 1 << 16))
+        self._left -= len(found)
+        return found or self._end("cut")
+
+    def _end(self, how: Ending) -> bytes:
+        self.ending, self.ended_after = how, time.monotonic() - self.asked_at
+        return b""
+
+    async def read(self, *, seconds: float, most: int = 1 << 20) -> bytes:
+        """Read until the body ends, or so many seconds or bytes have passed; what has come by then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while len(self.body) < most and await self.piece():
+                    pass
+        return bytes(self.body)
+
+    async def begin(self, *, seconds: float) -> bool:
+        """Wait for the first byte of the body; whether it came."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.piece()
+        return bool(self.body)
+
+    def leave(self, *, reset: bool = False) -> None:
+        """Close the connection, with a reset instead of an orderly end if wanted."""
+        connection = self.writer.get_extra_info("socket")
+        if reset and connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.writer.transport.abort()
+        else:
+            self.writer.close()
+
+
+def request(
+    method: str,
+    target: str,
+    *,
+    host: str,
+    headers: Mapping[str, str] | None = None,
+    body: bytes | None = None,
+    version: str = "1.1",
+) -> bytes:
+    """The bytes of a request (RFC 9112, section 3)."""
+    lines = [f"{method} {target} HTTP/{version}", f"Host: {host}"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    if body is not None:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
+
+
+@asynccontextmanager
+async def asked(port: int, message: bytes) -> AsyncIterator[Answer]:
+    """Send a request on a connection of its own, and lend the answer, its head read; the connection is closed after.
+
+    Raises NotHTTP where no answer comes, or none that is HTTP.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield await ask_on(reader, writer, message)
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def ask_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> Answer:
+    """Send a request on an open connection, and read the head of the answer."""
+    started = time.monotonic()
+    writer.write(message)
+    try:
+        async with asyncio.timeout(HEAD_SECONDS):
+            await writer.drain()
+            head = (await reader.readuntil(b"\r\n\r\n"))[:-4]
+    except TimeoutError:
+        raise NotHTTP(f"no headers within {HEAD_SECONDS:g} s") from None
+    except asyncio.IncompleteReadError as error:
+        raise NotHTTP(f"the connection ended after {error.partial[:80]!r}") from None
+    except (ConnectionError, asyncio.LimitOverrunError) as error:
+        raise NotHTTP(f"{type(error).__name__}: {error}") from None
+    first, *lines = head.decode("latin-1").split("\r\n")
+    found = re.fullmatch(r"(HTTP/1\.[01]) ([1-5]\d\d)(?: (.*))?", first)
+    if found is None:
+        raise NotHTTP(f"the status line {first[:80]!r}")
+    fields = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r"[\0\r\n]", value):
+            raise NotHTTP(f"the header line {line[:80]!r}")
+        fields.append((name.lower(), value.strip()))
+    status = int(found[2])
+    has_body = not message.startswith(b"HEAD ") and status >= 200 and status not in (204, 304)
+    answer = Answer(status, found[3] or "", found[1], fields, started, reader, writer, has_body)
+    answer.head_after = time.monotonic() - started
+    return answer
+
+
+def stalled(port: int, message: bytes) -> socket.socket:
+    """Send a request on a connection that takes as little as the system lets it, and read nothing from it."""
+    connection = socket.socket()
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(HEAD_SECONDS)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(message)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+# -- event streams
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event as it stands in the stream: its bytes, and its fields in their order (WHATWG HTML 9.2.6)."""
+
+    raw: bytes
+    fields: tuple[tuple[str, str], ...]
+
+    def get(self, name: str) -> str | None:
+        """The last value of a field; of `data`, all lines joined by LF. None where it does not stand there."""
+        values = [value for known, value in self.fields if known == name]
+        return None if not values else "\n".join(values) if name == "data" else values[-1]
+
+    @property
+    def id(self) -> str:
+        """Its own id, or nothing."""
+        return self.get("id") or ""
+
+    @property
+    def event(self) -> str:
+        """Its name, or `message`."""
+        return self.get("event") or "message"
+
+    def __str__(self) -> str:
+        """As it reads, shortened."""
+        text = self.raw.decode(errors="replace").strip().replace("\n", " | ")
+        return text if len(text) <= 160 else text[:157] + "..."
+
+
+def events(body: bytes) -> list[Event]:
+    """Every whole event of a body, comments left out. Raises UnicodeDecodeError where it is not UTF-8."""
+    found: list[Event] = []
+    raw: list[bytes] = []
+    fields: list[tuple[str, str]] = []
+    for line in re.split(rb"(?<=\n)|(?<=\r)(?!\n)", body):
+        content = line.rstrip(b"\r\n")
+        if len(content) == len(line):
+            break  # not whole yet
+        if content.startswith(b":"):
+            continue
+        if content:
+            name, _, value = content.decode().partition(":")
+            fields.append((name, value.removeprefix(" ")))
+            raw.append(line)
+        elif fields:
+            found.append(Event(b"".join([*raw, line]), tuple(fields)))
+            raw, fields = [], []
+    return found

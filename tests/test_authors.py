@@ -1,0 +1,119 @@
+"""The authors' guide is true: its plugins keep every promise, its hooks are those of the code, its package installs."""
+
+import ast
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, write_plugins
+
+from streamlab import hookspecs
+from streamlab.registry import HOOKS
+from streamlab.testing import Conformance
+
+GUIDE = (REPOSITORY / "docs" / "authors.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+PLUGINS = [block for block in BLOCKS if "def register_scenarios" in block]
+
+
+def promised() -> str:
+    """The table of the guide, as the code has it."""
+    rows = ["| case | what is promised | where |", "| --- | --- | --- |"]
+    for base in reversed(Conformance.__mro__):
+        for name, case in vars(base).items():
+            if name.startswith("test_"):
+                rows.append(f"| `{name.removeprefix('test_')}` | {case.promise.expected} | {case.promise.standard} |")
+    return "\n".join(rows)
+
+
+def pytest_in(folder: Path, *words: str, **environ: str) -> str:
+    """Run pytest in a folder as an author does; what it said."""
+    (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    path = os.pathsep.join([*filter(None, [environ.pop("site", "")]), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *words],
+        cwd=folder,
+        env={**inherited, **environ, "PYTHONPATH": path, "SSL_CERT_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+        timeout=140,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_hooks_of_the_guide_are_those_of_the_code() -> None:
+    (block,) = re.findall(r"```python hooks\n(.*?)```", GUIDE, re.DOTALL)
+    told = {item.name: item for item in ast.parse(block).body if isinstance(item, ast.FunctionDef)}
+    code = {
+        item.name: item for item in ast.parse(inspect.getsource(hookspecs)).body if isinstance(item, ast.FunctionDef)
+    }
+    assert set(told) == HOOKS
+    for name, function in told.items():
+        written = code[name]
+        assert ast.unparse(function.args) == ast.unparse(written.args), name
+        assert ast.unparse(function.returns or ast.Constant(None)) == ast.unparse(written.returns or ast.Constant(None))
+        first = (ast.get_docstring(written) or "").partition("\n")[0]
+        assert (ast.get_docstring(function) or "").startswith(first.rstrip(".")), name
+
+
+def test_promises_of_the_guide_are_those_of_the_suite() -> None:
+    table = GUIDE.partition("<!-- promises -->\n")[2].partition("\n<!-- /promises -->")[0]
+    assert table == promised(), f"docs/authors.md should have:\n\n{promised()}"
+
+
+def test_attributes_of_the_guide_are_those_of_the_class() -> None:
+    told = set(re.findall(r"^\| `(\w+)(?: = False|\([\w, ]+\))?` \|", GUIDE, re.MULTILINE))
+    own = {name for name in {*vars(Conformance), *Conformance.__annotations__} if not name.startswith("_")}
+    assert own <= told
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("source", PLUGINS, ids=lambda source: re.search(r"class (\w+)\(Scenario", source)[1].lower())  # type: ignore[index]
+def test_plugins_of_the_guide_keep_every_promise(tmp_path: Path, source: str) -> None:
+    write_plugins(tmp_path, {"mine": source})
+    (tmp_path / "tests").mkdir()
+    test = BLOCKS[0].replace('"greeter"', '"mine"').replace("TestGreeter", "TestMine")
+    (tmp_path / "tests" / "test_mine.py").write_text(test)
+    assert re.search(r"^TestMine: (\d+) of \1 promises", pytest_in(tmp_path, "tests"), re.MULTILINE)
+
+
+def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
+    assert len(PLUGINS) == 2
+    for block in BLOCKS:
+        compile(block, "docs/authors.md", "exec")
+    exec(compile(BLOCKS[1], "docs/authors.md", "exec"), {"__name__": "guide"})
+
+
+@pytest.mark.timeout(180)
+def test_package_of_the_guide_installs_and_keeps_every_promise(tmp_path: Path) -> None:
+    package, site = tmp_path / "streamlab-hello", tmp_path / "site"
+    shutil.copytree(REPOSITORY / "examples" / "streamlab-hello", package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--wheel",
+        "--outdir",
+        str(tmp_path / "dist"),
+        str(package),
+    ]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert f"dist/{wheel.name}" in GUIDE
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    (package / "streamlab_hello.py").unlink()  # what is tested is what was installed
+    said = pytest_in(package, "--promises", "tests", site=str(site))
+    assert re.search(r"^TestHello: (\d+) of \1 promises kept by 2 endpoints$", said, re.MULTILINE)
+    for word in ("expected", "came", "promise"):
+        assert said.count(f"\n  {word:<10}") == said.count("\n  expected  ")

@@ -1,0 +1,97 @@
+"""Every plugin that ships keeps what every stream promises."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamlab.testing import Asked, Conformance, Server
+
+
+class TestComparison(Conformance):
+    plugin = "comparison"
+    settings = "[scenarios.comparison]\nmax_reports = 4"
+    values = {"rows": 1000, "repeats": 1}
+    large = {"rows": 50_000}
+    excused = {
+        ("client_that_stalls_costs_little", "GET /demo/comparison/buffered"): "it shows what collecting costs",
+    } | {
+        (case, "GET /demo/comparison/report as text/event-stream"): "a report belongs to its request, and is not kept"
+        for case in ("resumes_by_header", "resumes_by_parameter")
+    }
+
+
+class TestExport(Conformance):
+    plugin = "export"
+    settings = "[scenarios.export]\nsample_rows = 20000"
+    values = {"name": "users", "format": "csv", "limit": 3000}
+    large = {"limit": 20_000}
+
+
+class TestFile(Conformance):
+    plugin = "file"
+    settings = "[scenarios.file]\nsample_mb = 20"
+    values = {"path": "small.bin"}
+    large = {"path": "large-file.bin"}
+
+    @classmethod
+    def furnish(cls, folder: Path) -> None:
+        files = folder / "var" / "files"
+        files.mkdir(parents=True, exist_ok=True)
+        (files / "small.bin").write_bytes(bytes(range(256)))
+        (files / "large-file.bin").write_bytes(bytes(20_000_000))
+
+
+OPENAI = "the OpenAI API is another protocol: its events have no ids, [DONE] is its end, and its errors are its own"
+
+
+class TestLlm(Conformance):
+    plugin = "llm"
+    settings = "[scenarios.llm]\nmax_waiting = 4\nwait_seconds = 5\nabandon_seconds = 1"
+    values = {"max_tokens": 30}
+    large = {"max_tokens": 500}
+    excused = {
+        (case, "POST /v1/chat/completions"): OPENAI
+        for case in (
+            "bodies_that_do_not_fit_are_refused",
+            "events_are_whole",
+            "resumes_by_header",
+            "bad_ids_are_told_and_do_no_harm",
+            "end_is_said_and_kept",
+        )
+    } | {("first_byte_comes_before_the_end", "POST /v1/chat/completions as application/json"): "one document of it all"}
+
+    @classmethod
+    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
+        if asked.template == "/v1/chat/completions":
+            return {"stream": asked.carries_events}
+        if "{id}" not in asked.template:
+            return {}
+        begun = server.ask("/ai/chat-stream-sse?prompt=Hello&max_tokens=40")
+        return {"id": begun.headers["location"].rpartition("/")[2]}
+
+
+class TestLogs(Conformance):
+    plugin = "logs"
+
+
+class TestProgress(Conformance):
+    plugin = "progress"
+    settings = "[scenarios.export]\nsample_rows = 1000"
+
+    @classmethod
+    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
+        if "{id}" not in asked.template:
+            return {}
+        return {"id": server.ask("/process/tasks", method="POST", body={"kind": "report"}).json["id"]}
+
+
+class TestTicker(Conformance):
+    plugin = "ticker"
+    settings = "[scenarios.ticker]\ninterval = 0.05"
+    excused = {("*", "POST /stream/stock-ticker"): "prices are simulated here"}
+
+
+class TestPushedTicker(Conformance):
+    plugin = "ticker"
+    settings = '[scenarios.ticker]\nsource = "push"'
+    excused = {("*", "GET /stream/stock-ticker"): "its prices are pushed here, and nobody pushes any"}

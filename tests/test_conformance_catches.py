@@ -1,0 +1,442 @@
+"""The conformance suite catches what it is there for: sound plugins pass, and each with one defect fails its case."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import REPOSITORY
+
+LINES = r'''
+"""Lines of text, one after the other."""
+
+import asyncio
+
+from aiohttp import web
+from pydantic import BaseModel, Field, PrivateAttr
+
+from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+
+class Wanted(BaseModel):
+    times: int = Field(30, ge=1, le=1_000_000)
+    width: int = Field(6, ge=1, le=20_000)
+    word: str = Field("", max_length=500)
+
+
+class Lines(Scenario):
+    _held: list = PrivateAttr(default_factory=list)
+
+    @endpoint("GET", "/lines", query=Wanted, sends="text/plain")
+    async def lines(self, request: web.Request, query: Wanted) -> web.StreamResponse:
+        """Send lines, with a pause between those that are short."""
+        async with open_stream(request, "text/plain") as response:
+            for number in range(query.times):
+                line = f"{number}".rjust(query.width).encode() + b"\n"
+                await response.write(line)
+                await asyncio.sleep(0.05 if query.width < 100 else 0.001)
+        return response
+
+    @endpoint("POST", "/lines", body=Wanted, sends="application/json", curl="{url}")
+    async def count(self, request, body):
+        """Tell how many bytes the lines would have."""
+        return web.json_response({"bytes": body.times * (body.width + 1)})
+
+
+@hookimpl
+def register_scenarios():
+    return [Lines]
+'''
+
+EVENTS = r'''
+"""Numbers, as events."""
+
+import asyncio
+import json
+import re
+
+from aiohttp import web
+from pydantic import BaseModel, Field
+
+from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+
+
+class Wanted(BaseModel):
+    to: int = Field(20, ge=1, le=1_000_000)
+    word: str = Field("", max_length=500)
+    last_event_id: str = Field("", max_length=300)
+
+
+class Events(Scenario):
+    @endpoint("GET", "/events", query=Wanted, sends="text/event-stream", responses={204: "You have the end."})
+    async def events(self, request: web.Request, query: Wanted) -> web.StreamResponse:
+        """Count up to a number."""
+        last = request.headers.get("Last-Event-ID") or query.last_event_id
+        known = re.fullmatch(r"c-([0-9]{1,6})", last)
+        number = int(known[1]) if known else 0
+        if number > query.to:
+            return web.Response(status=204)
+        async with open_stream(request, "text/event-stream") as stream:
+            stream.event_id = lambda kind: f"c-{number}.{kind}"
+            if last and not known:
+                await stream.write(b'id: c-0\nevent: gap\ndata: {"missing":null}\n\n')
+            while number < query.to:
+                number += 1
+                data = json.dumps({"number": number, "word": query.word})
+                await stream.write(f"id: c-{number}\ndata: {data}\n\n".encode())
+                await asyncio.sleep(0.05)
+            await stream.write(f"id: c-{number + 1}\nevent: end\ndata: {{}}\n\n".encode())
+        return stream
+
+
+@hookimpl
+def register_scenarios():
+    return [Events]
+'''
+
+DOWNLOAD = r'''
+"""A file, and its parts."""
+
+import re
+
+from aiohttp import web
+
+from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+
+BODY = bytes(range(200))
+
+
+class Download(Scenario):
+    @endpoint("GET", "/download", sends="application/octet-stream",
+              responses={206: "A part.", 304: "You have it.", 412: "It has changed.", 416: "It has no such part."})
+    async def download(self, request: web.Request) -> web.StreamResponse:
+        """Send the file, or the part that is asked for."""
+        tag, size = '"one"', len(BODY)
+        headers = {"Accept-Ranges": "bytes", "ETag": tag}
+        if request.headers.get("If-Match", tag) != tag:
+            raise Problem(412, "It has changed.")
+        if request.headers.get("If-None-Match") == tag:
+            return web.Response(status=304, headers=headers)
+        begin, end, status = 0, size, 200
+        part = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", request.headers.get("Range", ""))
+        if part and part[0] != "bytes=-" and request.headers.get("If-Range", tag) == tag and request.method == "GET":
+            begin = int(part[1]) if part[1] else size - int(part[2])
+            end = min(int(part[2]) + 1, size) if part[1] and part[2] else size
+            if begin >= size:
+                raise Problem(416, "It has no such part.", headers={"Content-Range": f"bytes */{size}"})
+            status, headers["Content-Range"] = 206, f"bytes {begin}-{end - 1}/{size}"
+        async with open_stream(
+            request, "application/octet-stream", status=status, headers=headers, length=end - begin
+        ) as stream:
+            await stream.write(BODY[begin:end])
+        return stream
+
+
+@hookimpl
+def register_scenarios():
+    return [Download]
+'''
+
+
+class Defect(NamedTuple):
+    """A sound plugin, what of it is broken and how, and the case that must say so."""
+
+    case: str
+    sound: str
+    old: str
+    new: str
+
+
+WRITE = "                await response.write(line)\n"
+OPEN = '        async with open_stream(request, "text/plain") as response:\n'
+BARE = "        response = web.StreamResponse(headers={'Content-Type': 'text/plain'})\n"
+PAUSE = "                await asyncio.sleep(0.05 if query.width < 100 else 0.001)\n"
+EVENT = r'await stream.write(f"id: c-{number}\ndata: {data}\n\n".encode())'
+END = r'await stream.write(f"id: c-{number + 1}\nevent: end'
+
+DEFECTS = {
+    # -- every endpoint
+    "another_type_than_declared": Defect(
+        "answers_as_described", LINES, 'open_stream(request, "text/plain")', 'open_stream(request, "application/xml")'
+    ),
+    "buffered_by_proxies": Defect(
+        "stream_is_neither_cached_nor_buffered_on_its_way",
+        LINES,
+        OPEN,
+        BARE + "        await response.prepare(request)\n        if True:\n",
+    ),
+    "head_of_its_own": Defect(
+        "head_has_the_headers_of_get",
+        LINES,
+        OPEN,
+        '        if request.method == "HEAD":\n            return web.Response(text="")\n' + OPEN,
+    ),
+    "chunks_for_everybody": Defect(
+        "http_1_0_has_no_chunks",
+        LINES,
+        OPEN,
+        BARE + "        response.enable_chunked_encoding()\n"
+        "        await response.prepare(request)\n        if True:\n",
+    ),
+    "method_of_its_own": Defect(
+        "other_methods_are_refused",
+        LINES,
+        '    @endpoint("POST", "/lines", body',
+        '    @endpoint("DELETE", "/{any:.*}", sends="text/plain")\n    async def all(self, request):\n'
+        '        return web.Response(text="fine")\n\n    @endpoint("POST", "/lines", body',
+    ),
+    "takes_any_parameter": Defect(
+        "unknown_parameters_are_refused_by_name",
+        LINES,
+        "class Wanted(BaseModel):\n",
+        'class Wanted(BaseModel, extra="allow"):\n',
+    ),
+    "takes_any_value": Defect(
+        "values_that_do_not_fit_are_refused_by_name",
+        LINES,
+        "    times: int = Field(30, ge=1, le=1_000_000)\n",
+        "    times: Annotated[int, BeforeValidator(lambda text: text if str(text).isdigit() else 1)] = "
+        "Field(30, ge=0, le=1_000_000)\n",
+    ),
+    "takes_any_body": Defect(
+        "bodies_that_do_not_fit_are_refused",
+        LINES,
+        'body=Wanted, sends="application/json", curl="{url}")\n    async def count(self, request, body):\n',
+        'takes="application/json", sends="application/json", curl="--json {} {url}")\n'
+        "    async def count(self, request):\n        body = Wanted(**await request.json())\n",
+    ),
+    "number_without_bound": Defect(
+        "numbers_have_bounds", LINES, "    times: int = Field(30, ge=1, le=1_000_000)\n", "    times: int = 30\n"
+    ),
+    "text_becomes_fields": Defect(
+        "text_of_a_client_forges_nothing", EVENTS, EVENT, EVENT.replace("{data}", "{query.word}")
+    ),
+    "text_becomes_a_failure": Defect(
+        "text_of_a_client_forges_nothing", LINES, OPEN, "        query.word.encode('ascii')\n" + OPEN
+    ),
+    "compressed_without_vary": Defect(
+        "compression_is_negotiated",
+        LINES,
+        OPEN,
+        '        if "gzip" in request.headers.get("Accept-Encoding", ""):\n'
+        '            return web.Response(body=gzip.compress(b""), headers={"Content-Encoding": "gzip"})\n' + OPEN,
+    ),
+    # -- streams
+    "held_back": Defect(
+        "first_byte_comes_before_the_end",
+        LINES,
+        WRITE,
+        "                self._held.append(line)\n"
+        "                if number == query.times - 1:\n"
+        '                    await response.write(b"".join(self._held))\n',
+    ),
+    "deaf_to_leaving": Defect(
+        "client_that_leaves_stops_its_work",
+        LINES,
+        PAUSE,
+        "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
+        "                    await asyncio.sleep(4)\n",
+    ),
+    "leaks_tasks": Defect(
+        "client_that_leaves_stops_its_work",
+        LINES,
+        OPEN,
+        "        self._held.append(asyncio.create_task(asyncio.sleep(3600)))\n" + OPEN,
+    ),
+    "leaks_files": Defect(
+        "client_that_leaves_stops_its_work", LINES, OPEN, "        self._held.append(open(__file__))\n" + OPEN
+    ),
+    "leaks_threads": Defect(
+        "client_that_leaves_stops_its_work",
+        LINES,
+        OPEN,
+        "        threading.Thread(target=threading.Event().wait, daemon=True).start()\n" + OPEN,
+    ),
+    "leaks_children": Defect(
+        "client_that_leaves_stops_its_work",
+        LINES,
+        OPEN,
+        '        self._held.append(subprocess.Popen(["sleep", "8"]))\n' + OPEN,
+    ),
+    "leaving_is_a_failure": Defect(
+        "client_that_leaves_stops_its_work",
+        LINES,
+        PAUSE,
+        "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
+        "                    raise RuntimeError('the client is gone') from None\n",
+    ),
+    "never_waits_for_its_client": Defect(
+        "client_that_stalls_costs_little",
+        LINES,
+        WRITE,
+        "                if number < 3 or query.width < 100:\n    " + WRITE + "                else:\n"
+        r"                    request.transport.write(b'%x\r\n%b\r\n' % (len(line), line))" + "\n",
+    ),
+    "asks_all_the_time_whether_it_may": Defect(
+        "client_that_stalls_costs_little",
+        LINES,
+        WRITE,
+        "                while request.transport.get_write_buffer_size():\n"
+        "                    await asyncio.sleep(0)\n" + WRITE,
+    ),
+    "one_place_for_all": Defect(
+        "fifty_clients_at_once_get_the_same_as_one",
+        LINES,
+        "            for number in range(query.times):\n",
+        "            self._held.clear()\n            while len(self._held) < query.times:\n"
+        "                self._held.append(number := len(self._held))\n",
+    ),
+    "one_after_the_other": Defect(
+        "fifty_clients_at_once_get_the_same_as_one",
+        LINES,
+        OPEN,
+        "        self._held or self._held.append(asyncio.Lock())\n"
+        '        async with open_stream(request, "text/plain") as response, self._held[0]:\n',
+    ),
+    "full_without_retry_after": Defect(
+        "fifty_clients_at_once_get_the_same_as_one",
+        LINES,
+        OPEN,
+        '        if len(request.config_dict[STREAMS]) > 9:\n            raise Problem(503, "Full.")\n' + OPEN,
+    ),
+    "blocks_the_loop": Defect(
+        "stream_keeps_nobody_else_waiting",
+        LINES,
+        WRITE,
+        WRITE + "                if number % 300 == 0 and query.width > 100:\n                    time.sleep(1.5)\n",
+    ),
+    # -- event streams
+    "data_is_no_json": Defect("events_are_whole", EVENTS, EVENT, EVENT.replace("{data}", "number {number}")),
+    "field_of_its_own": Defect("events_are_whole", EVENTS, EVENT, EVENT.replace("data: ", r"time: now\ndata: ")),
+    "retry_alone": Defect(
+        "events_are_whole", EVENTS, EVENT, r'await stream.write(b"retry: 5\n\n")' + "\n                " + EVENT
+    ),
+    "event_without_id": Defect("events_are_whole", EVENTS, EVENT, EVENT.replace(r"id: c-{number}\n", "")),
+    "id_twice": Defect(
+        "events_are_whole", EVENTS, EVENT, EVENT.replace("id: c-{number}", "id: c-{number // 2 * 2 + 1}")
+    ),
+    "repeats_the_last": Defect("resumes_by_header", EVENTS, "int(known[1]) if", "int(known[1]) - 1 if"),
+    "leaves_one_out": Defect("resumes_by_header", EVENTS, "int(known[1]) if", "int(known[1]) + 1 if"),
+    "forgets_the_header": Defect("resumes_by_header", EVENTS, 'request.headers.get("Last-Event-ID") or query', "query"),
+    "forgets_the_parameter": Defect("resumes_by_parameter", EVENTS, " or query.last_event_id", ' or ""'),
+    "other_bytes_for_who_comes_back": Defect(
+        "resumes_by_header", EVENTS, '"word": query.word}', '"word": query.word, "again": bool(last)}'
+    ),
+    "refuses_bad_ids": Defect(
+        "bad_ids_are_told_and_do_no_harm",
+        EVENTS,
+        "        async with",
+        '        if last and not known:\n            raise Problem(400, "No such id.")\n        async with',
+    ),
+    "says_nothing_of_bad_ids": Defect("bad_ids_are_told_and_do_no_harm", EVENTS, "if last and not known:", "if False:"),
+    "silent": Defect("silence_is_never_long", EVENTS, END, "await asyncio.sleep(60)\n            " + END),
+    "no_end": Defect("end_is_said_and_kept", EVENTS, END, "return stream\n            " + END),
+    "comes_back_for_ever": Defect("end_is_said_and_kept", EVENTS, "if number > query.to:", "if False:"),
+    # -- downloads
+    "range_off_by_one": Defect("ranges_are_parts_of_the_whole", DOWNLOAD, "int(part[2]) + 1", "int(part[2])"),
+    "range_after_the_end": Defect("ranges_are_parts_of_the_whole", DOWNLOAD, "raise Problem(416", "raise Problem(404"),
+    "joins_two_versions": Defect(
+        "conditions_are_heeded", DOWNLOAD, 'request.headers.get("If-Range", tag) == tag', "True"
+    ),
+    "weak_etag": Defect("conditions_are_heeded", DOWNLOAD, "'\"one\"'", "'W/\"one\"'"),
+    # -- the end of the server
+    "cuts_events": Defect(
+        "stop_ends_streams_truthfully",
+        EVENTS,
+        'open_stream(request, "text/event-stream")',
+        'open_stream(request, "text/event-stream", on_stop="finish")',
+    ),
+    "part_that_looks_whole": Defect(
+        "stop_ends_streams_truthfully",
+        LINES,
+        PAUSE,
+        "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
+        "                    break\n",
+    ),
+    "outlives_its_server": Defect(
+        "server_stops_in_time",
+        LINES,
+        PAUSE,
+        "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
+        "                    await asyncio.sleep(6)\n",
+    ),
+    "fails_at_the_end": Defect(
+        "server_stops_in_time",
+        LINES,
+        '    @endpoint("GET"',
+        "    @hookimpl\n    @contextlib.asynccontextmanager\n    async def lifespan(self, app):\n        yield\n"
+        "        raise RuntimeError('at the end')\n\n    @endpoint(\"GET\"",
+    ),
+    "traceback_in_the_log": Defect(
+        "log_has_no_traceback",
+        LINES,
+        OPEN,
+        "        try:\n            {}[request.path]\n        except KeyError:\n"
+        "            logging.getLogger(__name__).exception('asked')\n" + OPEN,
+    ),
+}
+
+IMPORTS = """
+import contextlib
+import gzip
+import logging
+import subprocess
+import threading
+import time
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from streamlab import Problem
+from streamlab.streaming import STREAMS
+"""
+
+TEST = """
+from streamlab.testing import Conformance
+
+
+class TestIt(Conformance):
+    plugin = "it"
+    large = {"times": 1_000_000, "width": 10_000, "to": 1_000_000}
+"""
+
+
+def run(tmp_path: Path, source: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    """Run the conformance test of a plugin as its author does."""
+    for folder, text in (("plugins", source), ("tests", TEST)):
+        (tmp_path / folder).mkdir()
+        name = "it.py" if folder == "plugins" else "test_it.py"
+        (tmp_path / folder / name).write_text(textwrap.dedent(text))
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *options, "tests"]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SSL_CERT_FILE": os.devnull}
+    for name in [name for name in environ if name.startswith("PYTEST_")]:
+        del environ[name]
+    return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("source", [LINES, EVENTS, DOWNLOAD], ids=["lines", "events", "download"])
+def test_sound_plugin_keeps_every_promise(tmp_path: Path, source: str) -> None:
+    done = run(tmp_path, source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" not in done.stdout
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect_is_caught(tmp_path: Path, name: str) -> None:
+    case, sound, old, new = DEFECTS[name]
+    assert sound.count(old) == 1, "the defect does not apply"
+    header, imports, body = sound.partition("from streamlab import")
+    source = header + IMPORTS + imports + body.replace(old, new) if old in body else ""
+    done = run(tmp_path, source, "-k", f"answers_as_described or {case}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    broken = {
+        line.split("::test_")[1].partition("[")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")
+    }
+    assert broken == {case}, done.stdout
