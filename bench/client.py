@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 BUFFER = 4 * 1024 * 1024
 
 
-def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> tuple[float, int, str]:
-    """Download once; return when the last byte came (perf_counter seconds), how many came, and their SHA-256.
+def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> tuple[float, float, int, str]:
+    """Download once; return when the first and the last byte came (perf_counter), how many came, and their SHA-256.
 
     Unless `hashed`, the kernel discards the body (MSG_TRUNC) and the digest means nothing. `timeout`: seconds without
     a byte. Raises OSError or ValueError unless the answer is exactly as long as its Content-Length.
@@ -38,6 +38,9 @@ def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> 
             raise ValueError(f"not a 200 with a Content-Length: {fields!r}")
         length, received = int(promised[1]), len(body)
         digest.update(body)
+        if not body:
+            connection.recv(1, socket.MSG_PEEK)
+        first = time.perf_counter()
         flags = 0 if hashed else socket.MSG_TRUNC
         while received < length and (count := connection.recv_into(buffer, 0, flags)):
             received += count
@@ -47,21 +50,29 @@ def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> 
         received += len(connection.recv(1))  # nothing, unless the server sends more than it promised
     if received != length:
         raise ValueError(f"Content-Length is {length}, but {received} bytes came")
-    return ended, received, digest.hexdigest()
+    return first, ended, received, digest.hexdigest()
 
 
-def main(port: int, streams: int, hashed: bool, timeout: float) -> None:
-    """Download by so many threads at once; print seconds from the first request to the last byte, and CPU seconds."""
+def measure(port: int, streams: int, hashed: bool, timeout: float) -> dict[str, object]:
+    """Download by so many threads at once; seconds count from the first request to the first and to the last byte."""
     begun: list[float] = []
     # The clocks start when every connection stands; what comes before is Python's start, not the server's work.
     ready = threading.Barrier(streams, lambda: begun.extend((time.perf_counter(), time.process_time())))
     with ThreadPoolExecutor(streams) as pool:
         downloads = list(pool.map(lambda _: fetch(port, hashed, timeout, ready), range(streams)))
-    cpu = time.process_time() - begun[1]
-    seconds = max(ended for ended, _, _ in downloads) - begun[0]
-    received = [count for _, count, _ in downloads]
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "received": received, "sha256": downloads[0][2]}))
+    return {
+        "first": min(first for first, _, _, _ in downloads) - begun[0],
+        "seconds": max(ended for _, ended, _, _ in downloads) - begun[0],
+        "cpu": time.process_time() - begun[1],
+        "received": [count for _, _, count, _ in downloads],
+        "sha256": downloads[0][3],
+    }
+
+
+def main(port: int, streams: int, hashed: bool, timeout: float, times: int) -> None:
+    """Measure so many times, one after the other, and print what was seen each time."""
+    print(json.dumps([measure(port, streams, hashed, timeout) for _ in range(times)]))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hash", float(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hash", float(sys.argv[4]), int(sys.argv[5]))

