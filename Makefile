@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check screenshot bench-file bench-events bench-export bench-llm bench-progress lock clean
+.PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale lock clean
 
 help:  ## show these lines
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 run: $(VENV)/run.stamp  ## serve http://127.0.0.1:8000 (make run ARGS="--port 9000 --reload")
 	@$(BIN)/streamlab run $(ARGS)
@@ -29,6 +29,12 @@ check: lint test  ## lint, types and tests
 screenshot: $(VENV)/dev.stamp  ## take docs/lab.png anew, the picture of README (needs port 8000)
 	@$(BIN)/python docs/screenshot.py
 
+bench: $(VENV)/bench.stamp  ## run all benchmarks, in a quarter of an hour at most (make bench ARGS="--quick")
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-check: $(VENV)/bench.stamp  ## hold the ratios of the newest run against the goals (make bench-check ARGS=FILE)
+	@$(BIN)/python -m bench --check $(ARGS)
+
 bench-file: $(VENV)/bench.stamp  ## measure downloads beside FastAPI, Starlette and nginx
 	@$(BIN)/python -m bench.file $(ARGS)
 
@@ -43,6 +49,9 @@ bench-llm: $(VENV)/bench.stamp  ## measure the gateway beside FastAPI with httpx
 
 bench-progress: $(VENV)/bench.stamp  ## measure long tasks beside the ticker, and docket's own progress
 	@$(BIN)/python -m bench.progress $(ARGS)
+
+bench-scale: $(VENV)/bench.stamp  ## measure how cost grows with followers, bytes and rows
+	@$(BIN)/python -m bench.scale $(ARGS)
 
 lock: $(VENV)/dev.stamp  ## choose the newest versions of everything, and lock them
 	$(BIN)/pip install -q uv
