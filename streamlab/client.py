@@ -1,4 +1,4 @@
-"""An event stream as a client reads it: parsed, and followed across reconnects."""
+"""A server as a client asks it: answers and refusals, and event streams parsed and followed across reconnects."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What a plugin may be asked, and the two marks."""
+"""The hooks: what a plugin may be asked, and the marks on question and answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a result as the bytes of a format.
+"""Rows of a result as the bytes of a format: CSV, JSON lines, JSON, Arrow or Parquet.
 
     csv      RFC 4180 (https://www.rfc-editor.org/rfc/rfc4180): CRLF, a header row, quotes only where they are needed
     jsonl    JSON Lines (https://jsonlines.org): an object a line

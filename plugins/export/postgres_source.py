@@ -1,8 +1,8 @@
-"""Results of PostgreSQL, as COPY sends them.
+"""Results of PostgreSQL: as COPY writes them, or encoded from the rows of a cursor.
 
-CSV and JSON Lines are written by PostgreSQL itself and passed on as they come; the other formats are encoded from the
-rows of a cursor. Every export is a read-only transaction with one snapshot, on a connection of a pool. Needs
-PostgreSQL >= 14, and `standard_conforming_strings` as they have been since 9.1.
+CSV and JSON lines are written by PostgreSQL itself and passed on as they come; the other formats are encoded here.
+Every export is a read-only transaction with one snapshot, on a connection of a pool. Needs PostgreSQL >= 14, and
+`standard_conforming_strings` as they have been since 9.1.
 """
 
 import asyncio
