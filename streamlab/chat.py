@@ -9,11 +9,8 @@ from typing import Any
 import aiohttp
 import typer
 
-from .client import Parser
+from .client import CONNECT_SECONDS, Parser
 from .terminal import printable, say
-
-CONNECT_SECONDS = 15.0
-"""What a connection may take to come about."""
 
 SILENCE_SECONDS = 300.0
 """A server that says nothing for so long, not even a comment, is lost."""

@@ -18,8 +18,7 @@ import aiohttp
 from yarl import URL
 
 from .problems import MEDIA_TYPE as PROBLEM
-
-MEDIA_TYPE = "text/event-stream"
+from .sse import MEDIA_TYPE
 
 MAX_BYTES = 16 * 1024 * 1024
 """What a line, and what the data of an event, may hold."""

@@ -15,7 +15,8 @@ from typing import Literal
 import aiohttp
 from yarl import URL
 
-from .client import CONNECT_SECONDS, MEDIA_TYPE, Lost, Parser, Refused, target_of
+from .client import CONNECT_SECONDS, Lost, Parser, Refused, target_of
+from .sse import MEDIA_TYPE
 
 ANSWER_SECONDS = 60.0
 """What a server may take to begin its answer."""

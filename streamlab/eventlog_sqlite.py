@@ -340,12 +340,15 @@ class SqliteLog:
 
     # -- reading
 
-    async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
-        """Return up to `limit` events that follow a position, and about `size` bytes."""
+    async def _asked(self, work: Callable[..., T], *arguments: object) -> T:
         try:
-            return await self._on(self._reading, self._read, channel, after, limit, size)
+            return await self._on(self._reading, work, *arguments)
         except sqlite3.Error as error:
             raise EventLogError("The event log cannot be read.") from error
+
+    async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
+        """Return up to `limit` events that follow a position, and about `size` bytes."""
+        return await self._asked(self._read, channel, after, limit, size)
 
     def _read(self, channel: str, after: Position, limit: int, size: int) -> Batch:
         db = self._readers
@@ -367,10 +370,7 @@ class SqliteLog:
 
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
-        try:
-            return await self._on(self._reading, self._read_checkpoint, channel, name)
-        except sqlite3.Error as error:
-            raise EventLogError("The event log cannot be read.") from error
+        return await self._asked(self._read_checkpoint, channel, name)
 
     def _read_checkpoint(self, channel: str, name: str) -> str | None:
         row = self._readers.execute(
@@ -381,10 +381,7 @@ class SqliteLog:
 
     async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
         """Return the texts last appended under a name, by the names of their channels, which begin with a prefix."""
-        try:
-            return await self._on(self._reading, self._read_checkpoints, prefix, name)
-        except sqlite3.Error as error:
-            raise EventLogError("The event log cannot be read.") from error
+        return await self._asked(self._read_checkpoints, prefix, name)
 
     def _read_checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
         rows = self._readers.execute(

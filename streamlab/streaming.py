@@ -322,7 +322,7 @@ class Stream(web.StreamResponse):
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
         self._send_headers_with(b"")
-        self.first_byte_at = self.first_byte_at or time.monotonic()
+        self.note_first_byte()
         loop = asyncio.get_running_loop()
         end = offset + count
         while offset < end:
