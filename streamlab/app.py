@@ -22,7 +22,7 @@ from .config import CONFIG, Config, ConfigError, Fault, Server
 from .eventlog import EventLogError, Retention
 from .events import EVENTS, Events, open_log
 from .observe import METRICS, AccessLog, Metrics
-from .problems import Problem, from_http_exception
+from .problems import Problem, from_aiohttp
 from .registry import Plugin, Registry
 from .scenario import Handler, Route
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
@@ -288,11 +288,9 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | w
     stream: Stream | None = request.get(STREAM)
     if stream is not None and stream.client_gone and stream.error is None:
         return stream
-    problem = error if isinstance(error, Problem) else None
-    if isinstance(error, web.HTTPException):
-        if error.status < 400:
-            return error
-        problem = from_http_exception(error)
+    if isinstance(error, web.HTTPException) and error.status < 400:
+        return error
+    problem = error if isinstance(error, Problem) else from_aiohttp(error)
     if isinstance(error, EventLogError):
         problem = Problem(503, str(error), headers={"Retry-After": "5"})
     if problem is None:

@@ -67,8 +67,13 @@ _DETAILS = {
 }
 
 
-def from_http_exception(error: web.HTTPException) -> Problem:
-    """A refusal that aiohttp itself raised (no such route, wrong method, body too large), in our words."""
+def from_aiohttp(error: Exception) -> Problem | None:
+    """What aiohttp itself refuses (no such route, wrong method, a body too large or broken), in our words."""
+    if isinstance(error, web.RequestPayloadError):
+        detail = "The body cannot be read: it is not what its Content-Encoding or its framing says."
+        return Problem(400, detail, headers={"Connection": "close"})
+    if not isinstance(error, web.HTTPException):
+        return None
     headers = {name: value for name, value in error.headers.items() if name in ("Allow", "Retry-After", "Location")}
     detail = _DETAILS.get(error.status, error.reason)
     if isinstance(error, web.HTTPMethodNotAllowed):

@@ -76,6 +76,10 @@ PLUGIN = """
         async def order(self, request, body, query):
             return web.json_response(body.model_dump())
 
+        @endpoint("POST", "/notes", takes="text/plain")
+        async def note(self, request):
+            return web.Response(text=await request.text())
+
         @endpoint("GET", "/plain")
         async def plain(self, request):
             return web.Response(text="plain")
@@ -390,10 +394,11 @@ def test_a_body_that_is_not_what_its_coding_says_is_400_and_no_fault_of_the_serv
     start: Callable[..., Running],
 ) -> None:
     server = start(shop=PLUGIN)
-    status, headers, _ = server.get(
-        "/orders", {**JSON, "Content-Encoding": "gzip"}, method="POST", body=b'{"amount": 1}'
-    )
-    assert (status, headers["content-type"]) == (400, "application/problem+json; charset=utf-8")
+    for path in ("/orders", "/notes"):  # read for a handler, and by one
+        broken = {**JSON, "Content-Encoding": "gzip"}
+        status, headers, answer = server.get(path, broken, method="POST", body=b'{"amount": 1}')
+        assert (status, headers["content-type"]) == (400, "application/problem+json; charset=utf-8")
+        assert (headers["connection"], b"cannot be read" in answer) == ("close", True)
     assert server.get("/plain")[0] == 200
     server.wait_for_log("path=/plain")
     assert (" ERROR " in server.log, "Traceback" in server.log) == (False, False), server.log

@@ -141,9 +141,6 @@ class Ticker(Scenario):
             raise Problem(415, f"The body must be one of {', '.join(JSON_TYPES)}.", headers={"Accept": JSON_TYPES[0]})
         try:
             prices = read_prices(await request.read(), SYMBOL)
-        except web.RequestPayloadError:
-            detail = "The body cannot be read: it is not what its Content-Encoding or its framing says."
-            raise Problem(400, detail, headers={"Connection": "close"}) from None
         except Unreadable as error:
             raise Problem(422 if error.errors else 400, str(error), errors=error.errors) from None
         await self._learnt.wait()
