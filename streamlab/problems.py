@@ -10,6 +10,9 @@ from aiohttp import web
 
 MEDIA_TYPE = "application/problem+json"
 
+MAX_ERRORS = 50
+"""A refusal lists no more than so many faults; a request with more of them is no honest mistake."""
+
 
 class Problem(Exception):
     """A refusal to be raised by a handler: an HTTP status from 400 on, what was wrong, and what would be right.
@@ -31,6 +34,14 @@ class Problem(Exception):
         self.detail = detail
         self.errors = tuple(errors)
         self.headers = dict(headers or {})
+
+    @staticmethod
+    def of_parameters(errors: Sequence[Mapping[str, Any]]) -> "Problem":
+        """The refusal (422) of a request for its parameters, which `errors` name; an endpoint's models refuse so."""
+        listed = errors[:MAX_ERRORS]
+        names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
+        more = f" and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+        return Problem(422, f"This request has parameters that will not do: {names}{more}.", errors=listed)
 
     def document(self) -> dict[str, Any]:
         """The members of the problem document: type, title, status, detail and, where there are any, errors."""

@@ -12,7 +12,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from .problems import Problem, in_words
-from .validation import faults, refusal
+from .validation import faults
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Task:
                 known = ", ".join(self.parameters.model_fields) or "it takes none"
                 fault["detail"] = f"unknown parameter of the task {self.name}; known: {known}"
             fault["name"] = prefix + fault["name"]
-        raise refusal(found)
+        raise Problem.of_parameters(found)
 
     async def run(self, progress: Progress, parameters: Mapping[str, Any]) -> Any:
         """Run the function with parameters that its model takes, and return its result, as JSON has it.

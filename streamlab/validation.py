@@ -1,7 +1,6 @@
 """A request, read into the models its endpoint declared, or one refusal that names everything wrong with it."""
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
@@ -9,9 +8,6 @@ from pydantic import BaseModel, ValidationError
 
 from .problems import Problem
 from .scenario import Endpoint
-
-MAX_ERRORS = 50
-"""A refusal lists no more than so many faults; a request with more of them is no honest mistake."""
 
 
 async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
@@ -32,7 +28,7 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     if endpoint.body is not None:
         _decode("body", endpoint.body, await _json(request, endpoint.body_limit), found, errors)
     if errors:
-        raise refusal(errors)
+        raise Problem.of_parameters(errors)
     return found
 
 
@@ -84,14 +80,6 @@ def faults(error: ValidationError, place: str) -> list[dict[str, Any]]:
         message = detail["msg"].removeprefix("Value error, ")
         found.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
     return found
-
-
-def refusal(errors: Sequence[Mapping[str, Any]]) -> Problem:
-    """The refusal of a request for its parameters."""
-    listed = errors[:MAX_ERRORS]
-    names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
-    more = f" and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
-    return Problem(422, f"This request has parameters that will not do: {names}{more}.", errors=listed)
 
 
 async def _json(request: web.Request, limit: int | None) -> Any:

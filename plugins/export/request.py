@@ -118,8 +118,7 @@ class Wanted(BaseModel):
                 else:
                     values[name] = parameter.default
         if errors:
-            names = ", ".join(dict.fromkeys(error["name"] for error in errors))
-            raise Problem(422, f"This request has parameters that will not do: {names}.", errors=errors[:50])
+            raise Problem.of_parameters(errors)
         return values, where
 
 

@@ -239,7 +239,7 @@ def _wanted(query: Which) -> tuple[LineFilter | None, float | None]:
     except ValueError as error:
         errors.append({"in": "query", "name": "since", "detail": str(error)})
     if errors:
-        raise Problem(422, "This request has parameters that will not do.", errors=errors)
+        raise Problem.of_parameters(errors)
     if pattern is None and query.level is None:
         return None, since
     return LineFilter(LEVELS[query.level] if query.level else 0, query.grep, pattern), since
