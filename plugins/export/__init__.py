@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, endpoint, hookimpl, open_stream
 
 from . import sample
-from .formats import FORMATS, Encoder, MissingLibrary
+from .formats import FORMATS, Encoder, Format, MissingLibrary
 from .jobs import Jobs
 from .request import RESERVED, Parameter, Wanted
 from .source import (
@@ -51,7 +51,6 @@ EVENT_ROWS = 1000
 SAMPLE = "sample"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-Format = Literal["csv", "jsonl", "json", "arrow", "parquet"]
 
 
 def _database_url(url: str) -> str:

@@ -24,7 +24,7 @@ from decimal import Decimal
 from itertools import starmap
 from operator import itemgetter
 from types import NoneType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 from uuid import UUID
 
 import msgspec
@@ -161,7 +161,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-_GUARDED: Final = frozenset("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
+GUARDED: Final = frozenset("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
 """What begins a formula in some spreadsheet, per https://owasp.org/www-community/attacks/CSV_Injection."""
 
 # What makes a cell need quotes.
@@ -232,7 +232,7 @@ class Csv:
     def _texts(self, cells: Sequence[str], joined: str) -> Sequence[str]:
         """A column of texts, also given as one, NUL between them; a NUL in a text costs time only."""
         if self._guard and _risky(joined):
-            cells = ["'" + cell if cell[:1] in _GUARDED else cell for cell in cells]
+            cells = ["'" + cell if cell[:1] in GUARDED else cell for cell in cells]
             joined = "\0".join(cells)
         marks = [mark for mark in _MARKS if mark in joined]
         if not marks:
@@ -246,7 +246,7 @@ class Csv:
         text = _text(value)
         if not isinstance(value, str) and (value is None or _plain(type(value))):
             return text
-        if self._guard and text[:1] in _GUARDED and not isinstance(value, timedelta):
+        if self._guard and text[:1] in GUARDED and not isinstance(value, timedelta):
             text = "'" + text
         return _quoted(text) if any(mark in text for mark in _MARKS) else text
 
@@ -257,7 +257,7 @@ def _quoted(cell: str) -> str:
 
 def _risky(joined: str) -> bool:
     """Whether a text begins like a formula, among texts joined by NUL; true also for some in which NUL is."""
-    return joined[:1] in _GUARDED or any(mark in joined and "\0" + mark in joined for mark in _GUARDED)
+    return joined[:1] in GUARDED or any(mark in joined and "\0" + mark in joined for mark in GUARDED)
 
 
 def _numbers(values: tuple[Any, ...]) -> list[str] | None:
@@ -616,6 +616,8 @@ class Parquet(Arrow):
         self._waiting = []
         self._waiting_rows = self._waiting_bytes = 0
 
+
+Format = Literal["csv", "jsonl", "json", "arrow", "parquet"]
 
 FORMATS: Final[Mapping[str, type[Csv | JsonLines | JsonArray | Arrow | Parquet]]] = {
     "csv": Csv,

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from pydantic import Field
 
 from streamlab import Problem, Progress
 
+from .formats import Format
 from .request import Wanted
 from .source import Query, Selection, body
 
@@ -71,9 +72,7 @@ class Jobs:
         self,
         progress: Progress,
         name: Annotated[str, Field(max_length=64, description="The export; GET /export lists them.")] = "users",
-        format: Annotated[  # noqa: A002
-            Literal["csv", "jsonl", "json", "arrow", "parquet"], Field(description="The format.")
-        ] = "csv",
+        format: Annotated[Format, Field(description="The format.")] = "csv",  # noqa: A002
         columns: Annotated[list[str], Field(max_length=200, description="Only these columns; none for all.")] = [],  # noqa: B006
         limit: Annotated[int | None, Field(ge=0, le=10**12, description="Rows at most.")] = None,
     ) -> dict[str, Any]:

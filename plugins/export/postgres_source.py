@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from .formats import Column, Encoder, MissingLibrary, make, unique
-from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn
+from .formats import GUARDED, Column, Encoder, MissingLibrary, make, unique
+from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
 
 if TYPE_CHECKING:
     import asyncpg
@@ -73,8 +73,7 @@ _RECORDS = (2249, 2287)
 # that: one replacement makes every line end CRLF, and leaves the line feeds of texts alone.
 _MARK, _MARKED_END, _CRLF = "|", b',"|"\n', b"\r\n"
 
-_FORMULA = ", ".join(str(ord(mark)) for mark in "=+-@\t\r\uff1d\uff0b\uff0d\uff20")
-"""What begins a formula in some spreadsheet, per https://owasp.org/www-community/attacks/CSV_Injection."""
+_FORMULA = ", ".join(str(ord(mark)) for mark in sorted(GUARDED))
 
 Put: TypeAlias = Callable[[int, bytes], Awaitable[None]]
 
@@ -158,10 +157,6 @@ def _block_end(sql: str, start: int) -> int:
         if depth == 0:
             return match.end()
     return len(sql)
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 # -- what a query results in
@@ -687,7 +682,7 @@ async def _receive_csv(
 
 async def _receive_json_lines(connection: "Connection", fields: Sequence[_Field], rows: str, put: Put) -> None:
     """Receive an object a line."""
-    members = ", ".join(f"{entry.json()} AS {_quoted(entry.column.name)}" for entry in fields)
+    members = ", ".join(f"{entry.json()} AS {quoted(entry.column.name)}" for entry in fields)
     line = "row_to_json(r.*)::text"  # r alone would be a column of that name
     if any(entry.oid == _JSON or entry.column.type == "any" for entry in fields):
         # A json keeps the line breaks between its tokens; there are no others in a line.

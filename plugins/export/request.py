@@ -15,6 +15,20 @@ WHERE = re.compile(r"where(?:\.(?P<dotted>.+)|\[(?P<bracketed>.+)\])", re.DOTALL
 _TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 
 
+def integer(text: str) -> int:
+    """Read an integer that a database can hold; raises ValueError."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
+        raise ValueError("must be an integer")
+    return int(text)
+
+
+def truth(text: str) -> bool:
+    """Read a boolean; raises ValueError."""
+    if text.lower() not in _TRUTHS:
+        raise ValueError("must be true or false")
+    return _TRUTHS[text.lower()]
+
+
 class Parameter(BaseModel):
     """A value that a configured SQL names as `:name`, and that requests may give."""
 
@@ -48,9 +62,7 @@ class Parameter(BaseModel):
                 raise ValueError(f"must be one of {', '.join(self.choices)}")
             return text
         if self.type == "boolean":
-            if text.lower() not in _TRUTHS:
-                raise ValueError("must be true or false")
-            return _TRUTHS[text.lower()]
+            return truth(text)
         number = self._number(text)
         if (self.minimum is not None and number < self.minimum) or (self.maximum is not None and number > self.maximum):
             bounds = (("at least", self.minimum), ("at most", self.maximum))
@@ -60,9 +72,7 @@ class Parameter(BaseModel):
 
     def _number(self, text: str) -> int | float:
         if self.type == "integer":
-            if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
-                raise ValueError("must be an integer")
-            return int(text)
+            return integer(text)
         try:
             number = float(text)
         except ValueError:

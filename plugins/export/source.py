@@ -99,6 +99,11 @@ class Source(Protocol):
         """
 
 
+def quoted(name: str) -> str:
+    """A name as SQL has it, whatever it is."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 async def body(export: Export) -> AsyncGenerator[bytes, None]:
     """The body but for its end; what begins it comes with the first rows, in one piece."""
     begin = export.begin

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from .formats import Column, Encoder, make, unique
-from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn
+from .request import integer, truth
+from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -296,11 +297,11 @@ def _select(query: Query, selection: Selection, columns: Sequence[Column]) -> tu
     chosen = [known[name] for name in selection.columns] or list(columns)
     values: dict[str, Any] = dict(query.parameters)
     # All columns are named anew, so that two of one name can be told apart; the line break ends a comment.
-    sql = f"WITH q ({', '.join(_quoted(name) for name in known)}) AS ({query.sql}\n)"
-    sql += f" SELECT {', '.join(_quoted(column.name) for column in chosen)} FROM q"  # noqa: S608 - names, quoted
+    sql = f"WITH q ({', '.join(quoted(name) for name in known)}) AS ({query.sql}\n)"
+    sql += f" SELECT {', '.join(quoted(column.name) for column in chosen)} FROM q"  # noqa: S608 - names, quoted
     for number, (name, text) in enumerate(selection.where.items()):
         key = f"streamlab_where_{number}"
-        left = f"CAST({_quoted(name)} AS TEXT)" if known[name].type == "any" else _quoted(name)
+        left = f"CAST({quoted(name)} AS TEXT)" if known[name].type == "any" else quoted(name)
         sql += f" {'AND' if number else 'WHERE'} {left} = :{key}"
         values[key] = _value(known[name], text)
     if selection.limit is not None or selection.skip:
@@ -310,28 +311,16 @@ def _select(query: Query, selection: Selection, columns: Sequence[Column]) -> tu
     return sql, values, chosen
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-_TRUTHS = {"true": 1, "false": 0, "1": 1, "0": 0}
-
-
 def _value(column: Column, text: str) -> Any:
     """Read what a column is to equal."""
-    if column.type == "integer":
-        if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
-            raise BadValue(column.name, "must be an integer")
-        return int(text)
+    if column.type == "blob":
+        raise BadValue(column.name, "is binary, and cannot be compared with text")
     if column.type == "real":
         try:
             return float(text)
         except ValueError:
             raise BadValue(column.name, "must be a number") from None
-    if column.type == "boolean":
-        if text.lower() not in _TRUTHS:
-            raise BadValue(column.name, "must be true or false")
-        return _TRUTHS[text.lower()]
-    if column.type == "blob":
-        raise BadValue(column.name, "is binary, and cannot be compared with text")
-    return text
+    try:
+        return {"integer": integer, "boolean": truth}.get(column.type, str)(text)
+    except ValueError as error:
+        raise BadValue(column.name, str(error)) from None
