@@ -36,7 +36,8 @@ from . import command, demo
 from .download import matching_lines
 from .filters import BadPattern, LineFilter, compile_pattern, moment
 from .lines import LEVELS, Reader
-from .tail import Line, Tail, Turn
+from .pieces import Line
+from .tail import Tail, Turn
 
 TAIL = 10
 """Lines of the past that a stream begins with, unless it is told otherwise."""

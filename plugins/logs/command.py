@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .tail import Line, cut_lines
+from .pieces import Line, cut_lines
 
 log = logging.getLogger(__name__)
 

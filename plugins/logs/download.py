@@ -7,9 +7,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from .disk import history
 from .filters import LineFilter
 from .lines import Reader
-from .tail import PIECE, history
+from .pieces import PIECE
 
 BLOCK = 64 * 1024
 """Bytes that are handed out at once, about."""

@@ -17,26 +17,23 @@ import io
 import logging
 import math
 import os
-import re
 import stat
 import threading
 import time
 import zlib
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
-from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
 from aiofiles.threadpool import wrap
 from watchfiles import awatch
 
-log = logging.getLogger(__name__)
+from . import disk
+from .pieces import PIECE, Line, cut_lines
 
-PIECE = 1024 * 1024
-"""Bytes of one line that are given at once."""
+log = logging.getLogger(__name__)
 
 ITEMS = 500
 """Items in one batch at most."""
@@ -56,29 +53,8 @@ MISSING = 20
 LOOK_MS = 1000
 """Milliseconds after which the disk is looked at even if no change was heard of."""
 
-COMPRESSED = {".gz", ".xz", ".zst", ".bz2", ".lz4", ".zip"}
-
 Kind = Literal["rotated", "truncated"]
 Cursors = dict[str, list[dict[str, Any]]]
-Identity = tuple[int, int]
-"""Device and inode."""
-Found = list[tuple[os.stat_result, Path]]
-"""Regular files, and what they were when they were looked at."""
-
-_ROTATED = re.compile(r"[.\-_]\d[\d.\-_:+TZ]*")
-_ROTATION_OF = re.compile(rf"(.+?){_ROTATED.pattern}")
-_MAGIC = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line without its end, or a piece of one that is longer than `PIECE` bytes."""
-
-    text: str
-    file: str
-    """The base name of the path that is followed, whatever its content is called by now."""
-    continued: bool = False
-    """Whether the same line goes on in the next piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +100,7 @@ class Position:
     """Whether that end has been told; what is found at the followed path then is another content."""
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> disk.Identity:
         """Device and inode."""
         return self.device, self.inode
 
@@ -171,7 +147,7 @@ class Content:
         """Have it read once more, and the half line with it."""
         self.final, self.dry = True, False
 
-    def find(self, followed: Path, here: os.stat_result | None, elsewhere: Found) -> bool:
+    def find(self, followed: Path, here: os.stat_result | None, elsewhere: disk.Found) -> bool:
         """Make sure that the content is open: where it was, under another name, or in a copy of it.
 
         `here` is what `followed` is now, `elsewhere` are other files it may have been renamed to. Raises OSError if the
@@ -183,21 +159,21 @@ class Content:
         if self.file is None:
             return False
         status = os.fstat(self.file.fileno())
-        if self._seen is None or _state(status) != _state(self._seen):
+        if self._seen is None or disk.state(status) != disk.state(self._seen):
             self.dry = False
         self._seen = status
         return True
 
-    def _seek_out(self, followed: Path, here: os.stat_result | None, elsewhere: Found) -> None:
+    def _seek_out(self, followed: Path, here: os.stat_result | None, elsewhere: disk.Found) -> None:
         position = self.position
         # Told to be over: then even the same bytes at the followed path are those of a new content.
         if here is not None and not position.told and self._is(here) and self._adopt(here, followed):
             return
-        siblings = _siblings(followed, position.path)
+        siblings = disk.siblings(followed, position.path)
         others = [
             (status, path)
             for status, path in [*siblings, *elsewhere]
-            if here is None or _identity(status) != _identity(here)
+            if here is None or disk.identity(status) != disk.identity(here)
         ]
         for status, path in others:
             with suppress(PermissionError):
@@ -206,7 +182,7 @@ class Content:
         # A copy is never older than what it is a copy of; and where nothing was read, anything would be one.
         copies = [(status, path) for status, path in siblings if status.st_mtime_ns >= position.modified]
         for status, path in sorted(copies, key=lambda copy: copy[0].st_mtime_ns, reverse=True):
-            if position.offset == 0 or (here is not None and _identity(status) == _identity(here)):
+            if position.offset == 0 or (here is not None and disk.identity(status) == disk.identity(here)):
                 continue
             with suppress(PermissionError):
                 if self._adopt(status, path):
@@ -220,14 +196,14 @@ class Content:
 
     def _adopt(self, status: os.stat_result, path: Path) -> bool:
         """Open a file, if it has what stands before the position."""
-        file = _open(path, status)
+        file = disk.open_file(path, status)
         if file is None:
             return False
         if not self.position.holds(file):
             file.close()
             return False
         self.file = file
-        device, inode = _identity(status)
+        device, inode = disk.identity(status)
         self.position = replace(self.position, path=os.path.realpath(path), device=device, inode=inode)
         return True
 
@@ -308,13 +284,13 @@ class Followed:
         """The positions, as JSON can say them."""
         return [asdict(content.position) for content in self.contents]
 
-    def look(self, elsewhere: Found) -> bool:
+    def look(self, elsewhere: disk.Found) -> bool:
         """See what has become of the file, and decide what it means; True: look again after reading, without waiting.
 
         `elsewhere` are other files that its content may have been renamed to. Raises OSError where the disk does not
         answer; then it may be tried again.
         """
-        self.here = here = _status(self.path)
+        self.here = here = disk.look(self.path)
         if not self.contents:
             return self._enter()
         moved = self._let_go(elsewhere)
@@ -324,11 +300,11 @@ class Followed:
             before = self.contents[-2]
             before.find(self.path, here, elsewhere)
             after = self._after(before)
-            if after and _identity(after[0][0]) != current.position.identity:
+            if after and disk.identity(after[0][0]) != current.position.identity:
                 self.contents.pop().close()
                 current = before
         found = current.find(self.path, here, elsewhere)
-        if found and here is not None and current.position.identity == _identity(here):
+        if found and here is not None and current.position.identity == disk.identity(here):
             return moved or current.broken
         after = self._after(current)
         if not current.position.told:
@@ -381,24 +357,28 @@ class Followed:
         if self.here is None:
             self._backlog = None
             return False
-        file = _open(self.path, self.here)
+        file = disk.open_file(self.path, self.here)
         if file is None:
             return True
         offset = 0 if self._backlog is None else _line_start(file, self.here.st_size, self._backlog)
         count = min(PROOF, offset)
         check = zlib.crc32(os.pread(file.fileno(), count, offset - count))
         self._backlog = None
-        position = Position(os.path.realpath(self.path), *_identity(self.here), offset, check, self.here.st_mtime_ns)
+        position = Position(
+            os.path.realpath(self.path), *disk.identity(self.here), offset, check, self.here.st_mtime_ns
+        )
         self.contents.append(Content(position, file))
         return True
 
     def _begin(self, status: os.stat_result, path: Path) -> bool:
         """Go on with the content that follows the current one."""
-        file = _open(path, status)
+        file = disk.open_file(path, status)
         if file is None:
             return True
         turn: Kind = "rotated" if path == self.path else self.contents[-1].position.turn
-        position = Position(os.path.realpath(path), *_identity(status), 0, zlib.crc32(b""), status.st_mtime_ns, turn)
+        position = Position(
+            os.path.realpath(path), *disk.identity(status), 0, zlib.crc32(b""), status.st_mtime_ns, turn
+        )
         self.contents.append(Content(position, file))
         return True
 
@@ -410,7 +390,7 @@ class Followed:
         current.position = replace(current.position, turn=turn, told=True)
         self.turns.append(Turn(turn, self.path.name, complete))
 
-    def _let_go(self, elsewhere: Found) -> bool:
+    def _let_go(self, elsewhere: disk.Found) -> bool:
         """Give up the contents that are over and silent; True: look again after reading."""
         moved = False
         for content in self.contents[:-1]:
@@ -429,7 +409,7 @@ class Followed:
             self.contents.remove(content)
         return moved
 
-    def _after(self, content: Content) -> Found:
+    def _after(self, content: Content) -> disk.Found:
         """What was written since `content`, oldest first: rotated siblings not read so far, and the path itself.
 
         Empty as well while names are just being changed.
@@ -438,16 +418,16 @@ class Followed:
         for _ in range(10):
             before, listed = listed, self._rotations(content)
             # Two equal listings, and the same file behind the path: nothing slipped through between them.
-            if [(_identity(status), path) for status, path in before] == [
-                (_identity(status), path) for status, path in listed
+            if [(disk.identity(status), path) for status, path in before] == [
+                (disk.identity(status), path) for status, path in listed
             ]:
                 break
         else:
             return []
-        now = _status(self.path)
-        if (now and _identity(now)) != (self.here and _identity(self.here)):
+        now = disk.look(self.path)
+        if (now and disk.identity(now)) != (self.here and disk.identity(self.here)):
             return []
-        ages = {_identity(status): _age(status, path) for status, path in listed}
+        ages = {disk.identity(status): disk.age(status, path) for status, path in listed}
         unknown = (content.modified, math.inf, "")
         age = unknown if content.file is None else ages.get(content.position.identity, unknown)
         read = {
@@ -457,20 +437,21 @@ class Followed:
         }
         after = [
             (status, path)
-            for status, path in sorted(listed, key=lambda found: _age(*found))
-            if status.st_size > 0 and _identity(status) not in read and _age(status, path) > age
+            for status, path in sorted(listed, key=lambda found: disk.age(*found))
+            if status.st_size > 0 and disk.identity(status) not in read and disk.age(status, path) > age
         ]
         return after if now is None else [*after, (now, self.path)]
 
-    def _rotations(self, content: Content) -> Found:
+    def _rotations(self, content: Content) -> disk.Found:
         """The siblings that look like earlier contents of the path, or of what it was a link to."""
-        here = self.here and _identity(self.here)
-        old = _unrotated(Path(content.position.path))
+        here = self.here and disk.identity(self.here)
+        old = disk.unrotated(Path(content.position.path))
         bases = {str(self.path), os.path.realpath(self.path), str(old)}
         return [
             (status, path)
-            for status, path in _siblings(self.path, content.position.path)
-            if _identity(status) != here and (path == old or any(_is_rotation(path, Path(base)) for base in bases))
+            for status, path in disk.siblings(self.path, content.position.path)
+            if disk.identity(status) != here
+            and (path == old or any(disk.is_rotation(path, Path(base)) for base in bases))
         ]
 
 
@@ -499,9 +480,8 @@ class Tail:
         # The pattern itself stays in the cursors, so that they say "looked at" even when no file is there.
         self._cursors: Cursors = {}
         self._followed: dict[Path, Followed] = {}
-        meant = str(self.pattern).replace("**/", "*")
         for key, positions in (cursors or {}).items():
-            if key == str(self.pattern) or (_MAGIC.search(meant) and fnmatchcase(key, meant)):
+            if disk.means(self.pattern, key):
                 try:
                     contents = [Content(Position(**position)) for position in positions]
                 except TypeError:
@@ -510,7 +490,7 @@ class Tail:
                 if contents:
                     self._followed[Path(key)] = Followed(Path(key), contents, grace=grace)
         self._first = not self._cursors
-        self._folders: dict[str, Identity] = {}
+        self._folders: dict[str, disk.Identity] = {}
         self._warned: dict[Path, str] = {}
         self._looking = threading.Lock()
         self._closed = False
@@ -568,9 +548,9 @@ class Tail:
             # A cancelled look may still be about to begin in its thread.
             if self._closed:
                 return False
-            matches = _matches(self.pattern, self._followed)
+            matches = disk.matches(self.pattern, self._followed)
             contents = [content for followed in self._followed.values() for content in followed.contents]
-            elsewhere = _found(matches) if any(content.file is None for content in contents) else []
+            elsewhere = disk.found(matches) if any(content.file is None for content in contents) else []
             moved = False
             for path, followed in list(self._followed.items()):
                 moved = self._look_at(path, followed, elsewhere) or moved
@@ -586,7 +566,7 @@ class Tail:
             self._folders = self._watched()
             return moved
 
-    def _look_at(self, path: Path, followed: Followed, elsewhere: Found) -> bool:
+    def _look_at(self, path: Path, followed: Followed, elsewhere: disk.Found) -> bool:
         try:
             moved = followed.look(elsewhere)
         except OSError as error:
@@ -600,20 +580,20 @@ class Tail:
     def _meet(self, path: Path) -> Followed | None:
         """Begin to follow a path; not yet, if its content was renamed and is still read under its old name."""
         contents = []
-        for status, _ in _found([path]):
+        for status, _ in disk.found([path]):
             for followed in self._followed.values():
                 for content in followed.contents:
-                    if content.file is not None and content.position.identity == _identity(status):
+                    if content.file is not None and content.position.identity == disk.identity(status):
                         return None
                 for position in followed.released:
-                    if position.identity == _identity(status):
+                    if position.identity == disk.identity(status):
                         contents = [Content(replace(position, turn="rotated", told=False))]
         backlog = self._backlog if self._first else None
         return Followed(path, contents, grace=self._grace, backlog=backlog)
 
-    def _watched(self) -> dict[str, Identity]:
+    def _watched(self) -> dict[str, disk.Identity]:
         """The folders in which a change matters, with what they are: one that was made anew is another one."""
-        paths = {root} if (root := _root(self.pattern)) else set()
+        paths = {root} if (root := disk.root(self.pattern)) else set()
         for path, followed in self._followed.items():
             paths.add(path.parent)
             paths.update(Path(content.position.path).parent for content in followed.contents)
@@ -622,7 +602,7 @@ class Tail:
             with suppress(OSError):
                 status = path.stat()
                 if stat.S_ISDIR(status.st_mode):
-                    folders[str(path)] = _identity(status)
+                    folders[str(path)] = disk.identity(status)
         return folders
 
     def _warn(self, path: Path, error: OSError) -> None:
@@ -638,34 +618,15 @@ class Tail:
                 followed.close()
 
 
-def history(pattern: str | Path) -> list[Path]:
-    """The files behind a pattern, rotated ones included, the oldest content of each path first; asks the disk.
-
-    For each path that matches, in the order of names: its plain siblings that look like rotations (`name.1`,
-    `name-20261101`), as they were last modified, then the path itself. What is missing or compressed is left out.
-    """
-    found: list[Path] = []
-    for match in _matches(Path(pattern).absolute(), ()):
-        base = Path(os.path.realpath(match))
-        rotations = [
-            (status, path)
-            for status, path in _siblings(match, str(base))
-            if _is_rotation(path, match) or _is_rotation(path, base)
-        ]
-        found += [path for _, path in sorted(rotations, key=lambda rotation: _age(*rotation))]
-        found += [path for _, path in _found([match])]
-    return list(dict.fromkeys(found))
-
-
 class _Changes:
     """Waits until something changes in some folders, and a second at most."""
 
     def __init__(self) -> None:
-        self._folders: dict[str, Identity] = {}
+        self._folders: dict[str, disk.Identity] = {}
         self._watch: AsyncGenerator[Any, None] | None = None
         self._warned = False
 
-    async def wait(self, folders: dict[str, Identity]) -> None:
+    async def wait(self, folders: dict[str, disk.Identity]) -> None:
         """Return after a change in one of the folders; changes since the last call count."""
         if folders != self._folders:
             await self.close()
@@ -699,110 +660,6 @@ class _Changes:
             await watch.aclose()
 
 
-# -- what the disk says
-
-
-def _status(path: Path) -> os.stat_result | None:
-    """What a path is; None if there is no regular file."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
-
-
-def _found(paths: list[Path]) -> Found:
-    found = []
-    for path in paths:
-        with suppress(OSError):
-            if (status := _status(path)) is not None:
-                found.append((status, path))
-    return found
-
-
-def _identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino
-
-
-def _state(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _age(status: os.stat_result, path: Path) -> tuple[int, float, str]:
-    """To sort by, the oldest content first; where the clock was too coarse, the higher number, or the lower date."""
-    number = re.search(r"(?<!\d)[.\-_](\d{1,4})$", path.name)
-    return status.st_mtime_ns, -int(number[1]) if number else 0, path.name
-
-
-def _open(path: Path, status: os.stat_result) -> io.FileIO | None:
-    """Open a file that was seen a moment ago; None if the path is another one by now."""
-    try:
-        # A pipe may have taken the name: opening must not wait for its writer.
-        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-    if _identity(os.fstat(file.fileno())) == _identity(status):
-        return file
-    file.close()
-    return None
-
-
-def _siblings(followed: Path, *others: str) -> Found:
-    """The plain files whose names begin as that of a path, what it links to, or one of the others before rotation."""
-    found: dict[Path, os.stat_result] = {}
-    for base in {followed, Path(os.path.realpath(followed)), *(_unrotated(Path(other)) for other in others)}:
-        try:
-            names = os.listdir(base.parent)  # noqa: PTH208 - names alone: most of them are not looked at
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue
-        for name in names:
-            path = base.with_name(name)
-            if name.startswith(base.name) and path.suffix not in COMPRESSED and path not in found:
-                with suppress(PermissionError):
-                    status = _status(path)
-                    if status is not None:
-                        found[path] = status
-    return [(status, path) for path, status in found.items()]
-
-
-def _is_rotation(path: Path, base: Path) -> bool:
-    return (
-        path.parent == base.parent
-        and path.name.startswith(base.name)
-        and _ROTATED.fullmatch(path.name, len(base.name)) is not None
-    )
-
-
-def _unrotated(path: Path) -> Path:
-    match = _ROTATION_OF.fullmatch(path.name)
-    return path.with_name(match[1]) if match else path
-
-
-def _matches(pattern: Path, followed: Mapping[Path, Any] | tuple[()]) -> list[Path]:
-    """The paths a pattern means: no compressed ones, no rotations of others, no links to others."""
-    if not _MAGIC.search(str(pattern)) or os.path.isfile(pattern):  # noqa: PTH113 - it never raises
-        return [pattern]
-    names = glob(str(pattern), recursive=True)  # noqa: PTH207 - the pattern may be absolute
-    paths = {path for name in names if (path := Path(name)).suffix not in COMPRESSED}
-    known = paths.union(followed)
-    return sorted(
-        path
-        for path in paths
-        if not ((base := _unrotated(path)) != path and base in known)
-        # As functions of os.path these never raise.
-        and not (os.path.islink(path) and Path(os.path.realpath(path)) in paths)  # noqa: PTH114
-        and not os.path.isdir(path)  # noqa: PTH112
-    )
-
-
-def _root(pattern: Path) -> Path | None:
-    """The deepest folder of a pattern that is not a pattern itself."""
-    for parent in pattern.parents:
-        if not _MAGIC.search(str(parent)):
-            return parent
-    return None
-
-
 # -- what the bytes say
 
 
@@ -824,32 +681,3 @@ def _line_start(file: io.FileIO, size: int, backlog: int) -> int:
             return offset + end + 1
         offset += len(found)
     return size
-
-
-def cut_lines(data: bytes, start: int, *, final: bool) -> Iterator[tuple[bytes, int, bool]]:
-    """Cut data, from `start`, into lines and pieces: the text, where it ends, and whether the line goes on.
-
-    A line without its end is held back, unless it is longer than a piece, or `final`.
-    """
-    while start < len(data):
-        end = data.find(b"\n", start)
-        if end < 0:
-            end, after = len(data), len(data)
-            # Two bytes more than a piece: less could still turn out to be a whole line, with its end.
-            if end - start < PIECE + 2 and not final:
-                return
-        else:
-            after = end + 1
-        if end > start and data[end - 1] == 13:
-            end -= 1
-        if end - start > PIECE:
-            after = start + PIECE
-            # Back to where a character of UTF-8 begins; in what is none, anywhere.
-            for cut in range(after, after - 4, -1):
-                if data[cut] & 0xC0 != 0x80:
-                    after = cut
-                    break
-            yield data[start:after], after, True
-        else:
-            yield data[start:end], after, False
-        start = after

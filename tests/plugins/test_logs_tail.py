@@ -15,6 +15,7 @@ import pytest
 from conftest import plugin_module
 
 tail = plugin_module("logs", "tail")
+disk = plugin_module("logs", "disk")
 Line, Turn, Tail = tail.Line, tail.Turn, tail.Tail
 
 GRACE = 0.3
@@ -806,22 +807,22 @@ async def test_permission_denied_is_no_end(
 ) -> None:
     monkeypatch.setattr(tail, "LOOK_MS", 50)
     add(log, "old", "one")
-    real = tail._open
+    real = disk.open_file
 
     def refuse(path: Path, status: os.stat_result) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tail, "_open", refuse)
+    monkeypatch.setattr(disk, "open_file", refuse)
     for pattern in (log, f"{log.parent}/*.log"):
         async with following(pattern, backlog=4) as follower:
             await follower.nothing(0.5)
-            monkeypatch.setattr(tail, "_open", real)
+            monkeypatch.setattr(disk, "open_file", real)
             assert await follower.take(1) == ["one"]
-        monkeypatch.setattr(tail, "_open", refuse)
-    monkeypatch.setattr(tail, "_open", refuse)
+        monkeypatch.setattr(disk, "open_file", refuse)
+    monkeypatch.setattr(disk, "open_file", refuse)
     async with following(log, follower.cursors) as again:
         await again.nothing(0.5)
-        monkeypatch.setattr(tail, "_open", real)
+        monkeypatch.setattr(disk, "open_file", real)
         add(log, "two")
         assert await again.take(1) == ["two"]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
@@ -920,10 +921,10 @@ def test_history_is_the_oldest_content_first_without_what_is_no_rotation(tmp_pat
     for seconds, name in enumerate([*names, "app.log.old", "app.log.3.gz", "app.log2", "app.log.lock"]):
         add(tmp_path / name, name)
         os.utime(tmp_path / name, (seconds, seconds))
-    assert [path.name for path in tail.history(tmp_path / "app.log")] == names
-    assert [path.name for path in tail.history(f"{tmp_path}/*.log")] == names
-    assert [path.name for path in tail.history(f"{tmp_path}/app.log*")][:4] == names
-    assert tail.history(tmp_path / "none" / "app.log") == []
+    assert [path.name for path in disk.history(tmp_path / "app.log")] == names
+    assert [path.name for path in disk.history(f"{tmp_path}/*.log")] == names
+    assert [path.name for path in disk.history(f"{tmp_path}/app.log*")][:4] == names
+    assert disk.history(tmp_path / "none" / "app.log") == []
 
 
 @pytest.mark.parametrize("seed", range(8))
