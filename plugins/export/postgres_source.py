@@ -8,7 +8,6 @@ Every export is a read-only transaction with one snapshot, on a connection of a 
 import asyncio
 import hashlib
 import logging
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from .formats import GUARDED, Column, Encoder, MissingLibrary, make, unique
+from .formats import Column, Encoder, MissingLibrary, make
+from .postgres_fields import Field, fields_of
+from .postgres_statement import Statement
 from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
 
 if TYPE_CHECKING:
@@ -44,188 +45,15 @@ PENDING_BYTES = 256 * 1024
 BATCH_ROWS = (16, 1000)
 """Rows in the first batch of a cursor, and at most in the later ones, each up to four times as long as the last."""
 
-NAME_BYTES = 63
-"""What PostgreSQL keeps of a name."""
-
-_TYPES: Mapping[int, str] = {
-    **dict.fromkeys((20, 21, 23, 26), "integer"),  # int8, int2, int4, oid
-    **dict.fromkeys((700, 701), "real"),
-    **dict.fromkeys((18, 19, 25, 1042, 1043), "text"),  # "char", name, text, bpchar, varchar
-    **dict.fromkeys((114, 3802), "json"),  # json, jsonb
-    16: "boolean",
-    17: "blob",
-    1082: "date",
-    1083: "time",
-    1114: "timestamp",
-    1184: "timestamptz",
-    1186: "interval",
-    1700: "decimal",
-    2950: "uuid",
-}
-"""Types by their OIDs, which are the same everywhere. Source: PostgreSQL, src/include/catalog/pg_type.dat."""
-
-_CHAR, _OID, _JSON, _FLOAT4 = 18, 26, 114, 700
-_TEXTS = (18, 19, 25, 1043)
-_RECORDS = (2249, 2287)
-
 # A row ends with a cell that is always quoted: `,"|"` and the line feed of COPY. Inside a quoted cell each quote is
 # doubled, and a cell that begins with | has no line feed after its second quote, so nothing else in a row looks like
 # that: one replacement makes every line end CRLF, and leaves the line feeds of texts alone.
 _MARK, _MARKED_END, _CRLF = "|", b',"|"\n', b"\r\n"
 
-_FORMULA = ", ".join(str(ord(mark)) for mark in sorted(GUARDED))
-
 Put: TypeAlias = Callable[[int, bytes], Awaitable[None]]
 
 
-# -- SQL with named parameters
-
-_TOKEN = re.compile(
-    r"""
-      (?P<comment> --[^\n\r]* )
-    | (?P<block> /\* )
-    | (?P<other>
-        [eE]'(?:[^'\\]|\\.|'')*+'  # goes on after a line break, with the same rules
-            (?:(?:[ \t\f\v]|--[^\n\r]*+)*+[\n\r](?:[ \t\f\v\n\r]|--[^\n\r]*+[\n\r])*+'(?:[^'\\]|\\.|'')*+')*+
-      | '[^']*+(?:''[^']*+)*+'
-      | "[^"]*+(?:""[^"]*+)*+"
-      | \$(?P<tag>(?:[A-Za-z_\x80-\U0010ffff][A-Za-z0-9_\x80-\U0010ffff]*+)?)\$.*?\$(?P=tag)\$
-      | [A-Za-z_\x80-\U0010ffff][A-Za-z0-9_$\x80-\U0010ffff]*+
-      | :: | :=
-      )
-    | (?P<number> \$[0-9]+ )
-    | : (?P<name> [A-Za-z_][A-Za-z0-9_]*+ )
-    | (?P<semicolon> ; )
-    | (?P<space> [ \t\n\r\f\v]+ )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-"""What must be known to find parameters. Source: PostgreSQL, src/backend/parser/scan.l."""
-
-_BLOCK = re.compile(r"/\*|\*/")
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """A configured SQL, taken apart at its parameters: `texts` has one more than `names`."""
-
-    texts: Sequence[str]
-    names: Sequence[str]
-
-    @classmethod
-    def parse(cls, sql: str) -> "Statement":
-        """Find `:name` outside of strings, quoted names, comments and casts; one semicolon at the end is dropped.
-
-        The slice `a[x:y]` has to be written with a space, `a[x: y]`. What is no valid SQL stays what it is, so that
-        PostgreSQL can say what is wrong. Raises BadQuery for `$1`.
-        """
-        texts, names = [""], []
-        position, last = 0, ""  # last: a semicolon that nothing has followed yet
-        while position < len(sql):
-            match = _TOKEN.match(sql, position)
-            kind = match.lastgroup if match else "other"
-            text = match[0] if match else sql[position]
-            if kind == "block":
-                text = sql[position : _block_end(sql, position)]
-            position += len(text)
-            if kind not in ("comment", "block", "space"):
-                texts[-1] += last
-                last = ""
-            if kind == "number":
-                raise BadQuery(f"{text}: parameters are written by name, as :name")
-            if kind == "semicolon":
-                last = text
-            elif kind == "name":
-                names.append(text[1:])
-                texts.append("")
-            else:
-                texts[-1] += text
-        return cls(texts, names)
-
-    def text(self, write: Callable[[str], str]) -> str:
-        """The SQL with something in the place of each parameter."""
-        # The spaces keep it apart: a$1 would be a name.
-        written = [f" {write(name)} {text}" for name, text in zip(self.names, self.texts[1:], strict=True)]
-        return self.texts[0] + "".join(written)
-
-
-def _block_end(sql: str, start: int) -> int:
-    """Where a comment ends, in which comments may be."""
-    depth = 0
-    for match in _BLOCK.finditer(sql, start):
-        depth += 1 if match[0] == "/*" else -1
-        if depth == 0:
-            return match.end()
-    return len(sql)
-
-
 # -- what a query results in
-
-
-@dataclass(frozen=True, slots=True)
-class _Field:
-    """A column of a result as PostgreSQL knows it; `ref` is what it is called in the SQL around the query."""
-
-    column: Column
-    ref: str
-    oid: int
-    nested: bool
-    """Whether it is an array or a composite."""
-
-    def csv(self, *, formula_guard: bool) -> str:
-        """The SQL of its cells."""
-        match self.column.type:
-            case "boolean":
-                return f"{self.ref}::text"
-            case "blob":
-                return _base64(self.ref)
-            case "any" if self.nested:
-                return f"to_json({self.ref})::text"
-            case "text" | "any" if formula_guard:
-                text = self._text()
-                return f"CASE WHEN ascii({text}) IN ({_FORMULA}) THEN '''' || {text} ELSE {text} END"
-        return self.ref
-
-    def _text(self) -> str:
-        """The SQL of its text, just as PostgreSQL shows it: a cast cuts the blanks off a bpchar, and makes IPs nets."""
-        if self.oid in _TEXTS:
-            return f"{self.ref}::text"
-        return f"CASE WHEN {self.ref} IS NOT NULL THEN concat({self.ref}) END"
-
-    def json(self) -> str:
-        """The SQL of its values in a JSON object."""
-        match self.column.type:
-            case "integer" if self.oid == _OID:
-                return f"{self.ref}::int8"  # to_json makes a text of it
-            case "real" | "decimal":
-                return f"CASE WHEN {self.ref} - {self.ref} = 0 THEN {self.ref} END"  # NaN and infinity are not 0 then
-            case "blob":
-                return _base64(self.ref)
-        return self.ref
-
-    def value(self, form: str) -> tuple[str, str]:
-        """The SQL of its values for an encoder, and their type there: nothing that Python would round or not know."""
-        match self.column.type:
-            case "date" | "time" | "timestamp" | "timestamptz" if form == "json":
-                return f"btrim(to_json({self.ref})::text, '\"')", "text"  # PostgreSQL's go further than Python's
-            case "date" | "timestamp" | "timestamptz":
-                # asyncpg would make the year 9999 of infinity; a year that Python does not have is refused.
-                return f"CASE WHEN isfinite({self.ref}) THEN {self.ref} ELSE '20000-01-01' END", self.column.type
-            case "interval":
-                return f"{self.ref}::text", "text"  # a timedelta has no months
-            case "text" if self.oid == _CHAR:
-                return f"{self.ref}::text", "text"
-            case "real" if self.oid == _FLOAT4:
-                return f"{self.ref}::text::float8", "real"  # 0.1, not 0.10000000149011612
-            case "any" if self.nested:
-                return f"to_json({self.ref})::text", "json"
-            case "any":
-                return self._text(), "text"
-        return self.ref, self.column.type
-
-
-def _base64(ref: str) -> str:
-    return f"replace(encode({ref}, 'base64'), E'\\n', '')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,25 +61,17 @@ class _Result:
     """A query that PostgreSQL has looked at but not run."""
 
     statement: Statement
-    fields: Sequence[_Field]
+    fields: Sequence[Field]
     parameters: Mapping[str, int]
     """The OIDs of the types that it takes parameters for."""
 
-    def named(self, names: Sequence[str]) -> Sequence[_Field]:
+    def named(self, names: Sequence[str]) -> Sequence[Field]:
         """The fields of some names; raises UnknownColumn."""
         known = {entry.column.name: entry for entry in self.fields}
         for name in names:
             if name not in known:
                 raise UnknownColumn(name, tuple(known))
         return [known[name] for name in dict.fromkeys(names)]
-
-
-def _names(names: Sequence[str]) -> Sequence[str]:
-    """Different names, short enough for PostgreSQL to keep them so."""
-    chosen = unique(names)
-    if max(len(name.encode()) for name in chosen) > NAME_BYTES:
-        chosen = unique([name.encode()[: NAME_BYTES - 9].decode(errors="ignore") for name in names])
-    return chosen
 
 
 # -- from the task that receives to the one that sends
@@ -616,18 +436,8 @@ async def _look(connection: "Connection", query: Query) -> _Result:
     attributes = prepared.get_attributes()
     if not attributes:
         raise BadQuery("the result has no columns")
-    names = _names([attribute.name for attribute in attributes])
-    fields = [
-        _Field(
-            Column(name, _TYPES.get(attribute.type.oid, "any")),
-            f"c{number}",
-            attribute.type.oid,
-            attribute.type.kind in ("array", "composite") or attribute.type.oid in _RECORDS,
-        )
-        for number, (name, attribute) in enumerate(zip(names, attributes, strict=True), 1)
-    ]
     oids = [parameter.oid for parameter in prepared.get_parameters()]
-    return _Result(statement, fields, dict(zip(numbers, oids, strict=True)))
+    return _Result(statement, fields_of(attributes), dict(zip(numbers, oids, strict=True)))
 
 
 async def _type_names(connection: "Connection", oids: Collection[int]) -> Mapping[int, str]:
@@ -663,7 +473,7 @@ def _text(name: str, value: object) -> str | None:
 
 
 async def _receive_csv(
-    connection: "Connection", fields: Sequence[_Field], rows: str, put: Put, *, formula_guard: bool
+    connection: "Connection", fields: Sequence[Field], rows: str, put: Put, *, formula_guard: bool
 ) -> None:
     """Receive lines as RFC 4180 has them, without a header."""
     cells = [entry.csv(formula_guard=formula_guard) for entry in fields]
@@ -680,12 +490,11 @@ async def _receive_csv(
     await connection.copy_from_query(sql, output=receive, format="csv", force_quote=["streamlab_mark"])
 
 
-async def _receive_json_lines(connection: "Connection", fields: Sequence[_Field], rows: str, put: Put) -> None:
+async def _receive_json_lines(connection: "Connection", fields: Sequence[Field], rows: str, put: Put) -> None:
     """Receive an object a line."""
     members = ", ".join(f"{entry.json()} AS {quoted(entry.column.name)}" for entry in fields)
     line = "row_to_json(r.*)::text"  # r alone would be a column of that name
-    if any(entry.oid == _JSON or entry.column.type == "any" for entry in fields):
-        # A json keeps the line breaks between its tokens; there are no others in a line.
+    if any(entry.may_break_lines for entry in fields):
         line = f"translate({line}, E'\\n\\r', '  ')"
 
     async def receive(chunk: bytes) -> None:
