@@ -1,11 +1,7 @@
 """Events kept in a SQLite file that the processes of one machine share, or in memory."""
 
 import asyncio
-import fcntl
-import hashlib
 import logging
-import os
-import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -28,6 +24,7 @@ from .eventlog import (
     Retention,
     within,
 )
+from .leases import Leases
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ class SqliteLog:
         self._watches: dict[str, _Watch] = {}
         self._watched = asyncio.Event()
         self._behind = asyncio.Event()
-        self._leases: dict[str, int] = {}
+        self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"))
         self._dirty = False
 
     # -- life
@@ -107,9 +104,8 @@ class SqliteLog:
                         for task in tasks:
                             task.cancel()
             finally:
-                for lease, descriptor in self._leases.items():
-                    self._unlock(lease, descriptor)
-                self._leases.clear()
+                if self._leases is not None:
+                    self._leases.close()
                 # Each on its own thread: what was asked for last may still be read there.
                 if self._readers is not self._db:
                     await self._on(self._reading, self._readers.close)
@@ -465,48 +461,13 @@ class SqliteLog:
     # -- leases
 
     async def hold(self, lease: str) -> bool:
-        """Take a lease: a locked file, which the kernel unlocks in the moment its process is gone."""
-        if self._path is None or lease in self._leases:
-            return True
-        descriptor = await asyncio.to_thread(self._lock, lease)
-        if descriptor is None:
-            return False
-        self._leases[lease] = descriptor
-        return True
-
-    def _lock(self, lease: str) -> int | None:
-        assert self._path is not None
-        folder = self._path.with_name(f"{self._path.name}-leases")
-        folder.mkdir(exist_ok=True)
-        path = self._lock_file(lease)
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
-            except FileNotFoundError:
-                pass
-            os.close(descriptor)  # it was given back meanwhile, and its file is gone: this lock holds nothing
-
-    def _lock_file(self, lease: str) -> Path:
-        assert self._path is not None
-        name = re.sub(r"[^A-Za-z0-9]+", "-", lease)[:40]
-        digest = hashlib.sha256(lease.encode()).hexdigest()[:12]
-        return self._path.with_name(f"{self._path.name}-leases") / f"{name}-{digest}"
+        """Take a lease; in memory there is nobody else who could."""
+        return self._leases is None or await self._leases.hold(lease)
 
     async def release(self, lease: str) -> None:
         """Give a lease back."""
-        if (descriptor := self._leases.pop(lease, None)) is not None:
-            self._unlock(lease, descriptor)
-
-    def _unlock(self, lease: str, descriptor: int) -> None:
-        """Unlock a file, and leave none behind: many leases have names that are used once."""
-        self._lock_file(lease).unlink(missing_ok=True)
-        os.close(descriptor)
+        if self._leases is not None:
+            self._leases.release(lease)
 
     def state(self) -> Mapping[str, object]:
         """Say that all is well: a file does not go away."""

@@ -1,0 +1,58 @@
+"""Leases among the processes of one machine: locked files, each unlocked in the moment its process is gone."""
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import re
+from pathlib import Path
+
+
+class Leases:
+    """The leases that this process holds, as files of a folder, which is made when the first is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, int] = {}
+        """The descriptor of each locked file."""
+
+    async def hold(self, lease: str) -> bool:
+        """Take a lease, or keep it: True while this process is the one that holds it."""
+        if lease not in self._held:
+            descriptor = await asyncio.to_thread(self._lock, lease)
+            if descriptor is None:
+                return False
+            self._held[lease] = descriptor
+        return True
+
+    def release(self, lease: str) -> None:
+        """Give a lease back."""
+        if (descriptor := self._held.pop(lease, None)) is not None:
+            self._file(lease).unlink(missing_ok=True)  # none is left behind: many leases have names that are used once
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Give all back."""
+        for lease in tuple(self._held):
+            self.release(lease)
+
+    def _lock(self, lease: str) -> int | None:
+        self._folder.mkdir(exist_ok=True)
+        path = self._file(lease)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # it was given back meanwhile, and its file is gone: this lock holds nothing
+
+    def _file(self, lease: str) -> Path:
+        name = re.sub(r"[^A-Za-z0-9]+", "-", lease)[:40]
+        digest = hashlib.sha256(lease.encode()).hexdigest()[:12]
+        return self._folder / f"{name}-{digest}"
