@@ -197,7 +197,8 @@ class Exports(Scenario):
         base = app[CONFIG].base
         self._sample_path = base / "var/sample.db"
         root = base / app[CONFIG].scenarios.get("file", {}).get("root", "var/files")
-        if self.folder.is_relative_to(root):
+        served = any(resource.canonical == "/files/{path}" for resource in app.router.resources())
+        if served and self.folder.is_relative_to(root):
             self._folder_url = f"/files/{self.folder.relative_to(root).as_posix()}"
         async with AsyncExitStack() as stack:
             threads = stack.enter_context(ThreadPoolExecutor(THREADS, "export"))

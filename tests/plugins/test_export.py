@@ -19,6 +19,10 @@ from typing import Any
 import pytest
 from conftest import Running, plugin_module, read_all, read_until
 
+from streamlab.app import create_app
+from streamlab.config import Config
+from streamlab.site import REGISTRY
+
 ROWS = 20_000
 
 CONFIG = """
@@ -567,3 +571,17 @@ def test_a_configuration_that_cannot_work_is_refused_at_the_start(tmp_path: Path
     )
     assert done.returncode == 2
     assert said in done.stderr
+
+
+# -- as tasks
+
+
+@pytest.mark.parametrize(("file", "url"), [({}, "/files/exports"), ({"enabled": False}, ""), ({"root": "else"}, "")])
+async def test_a_written_file_has_an_address_only_where_it_is_served(
+    file: dict[str, Any], url: str, tmp_path: Path, aiohttp_client: Callable[..., Any]
+) -> None:
+    others = {name: {"enabled": False} for name in ("comparison", "llm", "logs", "progress", "ticker")}
+    app = create_app(Config.of({"scenarios": {**others, "file": file}, "events": {"url": "sqlite://"}}, base=tmp_path))
+    await aiohttp_client(app)
+    (export,) = (each for plugin in app[REGISTRY].plugins for each in plugin.scenarios if each.name == "export")
+    assert export.folder_url == url
