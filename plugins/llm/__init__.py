@@ -93,14 +93,6 @@ class Prompted(Sampling):
     prompt: Text = Field(max_length=8000, description="What is said to the model.", examples=["Hello"])
 
 
-class Followed(Prompted):
-    """A prompt, in the address, whose answer can be come back to."""
-
-    last_event_id: str = Field(
-        "", max_length=200, description="Go on after this event; the header Last-Event-ID says the same, and wins."
-    )
-
-
 class Message(BaseModel):
     """One turn of a conversation."""
 
@@ -135,6 +127,10 @@ class Again(BaseModel):
     last_event_id: str = Field(
         "", max_length=200, description="Go on after this event; the header Last-Event-ID says the same, and wins."
     )
+
+
+class Followed(Again, Prompted):
+    """A prompt, in the address, whose answer can be come back to."""
 
 
 class Llm(Scenario):

@@ -176,7 +176,7 @@ function label(pen, ends, x, height) {
 }
 
 /** Round numbers from at or below `low` to at or above `high`, some `count` of them. */
-export function steps(low, high, count) {
+function steps(low, high, count) {
   const rough = (high - low) / count;
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((times) => times * unit).find((one) => one >= rough * 0.999);
