@@ -8,6 +8,7 @@ from .hub import View
 from .observe import METRICS
 from .problems import Problem
 from .scenario import Scenario, endpoint
+from .sse import frame
 from .streaming import Outcome, Stream, StreamSummary, open_stream
 from .tasks import TASKS, Progress, Task
 
@@ -37,6 +38,7 @@ __all__ = [
     "draft",
     "endpoint",
     "follow",
+    "frame",
     "hookimpl",
     "open_stream",
 ]

@@ -140,7 +140,7 @@ class Channel:
 
 def draft(data: Any, event: str = "", *, key: str = "") -> Draft:
     """Make an event to be published; raises ValueError where it cannot be one."""
-    encoded = data.encode() if isinstance(data, str) else data if isinstance(data, bytes) else sse.encode(data)
+    encoded = sse.encode(data)
     if len(encoded) > EVENT_BYTES:
         raise ValueError(f"an event of {len(encoded)} bytes is larger than {EVENT_BYTES}")
     if any(character in event for character in "\r\n\0"):
@@ -481,7 +481,7 @@ class _Session:
             "after": None if before is None else f"{self._channel.stem}{before}",
             "until": f"{self._channel.stem}{after}",
         }
-        await self._write(sse.frame(sse.encode(data), id=f"{self._channel.stem}{after}.gap", event="gap"), after)
+        await self._write(sse.frame(data, "gap", id=f"{self._channel.stem}{after}.gap"), after)
 
     async def _write(self, body: bytes, after: Position) -> None:
         """Write whole events; a large one in steps, so that a slow client does not fill this process with it."""

@@ -60,7 +60,7 @@ class Framed(NamedTuple):
 
 def framed(event: Event, stem: str) -> Framed:
     """Frame an event of the log, `stem` before its id; the same bytes whenever and wherever it is sent."""
-    return Framed(event, sse.frame(event.data, id=f"{stem}{event.position}", event=event.event))
+    return Framed(event, sse.frame(event.data, event.event, id=f"{stem}{event.position}"))
 
 
 def latest(items: Sequence[Framed]) -> list[Framed]:

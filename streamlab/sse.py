@@ -13,11 +13,13 @@ HEARTBEAT = b":\n"
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
-def frame(data: bytes, *, id: str = "", event: str = "", retry: int | None = None) -> bytes:  # noqa: A002
-    """Return one event, its empty line included. `data` is UTF-8; line breaks in it cannot forge a field.
+def frame(data: Any, event: str = "", *, id: str = "", retry: int | None = None) -> bytes:  # noqa: A002
+    """Return one event as bytes, its empty line included; `data` as `encode` has it, `event` is its name.
 
-    Raises ValueError where a line break in id or event, or a NUL in the id, would forge one.
+    Line breaks in the data cannot forge a field. Raises ValueError where one in id or event, or a NUL, would, and for
+    data that is no JSON.
     """
+    data = encode(data)
     for name, value in (("id", id), ("event", event)):
         if "\n" in value or "\r" in value or "\0" in value:
             raise ValueError(f"{name} of an event holds a line break or NUL: {value!r}")
@@ -31,13 +33,20 @@ def frame(data: bytes, *, id: str = "", event: str = "", retry: int | None = Non
     return b"%bdata: %b\n\n" % (head.encode(), data)
 
 
-def encode(value: Any) -> bytes:
-    """Return a value as JSON in UTF-8, on one line; raises ValueError for what JSON has no word for (NaN, a set)."""
+def encode(data: Any) -> bytes:
+    """Return the data of an event as UTF-8: JSON on one line, but a str or bytes as they are.
+
+    Raises ValueError for what JSON has no word for (NaN, a set).
+    """
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, str):
+        return data.encode()
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can say but UTF-8 cannot
-        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+        return json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
     except TypeError as error:
         raise ValueError(str(error)) from None
 
@@ -45,4 +54,4 @@ def encode(value: Any) -> bytes:
 def farewell(id: str) -> bytes:  # noqa: A002
     """The last event of a server that stops: clients wait unlike times, and do not come back all at once."""
     wait = random.randint(1000, 5000)  # noqa: S311 - spreads load, keeps no secret
-    return frame(encode({"reason": "The server stops."}), id=id, event="stop", retry=wait)
+    return frame({"reason": "The server stops."}, "stop", id=id, retry=wait)

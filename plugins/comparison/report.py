@@ -1,11 +1,12 @@
 """A report of both ways at growing sizes: what is measured in which order, what follows from it, and how it is told."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Protocol
+
+from streamlab import frame
 
 from .measure import Run
 from .ways import Way
@@ -235,14 +236,9 @@ class EventLines:
             return b":\n"
         self._count += 1
         if isinstance(moment, End):
-            return self.event(self.place("end"), "end", asdict(moment))
-        return self.event(f"{self._report}-{self._count}", type(moment).__name__.lower(), asdict(moment))
+            return frame(asdict(moment), "end", id=self.place("end"))
+        return frame(asdict(moment), type(moment).__name__.lower(), id=f"{self._report}-{self._count}")
 
     def fail(self, reason: str) -> bytes:
         """Nothing: the stream says `error` by itself."""
         return b""
-
-    @staticmethod
-    def event(identity: str, name: str, data: object) -> bytes:
-        """One event as bytes (WHATWG HTML 9.2)."""
-        return f"id: {identity}\nevent: {name}\ndata: {json.dumps(data)}\n\n".encode()

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
 
-from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, endpoint, hookimpl, open_stream
+from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, endpoint, frame, hookimpl, open_stream
 
 from . import sample
 from .formats import FORMATS, Encoder, Format, MissingLibrary
@@ -334,13 +334,12 @@ class Exports(Scenario):
             stream.event_id = lambda kind: f"{place}.{kind}"
             if changed:
                 gap = {"reason": "the data may have changed since", "missing": None}
-                await stream.write(_event(f"{place}.gap", "gap", gap))
+                await stream.write(frame(gap, "gap", id=f"{place}.gap"))
             async for count, rows in _batches(export.chunks(), skip):
-                place = f"{export.version}-{count}"
-                await stream.write(
-                    b'id: %b\nevent: rows\ndata: {"count":%d,"rows":[%b]}\n\n' % (place.encode(), count, rows)
-                )
-            await stream.write(_event(f"{place}.end", "end", {"count": skip + export.rows}))
+                identity = f"{export.version}-{count}"
+                await stream.write(frame(b'{"count":%d,"rows":[%b]}' % (count, rows), "rows", id=identity))
+                place = identity  # not before the write, which may be interrupted
+            await stream.write(frame({"count": skip + export.rows}, "end", id=f"{place}.end"))
         return stream
 
     @asynccontextmanager
@@ -441,10 +440,6 @@ def _refusing(name: str) -> Iterator[None]:
     except Interrupted as error:
         log.warning("the export %s broke off: %s", name, error)
         raise Problem(503, "The database broke off.", headers={"Retry-After": "5"}) from None
-
-
-def _event(identity: str, event: str, data: Mapping[str, Any]) -> bytes:
-    return f"id: {identity}\nevent: {event}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def _example(query: Configured) -> Query:
