@@ -210,7 +210,7 @@ class _Menu:
                     live.update(draw(), refresh=True)
                     await asyncio.sleep(1 / DRAWINGS_PER_SECOND)
 
-            drawing = asyncio.create_task(again())
+            drawing = asyncio.create_task(again())  # not in a TaskGroup, which would wrap what the block raises
             try:
                 yield
             finally:

@@ -658,9 +658,9 @@ def open_stream(
     """Open a response, lend it to the block, and end it in the one way that tells the client the truth.
 
     Headers leave with the first write, at the latest after `HEADERS_GRACE`. `length` is the body's Content-Length in
-    bytes, where it is known. `compress` offers gzip, negotiated by q-values and flushed at every write; event streams
-    are never compressed. `on_stop` says what SIGTERM does: `end` the stream at once with its last chunk (the default
-    of event streams), or let it `finish` within `drain_seconds` (the default of all others).
+    bytes, where it is known. `compress` offers gzip, and zstd where it is installed, negotiated by q-values and flushed
+    at every write; event streams are never compressed. `on_stop` says what SIGTERM does: `end` the stream at once with
+    its last chunk (the default of event streams), or let it `finish` within `drain_seconds` (that of all others).
 
     The block ends in one of these ways, and the hook `on_stream_end` hears which:
 

@@ -128,5 +128,7 @@ def test_every_exported_name_and_metric_is_in_readme() -> None:
         assert f"`{name}" in README, name
     sources = [REPOSITORY / "streamlab" / "observe.py", *(REPOSITORY / "plugins").rglob("*.py")]
     source = "".join(path.read_text() for path in sources)
-    for metric in re.findall(r'(?:Counter|Gauge|Histogram|Family)\(\s*"(streamlab_\w+)"', source):
+    metrics = re.findall(r'(?:Counter|Gauge|Histogram|Family)\(\s*"(streamlab_\w+)"', source)
+    assert len(metrics) == len(re.findall(r"^\| `streamlab_\w+` \|", README, re.MULTILINE))
+    for metric in metrics:
         assert re.search(rf"`{metric}(_total)?`", README), metric

@@ -107,6 +107,7 @@ async def reported(
         for way in WAYS * repeats:
             count = f" ({len(runs[way]) + 1} of {repeats})" if repeats > 1 else ""
             yield Progress(done, total, f"measuring {size:,} rows, {way}{count}")
+            # Not in a TaskGroup: a generator must not hold one over a yield (PEP 789).
             task = asyncio.ensure_future(measure(way, size))
             try:
                 while not (await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS))[0]:

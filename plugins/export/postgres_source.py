@@ -532,7 +532,7 @@ async def _running(work: Coroutine[Any, Any, None], pipe: _Pipe) -> "AsyncIterat
         if not task.cancelled():
             task.exception()  # who takes the rows may have left before it came to that
 
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(work)  # not in a TaskGroup, which would wrap what the block raises
     task.add_done_callback(ended)
     try:
         yield task

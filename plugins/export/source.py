@@ -95,7 +95,7 @@ class Source(Protocol):
         """Run a query, in one snapshot, and lend its result to the block; leaving the block ends the query.
 
         Its first rows are fetched before the block begins, so that what fails at once can be refused: raises BadQuery,
-        Unavailable, UnknownColumn, BadValue.
+        Unavailable, UnknownColumn, BadValue, Misfit, Interrupted, MissingLibrary.
         """
 
 
