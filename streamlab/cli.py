@@ -9,7 +9,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,7 @@ from .registry import find
 from .scaffold import write_plugin
 from .site import REGISTRY, ROUTES, version
 from .tasks import TASKS
-from .terminal import printable, say
+from .terminal import leaving, printable, say
 
 DEFAULT_CONFIG = Path("config.toml")
 
@@ -219,18 +219,9 @@ def follow(
     no_reconnect: Annotated[bool, typer.Option("--no-reconnect", help="Leave when the connection ends.")] = False,
 ) -> None:
     """Print an event stream, and go on after its last event when the connection is lost."""
-    try:
+    # Who reads this may have what it wanted, as `head` does: its pipe is closed then.
+    with leaving(), suppress(asyncio.CancelledError, BrokenPipeError):
         asyncio.run(_print_events(url, last_event_id, limit, reconnect=not no_reconnect))
-    except (asyncio.CancelledError, BrokenPipeError):
-        pass  # who read this has what it wanted, as `head` does
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except ValueError as error:
-        say(f"streamlab: {error}")
-        raise typer.Exit(2) from None
-    except (client.Refused, OSError) as error:
-        say(f"streamlab: {error}")
-        raise typer.Exit(1) from None
 
 
 async def _print_events(url: str, last_event_id: str, limit: int | None, *, reconnect: bool) -> None:
@@ -264,14 +255,8 @@ def doctor(
     seconds: Annotated[float, typer.Option(min=0.5, max=600, help="How long it is watched.")] = 5.0,
 ) -> None:
     """Say whether a URL streams, of any server, through any proxy, and what keeps it from that; exit with 1 if not."""
-    try:
+    with leaving():
         report = asyncio.run(examination.examine(url, seconds=seconds))
-    except ValueError as error:
-        say(f"streamlab: {error}")
-        raise typer.Exit(2) from None
-    except (client.Refused, OSError) as error:
-        say(f"streamlab: {error}")
-        raise typer.Exit(1) from None
     for line in report.lines():
         typer.echo(printable(line))
     if not report.streams:

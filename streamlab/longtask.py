@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from . import client
-from .terminal import printable, say
+from .terminal import leaving, printable, say
 
 T = TypeVar("T")
 
@@ -71,20 +71,14 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _finished(work: Coroutine[Any, Any, T]) -> T:
-    """Do something with a server; leave with 1 where it refuses or fails, with 2 where the call is wrong."""
-    try:
-        return asyncio.run(work)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except ValueError as error:
-        say(f"streamlab: {error}")
-        raise typer.Exit(2) from None
-    except client.Refused as refused:
-        say(f"streamlab: {refused}")
-        raise typer.Exit(2 if refused.status == 422 else 1) from None
-    except (client.Lost, OSError) as error:
-        say(f"streamlab: {error}")
-        raise typer.Exit(1) from None
+    """Do something with a server, and leave as `leaving` says; parameters that it refuses are the call's fault."""
+    with leaving():
+        try:
+            return asyncio.run(work)
+        except client.Refused as refused:
+            if refused.status == 422:
+                raise ValueError(str(refused)) from None
+            raise
 
 
 async def _watch(url: str, *, wanted: str = "done") -> None:

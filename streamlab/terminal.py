@@ -1,8 +1,12 @@
-"""What a terminal is told, though a server has worded it: nothing that it would act upon."""
+"""What a command tells its terminal: a server's words, but nothing it would act upon; and why it leaves."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
+
+from .client import Refused
 
 
 def printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:
@@ -18,3 +22,21 @@ def one_line(text: str) -> str:
 def say(text: str) -> None:
     """One line on stderr."""
     typer.echo(one_line(text), err=True)
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave as every command does that asks a server, saying why in one line.
+
+    With 2 where the call is wrong, with 1 where a server refuses or is not there, with 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except ValueError as error:
+        say(f"streamlab: {error}")
+        raise typer.Exit(2) from None
+    except (Refused, OSError) as error:
+        say(f"streamlab: {error}")
+        raise typer.Exit(1) from None

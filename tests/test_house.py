@@ -33,7 +33,8 @@ LAYERS = {
     "The clients": (
         ("menu",),
         ("chat", "doctor", "longtask", "transfer"),
-        ("client", "terminal"),
+        ("terminal",),
+        ("client",),
     ),
     "What both speak": (("problems", "sse"),),
 }
