@@ -556,8 +556,12 @@ def test_configuration_of_operate_is_valid(tmp_path: Path, table: str) -> None:
 
 
 def test_what_operate_names_is_there() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", OPERATE):
+    links = re.findall(r"\]\(([^)#]+)\)", OPERATE)
+    assert "nginx.conf" in links
+    for link in links:
         assert (DOCS / link).exists(), link
     assert "docs/operate.md" in (REPOSITORY / "README.md").read_text()
-    for service in re.findall(r"docker compose up ((?:[\w-]+ ?)+)", OPERATE):
-        assert set(service.split()) <= set(SERVICES)
+    services = re.findall(r"docker compose up ((?:[\w-]+ ?)+)", OPERATE)
+    assert services
+    for several in services:
+        assert set(several.split()) <= set(SERVICES)

@@ -307,7 +307,7 @@ async def test_a_tail_is_followed_once(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="followed once"):
             await anext(follower.tail.batches())
 
 
