@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fork_server import ForkedProcess, ForkServer
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
@@ -32,6 +33,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WITHOUT_MODEL = {"STREAMLAB_SCENARIOS__LLM__ENABLED": "false"}
 """For servers that have no use for a model: loading it takes a second of a processor, and 300 MB."""
 
+ENVIRONMENT = {
+    "PYTHONWARNINGS": "error",
+    "PYTHONPATH": str(REPOSITORY),
+    # aiohttp reads the system's certificates when it is imported, which takes a tenth of a second.
+    "SSL_CERT_FILE": os.devnull,
+}
+"""What every server has in its environment."""
+
+FORK_SERVER = ForkServer()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the hundreds of servers start quickly: what Python compiles is kept for the session, and for it alone."""
@@ -40,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["PYTHONPYCACHEPREFIX"] = folder.name
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    FORK_SERVER.environ = {**os.environ, **ENVIRONMENT}
+    config.add_cleanup(FORK_SERVER.end)
     # Who runs this in the background may have it ignore Ctrl-C, which the processes under test would inherit.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class Running:
     """A streamlab process, what it was started with, and ways to talk to it."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedProcess
     url: str
     base: Path
     stderr: Path
@@ -207,7 +220,11 @@ def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Start `streamlab run` as a process of its own; it is ended after the test, and must not have left a traceback."""
+    """Start `streamlab run` as a process of its own; it is ended after the test, and must not have left a traceback.
+
+    It is forked from a process that has imported what every server imports, unless `fresh` or its environment asks for
+    an interpreter of its own: for what is measured of the process itself, as its memory.
+    """
     with starting_in(tmp_path) as starting:
         yield starting
 
@@ -223,29 +240,29 @@ def starting_in(base: Path) -> Iterator[Callable[..., Running]]:
         tracebacks: bool = False,
         environ: Mapping[str, str] | None = None,
         port: int = 0,
+        fresh: bool = False,
         **plugins: str,
     ) -> Running:
         write_plugins(base, plugins)
         config_file = base / "config.toml"
         config_file.write_text(textwrap.dedent(config))
         stderr = base / f"stderr-{len(servers)}.log"
+        words = ["run", "--config", str(config_file), "--port", str(port)]
+        without = {} if "[scenarios.llm]" in config else WITHOUT_MODEL
+        surroundings = {**os.environ, **ENVIRONMENT, **without, **(environ or {})}
         with stderr.open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "streamlab", "run", "--config", str(config_file), "--port", str(port)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={
-                    **os.environ,
-                    "PYTHONWARNINGS": "error",
-                    "PYTHONPATH": str(REPOSITORY),
-                    # aiohttp reads the system's certificates when it is imported, which takes a tenth of a second.
-                    "SSL_CERT_FILE": os.devnull,
-                    **({} if "[scenarios.llm]" in config else WITHOUT_MODEL),
-                    **(environ or {}),
-                },
-                cwd=base,
-            )
+            process: subprocess.Popen[str] | ForkedProcess
+            if not fresh and FORK_SERVER.suits(surroundings):
+                process = FORK_SERVER.start(words, environ=surroundings, cwd=base, stderr=errors)
+            else:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "streamlab", *words],
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=surroundings,
+                    cwd=base,
+                )
         assert process.stdout is not None
         address = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), None)
         server = Running(process, address or "", base, stderr)
@@ -257,15 +274,13 @@ def starting_in(base: Path) -> Iterator[Callable[..., Running]]:
         yield starting
     finally:
         for server, _ in servers:
-            if server.process.poll() is None:
-                server.process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.process.wait(15)
-            if server.process.poll() is None:
-                server.process.kill()
-                server.process.wait()
-            assert server.process.stdout is not None
-            server.process.stdout.close()
+            with server.process as process:
+                if process.poll() is None:
+                    process.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(15)
+                if process.poll() is None:
+                    process.kill()
     for server, tracebacks in servers:
         assert tracebacks or "Traceback" not in server.log, server.log
 

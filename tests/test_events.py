@@ -641,7 +641,7 @@ def test_a_slow_client_that_retention_overtakes_is_told_how_many_it_missed(serve
 
 
 def test_stalled_clients_cost_a_bounded_amount_each_and_are_cut(serve: Callable[..., Running]) -> None:
-    server = serve("[server]\nstall_seconds = 2")
+    server = serve("[server]\nstall_seconds = 2", fresh=True)
     count, text = 40, "x" * 5000
     status = Path(f"/proc/{server.process.pid}/status")
     if not status.exists():

@@ -205,8 +205,8 @@ SOURCES = '''
 
 @pytest.fixture
 def serve(start: Callable[..., Running]) -> Callable[..., Running]:
-    def serving(config: str = "", *, tracebacks: bool = False) -> Running:
-        return start(config, tracebacks=tracebacks, sources=SOURCES)
+    def serving(config: str = "", **options: bool) -> Running:
+        return start(config, sources=SOURCES, **options)
 
     return serving
 
@@ -359,7 +359,7 @@ def cpu_seconds(server: Running) -> float:
 
 
 def test_memory_does_not_grow_with_the_size(serve: Callable[..., Running]) -> None:
-    server = serve()
+    server = serve(fresh=True)
     read_all(server.send("GET /lines HTTP/1.1\nHost: localhost\nConnection: close"))
     before = peak_memory(server)
     body = read_all(server.send("GET /megabytes HTTP/1.1\nHost: localhost\nConnection: close"))

@@ -40,9 +40,9 @@ Serve = Callable[..., Running]
 def serve(start: Serve) -> Serve:
     """A server of this scenario alone, whose table has these lines."""
 
-    def serving(comparison: str = "", others: str = "") -> Running:
+    def serving(comparison: str = "", others: str = "", **options: bool) -> Running:
         off = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in OTHERS)
-        return start(f"{others}\n{off}[scenarios.comparison]\n{comparison}\n")
+        return start(f"{others}\n{off}[scenarios.comparison]\n{comparison}\n", **options)
 
     return serving
 
@@ -147,7 +147,7 @@ def test_the_first_streamed_rows_are_there_before_anything_of_the_buffered_answe
 
 
 def test_a_streamed_answer_waits_for_its_client_and_takes_no_more_memory_however_long_it_is(serve: Serve) -> None:
-    server = serve()
+    server = serve(fresh=True)
 
     def sent() -> float:
         found = re.search(

@@ -484,7 +484,7 @@ def test_a_hundred_clients_at_once_are_served_fairly(serve: Callable[..., Runnin
 
 
 def test_memory_does_not_grow_with_the_rows(serve: Callable[..., Running]) -> None:
-    server = serve(configured(many=SLOW))
+    server = serve(configured(many=SLOW), fresh=True)
     status = Path(f"/proc/{server.process.pid}/status")
     if not status.exists():
         pytest.skip("reads peak memory from /proc, which this system does not have")

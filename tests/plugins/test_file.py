@@ -649,7 +649,7 @@ def test_memory_does_not_grow_with_the_file(start: Callable[..., Running], tmp_p
         pytest.skip("reads peak memory from /proc, which this system does not have")
     with (tmp_path / "sparse.bin").open("wb") as file:
         file.truncate(1 << 30)
-    server = start('[scenarios.file]\nlarge_file = "sparse.bin"')
+    server = start('[scenarios.file]\nlarge_file = "sparse.bin"', fresh=True)
 
     def peak() -> int:
         return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])  # type: ignore[index]

@@ -1,0 +1,159 @@
+"""The fork server: what it starts is what `python -m streamlab` starts, and ends as that ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Running, starting_in
+from fork_server import ForkedProcess, ForkServer
+
+pytestmark = pytest.mark.skipif(not ForkServer.possible, reason="servers are not forked on this system")
+
+Start = Callable[..., Running]
+
+MIRROR = '''
+    """A server that says what it is."""
+
+    import gc
+    import os
+    import signal
+    import sys
+    import warnings
+    from pathlib import Path
+
+    from aiohttp import web
+
+    from streamlab import Scenario, endpoint, hookimpl
+
+
+    class Mirror(Scenario):
+        @endpoint("GET", "/mirror")
+        async def look(self, request: web.Request) -> web.Response:
+            """Look at yourself."""
+            main = sys.modules["__main__"]
+            links = [os.path.realpath(link) for link in Path("/proc/self/fd").glob("*")]
+            handlers = map(signal.getsignal, sorted(signal.valid_signals()))
+            return web.json_response(
+                {
+                    "argv": sys.argv,
+                    "collector": gc.get_threshold(),
+                    "cwd": os.getcwd(),
+                    "descriptors": sorted(Path(link).name.partition(":")[0] for link in links if "/fd/" in link),
+                    "environ": dict(os.environ),
+                    "files": sorted(link for link in links if "/fd/" not in link),
+                    "flags": list(sys.flags),
+                    "main": [main.__name__, main.__file__, main.__spec__.name],
+                    "modules": sorted(sys.modules),
+                    "path": sys.path,
+                    "signals": [getattr(handler, "__name__", str(handler)) for handler in handlers],
+                    "streams": [str(stream) for stream in (sys.stdin, sys.stdout, sys.stderr)],
+                    "warnings": list(map(str, warnings.filters)),
+                }
+            )
+
+
+        @endpoint("GET", "/broken")
+        async def fail(self, request: web.Request) -> web.Response:
+            """Fail."""
+            raise ZeroDivisionError("the glass is broken")
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Mirror]
+'''
+
+
+ALONE = "".join(
+    f"[scenarios.{name}]\nenabled = false\n"
+    for name in ("comparison", "export", "file", "llm", "logs", "progress", "ticker")
+)
+"""No scenario but the mirror: nothing else opens files or imports modules while it looks."""
+
+
+def test_a_forked_server_is_as_a_fresh_one(tmp_path: Path) -> None:
+    seen = []
+    for fresh in (False, True):
+        base = tmp_path / "same"
+        base.mkdir()
+        with starting_in(base) as start:
+            server = start(ALONE, fresh=fresh, mirror=MIRROR)
+            assert isinstance(server.process, subprocess.Popen if fresh else ForkedProcess)
+            seen.append(json.loads(server.get("/mirror")[2]))
+        base.rename(tmp_path / f"seen-{fresh}")
+    assert seen[0] == seen[1]
+
+
+def test_an_environment_that_the_interpreter_reads_has_a_fresh_one(start: Start) -> None:
+    start(ALONE)
+    server = start(ALONE, environ={"PYTHONUTF8": "1"}, mirror=MIRROR)
+    assert isinstance(server.process, subprocess.Popen)
+    assert json.loads(server.get("/mirror")[2])["environ"]["PYTHONUTF8"] == "1"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)])
+def test_its_end_is_told(start: Start, number: int, status: int) -> None:
+    process = start(ALONE).process
+    assert isinstance(process, ForkedProcess)
+    assert (process.poll(), process.returncode) == (None, None)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.01)
+    process.send_signal(number)
+    assert (process.wait(10), process.poll(), process.returncode) == (status, status, status)
+    process.send_signal(signal.SIGTERM)  # nobody is there any more, which is no error
+
+
+def test_a_server_that_does_not_start_fails_its_test_with_what_it_said(tmp_path: Path) -> None:
+    told = r"did not start:\n.*server.drain_seconds = -1 - .*\n.*streamlab: 1 fault; nothing was started\n"
+    with starting_in(tmp_path) as start, pytest.raises(AssertionError, match=told):
+        start("[server]\ndrain_seconds = -1")
+
+
+def test_a_traceback_fails_its_test(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ZeroDivisionError: the glass is broken"), starting_in(tmp_path) as start:
+        assert start(mirror=MIRROR).get("/broken")[0] == 500
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from conftest import ENVIRONMENT, FORK_SERVER, starting_in
+from fork_server import ForkedProcess
+
+FORK_SERVER.environ = {**os.environ, **ENVIRONMENT}
+with starting_in(Path(sys.argv[1])) as start:
+    process = start().process
+    assert isinstance(process, ForkedProcess)
+    print(process.pid, flush=True)
+    signal.pause()
+"""
+
+
+def test_no_server_outlives_the_process_of_its_test(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parent)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((tests, str(REPOSITORY)))}
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environ
+    ) as process:
+        assert process.stdout is not None
+        server = Path("/proc", process.stdout.readline().strip(), "stat")
+        assert lives(server)
+        process.kill()
+    deadline = time.monotonic() + 10
+    while lives(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lives(stat: Path) -> bool:
+    """Whether a process is there, and not merely waits for the system to bury it."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
