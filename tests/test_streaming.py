@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from conftest import Running, read_all, read_until
+from conftest import Running, read_all, read_until, starting_in
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -592,15 +592,21 @@ def test_compression_sends_each_item_at_once(serve: Callable[..., Running]) -> N
     assert b"\r\nContent-Encoding: gzip\r\n" in received
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of these sources, for the tests that leave it as it is."""
+    with starting_in(tmp_path_factory.mktemp("shared")) as start:
+        yield start(sources=SOURCES)
+
+
 @pytest.mark.parametrize(
     ("accepted", "coding"),
     [("gzip", "gzip"), ("br;q=1, gzip;q=0.1", "gzip"), ("gzip;q=0", None), ("identity, gzip;q=0.5", None), ("", None)],
 )
 def test_compression_is_negotiated_by_weight_and_told_to_caches(
-    serve: Callable[..., Running], accepted: str, coding: str | None
+    shared: Running, accepted: str, coding: str | None
 ) -> None:
-    server = serve()
-    _, headers, body = server.get("/lines", {"Accept-Encoding": accepted})
+    _, headers, body = shared.get("/lines", {"Accept-Encoding": accepted})
     assert (headers.get("content-encoding"), headers["vary"]) == (coding, "Accept-Encoding")
     assert (gzip.decompress(body) if coding else body) == b"one\n" + b"two\n" * 100_000
 

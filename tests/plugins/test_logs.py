@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EventStream, Received, Running
+from conftest import EventStream, Received, Running, starting_in
 
 CONFIG = """
     [scenarios.ticker]
@@ -185,6 +185,18 @@ LINES = (
 )
 
 
+@pytest.fixture(scope="module")
+def chosen_from(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with these lines in its log, for the tests that only read them."""
+    base = tmp_path_factory.mktemp("chosen")
+    (base / "logs").mkdir()
+    write(base / "logs" / "app.log", *LINES)
+    with starting_in(base) as start:
+        server = start(CONFIG)
+        followed(server, "tail=6", 6)
+        yield server
+
+
 @pytest.mark.parametrize(
     ("query", "chosen"),
     [
@@ -202,16 +214,13 @@ LINES = (
     ],
 )
 def test_lines_are_chosen_the_same_way_by_stream_and_download(
-    start: Callable[..., Running], app_log: Path, query: str, chosen: list[int]
+    chosen_from: Running, query: str, chosen: list[int]
 ) -> None:
-    write(app_log, *LINES)
-    server = start(CONFIG)
-    followed(server, "tail=6", 6)
     wanted = [LINES[number] for number in chosen]
     past = "" if "tail" in query or "since" in query else "&tail=100"
-    assert texts(followed(server, f"{query}{past}", len(wanted))) == wanted
+    assert texts(followed(chosen_from, f"{query}{past}", len(wanted))) == wanted
     if "tail" not in query:
-        status, headers, body = server.get(f"/logs/download?source=app&{query}")
+        status, headers, body = chosen_from.get(f"/logs/download?source=app&{query}")
         assert (status, body.decode()) == (200, "".join(f"{line}\n" for line in wanted))
         assert headers["content-disposition"] == 'attachment; filename="app.log"'
 
@@ -249,15 +258,12 @@ def test_a_download_has_rotated_files_too_and_streams_compressed(start: Callable
         ("colour=red", "colour"),
     ],
 )
-def test_what_cannot_be_done_is_422_and_named(
-    start: Callable[..., Running], app_log: Path, query: str, name: str
-) -> None:
-    server = start(CONFIG)
+def test_what_cannot_be_done_is_422_and_named(chosen_from: Running, query: str, name: str) -> None:
     for path in (LIVE, "/logs/download"):
-        status, _, body = server.get(f"{path}?{query}")
+        status, _, body = chosen_from.get(f"{path}?{query}")
         assert (status, [error["name"] for error in json.loads(body)["errors"]]) == (422, [name])
     for wrong in ("tail=-1", "tail=10001", "limit=0", "limit=x"):
-        assert server.get(f"{LIVE}?{wrong}")[0] == 422
+        assert chosen_from.get(f"{LIVE}?{wrong}")[0] == 422
 
 
 def test_a_hostile_pattern_does_not_hold_the_server_up(start: Callable[..., Running], app_log: Path) -> None:
