@@ -17,10 +17,10 @@ import textwrap
 import threading
 import time
 import types
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 from fork_server import ForkedProcess, ForkServer
@@ -218,6 +218,30 @@ def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
         (folder / f"{name}.py").write_text(textwrap.dedent(source))
 
 
+def begin(
+    words: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str], fresh: bool = False
+) -> subprocess.Popen[str] | ForkedProcess:
+    """Start `python -m streamlab WORDS...`, with a pipe as its stdout."""
+    environ = {**os.environ, **ENVIRONMENT, **environ}
+    if not fresh and FORK_SERVER.suits(environ):
+        return FORK_SERVER.start(words, environ=environ, cwd=cwd, stderr=stderr)
+    command = [sys.executable, "-m", "streamlab", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
+
+
+def run_streamlab(*words: str, cwd: Path) -> tuple[int, str, str]:
+    """Run a command to its end: exit status, stdout and stderr."""
+    with tempfile.TemporaryFile("w+") as errors:
+        with begin(words, environ={}, cwd=cwd, stderr=errors) as process:
+            assert process.stdout is not None
+            try:
+                out, status = process.stdout.read(), process.wait()
+            finally:
+                process.kill()  # it is there still where its test has been given up
+        errors.seek(0)
+        return status, out, errors.read()
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """Start `streamlab run` as a process of its own; it is ended after the test, and must not have left a traceback.
@@ -249,20 +273,8 @@ def starting_in(base: Path) -> Iterator[Callable[..., Running]]:
         stderr = base / f"stderr-{len(servers)}.log"
         words = ["run", "--config", str(config_file), "--port", str(port)]
         without = {} if "[scenarios.llm]" in config else WITHOUT_MODEL
-        surroundings = {**os.environ, **ENVIRONMENT, **without, **(environ or {})}
         with stderr.open("w") as errors:
-            process: subprocess.Popen[str] | ForkedProcess
-            if not fresh and FORK_SERVER.suits(surroundings):
-                process = FORK_SERVER.start(words, environ=surroundings, cwd=base, stderr=errors)
-            else:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "streamlab", *words],
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                    env=surroundings,
-                    cwd=base,
-                )
+            process = begin(words, environ={**without, **(environ or {})}, cwd=base, stderr=errors, fresh=fresh)
         assert process.stdout is not None
         address = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), None)
         server = Running(process, address or "", base, stderr)

@@ -30,8 +30,8 @@ NUMBER = struct.Struct("i")
 class ForkedProcess:
     """What tests need of `subprocess.Popen`, for a process whose parent is the fork server."""
 
-    def __init__(self, stdout: int, told: socket.socket) -> None:
-        self.stdout = os.fdopen(stdout)
+    def __init__(self, stdout: IO[str], told: socket.socket) -> None:
+        self.stdout = stdout
         self.returncode: int | None = None
         self._told = told
         pid = told.recv(NUMBER.size)
@@ -97,14 +97,14 @@ class ForkServer:
         return self.possible and _outer(environ) == _outer(self.environ)
 
     def start(self, words: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str]) -> ForkedProcess:
-        """Start `python -m streamlab WORDS...`, in an environment that suits."""
+        """Start `python -m streamlab WORDS...`, in an environment that suits; its stdout is a pipe."""
         control = self._control or self._begin()
         ours, theirs = socket.socketpair()
         stdout, output = os.pipe()
         with theirs, os.fdopen(output):
             request = json.dumps({"words": list(words), "environ": dict(environ), "cwd": str(cwd)})
             socket.send_fds(control, [request.encode()], [output, stderr.fileno(), theirs.fileno()])
-        return ForkedProcess(stdout, ours)
+        return ForkedProcess(os.fdopen(stdout), ours)
 
     def end(self) -> None:
         if self._process is not None and self._control is not None:
@@ -122,8 +122,12 @@ class ForkServer:
 
 
 def _outer(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the interpreter or a library may have read by the time the first line of streamlab runs."""
-    return {name: value for name, value in environ.items() if not name.startswith(("STREAMLAB_", "PYTEST_"))}
+    """What the interpreter or a library may have read by the time the first line of streamlab runs.
+
+    That is all but its configuration, and the keys of others that it names.
+    """
+    later = ("STREAMLAB_", "UPSTREAM_", "PYTEST_")
+    return {name: value for name, value in environ.items() if not name.startswith(later)}
 
 
 # -- in the fork server

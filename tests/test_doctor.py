@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, free_port
+from conftest import REPOSITORY, Running, free_port, run_streamlab
 
 STRANGER = '''
 """A server of somebody else, as tutorials write it."""
@@ -155,13 +155,13 @@ def wait_until_there(port: int, process: "subprocess.Popen[bytes]", log: Path) -
 
 def doctor(port: int, path: str, seconds: float = 2) -> tuple[int, list[str]]:
     """The exit status, and the findings."""
-    words = [sys.executable, "-m", "streamlab", "doctor", f"127.0.0.1:{port}{path}", "--seconds", str(seconds)]
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=50, check=False)
-    assert done.stderr == ""
-    url, _, chart, *findings = done.stdout.splitlines()
+    words = ("doctor", f"127.0.0.1:{port}{path}", "--seconds", str(seconds))
+    status, told, errors = run_streamlab(*words, cwd=Path.cwd())
+    assert errors == ""
+    url, _, chart, *findings = told.splitlines()
     assert url == f"http://127.0.0.1:{port}{path}"
     assert chart[0] == chart[61] == "|"
-    return done.returncode, findings
+    return status, findings
 
 
 def has(findings: list[str], *beginnings: str) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, plugin_module, read_all, read_until, starting_in
+from conftest import Running, plugin_module, read_all, read_until, run_streamlab, starting_in
 
 from streamlab.app import create_app
 from streamlab.config import Config
@@ -572,14 +572,10 @@ def test_the_index_lists_every_export_with_columns_and_types(serve: Callable[...
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_at_the_start(tmp_path: Path, table: str, said: str) -> None:
-    import sys
-
     (tmp_path / "config.toml").write_text(table)
-    done = subprocess.run(
-        [sys.executable, "-m", "streamlab", "check"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert said in done.stderr
+    status, _, told = run_streamlab("check", cwd=tmp_path)
+    assert status == 2
+    assert said in told
 
 
 # -- as tasks

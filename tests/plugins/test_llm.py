@@ -21,7 +21,7 @@ import httpx
 import httpx_sse
 import openai
 import pytest
-from conftest import REPOSITORY, EventStream, Received, Running, plugin_module, read_all, read_until
+from conftest import REPOSITORY, EventStream, Received, Running, plugin_module, read_all, read_until, run_streamlab
 from fake_upstream import DONE, FINISH, HEAD, MODEL, USED, Exchange, FakeUpstream, Script, chunked, event, fake_upstream
 from hypothesis import given
 from hypothesis import strategies as st
@@ -1030,12 +1030,9 @@ def test_who_waits_too_long_is_told(gateway: Callable[..., tuple[Running, FakeUp
 def test_configuration_that_will_not_do_is_told(table: dict[str, str], words: str, tmp_path: Path) -> None:
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items())
     (tmp_path / "config.toml").write_text(f"[scenarios.llm]\n{lines}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "streamlab", "check"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert words in done.stderr
+    status, _, told = run_streamlab("check", cwd=tmp_path)
+    assert status == 2
+    assert words in told
 
 
 def test_without_its_key_the_gateway_is_out_of_service_and_says_so(start: Start) -> None:

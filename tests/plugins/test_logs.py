@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EventStream, Received, Running, starting_in
+from conftest import EventStream, Received, Running, run_streamlab, starting_in
 
 CONFIG = """
     [scenarios.ticker]
@@ -365,8 +364,6 @@ def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
 )
 def test_a_source_that_is_none_is_refused_at_the_start(tmp_path: Path, table: str, said: str) -> None:
     (tmp_path / "config.toml").write_text(table)
-    done = subprocess.run(
-        [sys.executable, "-m", "streamlab", "check"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert said in done.stderr
+    status, _, told = run_streamlab("check", cwd=tmp_path)
+    assert status == 2
+    assert said in told

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, EventStream, Received, Running, Valkey, free_port
+from conftest import REPOSITORY, EventStream, Received, Running, Valkey, begin, free_port
+from fork_server import ForkedProcess
 
 TOIL = '''
     """Tasks that do what a test wants: they wait for files, and note each run."""
@@ -162,7 +163,7 @@ class Workshop:
     start: Callable[..., Running]
     base: Path
     port: int = field(default_factory=free_port)
-    workers: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    workers: list[subprocess.Popen[str] | ForkedProcess] = field(default_factory=list)
     server: Running = field(init=False)
 
     def open(self, **plugins: str) -> None:
@@ -173,14 +174,8 @@ class Workshop:
     def hire(self) -> None:
         """Start a worker, and wait until it takes tasks."""
         with (self.base / f"worker-{len(self.workers)}.log").open("w") as errors:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "streamlab", "worker", "--config", str(self.base / "config.toml")],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY)},
-                cwd=self.base,
-            )
+            words = ("worker", "--config", str(self.base / "config.toml"))
+            worker = begin(words, environ={}, cwd=self.base, stderr=errors)
         self.workers.append(worker)
         assert worker.stdout is not None
         assert " works at: " in worker.stdout.readline(), (
@@ -189,7 +184,7 @@ class Workshop:
 
     def end(self, number: int) -> None:
         """End what runs the tasks, by a signal."""
-        process: subprocess.Popen[str] = self.workers[-1] if self.engine == "docket" else self.server.process
+        process = self.workers[-1] if self.engine == "docket" else self.server.process
         process.send_signal(number)
         assert process.wait(20) == (-number if number == signal.SIGKILL else 0)
 
@@ -212,15 +207,12 @@ class Workshop:
             if worker.poll() is None:
                 worker.terminate()
         for worker in self.workers:
-            try:
-                worker.wait(15)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
-                raise
-            finally:
-                assert worker.stdout is not None
-                worker.stdout.close()
+            with worker:
+                try:
+                    worker.wait(15)
+                except subprocess.TimeoutExpired:
+                    worker.kill()
+                    raise
 
 
 @pytest.fixture(params=["embedded", "docket"])
