@@ -210,6 +210,12 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
     return bytes(received)
 
 
+def disabled(*, but: str = "") -> dict[str, dict[str, Any]]:
+    """Tables that disable what ships, for tests of something else: importing it takes a fifth of a second each time."""
+    shipped = (path.parent.name for path in (REPOSITORY / "plugins").glob("*/__init__.py"))
+    return {name: {"enabled": False} for name in shipped if name != but}
+
+
 def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
     """Write plugin files beside the configuration."""
     folder = base / "plugins"

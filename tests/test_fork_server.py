@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, starting_in
+from conftest import REPOSITORY, Running, disabled, starting_in
 from fork_server import ForkedProcess, ForkServer
 
 pytestmark = pytest.mark.skipif(not ForkServer.possible, reason="servers are not forked on this system")
@@ -70,10 +70,7 @@ MIRROR = '''
 '''
 
 
-ALONE = "".join(
-    f"[scenarios.{name}]\nenabled = false\n"
-    for name in ("comparison", "export", "file", "llm", "logs", "progress", "ticker")
-)
+ALONE = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in disabled())
 """No scenario but the mirror: nothing else opens files or imports modules while it looks."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import Running, write_plugins
+from conftest import Running, disabled, write_plugins
 
 from streamlab.app import create_app
 from streamlab.config import Config
@@ -105,7 +105,7 @@ DEFAULTS = {
 @pytest.fixture
 async def client(tmp_path: Path, aiohttp_client: Callable[..., Awaitable[Client]]) -> Client:
     write_plugins(tmp_path, {"shop": PLUGIN})
-    return await aiohttp_client(create_app(Config.of({}, base=tmp_path)))
+    return await aiohttp_client(create_app(Config.of({"scenarios": disabled()}, base=tmp_path)))
 
 
 async def problem(client: Client, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
