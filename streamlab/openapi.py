@@ -86,7 +86,7 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
         },
     }
     if endpoint.body is not None:
-        content = {"application/json": {"schema": schemas[endpoint.body]}}
+        content = {"application/json": {"schema": schemas[endpoint.body], "example": body_example(endpoint.body)}}
         operation["requestBody"] = {"required": True, "content": content}
     elif endpoint.takes:
         first, *others = endpoint.takes
@@ -104,6 +104,13 @@ def _example(endpoint: Endpoint) -> dict[str, Any]:
         return {"example": json.loads(body)}
     except ValueError:
         return {"example": body}
+
+
+def body_example(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a body that tries an endpoint: the first of the model's examples, or those of its fields put together."""
+    schema = model.model_json_schema()
+    fields = {name: shape["examples"][0] for name, shape in schema.get("properties", {}).items() if "examples" in shape}
+    return dict(next(iter(schema.get("examples", ())), fields))
 
 
 def _words(endpoint: Endpoint) -> list[str]:
@@ -160,7 +167,7 @@ def curl(endpoint: Endpoint, origin: str) -> str:
     address = f"{origin}{path}{'?' if query else ''}{urlencode(query)}"
     words = endpoint.curl.replace("{url}", shlex.quote(address))
     if endpoint.body is not None and "-d " not in words:
-        example = json.dumps(next(iter(endpoint.body.model_json_schema().get("examples", [])), {}))
+        example = json.dumps(body_example(endpoint.body))
         words = f"-H 'Content-Type: application/json' -d {shlex.quote(example)} {words}"
     verb = f"-X {endpoint.method} " if endpoint.method not in ("GET", "POST") else ""
     return f"curl {verb}{words}"

@@ -91,7 +91,9 @@ class Registry:
         for found in sorted(find(config), key=lambda found: (found.name, found.origin)):
             first = chosen.setdefault(found.name, found)
             if first is not found:
-                both = f"two plugins have the name {found.name!r}: {first.origin} and {found.origin}; rename one"
+                both = (
+                    f"two plugins have the name {found.name!r}: {first.origin} and {found.origin}; rename or remove one"
+                )
                 faults.append(Fault(config.source, "plugins.path", both))
         for found in chosen.values():
             faults += registry._admit(found, config, switches)

@@ -443,6 +443,8 @@ class Stream(web.StreamResponse):
         try:
             if error is not None:
                 return await self.ended_by(error)
+            if self._stopping == "cut":  # the block has kept its cancellation to itself: what it sent is a part
+                return await self._settle_stop()
             try:
                 await self.finish()
             except BaseException as failure:

@@ -350,11 +350,7 @@ DEFECTS = {
         'open_stream(request, "text/event-stream", on_stop="finish")',
     ),
     "part_that_looks_whole": Defect(
-        "stop_ends_streams_truthfully",
-        LINES,
-        PAUSE,
-        "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
-        "                    break\n",
+        "stop_ends_streams_truthfully", LINES, '(request, "text/plain")', '(request, "text/plain", on_stop="end")'
     ),
     "outlives_its_server": Defect(
         "server_stops_in_time",

@@ -573,6 +573,7 @@ def test_a_log_that_cannot_keep_up_refuses_with_503(serve: Callable[..., Running
         assert len(list(stream)) == 8
 
 
+@pytest.mark.timeout(120)
 def test_a_thousand_short_channels_come_and_go_without_leaving_anything_behind(serve: Callable[..., Running]) -> None:
     server = serve()
     for number in range(0, 1000, 50):

@@ -520,7 +520,7 @@ def test_two_plugins_of_one_name_are_a_fault_that_names_both(tmp_path: Path) -> 
     (fault,) = faults_of(config(tmp_path, plugins={"path": ["left", "right"]}))
     assert fault == (
         "config: plugins.path - two plugins have the name 'hello': "
-        f"{tmp_path}/left/hello.py and {tmp_path}/right/hello.py; rename one"
+        f"{tmp_path}/left/hello.py and {tmp_path}/right/hello.py; rename or remove one"
     )
 
 

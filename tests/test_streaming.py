@@ -104,6 +104,16 @@ SOURCES = '''
                 finally:
                     await asyncio.Event().wait()
 
+        @endpoint("GET", "/swallows")
+        async def swallows(self, request):
+            async with open_stream(request, "text/plain") as response:
+                await response.write(b"begun\\n")
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    pass
+            return response
+
         @endpoint("GET", "/slow")
         async def slow(self, request):
             async with open_stream(request, "text/plain") as response:
@@ -549,6 +559,16 @@ def test_sigterm_cuts_what_does_not_finish_in_time_so_that_it_does_not_look_whol
     assert status == 0
     assert seconds < 1.2
     assert "source released" in server.log
+
+
+def test_block_that_keeps_its_cancellation_to_itself_does_not_look_whole(serve: Callable[..., Running]) -> None:
+    server = serve("[server]\ndrain_seconds = 0.2")
+    with server.send("GET /swallows HTTP/1.1\nHost: localhost") as connection:
+        read_until(connection, b"begun\n")
+        status, _ = server.terminate()
+        assert not read_all(connection).endswith(LAST_CHUNK)
+    assert status == 0
+    assert 'outcome="server stopped"' in server.log
 
 
 def test_second_signal_cuts_what_is_open(serve: Callable[..., Running]) -> None:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from .openai import Failure
+from .upstream import STARTED_ANEW
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Engine:
             started = time.monotonic()
             reason = await self._run(model)
             failures = 0 if time.monotonic() - started >= STEADY_SECONDS else failures + 1
-            self._refusal = "The model is being started anew."
+            self._refusal = STARTED_ANEW
             if failures > 2:
                 self._refusal = "The model's process does not stay alive; the server's log says why."
             self._loaded.set()

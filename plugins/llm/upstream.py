@@ -26,6 +26,7 @@ REFUSAL_BYTES = 64 * 1024
 
 SILENT = "The upstream has fallen silent."
 BROKE_OFF = "The upstream broke off before the end of its answer."
+STARTED_ANEW = "The model is being started anew."
 
 _PASSED_ON = frozenset({400, 404, 408, 409, 413, 415, 422, 429, 503})
 """Refusals that are about the request, or about now; others are about this server and its upstream."""
@@ -84,6 +85,8 @@ class Upstream:
             raise Failure(504, "upstream_timeout", "The upstream does not answer in time.") from None
         except aiohttp.ClientError as error:
             self._note(error)
+            if self._socket:  # our own model's: its process has died, and who keeps it is about to notice
+                raise Failure(503, "model_not_ready", STARTED_ANEW, headers={"Retry-After": "1"}) from None
             detail = "The upstream cannot be reached."
             raise Failure(502, "upstream_unreachable", detail, headers={"Retry-After": "2"}) from None
         try:

@@ -56,7 +56,8 @@ class Answers:
         answer, asked = await subject.answered(), subject.asked
         body = bytes(answer.body[:200]).decode(errors="replace")
         if answer.status not in asked.statuses or answer.status >= 400:
-            raise NotKept(f"{answer.line}, and {sorted(s for s in asked.statuses if s < 400)} are declared: {body}")
+            declared = ", ".join(str(status) for status in sorted(asked.statuses) if status < 400)
+            raise NotKept(f"{answer.line} for {subject.line}, and {declared} is declared: {body.strip()}")
         wanted = (asked.media.partition(";")[0],) if asked.media else asked.sends
         if answer.status == 200 and answer.media not in wanted:
             raise NotKept(f"{answer.media or 'no media type'}, and {', '.join(wanted)} are declared")

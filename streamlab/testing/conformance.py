@@ -71,19 +71,26 @@ class Tested:
         self._settings = write_settings(folder, case.settings)
         try:
             self._variables = environment(case.plugin, self._settings, _plugin_folders(case))
-        except (LookupError, ConfigError) as error:
-            raise Unusable(f"{case.__name__}: {error}") from None
+        except LookupError as error:
+            raise Unusable(f"{case.__name__}: {error}; a package must be installed first") from None
+        except ConfigError as error:
+            raise self._unusable(error) from None
         self._known = Known()
         self._stopped: Stopped | None = None
         self.asked = self._forms()
         """Everything that the plugin answers."""
+
+    def _unusable(self, error: ConfigError) -> Unusable:
+        faults = "\n".join(f"  {fault.key}: {fault.reason}" for fault in error.faults)
+        own = "its server has a config.toml of its own, which the attribute `settings` of the test holds"
+        return Unusable(f"{self.case.__name__}: {own}:\n{faults}")
 
     def _forms(self) -> list[Asked]:
         """What the OpenAPI document of the server declares. Raises Unusable where there is no plugin to ask."""
         try:
             app = create_app(Config.read(self._settings, self._variables))
         except ConfigError as error:
-            raise Unusable(f"{self.case.__name__}: {error}") from None
+            raise self._unusable(error) from None
         plugin = next(one for one in app[REGISTRY].plugins if one.name == self.case.plugin)
         if plugin.state != "ready":
             raise Unusable(f"{self.case.__name__}: the plugin {plugin.name} is {plugin.state}: {plugin.reason}")

@@ -16,6 +16,8 @@ SAMPLE = 6
 SPEAK_SECONDS = 5.0
 """How long a stream may be silent before a case gives up on it."""
 
+SPEAK = "let `prepare` publish some, or `values` and `settings` make it speak"
+
 HEARTBEAT_SECONDS = 15.0
 """How long a stream may be silent at most."""
 
@@ -46,7 +48,7 @@ class EventStreams:
                 raise NotKept(f"{answer.line}, {answer.media or 'no media type'}")
             found = found or await taken(answer, most=1, seconds=SPEAK_SECONDS)
         if not found:
-            raise NotKept(f"no event within {SPEAK_SECONDS:g} s: with `values` or `config`, let it speak")
+            raise NotKept(f"no event within {SPEAK_SECONDS:g} s: {SPEAK}")
         seen: set[str] = set()
         for event in found:
             if unknown := {name for name, _ in event.fields} - FIELDS:
@@ -128,7 +130,7 @@ async def _resumes(subject: Subject, name: str, field: str) -> str:
         if len(found) < 2:
             found = await taken(answer, most=2, seconds=SPEAK_SECONDS)
         if len(found) < 2:
-            raise NotKept(f"{len(found)} events within {SPEAK_SECONDS:g} s: with `values`, let it say two")
+            raise NotKept(f"{len(found)} events within {SPEAK_SECONDS:g} s, and two are needed: {SPEAK}")
         for place in sorted({0, len(found) // 2 - 1}):
             last, wanted = found[place].id, found[place + 1 :]
             options = {name: {field: last}}

@@ -6,6 +6,7 @@ Installed as the entry point `pytest11`, so that a test module needs no more tha
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,11 @@ def _of(config: pytest.Config, case: type) -> "Tested":
 @pytest.fixture(scope="class")
 def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
     """The server process of a conformance class, for tests of its own too."""
-    with _of(request.config, request.cls).server() as server:
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(_of(request.config, request.cls).server())
+        except RuntimeError as error:
+            pytest.fail(str(error), pytrace=False)
         yield server
 
 

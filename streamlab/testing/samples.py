@@ -138,8 +138,7 @@ class Asked:
         """A JSON body: the example declared, with `values` of its members laid over it."""
         content = self.operation["requestBody"]["content"]
         media = content.get("application/json") or next(iter(content.values()))
-        schema = self.body_schema
-        example = media.get("example", next(iter(schema.get("examples", ())), {}))
+        schema, example = self.body_schema, media.get("example", {})
         if not isinstance(example, dict):
             return example
         members, example = schema.get("properties", {}), dict(example)

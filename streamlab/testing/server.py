@@ -183,5 +183,6 @@ def _port(server: Server) -> int:
                 return int(line.rpartition(":")[2])
     finally:
         patience.cancel()
-    server.process.wait()
-    raise RuntimeError(f"the server did not start within {START_SECONDS:g} s:\n{server.log}")
+    status = server.process.wait()
+    how = f"within {START_SECONDS:g} s" if status == -signal.SIGKILL else f"and left with status {status}"
+    raise RuntimeError(f"the server did not start, {how}:\n{server.log}")

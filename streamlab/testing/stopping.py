@@ -4,7 +4,7 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -16,6 +16,9 @@ from .wire import Answer, NotHTTP
 
 FAREWELL_SECONDS = 0.5
 """How soon an event stream ends."""
+
+SHORT_SECONDS = 0.2
+"""What takes less is over before the server could stop."""
 
 GRACE_SECONDS = 1.0
 """What the process may take beyond `drain_seconds`."""
@@ -39,19 +42,20 @@ class Stopped:
     """The seconds from SIGTERM to the end of each; None where it was over before."""
 
 
-async def stopped(server: Server, subjects: Iterable[Subject]) -> Stopped:
+async def stopped(server: Server, subjects: Sequence[Subject]) -> Stopped:
     """Open a stream of each subject, stop the server with SIGTERM, and see how they end."""
     found = Stopped(None, 0, "")
+    # What ends by itself is to end within the drain, and is compared with the whole; the rest is long.
+    short = {subject.asked.label: await _is_short(subject) for subject in subjects}
     async with AsyncExitStack() as stack:
         for subject in subjects:
+            label = subject.asked.label
             try:
-                # What ends by itself is to end within the drain, and is compared with the whole; the rest is long.
-                short = await subject.steady() is not None and (await subject.answered()).ended_after > 0.2
-                answer = await stack.enter_async_context(subject.ask(long=not short))
+                answer = await stack.enter_async_context(subject.ask(long=not short[label]))
                 await answer.begin(seconds=1)
-                found.answers[subject.asked.label] = answer
-            except (NoSample, NotHTTP, NotKept, OSError) as error:
-                found.answers[subject.asked.label] = f"{type(error).__name__}: {error}"
+                found.answers[label] = answer
+            except (NoSample, NotHTTP, OSError) as error:
+                found.answers[label] = f"{type(error).__name__}: {error}"
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         async with asyncio.TaskGroup() as group:
@@ -61,6 +65,13 @@ async def stopped(server: Server, subjects: Iterable[Subject]) -> Stopped:
             group.create_task(_wait(server, found))
     found.log = server.log
     return found
+
+
+async def _is_short(subject: Subject) -> bool:
+    try:
+        return await subject.steady() is not None and (await subject.answered()).ended_after > SHORT_SECONDS
+    except (NoSample, NotHTTP, OSError):
+        return False
 
 
 async def _read_on(label: str, answer: Answer, began: float, waited: dict[str, float | None]) -> None:

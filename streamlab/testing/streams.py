@@ -20,6 +20,9 @@ LEAVERS = 10
 CROWD = 50
 """Clients that ask at once."""
 
+FULL = (429, 503)
+"""What says that there is no place now."""
+
 STALLED = 5
 """Clients that read nothing."""
 
@@ -122,6 +125,8 @@ class Streams:
     async def test_fifty_clients_at_once_get_the_same_as_one(self, subject: Subject) -> str:
         """Fifty clients get what one gets; one that has no place is told so by 429 or 503 with Retry-After."""
         usual = await subject.answered()
+        if usual.status not in subject.asked.statuses:
+            raise NotKept(f"{usual.line} for one alone: see answers_as_described")
         answers: list[Answer | str] = []
 
         async def one() -> None:
@@ -138,23 +143,10 @@ class Streams:
         async with asyncio.TaskGroup() as group:
             for _ in range(CROWD):
                 group.create_task(one())
-        served = 0
         for answer in answers:
-            if isinstance(answer, str):
-                raise NotKept(f"no answer for one of {CROWD}: {answer}")
-            if answer.status in (429, 503):
-                if answer.get("retry-after") is None:
-                    raise NotKept(f"{answer.line} for one of {CROWD}, without Retry-After")
-                continue
-            served += 1
-            if answer.status not in subject.asked.statuses:
-                raise NotKept(f"{answer.line} for one of {CROWD}")
-            if usual.body and not answer.body:
-                raise NotKept(f"no first byte for one of {CROWD} within {PATIENCE_SECONDS:g} s")
-            if answer.status == usual.status and (difference := await subject.differs(bytes(answer.body))):
-                raise NotKept(f"another body for one of {CROWD}: {difference}")
-            if usual.ending == "whole" and answer.ending not in ("whole", None):
-                raise NotKept(f"a body that was cut for one of {CROWD}")
+            if fault := await _of_the_crowd(subject, usual, answer):
+                raise NotKept(f"{fault} for one of {CROWD}")
+        served = sum(isinstance(answer, Answer) and answer.status not in FULL for answer in answers)
         late = max((a.first_after or 0.0 for a in answers if isinstance(a, Answer)), default=0.0)
         if usual.ending is not None and usual.ended_after > 0.25 and late > usual.ended_after * 3 + 2:
             raise NotKept(f"the last of {CROWD} waited {late:.1f} s for its first byte: one after the other")
@@ -172,6 +164,23 @@ class Streams:
             if longest <= HEALTH_SECONDS + 3 * usual:
                 return f"the longest /health took {_ms(longest)}, and {_ms(usual)} without it"
         raise NotKept(f"/health took {_ms(longest)}, and {_ms(usual)} without it")
+
+
+async def _of_the_crowd(subject: Subject, usual: Answer, answer: Answer | str) -> str:
+    """What is wrong with an answer to one of many, beside that to one alone; nothing where all is well."""
+    if isinstance(answer, str):
+        return f"no answer ({answer})"
+    if answer.status in FULL:
+        return f"{answer.line}, without Retry-After," if answer.get("retry-after") is None else ""
+    if answer.status not in subject.asked.statuses:
+        return f"{answer.line}, which is not declared,"
+    if usual.body and not answer.body:
+        return f"no first byte within {PATIENCE_SECONDS:g} s"
+    if usual.ending == "whole" and answer.ending not in ("whole", None):
+        return "a body that was cut"
+    if answer.status == usual.status and (difference := await subject.differs(bytes(answer.body))):
+        return f"another body ({difference})"
+    return ""
 
 
 def _is_late(answer: Answer, carries_events: bool) -> bool:

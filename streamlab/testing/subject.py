@@ -60,6 +60,12 @@ class Subject:
             options["without"] = ("limit",)
         return self.asked.message(everything, self.host, **options)
 
+    @property
+    def line(self) -> str:
+        """The right request, for reports: its method and target, and its body."""
+        head, _, body = self.message().decode(errors="replace").partition("\r\n\r\n")
+        return f"{head.partition(' HTTP/')[0]} {body}".rstrip()
+
     def ask(self, **options: Any) -> AbstractAsyncContextManager[Answer]:
         """Send a request on a connection of its own, with the options of `message`."""
         return wire.asked(self.server.port, self.message(**options))

@@ -198,6 +198,15 @@ def test_a_killed_model_is_an_error_to_its_client_and_back_within_seconds(start:
     assert body
 
 
+async def test_a_model_that_has_died_this_moment_is_refused_as_one_that_is_known_to_have(tmp_path: Path) -> None:
+    upstream = plugin_module("llm", "upstream").Upstream("http://model", socket=str(tmp_path / "nobody-listens"))
+    async with upstream.opened():
+        with pytest.raises(plugin_module("llm", "openai").Failure) as caught:
+            async with upstream.asked("/v1/chat/completions", b"{}"):
+                raise AssertionError("nobody was there to answer")
+    assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "1"})
+
+
 @needs_model
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_model_does_not_outlive_its_server(start: Start, number: int) -> None:
@@ -485,7 +494,7 @@ def test_what_fails_before_the_first_byte_has_a_status_of_its_own(
         "no http": lambda exchange: exchange.send(b"hello\r\n\r\n"),
         "silent": lambda exchange: exchange.wait_until_left() and None,
     }
-    server, upstream = gateway(scripts, "stall_seconds = 0.5")
+    server, upstream = gateway(scripts, "stall_seconds = 2.0")
     expected = {
         "500": (502, "upstream_failed"),
         "401": (502, "upstream_denies"),
