@@ -165,7 +165,7 @@ BENCHMARK = rig.Benchmark(
     rounds=5,
     seconds=300,
     full=("--rounds", "9", "--size-mb", "512"),
-    full_seconds=100,
+    full_seconds=86,
 )
 
 if __name__ == "__main__":

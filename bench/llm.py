@@ -332,7 +332,7 @@ BENCHMARK = rig.Benchmark(
     tables=tables,
     rounds=3,
     seconds=150,
-    full_seconds=70,
+    full_seconds=80,
 )
 
 if __name__ == "__main__":

@@ -29,7 +29,17 @@ GOALS = (
     Goal("CPU a delivery / ticker", TICKER, WATCHERS, "cpu", "<=", 1.1),
     Goal("time from the request to the first event", None, 1, "first", "<=", 20, unit="ms"),
     Goal(f"time until {QUEUED} queued tasks are taken up again", None, QUEUED, "recovered", "<=", 1, unit="s"),
-    Goal("longest /health during a report", None, 1, "lag", "<=", 25, unit="ms"),
+    Goal(
+        "longest /health during a report",
+        None,
+        1,
+        "lag",
+        "<=",
+        25,
+        unit="ms",
+        short="a report starts processes that take the server's CPU from it: 19 to 32 ms in six rounds, with 22 in the"
+        " middle.",
+    ),
 )
 PLUGIN = """
 import time
@@ -284,7 +294,7 @@ BENCHMARK = rig.Benchmark(
     tables=tables,
     rounds=5,
     seconds=240,
-    full_seconds=80,
+    full_seconds=88,
 )
 
 if __name__ == "__main__":
