@@ -49,6 +49,16 @@ def pytest_in(folder: Path, *words: str, **environ: str) -> str:
     return done.stdout
 
 
+def test_tests_of_something_else_hear_nothing_of_the_suite(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "import sys\n\n\ndef test_nothing_is_loaded(pytestconfig):\n"
+        "    assert pytestconfig.pluginmanager.has_plugin('streamlab')\n"
+        "    assert [name for name in sys.modules if name.startswith('streamlab.testing.')] == "
+        "['streamlab.testing.plugin']\n"
+    )
+    assert "promises" not in pytest_in(tmp_path)
+
+
 def test_hooks_of_the_guide_are_those_of_the_code() -> None:
     (block,) = re.findall(r"```python hooks\n(.*?)```", GUIDE, re.DOTALL)
     told = {item.name: item for item in ast.parse(block).body if isinstance(item, ast.FunctionDef)}
