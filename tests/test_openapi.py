@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 from conftest import Running, write_plugins
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from streamlab import Scenario, endpoint, openapi
 from streamlab.app import create_app
@@ -238,15 +238,27 @@ async def test_path_parameters_are_required_and_have_the_bounds_of_their_model(
     assert found["rest"] == {"name": "rest", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
-async def test_a_body_is_told_with_its_bounds(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_a_body_is_told_with_its_bounds_and_an_example(aiohttp_client: Client, tmp_path: Path) -> None:
     api = await document(aiohttp_client, tmp_path, shop())
     body = api["paths"]["/shop/orders"]["post"]["requestBody"]
-    assert body == {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Order"}}},
-    }
+    example = {"amount": 2, "note": 'it\'s "fine" $HOME `x`'}
+    told = {"schema": {"$ref": "#/components/schemas/Order"}, "example": example}
+    assert body == {"required": True, "content": {"application/json": told}}
     amount = api["components"]["schemas"]["Order"]["properties"]["amount"]
     assert (amount["type"], amount["minimum"], amount["maximum"]) == ("integer", 1, 10)
+
+
+def test_the_example_of_a_body_is_its_model_s_or_that_of_its_fields() -> None:
+    class Guest(BaseModel):
+        name: str = Field(examples=["Ada", "Grace"])
+        age: int = 3
+
+    class Guests(BaseModel):
+        model_config = ConfigDict(json_schema_extra={"examples": [{"names": ["Ada"]}]})
+        names: list[str] = Field(examples=[["Grace"]])
+
+    assert openapi.body_example(Guest) == {"name": "Ada"}
+    assert openapi.body_example(Guests) == {"names": ["Ada"]}
 
 
 async def test_the_words_of_a_command_and_the_body_in_it_are_told(aiohttp_client: Client, tmp_path: Path) -> None:

@@ -494,7 +494,7 @@ def test_what_fails_before_the_first_byte_has_a_status_of_its_own(
         "no http": lambda exchange: exchange.send(b"hello\r\n\r\n"),
         "silent": lambda exchange: exchange.wait_until_left() and None,
     }
-    server, upstream = gateway(scripts, "stall_seconds = 2.0")
+    server, upstream = gateway(scripts, "stall_seconds = 0.8")  # less than a stream waits for its beginning
     expected = {
         "500": (502, "upstream_failed"),
         "401": (502, "upstream_denies"),
