@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+from abc import ABC, abstractmethod
 from typing import Any
 
 from isal import isal_zlib
@@ -10,7 +11,7 @@ IN_THREAD = 128 * 1024
 """A larger piece is compressed off the loop."""
 
 
-class Encoder:
+class Encoder(ABC):
     """Compresses a stream piece by piece; each piece can be decompressed whole as soon as it has arrived."""
 
     name: str
@@ -19,12 +20,12 @@ class Encoder:
         """Return the piece compressed and flushed."""
         return await asyncio.to_thread(self._encode, data) if len(data) > IN_THREAD else self._encode(data)
 
-    def _encode(self, data: bytes | bytearray | memoryview) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, data: bytes | bytearray | memoryview) -> bytes: ...
 
+    @abstractmethod
     def finish(self) -> bytes:
         """Return what ends the body: without it, a decompressor sees that something is missing."""
-        raise NotImplementedError
 
 
 class GzipEncoder(Encoder):
