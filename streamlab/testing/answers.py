@@ -158,11 +158,7 @@ class Answers:
         for bad in subject.asked.bad_values():
             if bad.where == "body":
                 continue
-            statuses = {400, 404, 422} if bad.where == "path" else {400, 422}
-            async with subject.ask(values={bad.name: bad.value}) as answer:
-                document = await _refused(answer, statuses, _said(bad))
-                if answer.status == 422:
-                    _names(document, bad.name)
+            await _refuses(subject, bad)
             tried += 1
         return f"{tried} values, each refused with its parameter's name"
 
@@ -178,10 +174,7 @@ class Answers:
             await _refused(answer, {400, 415}, "for a body of the type image/png")
         for bad in subject.asked.bad_values():
             if bad.where == "body":
-                async with subject.ask(values={bad.name: bad.value}) as answer:
-                    document = await _refused(answer, {400, 422}, _said(bad))
-                    if answer.status == 422:
-                        _names(document, bad.name)
+                await _refuses(subject, bad)
                 tried += 1
         return f"{tried + 1} bodies, each refused"
 
@@ -235,6 +228,15 @@ class Answers:
             if answer.ending is not None and (difference := await subject.differs(_unpacked(bytes(answer.body)))):
                 raise NotKept(f"another body when unpacked: {difference}")
             return f"Content-Encoding: {coding}, Vary: {answer.get('vary')}"
+
+
+async def _refuses(subject: Subject, bad: Bad) -> None:
+    """Ask with a value that does not fit. Raises NotKept where it is not refused, or its parameter not named."""
+    statuses = {400, 404, 422} if bad.where == "path" else {400, 422}
+    async with subject.ask(values={bad.name: bad.value}) as answer:
+        document = await _refused(answer, statuses, _said(bad))
+        if answer.status == 422:
+            _names(document, bad.name)
 
 
 async def _refused(answer: Answer, statuses: Any, why: str) -> dict[str, Any]:
