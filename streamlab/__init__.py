@@ -11,6 +11,7 @@ from .scenario import Scenario, endpoint
 from .sse import frame
 from .streaming import Outcome, Stream, StreamSummary, open_stream
 from .tasks import TASKS, Progress, Task
+from .threads import Threads
 
 __all__ = [
     "CONFIG",
@@ -34,6 +35,7 @@ __all__ = [
     "Stream",
     "StreamSummary",
     "Task",
+    "Threads",
     "View",
     "draft",
     "endpoint",

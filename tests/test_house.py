@@ -28,7 +28,7 @@ LAYERS = {
         ("tasks", "hub"),
         ("openapi", "validation", "streaming"),
         ("scenario", "config", "coding", "eventlog_redis", "eventlog_sqlite"),
-        ("eventlog", "leases"),
+        ("eventlog", "leases", "threads"),
     ),
     "The clients": (
         ("menu",),
