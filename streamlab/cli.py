@@ -138,6 +138,8 @@ def _announce(app: web.Application, address: str) -> None:
     for plugin in app[REGISTRY].plugins:
         paths = ", ".join(dict.fromkeys(route.endpoint.template for route in plugin.routes))
         table.add_row(plugin.name, plugin.state, plugin.reason or paths)
+    for scenario, reason in app[REGISTRY].degraded().items():
+        table.add_row(scenario, "degraded", reason)
     console = Console()
     console.print(table)
     print(f"streamlab {version()} serves {address}", flush=True)
@@ -176,7 +178,11 @@ def routes(config: ConfigOption = None) -> None:
 
 @cli.command()
 def check(config: ConfigOption = None) -> None:
-    """Validate configuration and plugins; exit with 2 if anything is wrong."""
+    """Validate configuration and plugins; exit with 2 if anything is wrong.
+
+    A scenario that would work only in part (a file that it reads is missing, say) is reported, and is no error: what
+    it lacks may come while it serves.
+    """
     with _refusing():
         app = create_app(_read(config))
     failed = [plugin for plugin in app[REGISTRY].plugins if plugin.state == "failed"]
@@ -184,6 +190,8 @@ def check(config: ConfigOption = None) -> None:
         typer.echo(
             f"{plugin.name}: {plugin.state}{f' - {plugin.reason}' if plugin.reason else ''}", err=bool(plugin.reason)
         )
+    for scenario, reason in app[REGISTRY].degraded().items():
+        typer.echo(f"{scenario}: degraded - {reason}")
     if failed:
         raise typer.Exit(2)
 

@@ -43,5 +43,15 @@ def work(app: web.Application) -> AbstractAsyncContextManager[None] | None:
 
 
 @hookspec
+def health() -> str | None:
+    """Return why this works only in part (a source cannot be read, an upstream is down), or None while all is well.
+
+    One sentence for /health, the table at start and `streamlab check`, which calls it without a `lifespan`: clients
+    read it, so it contains no secret and no absolute path. Called from the event loop at every /health: return what
+    the plugin has noticed at its work, look nothing up.
+    """
+
+
+@hookspec
 def on_stream_end(request: web.Request, summary: StreamSummary) -> None:
     """Hear that a stream is over, whatever the reason; must neither block nor raise."""

@@ -228,6 +228,26 @@ class Registry:
             raise TypeError(f"lifespan must return an async context manager, not {type(context).__name__}")
         return context
 
+    def degraded(self) -> dict[str, str]:
+        """Return the scenarios in service that work only in part, by name, each with the reason that it reports.
+
+        A hook of a plugin's module reports for all scenarios of the plugin. One that raises, or returns anything but
+        text or None, is itself a reason.
+        """
+        reasons: dict[str, str] = {}
+        for name, report in self._implementations("health"):
+            try:
+                reason = next(iter(report()), None)
+                if not isinstance(reason, str | None):
+                    raise TypeError(f"health must return text or None, not {type(reason).__name__}")
+            except Exception as error:
+                reason = f"its health is unknown: {_reason(name, error)}"
+            owner, _, scenario = name.partition(":")
+            if reason:
+                scenarios = [s.name for p in self.plugins if p.name == owner for s in p.scenarios]
+                reasons |= dict.fromkeys([scenario] if scenario else scenarios, " ".join(reason.split()))
+        return reasons
+
     def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
         """Tell every plugin in force that a stream is over; one that raises does not keep it from the others."""
         for name, tell in self._implementations("on_stream_end"):

@@ -74,13 +74,14 @@ class Site(Scenario):
 
     @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
     async def health(self, request: web.Request) -> web.Response:
-        """Tell how the server is: its plugins with their state and reason, its event log, open streams, seconds up.
+        """Report the state of the server: its scenarios and its event log with reasons, open streams, seconds up.
 
-        `status` is `ok`, `degraded` (a plugin or the event log is out of service) or, with 503, `draining`.
+        `status` is `ok`, `degraded` (a plugin is out of service, or a scenario or the event log works only in part)
+        or, with 503, `draining`. The states of a scenario are `ready`, `degraded`, `failed` and `disabled`.
         """
         streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
-        events = request.app[EVENTS].state()
-        degraded = events["state"] != "ok" or any(plugin.state == "failed" for plugin in plugins)
+        events, reasons = request.app[EVENTS].state(), request.app[REGISTRY].degraded()
+        degraded = events["state"] != "ok" or bool(reasons) or any(plugin.state == "failed" for plugin in plugins)
         status = "draining" if streams.draining else "degraded" if degraded else "ok"
         report = {
             "status": status,
@@ -89,10 +90,7 @@ class Site(Scenario):
             "open_streams": len(streams),
             "events": events,
             "scenarios": {
-                name: {
-                    "state": "disabled" if name in plugin.switched_off else plugin.state,
-                    **({"reason": plugin.reason} if plugin.reason else {}),
-                }
+                name: _state(plugin, name, reasons.get(name, ""))
                 for plugin in plugins
                 for name in (plugin.scenario_names or [plugin.name])
             },
@@ -164,6 +162,15 @@ class Site(Scenario):
         """A sentence on each scenario."""
         scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
         return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
+
+
+def _state(plugin: Plugin, scenario: str, reason: str) -> dict[str, str]:
+    """Return what /health reports of a scenario, with the reason why it works only in part, if it does."""
+    if scenario in plugin.switched_off:
+        return {"state": "disabled"}
+    if reason:
+        return {"state": "degraded", "reason": reason}
+    return {"state": plugin.state, **({"reason": plugin.reason} if plugin.reason else {})}
 
 
 def _section(title: str, told: str, items: Iterable[str], style: str = "") -> str:

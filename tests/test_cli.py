@@ -170,6 +170,24 @@ def test_check_leaves_with_2_when_a_plugin_is_broken_and_says_why(tmp_path: Path
     ) in done.stderr.splitlines()
 
 
+IN_PART = (
+    HELLO
+    + """
+
+    @hookimpl
+    def health():
+        return "the source 'app' cannot be read"
+"""
+)
+
+
+def test_check_tells_what_would_work_only_in_part_and_leaves_with_0(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": IN_PART})
+    status, output, errors = streamlab(tmp_path, "check")
+    assert (status, errors) == (0, "")
+    assert {"hello: ready", "hello: degraded - the source 'app' cannot be read"} <= set(output.splitlines())
+
+
 def test_check_reads_the_configuration_it_is_given(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -291,7 +309,7 @@ def test_new_overwrites_no_test(tmp_path: Path) -> None:
 
 
 def test_run_announces_its_plugins_and_its_address(tmp_path: Path) -> None:
-    write_plugins(tmp_path, {"hello": HELLO, "broken": "import no_such_module_at_all\n"})
+    write_plugins(tmp_path, {"hello": IN_PART, "broken": "import no_such_module_at_all\n"})
     process = subprocess.Popen(
         [*STREAMLAB, "run", "--port", "0"],
         cwd=tmp_path,
@@ -311,7 +329,10 @@ def test_run_announces_its_plugins_and_its_address(tmp_path: Path) -> None:
         assert process.wait(10) == 0
     text = "".join(shown)
     assert shown[-1].startswith(f"streamlab {version()} serves http://127.0.0.1:")
-    assert [line.split()[:3] for line in shown if line.startswith("hello")] == [["hello", "ready", "/hello"]]
+    assert [line.split()[:3] for line in shown if line.startswith("hello")] == [
+        ["hello", "ready", "/hello"],
+        ["hello", "degraded", "the"],
+    ]
     assert "'no_such_module_at_all'" in text
     assert "failed" in text
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 import sys
 import textwrap
@@ -711,7 +712,7 @@ def events(tmp_path: Path) -> list[str]:
 
 
 def test_every_hook_has_a_test_named_after_it() -> None:
-    assert frozenset({"register_scenarios", "register_tasks", "lifespan", "work", "on_stream_end"}) == HOOKS
+    assert frozenset({"register_scenarios", "register_tasks", "lifespan", "work", "health", "on_stream_end"}) == HOOKS
     assert all((getattr(hookspecs, hook).__doc__ or "").strip() for hook in HOOKS)
     assert [hook for hook in HOOKS if not any(name.startswith(f"test_{hook}_") for name in globals())] == []
 
@@ -854,6 +855,73 @@ STREAMING = """
             file.write(json.dumps([request.path, *entry, summary.seconds >= summary.first_byte_seconds >= 0]) + "\\n")
         FINALLY
 """
+
+
+REPORTS = """
+    from aiohttp import web
+    from pydantic import PrivateAttr
+    from streamlab import Scenario, endpoint, hookimpl
+
+
+    class Left(Scenario):
+        _problem: str | None = PrivateAttr("the disk\\nis full")
+
+        @hookimpl
+        def health(self):
+            return self._problem
+
+        @endpoint("POST", "/left")
+        async def mend(self, request):
+            self._problem = None
+            return web.Response()
+
+
+    class Right(Scenario):
+        pass
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Left, Right]
+"""
+
+
+async def test_health_of_a_scenario_that_works_in_part_is_degraded_with_its_reason_until_it_is_well(
+    tmp_path: Path, aiohttp_client: Client
+) -> None:
+    client = await aiohttp_client(create_app(config(tmp_path, {"both": REPORTS})))
+    async with client.get("/health") as response:
+        report = await response.json()
+        assert (response.status, report["status"]) == (200, "degraded")
+        assert report["scenarios"]["left"] == {"state": "degraded", "reason": "the disk is full"}
+        assert report["scenarios"]["right"] == {"state": "ready"}
+    async with client.post("/left") as response:
+        assert response.status == 200
+    async with client.get("/health") as response:
+        report = await response.json()
+        assert (report["status"], report["scenarios"]["left"]) == ("ok", {"state": "ready"})
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise LookupError('no device at ' + __file__)", "LookupError at line 20 of one.py: no device at ..."),
+        ("return 5", "TypeError at line NN of registry.py: health must return text or None, not int"),
+    ],
+)
+async def test_health_hook_that_fails_is_a_reason_and_harms_nobody_else(
+    body: str, reason: str, tmp_path: Path, aiohttp_client: Client
+) -> None:
+    source = textwrap.dedent(one("one")) + f"\n@hookimpl\ndef health():\n    {body}\n"
+    client = await aiohttp_client(create_app(config(tmp_path, {"one": source, "sound": one("sound")})))
+    async with client.get("/health") as response:
+        report = await response.json()
+        assert (response.status, report["status"]) == (200, "degraded")
+        told = re.sub(r"line \d+ of registry", "line NN of registry", report["scenarios"]["one"]["reason"])
+        assert told == f"its health is unknown: {reason}"
+        assert report["scenarios"]["sound"] == {"state": "ready"}
+    async with client.get("/one") as response:
+        assert response.status == 200
 
 
 async def test_on_stream_end_hears_of_every_stream_with_its_summary(tmp_path: Path, aiohttp_client: Client) -> None:
