@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import gc
-import ipaddress
 import logging
 import re
 import signal
@@ -11,22 +10,23 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from fnmatch import fnmatchcase
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from .config import CONFIG, Config, ConfigError, Fault, Server
+from . import sse
+from .config import CONFIG, Config, ConfigError, Fault
+from .edge import SAFE_METHODS, reject_other_host, reject_other_origin
 from .eventlog import EventLogError, Retention
 from .events import EVENTS, Events, open_log
 from .observe import METRICS, AccessLog, Metrics
 from .problems import Problem, from_aiohttp
 from .registry import Plugin, Registry
-from .scenario import Handler, Route
+from .scenario import Endpoint, Handler, Route
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
-from .streaming import SCENARIO, STREAM, STREAMS, Connection, HeadersOnly, Stream, Streams
+from .streaming import SCENARIO, STREAM, STREAMS, Connection, HeadersOnly, Stream, Streams, open_stream
 from .tasks import TASKS
 from .validation import read_parameters
 
@@ -36,8 +36,6 @@ SERVER_NAME = "streamlab"
 
 BODY_LIMIT = 1024 * 1024
 """Bytes of a request body; a larger one is refused with 413."""
-
-_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{0,5}))?")
 
 SWITCH_SECONDS = 0.0001
 """How long a thread that computes, as an export does, keeps the interpreter while the event loop wants it."""
@@ -237,10 +235,28 @@ def _bind(route: Route, plugin: Plugin) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         if plugin.state == "failed":
             return await _out_of_service(plugin)(request)
+        endpoint = route.endpoint
         request[SCENARIO] = route.scenario
-        return await route.handler(request, **await read_parameters(request, route.endpoint))
+        if endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers:
+            reject_other_origin(request)
+        parameters = await read_parameters(request, endpoint)
+        if endpoint.starts_work and request.method == "HEAD":
+            return await _headers_alone(request, endpoint)
+        return await route.handler(request, **parameters)
 
     return handle
+
+
+async def _headers_alone(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    """Answer HEAD for an endpoint that starts work: the header fields of GET known without it (RFC 9110, 9.3.2)."""
+    accept = request.headers.get("Accept", "")
+    media = next((media for media in endpoint.sends if media in accept), endpoint.sends[0])
+    if media.startswith("text/") and media != sse.MEDIA_TYPE:
+        media += "; charset=utf-8"
+    headers = {"Vary": "Accept"} if len(endpoint.sends) > 1 else {}
+    async with open_stream(request, media, headers=headers) as stream:
+        pass
+    return stream
 
 
 def _out_of_service(plugin: Plugin) -> Handler:
@@ -263,7 +279,7 @@ async def _frontier(
     streams = request.config_dict[STREAMS]
     streams.request_begins()
     try:
-        _check_host(request)
+        reject_other_host(request)
         answer = await handler(request)
         if not isinstance(answer, web.StreamResponse):
             raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
@@ -297,38 +313,6 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | w
         log.error("%s %s failed", request.method, request.path, exc_info=error)
         problem = Problem(500, "The server failed to answer this request; its log says why.")
     return stream if stream is not None and stream.headers_sent else problem.response()
-
-
-def _check_host(request: web.Request) -> None:
-    """Refuse a Host that is not ours: a page of another site must not reach a server on loopback (DNS rebinding)."""
-    server = request.config_dict[CONFIG].server
-    host = request.headers.get("Host")
-    if host is None:
-        if request.version >= (1, 1):
-            raise Problem(400, "A request of HTTP/1.1 needs a Host (RFC 9112 section 3.2).")
-        return
-    match = _HOST.fullmatch(host)
-    if match is None or int(match["port"] or 0) > 65535:
-        raise Problem(400, "This Host is not a host name with an optional port (RFC 9110 section 7.2).")
-    if not _is_allowed(match["name"].strip("[]").rstrip(".").lower(), server):
-        raise Problem(421, "This server does not answer to that Host; `server.allowed_hosts` names those it does.")
-
-
-def _is_allowed(name: str, server: Server) -> bool:
-    listens_locally = _is_local(server.host)
-    if listens_locally and _is_local(name):
-        return True
-    if not server.allowed_hosts:
-        return not listens_locally
-    return any(fnmatchcase(name, allowed.lower()) for allowed in server.allowed_hosts)
-
-
-def _is_local(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(name).is_loopback
-    return False
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:

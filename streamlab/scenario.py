@@ -28,6 +28,8 @@ class Endpoint:
     """Bytes of a body at most, where that is less than what the server takes."""
     takes: tuple[str, ...]
     """Media types of a body that the handler reads itself."""
+    starts_work: bool
+    """Whether a GET starts work, so that it is not safe as RFC 9110 (9.2.1) has it."""
     sends: tuple[str, ...]
     responses: Mapping[int, str]
     """Status codes other than 200 that belong to success or to the protocol, each with its meaning."""
@@ -53,6 +55,7 @@ def endpoint(
     body: type[BaseModel] | None = None,
     body_limit: int | None = None,
     takes: str | tuple[str, ...] = (),
+    starts_work: bool = False,
     sends: str | tuple[str, ...] = "text/plain",
     responses: Mapping[int, str] | None = None,
     curl: str = "-N {url}",
@@ -63,6 +66,10 @@ def endpoint(
     `query` as `query`, `body` (a JSON document, of `body_limit` bytes at most) as `body`. A request that does not fit
     is refused with 400, 413 or 422 and every fault in it; parameters that no model knows are refused by name. (A query
     model with `extra="allow"` gets them as lists of texts, for its handler to judge.) A GET answers HEAD too.
+
+    `starts_work` declares that a GET starts work, as a task or a generation: HEAD validates the parameters and sends
+    the headers without the handler, and pages of another origin are rejected with 403, as they are with every method
+    that is not safe.
 
     `takes` names the media types of a body that the handler reads itself, instead of `body`, and `sends` those of a
     200; the method's docstring becomes summary and description. Spell method and path as literals: they are read from
@@ -81,6 +88,7 @@ def endpoint(
             body=body,
             body_limit=body_limit,
             takes=(takes,) if isinstance(takes, str) else takes,
+            starts_work=starts_work,
             sends=(sends,) if isinstance(sends, str) else sends,
             responses=responses or {},
             curl=curl,

@@ -673,7 +673,8 @@ def open_stream(
       after it the connection is cut without the last chunk, event streams say `event: error` first; `failed`
 
     Raises Problem 503 when the server has too many streams or is stopping. Unwinds the handler where the request is
-    HEAD. Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
+    HEAD. A body of unknown length asks proxies not to collect it (`Incremental`, draft-ietf-httpbis-incremental).
+    Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
     """
     events = content_type.startswith(sse.MEDIA_TYPE)
     compress = compress and not events
@@ -689,6 +690,8 @@ def open_stream(
     )
     if length is not None and encoder is None:
         stream.content_length = length
+    else:
+        stream.headers["Incremental"] = "?1"
     return stream
 
 

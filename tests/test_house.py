@@ -26,7 +26,7 @@ LAYERS = {
         ("registry", "observe"),
         ("hookspecs", "events"),
         ("tasks", "hub"),
-        ("openapi", "validation", "streaming"),
+        ("openapi", "validation", "streaming", "edge"),
         ("scenario", "config", "coding", "eventlog_redis", "eventlog_sqlite"),
         ("eventlog", "leases", "threads"),
     ),

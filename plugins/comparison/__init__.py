@@ -93,6 +93,7 @@ class Comparison(Scenario):
         "GET",
         "/demo/comparison/report",
         query=Asked,
+        starts_work=True,
         sends=("text/plain", "text/event-stream"),
         responses={204: "The client has the end of the report already."},
     )

@@ -45,9 +45,6 @@ BYTES_A_TOKEN = 4
 TEMPLATE_TOKENS = 32
 """What the embedded model's template adds to a message, and to all of them, at most."""
 
-HEADERS = {"Incremental": "?1"}
-"""For proxies: do not buffer. Source: draft-ietf-httpbis-incremental."""
-
 
 def _base_url(url: str) -> str:
     parts = urlsplit(url)
@@ -213,7 +210,7 @@ class Llm(Scenario):
 
     # -- text
 
-    @endpoint("GET", "/ai/chat-stream", query=Prompted, sends="text/plain")
+    @endpoint("GET", "/ai/chat-stream", query=Prompted, starts_work=True, sends="text/plain")
     async def text(self, request: web.Request, query: Prompted) -> web.StreamResponse:
         """Answer a prompt as plain text, word by word; leaving stops the work."""
         return await self._text(request, self._body(query, [{"role": "user", "content": query.prompt}]))
@@ -230,11 +227,9 @@ class Llm(Scenario):
         return await self._text(request, self._body(body, _messages(body)))
 
     async def _text(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
-        if request.method == "HEAD":
-            return await _headers(request, "text/plain; charset=utf-8")
         async with (
             self._asked(body) as answer,
-            open_stream(request, "text/plain; charset=utf-8", headers=HEADERS) as stream,
+            open_stream(request, "text/plain; charset=utf-8") as stream,
             aclosing(answer.texts()) as pieces,
         ):
             async for texts in pieces:
@@ -247,6 +242,7 @@ class Llm(Scenario):
         "GET",
         "/ai/chat-stream-sse",
         query=Followed,
+        starts_work=True,
         sends="text/event-stream",
         responses={204: "The client has the end of the answer already."},
     )
@@ -271,11 +267,9 @@ class Llm(Scenario):
         return await self._events(request, self._body(body, _messages(body)), "")
 
     async def _events(self, request: web.Request, body: Mapping[str, Any], after: str) -> web.StreamResponse:
-        if request.method == "HEAD":
-            return await _headers(request, "text/event-stream")
         place = read_place(request.headers.get("Last-Event-ID") or after)
         id = place.generation if place else (await self._generations.start(body)).id  # noqa: A001
-        headers = {**HEADERS, "Location": f"/ai/generations/{id}"}
+        headers = {"Location": f"/ai/generations/{id}"}
         return await self._generations.follow(request, id, after, headers, told_if_lost=True)
 
     @endpoint(
@@ -288,7 +282,7 @@ class Llm(Scenario):
     )
     async def generation(self, request: web.Request, path: Which, query: Again) -> web.StreamResponse:
         """Follow a generation from its beginning, or from an id on; any number of clients may."""
-        return await self._generations.follow(request, path.id, query.last_event_id, HEADERS)
+        return await self._generations.follow(request, path.id, query.last_event_id)
 
     @endpoint(
         "DELETE",
@@ -335,7 +329,7 @@ class Llm(Scenario):
             async with self._asked(body) as answer:
                 if not body.get("stream"):
                     return web.Response(body=await answer.whole(), content_type="application/json")
-                async with open_stream(request, "text/event-stream", headers=HEADERS) as stream:
+                async with open_stream(request, "text/event-stream") as stream:
                     with openai_errors():
                         async with aclosing(answer.blocks()) as blocks:
                             async for block in blocks:
@@ -414,13 +408,6 @@ class Llm(Scenario):
         self._tokens.labels("completion").inc(usage["completion_tokens"])
         fields = {"outcome": outcome, **usage, "finish_reason": answer.finish_reason, "ttft_ms": answer.ttft_ms}
         log.info("generation", extra={"fields": fields})
-
-
-async def _headers(request: web.Request, media_type: str) -> web.StreamResponse:
-    """Answer HEAD: the headers that GET has, and nothing is generated."""
-    async with open_stream(request, media_type, headers=HEADERS) as stream:
-        pass
-    return stream
 
 
 def _messages(body: Conversation) -> list[dict[str, str]]:

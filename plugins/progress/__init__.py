@@ -22,7 +22,6 @@ from streamlab import (
     endpoint,
     follow,
     hookimpl,
-    open_stream,
 )
 
 from .embedded import Embedded
@@ -231,6 +230,7 @@ class Tasks(Scenario):
         "GET",
         "/process/long-task",
         query=Started,
+        starts_work=True,
         sends="text/event-stream",
         responses={
             204: "The client has the end of the task's events already.",
@@ -242,10 +242,6 @@ class Tasks(Scenario):
 
         Leaving does not stop it. A client that comes back with an id goes on with the same task.
         """
-        if request.method == "HEAD":
-            async with open_stream(request, "text/event-stream") as stream:
-                pass
-            return stream
         asked = request.headers.get("Last-Event-ID") or query.last_event_id
         id = read_id(asked)  # noqa: A001
         if id is None:
