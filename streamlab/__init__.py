@@ -11,7 +11,7 @@ from .scenario import Scenario, endpoint
 from .sse import frame
 from .streaming import Outcome, Stream, StreamSummary, open_stream
 from .tasks import TASKS, Progress, Task
-from .threads import Threads
+from .threads import Threads, shielded
 
 __all__ = [
     "CONFIG",
@@ -43,4 +43,5 @@ __all__ = [
     "frame",
     "hookimpl",
     "open_stream",
+    "shielded",
 ]

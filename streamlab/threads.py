@@ -1,11 +1,11 @@
 """Blocking work in threads: a bounded number of threads for each kind of work, and no work that outlives its caller."""
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -14,16 +14,33 @@ INTERRUPT_SECONDS = 0.02
 """Interval between two interrupts of the same work, in seconds: one between two statements has no effect."""
 
 
+class _Call(NamedTuple):
+    """Work that waits for a thread, or runs in one."""
+
+    job: "Future[Any]"
+    interrupt: Callable[[], object] | None
+    can_be_dropped: bool
+
+    def end(self) -> None:
+        """Drop the work if it still waits for a thread, or interrupt it."""
+        if not (self.can_be_dropped and self.job.cancel()) and self.interrupt is not None:
+            self.interrupt()
+
+
 class Threads:
     """Up to `count` threads for one kind of blocking work, named `kind` in stack traces; an async context manager.
 
-    Each kind has threads of its own, so that digests cannot delay downloads, or exports the event log.
+    Each kind has its own threads, so that digests cannot delay downloads, or exports the event log. Work that finds no
+    thread free waits, in the order in which it came; as each caller waits for its own, there is no more of it than
+    callers.
     """
 
     def __init__(self, kind: str, count: int) -> None:
         self.kind = kind
         self.count = count
         self._executor: ThreadPoolExecutor | None = None
+        self._calls: dict[asyncio.Future[Any], _Call] = {}
+        self._idle = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         """Accept work."""
@@ -33,10 +50,36 @@ class Threads:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Accept no more work. Every caller of `run` has waited for its own, so that no thread is busy."""
-        assert self._executor is not None
-        self._executor.shutdown(wait=False)
+        """Accept no more work; drop what waits, interrupt what runs, and return when no thread is busy with either.
+
+        A request may still be handled when the server closes what its handler uses. Its work then ends as if
+        interrupted, or with RuntimeError.
+        """
+        executor = self.executor
         self._executor = None
+        try:
+            await shielded(self._ended())
+        finally:
+            executor.shutdown(wait=False)
+
+    async def _ended(self) -> None:
+        while self._calls:
+            for call in tuple(self._calls.values()):
+                call.end()
+            self._idle.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(INTERRUPT_SECONDS):
+                    await self._idle.wait()
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The threads, for a library that runs its own short operations in them, as aiofiles: see `shielded`.
+
+        Raises RuntimeError outside the context.
+        """
+        if self._executor is None:
+            raise RuntimeError(f"the threads for {self.kind} are not open")
+        return self._executor
 
     async def run(
         self,
@@ -50,31 +93,88 @@ class Threads:
         If the caller is cancelled, once or many times, work that still waits for a thread is dropped; work that runs
         is interrupted and waited for; then CancelledError is raised. `interrupt` is called from the event loop, again
         and again until the work ends: it must be safe while the work runs, and before and after it. Without it the
-        work must be short, since nothing else ends it. `discard` is called in the thread with a result that a
-        cancelled caller never gets, as the `close` of what was opened.
+        work must be short, since nothing else ends it. `discard` is called in a thread with a result that a cancelled
+        caller never gets, as the `close` of what was opened.
 
         Raises what the work raises, and RuntimeError outside the context.
         """
-        if self._executor is None:
-            raise RuntimeError(f"the threads for {self.kind} are not open")
-        executor = self._executor
-        job = executor.submit(work, *arguments)
+        job = self.executor.submit(_called, work, arguments)
         done = asyncio.wrap_future(job)
+        self._calls[done] = _Call(job, interrupt, can_be_dropped=True)
         try:
-            return await asyncio.shield(done)
+            try:
+                await asyncio.wait({done})  # unlike the future itself, a wait can be cancelled alone
+            except asyncio.CancelledError:
+                if not job.cancel():
+                    await _settle(done, interrupt)
+                    if discard is not None and done.exception() is None:
+                        await self.finish(discard, done.result())
+                raise
+        finally:
+            self._leave(done)
+        try:
+            if done.cancelled():
+                raise RuntimeError(f"the threads for {self.kind} were closed before it was its turn")
+            return done.result()
+        finally:
+            del job, done  # the traceback of an exception holds this frame: without them, there is no cycle
+
+    async def finish(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Call short `work` in a thread, also when the caller is cancelled before or while it runs.
+
+        For what ends something, as the `close` of a file: it is never dropped, so it must not depend on who waits.
+        Outside the context, where no threads are left, it is called at once.
+        """
+        if self._executor is None:
+            return work(*arguments)
+        job = self._executor.submit(_called, work, arguments)
+        done = asyncio.wrap_future(job)
+        self._calls[done] = _Call(job, None, can_be_dropped=False)
+        try:
+            return await shielded(done)
+        finally:
+            self._leave(done)
+
+    def _leave(self, done: "asyncio.Future[Any]") -> None:
+        del self._calls[done]
+        if not self._calls:
+            self._idle.set()
+
+
+async def shielded(operation: Awaitable[T]) -> T:
+    """Wait for `operation` through any number of cancellations of the caller, and return its result or raise its error.
+
+    A cancelled caller gets CancelledError, but only when the operation has ended, whose error then nobody gets. For
+    short operations that must not be abandoned halfway: those of aiofiles, whose thread would go on without a waiter,
+    and what ends a transaction. Unlike `asyncio.shield`, nothing runs on behind the caller's back.
+    """
+    task = asyncio.ensure_future(operation)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
         except asyncio.CancelledError:
-            if not job.cancel():
-                await _settle(done, interrupt)
-                if discard is not None and done.exception() is None:
-                    await _settle(asyncio.wrap_future(executor.submit(discard, done.result())))
-            raise
+            cancelled = True
+    if not cancelled:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # retrieved, or it would be logged as one that nobody has seen
+    raise asyncio.CancelledError
 
 
-async def _settle(done: asyncio.Future[Any], interrupt: Callable[[], object] | None = None) -> None:
-    """Wait for a job through any number of cancellations, and retrieve its exception: nobody else will."""
+async def _settle(done: asyncio.Future[Any], interrupt: Callable[[], object] | None) -> None:
+    """Wait for running work through any number of cancellations, and retrieve its exception: nobody else will."""
     while not done.done():
         if interrupt is not None:
             interrupt()
         with suppress(asyncio.CancelledError):
             await asyncio.wait({done}, timeout=None if interrupt is None else INTERRUPT_SECONDS)
     done.exception()
+
+
+def _called(work: Callable[[*Ts], T], arguments: tuple[*Ts]) -> T:
+    """Call work in its thread. A future takes no StopIteration: its waiter would wait for ever."""
+    try:
+        return work(*arguments)
+    except StopIteration as error:
+        raise RuntimeError("work in a thread raised StopIteration") from error

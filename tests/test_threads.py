@@ -3,10 +3,11 @@
 import asyncio
 import gc
 import threading
+from contextlib import suppress
 
 import pytest
 
-from streamlab.threads import Threads
+from streamlab.threads import Threads, shielded
 
 
 class Work:
@@ -125,3 +126,110 @@ async def test_kinds_of_work_do_not_wait_for_each_other() -> None:
 async def test_threads_that_are_not_open_report_their_kind() -> None:
     with pytest.raises(RuntimeError, match="the threads for test are not open"):
         await Threads("test", 1).run(divmod, 7, 2)
+
+
+async def test_a_close_is_never_dropped() -> None:
+    """What ends something runs even where its caller is cancelled while it still waits for a thread."""
+    first, closed = Work(), []
+    async with Threads("test", 1) as threads:
+        running = asyncio.ensure_future(threads.run(first))
+        closing = asyncio.ensure_future(threads.finish(closed.append, "closed"))
+        await _begun(first.began)
+        for _ in range(3):
+            closing.cancel()
+            await asyncio.sleep(0)
+        first.released.set()
+        assert await running == "result"
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await threads.finish(closed.append, "again")
+    await threads.finish(closed.append, "outside")
+    assert closed == ["closed", "again", "outside"]
+
+
+async def test_leaving_the_context_interrupts_what_runs_and_drops_what_waits() -> None:
+    """A request may still be handled while its server closes: its work does not outlive the context."""
+    running, waiting = Work(), Work()
+    async with Threads("test", 1) as threads:
+        first = asyncio.ensure_future(threads.run(running, interrupt=running.interrupted.set))
+        second = asyncio.ensure_future(threads.run(waiting))
+        await _begun(running.began)
+    assert running.ended.is_set()
+    with pytest.raises(OSError, match="interrupted"):
+        await first
+    with pytest.raises(RuntimeError, match="the threads for test were closed before it was its turn"):
+        await second
+    assert not waiting.began.is_set()
+
+
+async def test_leaving_the_context_survives_cancellation_and_waits_for_work_that_cannot_be_interrupted() -> None:
+    work = Work()
+
+    async def owner(threads: Threads, entered: asyncio.Event) -> None:
+        async with threads:
+            entered.set()
+            await asyncio.Event().wait()
+
+    threads, entered = Threads("test", 1), asyncio.Event()
+    owning = asyncio.ensure_future(owner(threads, entered))
+    await entered.wait()
+    running = asyncio.ensure_future(threads.run(work))
+    await _begun(work.began)
+    for _ in range(5):
+        owning.cancel()
+        await asyncio.sleep(0)
+        assert not owning.done()
+    work.released.set()
+    assert await running == "result"
+    with pytest.raises(asyncio.CancelledError):
+        await owning
+
+
+async def test_a_cancellation_at_the_moment_of_the_result_discards_it() -> None:
+    discarded: list[str] = []
+    async with Threads("test", 1) as threads:
+        for _ in range(200):
+            work = Work()
+            work.released.set()
+            caller = asyncio.ensure_future(threads.run(work, discard=discarded.append))
+            await _begun(work.ended)
+            caller.cancel()
+            with suppress(asyncio.CancelledError):
+                discarded.append(await caller)
+    assert discarded == ["result"] * 200
+
+
+async def test_work_that_raises_stop_iteration_has_an_end() -> None:
+    async with Threads("test", 1) as threads:
+        with pytest.raises(RuntimeError, match="work in a thread raised StopIteration"):
+            await threads.run(next, iter(()))
+
+
+@pytest.mark.parametrize("cancellations", [1, 2, 5])
+async def test_a_shielded_operation_ends_before_its_cancelled_caller(cancellations: int) -> None:
+    ready, ended = asyncio.Event(), asyncio.Event()
+
+    async def operation() -> None:
+        await ready.wait()
+        ended.set()
+        raise OSError("nobody gets this")
+
+    caller = asyncio.ensure_future(shielded(operation()))
+    await asyncio.sleep(0)
+    for _ in range(cancellations):
+        caller.cancel()
+        await asyncio.sleep(0)
+        assert not caller.done()
+    ready.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert ended.is_set()
+
+
+async def test_a_shielded_operation_gives_its_result_or_its_error() -> None:
+    async def failing() -> None:
+        raise OSError("broken")
+
+    assert await shielded(asyncio.sleep(0, "result")) == "result"
+    with pytest.raises(OSError, match="broken"):
+        await shielded(failing())
