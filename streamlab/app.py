@@ -5,12 +5,11 @@ import errno
 import gc
 import logging
 import re
-import signal
 import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from aiohttp import web
@@ -21,6 +20,7 @@ from .config import CONFIG, Config, ConfigError, Fault
 from .edge import SAFE_METHODS, reject_other_host, reject_other_origin
 from .eventlog import EventLogError, Retention
 from .events import EVENTS, Events, open_log
+from .lifespans import lifespans
 from .observe import METRICS, AccessLog, Metrics
 from .problems import Problem, from_aiohttp
 from .registry import Plugin, Registry
@@ -29,6 +29,7 @@ from .site import REGISTRY, ROUTES, STARTED_AT, Site
 from .streaming import SCENARIO, STREAM, STREAMS, Connection, HeadersOnly, Stream, Streams, open_stream
 from .tasks import TASKS
 from .validation import read_parameters
+from .watchdog import Stopped, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,12 @@ SWITCH_SECONDS = 0.0001
 
 YOUNG_OBJECTS = 10_000
 """How many more objects are made than dropped before the collector looks at the young ones."""
+
+STOP_SECONDS = 1.0
+"""Maximum time from the end of the drain to the end of the process, in seconds."""
+
+CLOSE_SECONDS = 0.6
+"""Maximum time from the end of the drain until every plugin must have closed, in seconds."""
 
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open, and how long a request's headers may trickle in."""
@@ -76,50 +83,44 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts what is still open.
 
     `on_ready` is called with the application and the address once connections are accepted. Raises ConfigError, also
-    for an address that cannot be listened on.
+    for an address that cannot be listened on. The process is expected to end afterwards: where it hangs for
+    STOP_SECONDS longer than it may drain, it is ended (see Watchdog).
     """
     server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
-    streams, stopping = app[STREAMS], asyncio.Event()
-
-    def stop() -> None:
-        if stopping.is_set():
-            for stream in streams:
-                stream.stop("cut")
-        stopping.set()
+    streams = app[STREAMS]
 
     # handler_cancellation: without it an idle handler never learns that its client has left.
-    # shutdown_timeout: the drain below has ended every stream by then; 0 would mean to wait for ever.
+    # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait for ever.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     tls = _tls(config)
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
-        await runner.setup()
-        manager = runner.server
-        assert manager is not None
+    with Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut) as watchdog:
         try:
-            listener = await loop.create_server(
-                lambda: _Connection(manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_SECONDS),
-                server.host,
-                server.port,
-                ssl=tls,
-                backlog=1024,
-            )
-        except OSError as error:
-            raise _cannot_listen(config, error) from None
-        address, port = listener.sockets[0].getsockname()[:2]
-        host = f"[{address}]" if ":" in address else address
-        _keep_pauses_short()
-        on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
-        await stopping.wait()
-        listener.close()
-        log.info("stopping: no new connections; %d streams may go on for %g s", len(streams), server.drain_seconds)
-        await streams.drain(server.drain_seconds)
-    finally:
-        await runner.cleanup()
-        for number in signals:
-            loop.remove_signal_handler(number)
+            async with watchdog.starting():
+                await runner.setup()
+                manager = runner.server
+                assert manager is not None
+                try:
+                    listener = await loop.create_server(
+                        lambda: _Connection(manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_SECONDS),
+                        server.host,
+                        server.port,
+                        ssl=tls,
+                        backlog=1024,
+                    )
+                except OSError as error:
+                    raise _cannot_listen(config, error) from None
+            address, port = listener.sockets[0].getsockname()[:2]
+            host = f"[{address}]" if ":" in address else address
+            _keep_pauses_short()
+            on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
+            await watchdog.stopping.wait()
+            listener.close()
+            log.info("stopping: no new connections; %d streams may go on for %g s", len(streams), server.drain_seconds)
+            await streams.drain(server.drain_seconds)
+        except Stopped:
+            log.info("stopped before everything had started")
+        finally:
+            await runner.cleanup()
 
 
 async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -> None:
@@ -127,18 +128,22 @@ async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -
 
     `on_ready` is called once work is taken. Raises ConfigError, also where there is nothing that workers do.
     """
-    app, loop, stopping = create_app(config), asyncio.get_running_loop(), asyncio.Event()
+    app = create_app(config)
     works = app[REGISTRY].works(app)
     if not works:
         reason = "no scenario of this configuration leaves its work to workers"
         raise ConfigError([Fault(config.source, "", reason)])
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    async with _events_opened(app), AsyncExitStack() as stack:
-        for context in works:
-            await stack.enter_async_context(context)
-        on_ready(app)
-        await stopping.wait()
+    with Watchdog(stop_seconds=config.server.drain_seconds + STOP_SECONDS) as watchdog:
+        try:
+            async with AsyncExitStack() as stack:
+                async with watchdog.starting():
+                    await stack.enter_async_context(_events_opened(app))
+                    for context in works:
+                        await stack.enter_async_context(context)
+                on_ready(app)
+                await watchdog.stopping.wait()
+        except Stopped:
+            log.info("stopped before everything had started")
 
 
 def _keep_pauses_short() -> None:
@@ -276,19 +281,16 @@ async def _frontier(
     """Let a request in, and every answer and refusal out: nothing else leaves the server."""
     started = time.monotonic()
     answer: web.StreamResponse | web.HTTPException
-    streams = request.config_dict[STREAMS]
-    streams.request_begins()
-    try:
-        reject_other_host(request)
-        answer = await handler(request)
-        if not isinstance(answer, web.StreamResponse):
-            raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
-    except HeadersOnly:
-        answer = request[STREAM]
-    except Exception as error:
-        answer = _answer_to(error, request)
-    finally:
-        streams.request_ends()
+    with request.config_dict[STREAMS].request():
+        try:
+            reject_other_host(request)
+            answer = await handler(request)
+            if not isinstance(answer, web.StreamResponse):
+                raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
+        except HeadersOnly:
+            answer = request[STREAM]
+        except Exception as error:
+            answer = _answer_to(error, request)
     if STREAM not in request:
         resource = request.match_info.route.resource
         route, seconds = resource.canonical if resource else "none", time.monotonic() - started
@@ -351,35 +353,13 @@ async def _events_opened(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _hold_lifespans(app: web.Application) -> AsyncIterator[None]:
-    """Hold every plugin's lifespan open, each in a task of its own: where one fails, that plugin fails alone."""
-    registry = app[REGISTRY]
-    async with asyncio.TaskGroup() as group:
-        held: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
-        for name, enter in registry.lifespans(app):
-            opened, close = asyncio.Event(), asyncio.Event()
-            held.append((close, group.create_task(_hold(registry, name, enter, opened, close))))
-            await opened.wait()
+    start_seconds, streams = app[CONFIG].server.start_seconds, app[STREAMS]
+
+    def stop_at() -> float | None:
+        return None if streams.drained_at is None else streams.drained_at + CLOSE_SECONDS
+
+    async with lifespans(app, app[REGISTRY], start_seconds=start_seconds, stop_at=stop_at):
         yield
-        for close, task in reversed(held):
-            close.set()
-            await task
-
-
-async def _hold(
-    registry: Registry,
-    name: str,
-    enter: Callable[[], AbstractAsyncContextManager[None]],
-    opened: asyncio.Event,
-    close: asyncio.Event,
-) -> None:
-    try:
-        async with enter():
-            opened.set()
-            await close.wait()
-    except Exception as error:
-        registry.fail(name, error)
-    finally:
-        opened.set()
 
 
 async def _drain(app: web.Application) -> None:

@@ -51,6 +51,8 @@ class Server(Table):
     """The TCP port; 0 takes any free one."""
     drain_seconds: float = Field(5.0, ge=0, le=3600)
     """How long downloads and exports may go on after SIGTERM; event streams end at once."""
+    start_seconds: float = Field(30.0, ge=0.1, le=3600)
+    """Maximum time for a plugin to start, in seconds; beyond it the plugin is out of service, and the others serve."""
     stall_seconds: float = Field(120.0, ge=1, le=3600)
     """A client that takes nothing for so long, or has vanished without a word, is cut."""
     max_streams: int = Field(10_000, ge=1)

@@ -175,17 +175,20 @@ def _escape(text: str) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """A record as one line: `time LEVEL logger message key=value`, or a JSON object; tracebacks follow indented."""
+    """A record as one line: `time LEVEL logger message key=value`, or a JSON object; tracebacks follow indented.
+
+    `record.fields`, if there, are its structured part; `record.stack`, if there, is text that follows as a traceback.
+    """
 
     def __init__(self, style: str) -> None:
         super().__init__()
         self._json = style == "json"
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record; `record.fields`, if there, are its structured part."""
+        """Format a record."""
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        trace = self.formatException(record.exc_info) if record.exc_info else getattr(record, "stack", "")
         if self._json:
             entry = {"time": when, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
             return json.dumps(entry | dict(fields) | ({"traceback": trace} if trace else {}), default=str)

@@ -6,7 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -382,6 +382,11 @@ class Stream(web.StreamResponse):
     # -- ending
 
     @property
+    def task(self) -> asyncio.Task[Any] | None:
+        """The task that writes to it."""
+        return self._task
+
+    @property
     def client_gone(self) -> bool:
         """Whether the connection is closed or closing."""
         transport = self._request.transport
@@ -564,11 +569,13 @@ class Streams:
         on_end: Callable[[web.Request, StreamSummary], None],
     ) -> None:
         self.draining = False
+        self.drained_at: float | None = None
+        """Time of the loop by which every stream has ended, once the server drains."""
         self._limit = limit
         self._stall_milliseconds = int(stall_seconds * 1000)
         self._on_end = on_end
         self._open: set[Stream] = set()
-        self._requests = 0
+        self._requests: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -577,14 +584,17 @@ class Streams:
     def __iter__(self) -> Iterator[Stream]:
         return iter(tuple(self._open))
 
-    def request_begins(self) -> None:
-        """Count a request in progress, so that a drain waits for it though it has not opened a stream yet."""
-        self._requests += 1
-
-    def request_ends(self) -> None:
-        """Count one request less."""
-        self._requests -= 1
-        self._changed.set()
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request in progress while the block runs: a drain waits for it, and cancels it at its limit."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
+        try:
+            yield
+        finally:
+            self._requests.discard(task)
+            self._changed.set()
 
     def admit(self, request: web.Request, stream: Stream) -> None:
         """Give a stream a place; raises Problem 503 where there is none."""
@@ -616,11 +626,16 @@ class Streams:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_milliseconds)
 
     async def drain(self, seconds: float) -> None:
-        """End every stream: event streams now and tidily, the others within `seconds`; returns when none is left.
+        """End every stream and request: event streams now and tidily, the others within `seconds`.
 
-        Takes at most `seconds` plus the farewell of the event streams, stalled clients or not.
+        Takes at most the larger of `seconds` and FAREWELL_SECONDS, and half of FAREWELL_SECONDS for what is cut then,
+        whether clients read or not. Does nothing where the server has been drained before.
         """
+        if self.draining:
+            return
         self.draining = True
+        started = asyncio.get_running_loop().time()
+        self.drained_at = started + seconds
         for stream in self:
             if stream.on_stop == "end":
                 stream.stop("end")
@@ -628,10 +643,17 @@ class Streams:
             for stream in self:
                 if stream.on_stop == "end":
                     stream.stop("cut")
-        if not await self._wait(seconds, lambda: not self._open and not self._requests):
-            for stream in self:
-                stream.stop("cut")
+        left = self.drained_at - asyncio.get_running_loop().time()
+        if not await self._wait(left, lambda: not self._open and not self._requests):
+            self.cut()
             await self._wait(FAREWELL_SECONDS / 2, lambda: not self._open and not self._requests)
+
+    def cut(self) -> None:
+        """Interrupt every stream and every other request, so that none of them looks whole."""
+        for stream in self:
+            stream.stop("cut")
+        for task in self._requests - {stream.task for stream in self}:
+            task.cancel()
 
     async def _wait(self, seconds: float, reached: Callable[[], bool]) -> bool:
         with suppress(TimeoutError):

@@ -22,13 +22,13 @@ LAYERS = {
     ),
     "The server": (
         ("__init__", "app"),
-        ("site",),
+        ("site", "lifespans"),
         ("registry", "observe"),
         ("hookspecs", "events"),
         ("tasks", "hub"),
         ("openapi", "validation", "streaming", "edge"),
         ("scenario", "config", "coding", "eventlog_redis", "eventlog_sqlite"),
-        ("eventlog", "leases", "threads"),
+        ("eventlog", "leases", "threads", "watchdog"),
     ),
     "The clients": (
         ("menu",),

@@ -1,0 +1,167 @@
+"""Stop signals, and a thread beside the event loop: it reports what blocks the loop, and ends a process that hangs."""
+
+import asyncio
+import logging
+import logging.handlers
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that stop the server: the first one gently, the second one at once."""
+
+TICK_SECONDS = 1.0
+"""Interval at which the event loop shows that it turns, in seconds."""
+
+BLOCKED_SECONDS = 2.0
+"""Time without a turn of the event loop after which it counts as blocked, in seconds."""
+
+SECOND_SIGNAL_SECONDS = 2.0
+"""Time left to a process after the second stop signal, in seconds."""
+
+FLUSH_SECONDS = 0.2
+"""Maximum time for the last log lines to be written before the process is ended, in seconds."""
+
+
+class Stopped(Exception):
+    """A stop signal came before everything had started."""
+
+
+class Watchdog:
+    """The stop signals of this process, and what holds even where its event loop or a thread hangs.
+
+    While the context is open, SIGTERM and SIGINT set `stopping`; `on_second` is called in the loop for every further
+    one. A loop that is blocked for BLOCKED_SECONDS is reported with the stack of what blocks it. A process that still
+    runs `stop_seconds` after the first signal is ended with status 1, and reports what kept it: this holds after the
+    context is left, too, until the process has ended. Must be entered in the main thread.
+
+    Signals reach the thread by a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), so that
+    they count even where no Python code of the main thread runs.
+    """
+
+    def __init__(self, *, stop_seconds: float, on_second: Callable[[], None] = lambda: None) -> None:
+        self.stopping = asyncio.Event()
+        self._stop_seconds = stop_seconds
+        self._on_second = on_second
+        self._loop = asyncio.get_running_loop()
+        self._main = threading.get_ident()
+        self._start: asyncio.Timeout | None = None
+        self._tick: asyncio.TimerHandle | None = None
+        self._turned_at = time.monotonic()
+        self._open = True
+        self._signals, self._signalled = -1, -1
+        self._previous: dict[int, Any] = {}
+        self._previous_fd = -1
+
+    def __enter__(self) -> Self:
+        """Take over the signals, and start the thread."""
+        self._signals, self._signalled = os.pipe()
+        os.set_blocking(self._signalled, False)
+        self._previous_fd = signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+        self._turn()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back; the thread stays only where the process is about to end."""
+        self._open = False
+        if self._tick is not None:
+            self._tick.cancel()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._signalled)
+
+    @asynccontextmanager
+    async def starting(self) -> AsyncIterator[None]:
+        """Run a block that starts things; a stop signal cancels it, and Stopped is raised after it."""
+        try:
+            async with asyncio.timeout(None) as self._start:
+                if self.stopping.is_set():
+                    self._start.reschedule(self._loop.time())
+                yield
+        except TimeoutError:
+            if self._start is None or not self._start.expired():
+                raise
+            raise Stopped from None
+        finally:
+            self._start = None
+
+    def _on_signal(self) -> None:
+        if self.stopping.is_set():
+            self._on_second()
+            return
+        self.stopping.set()
+        if self._start is not None:
+            self._start.reschedule(self._loop.time())
+
+    def _turn(self) -> None:
+        self._turned_at = time.monotonic()
+        self._tick = self._loop.call_later(TICK_SECONDS, self._turn)
+
+    # -- in the thread
+
+    def _watch(self) -> None:
+        ends_at: float | None = None
+        reported_for: float | None = None
+        overdue = False
+        while True:
+            wait = TICK_SECONDS if ends_at is None else max(0.0, min(TICK_SECONDS, ends_at - time.monotonic()))
+            if self._open and select.select([self._signals], [], [], wait)[0]:
+                for _ in os.read(self._signals, 64):
+                    now = time.monotonic()
+                    ends_at = now + self._stop_seconds if ends_at is None else min(ends_at, now + SECOND_SIGNAL_SECONDS)
+                    with suppress(RuntimeError):  # the loop is closed
+                        self._loop.call_soon_threadsafe(self._on_signal)
+            elif not self._open:
+                if ends_at is None:
+                    os.close(self._signals)
+                    return
+                time.sleep(wait)
+            if ends_at is not None and time.monotonic() >= ends_at:
+                self._end()
+            # Seen twice in a row: a process that was stopped and continued is no blocked loop.
+            was_overdue, overdue = overdue, time.monotonic() - self._turned_at > BLOCKED_SECONDS
+            if self._open and overdue and was_overdue and reported_for != self._turned_at:
+                reported_for = self._turned_at
+                seconds = time.monotonic() - self._turned_at
+                stack = _stack(sys._current_frames().get(self._main))
+                log.warning("the event loop is blocked for %.1f s: all clients wait", seconds, extra={"stack": stack})
+
+    def _end(self) -> None:
+        """End the process: it had its time, and what it left unfinished is recovered at the next start."""
+        frames = sys._current_frames()
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        own = threading.get_ident()
+        stacks = [f"thread {names.get(ident)}:\n{_stack(frame)}" for ident, frame in frames.items() if ident != own]
+        report = "not stopped %g s after the signal: ending the process"
+        log.critical(report, self._stop_seconds, extra={"stack": "\n".join(stacks)})
+        deadline = time.monotonic() + FLUSH_SECONDS
+        handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.handlers.QueueHandler)]
+        lines = [handler.queue for handler in handlers if isinstance(handler.queue, queue.Queue)]
+        while time.monotonic() < deadline and not all(waiting.empty() for waiting in lines):
+            time.sleep(0.01)
+        time.sleep(0.02)
+        os._exit(1)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Handle a signal in Python: nothing is left to do, the interpreter has written it to the file descriptor."""
+
+
+def _stack(frame: FrameType | None) -> str:
+    return "".join(traceback.format_stack(frame)).rstrip() if frame is not None else ""

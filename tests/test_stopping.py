@@ -1,0 +1,203 @@
+"""Start and stop, whatever plugins do: lifespans that hang, handlers that hold the event loop or a thread."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Running, begin, disabled, read_until, write_plugins
+
+HANGS = """
+    import asyncio
+    from contextlib import asynccontextmanager
+    from streamlab import Scenario, endpoint, hookimpl
+    from aiohttp import web
+
+    class Hangs(Scenario):
+        name = "hangs"
+
+        @hookimpl
+        @asynccontextmanager
+        async def lifespan(self, app):
+            print("the lifespan has begun", flush=True)
+            await asyncio.sleep(1e9)
+            yield
+
+        @endpoint("GET", "/hangs", sends="text/plain")
+        async def go(self, request):
+            return web.Response(text="never")
+
+    @hookimpl
+    def register_scenarios():
+        return [Hangs]
+"""
+
+SERVES = """
+    import asyncio
+    import time
+    from contextlib import asynccontextmanager
+    from pathlib import Path
+    from streamlab import Scenario, endpoint, hookimpl
+    from aiohttp import web
+
+    class Serves(Scenario):
+        name = "serves"
+
+        @hookimpl
+        @asynccontextmanager
+        async def lifespan(self, app):
+            yield
+            Path("closed").touch()
+
+        @endpoint("GET", "/quick", sends="text/plain")
+        async def quick(self, request):
+            return web.Response(text="quick")
+
+        @endpoint("GET", "/slow", sends="text/plain")
+        async def slow(self, request):
+            print("slow has begun", flush=True)
+            await asyncio.sleep(1e9)
+            return web.Response(text="never")
+
+        @endpoint("GET", "/socket", sends="text/plain")
+        async def socket(self, request):
+            connection = web.WebSocketResponse()
+            await connection.prepare(request)
+            async for message in connection:
+                await connection.send_str(message.data)
+            return connection
+
+        @endpoint("GET", "/computes", sends="text/plain")
+        async def computes(self, request):
+            print("computes has begun", flush=True)
+            while True:
+                pass
+
+        @endpoint("GET", "/sleeps", sends="text/plain")
+        async def sleeps(self, request):
+            print("sleeps has begun", flush=True)
+            time.sleep(1e6)
+
+        @endpoint("GET", "/thread", sends="text/plain")
+        async def thread(self, request):
+            print("thread has begun", flush=True)
+            await asyncio.to_thread(time.sleep, 1e6)
+
+    @hookimpl
+    def register_scenarios():
+        return [Serves]
+"""
+
+ALONE = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in disabled())
+
+
+def said(server: Running, text: str) -> None:
+    """Wait until a plugin has printed `text`."""
+    assert server.process.stdout is not None
+    assert any(text in line for line in server.process.stdout)
+
+
+def test_a_plugin_that_does_not_start_is_reported_and_the_others_serve(start: Callable[..., Running]) -> None:
+    server = start(f"[server]\nstart_seconds = 0.3\n{ALONE}", tracebacks=True, hangs=HANGS, serves=SERVES)
+    assert server.get("/quick")[2] == b"quick"
+    status, _, body = server.get("/hangs")
+    assert status == 503
+    assert b"The plugin hangs is out of service: It did not start within 0.3 s." in body
+    assert b'"degraded"' in server.get("/health")[2]
+    assert "waiting for the plugin hangs to start; its limit is 0.3 s" in server.log
+    assert server.terminate()[0] == 0
+    assert (server.base / "closed").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_the_server(tmp_path: Path, number: int) -> None:
+    write_plugins(tmp_path, {"hangs": HANGS, "serves": SERVES})
+    (tmp_path / "config.toml").write_text(f"[server]\nport = 0\nstart_seconds = 3600\n{ALONE}")
+    with (tmp_path / "log").open("w") as log, begin(["run"], environ={}, cwd=tmp_path, stderr=log) as process:
+        assert process.stdout is not None
+        try:
+            assert any("the lifespan has begun" in line for line in process.stdout)
+            process.send_signal(number)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+    lines = (tmp_path / "log").read_text()
+    assert "stopped before everything had started" in lines
+    assert "Traceback" not in lines
+
+
+def test_sigterm_waits_once_for_a_handler_without_a_stream(start: Callable[..., Running]) -> None:
+    server = start(f"[server]\ndrain_seconds = 1\n{ALONE}", serves=SERVES)
+    with server.send("GET /slow HTTP/1.1\nHost: localhost"):
+        said(server, "slow has begun")
+        status, seconds = server.terminate()
+    assert status == 0
+    assert seconds < 2
+
+
+def test_sigterm_waits_once_for_a_websocket(start: Callable[..., Running]) -> None:
+    server = start(f"[server]\ndrain_seconds = 1\n{ALONE}", serves=SERVES)
+    request = """
+        GET /socket HTTP/1.1
+        Host: localhost
+        Connection: Upgrade
+        Upgrade: websocket
+        Sec-WebSocket-Version: 13
+        Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==
+    """
+    with server.send(request) as connection:
+        assert read_until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+        status, seconds = server.terminate()
+    assert status == 0
+    assert seconds < 2
+
+
+def test_a_handler_that_blocks_the_event_loop_is_reported_with_its_stack(start: Callable[..., Running]) -> None:
+    server = start(f"[server]\ndrain_seconds = 0.2\n{ALONE}", tracebacks=True, serves=SERVES)
+    with server.send("GET /computes HTTP/1.1\nHost: localhost"):
+        report = server.wait_for_log("in computes")
+        assert "WARNING streamlab.watchdog the event loop is blocked for" in report
+        status, _ = server.terminate()
+    assert status == 1
+    assert "CRITICAL streamlab.watchdog not stopped 1.2 s after the signal: ending the process" in server.log
+
+
+@pytest.mark.parametrize("what", ["computes", "sleeps", "thread"])
+def test_sigterm_ends_the_process_whatever_runs(start: Callable[..., Running], what: str) -> None:
+    server = start(f"[server]\ndrain_seconds = 0.2\n{ALONE}", tracebacks=True, serves=SERVES)
+    with server.send(f"GET /{what} HTTP/1.1\nHost: localhost"):
+        said(server, f"{what} has begun")
+        status, seconds = server.terminate()
+    assert status == 1
+    assert seconds < 2.5
+    assert "not stopped 1.2 s after the signal" in server.log
+
+
+def test_a_second_signal_ends_a_process_that_hangs(start: Callable[..., Running]) -> None:
+    server = start(f"[server]\ndrain_seconds = 3600\n{ALONE}", tracebacks=True, serves=SERVES)
+    with server.send("GET /sleeps HTTP/1.1\nHost: localhost"):
+        said(server, "sleeps has begun")
+        server.process.send_signal(signal.SIGTERM)
+        status, _ = server.terminate(signal.SIGINT)
+    assert status == 1
+
+
+def test_a_plugin_that_does_not_close_does_not_keep_the_others_from_closing(start: Callable[..., Running]) -> None:
+    stays = """
+        import asyncio
+        from contextlib import asynccontextmanager
+        from streamlab import hookimpl
+
+        @hookimpl
+        @asynccontextmanager
+        async def lifespan(app):
+            try:
+                yield
+            finally:
+                await asyncio.sleep(1e9)
+    """
+    server = start(f"[server]\ndrain_seconds = 0\n{ALONE}", serves=SERVES, stays=stays)
+    status, _ = server.terminate()
+    assert "the plugin stays did not stop in time: its lifespan is cancelled" in server.log
+    assert status == 0
+    assert (server.base / "closed").exists()
