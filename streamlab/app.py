@@ -73,6 +73,7 @@ def create_app(config: Config) -> web.Application:
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app.on_response_prepare.append(_sign)
+    app.cleanup_ctx.append(_hold_threads)
     app.cleanup_ctx.append(_hold_events)
     app.cleanup_ctx.append(_hold_lifespans)
     app.on_shutdown.append(_drain)
@@ -334,6 +335,12 @@ def _events(config: Config) -> Events:
         return Events(open_log(config.events.url), keep=keep)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
+
+
+async def _hold_threads(app: web.Application) -> AsyncIterator[None]:
+    """Hold the threads of the streams open around all that may stream."""
+    async with app[STREAMS].compressing:
+        yield
 
 
 async def _hold_events(app: web.Application) -> AsyncIterator[None]:

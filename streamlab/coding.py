@@ -1,11 +1,12 @@
 """Which content coding a client likes, and bytes in it that never wait for more bytes."""
 
-import asyncio
 import importlib
 from abc import ABC, abstractmethod
 from typing import Any
 
 from isal import isal_zlib
+
+from .threads import Threads
 
 IN_THREAD = 128 * 1024
 """A larger piece is compressed off the loop."""
@@ -16,9 +17,9 @@ class Encoder(ABC):
 
     name: str
 
-    async def encode(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Return the piece compressed and flushed."""
-        return await asyncio.to_thread(self._encode, data) if len(data) > IN_THREAD else self._encode(data)
+    async def encode(self, data: bytes | bytearray | memoryview, threads: Threads) -> bytes:
+        """Return the piece compressed and flushed; in a thread where it is long."""
+        return await threads.run(self._encode, data) if len(data) > IN_THREAD else self._encode(data)
 
     @abstractmethod
     def _encode(self, data: bytes | bytearray | memoryview) -> bytes: ...

@@ -5,8 +5,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +24,7 @@ from .eventlog import (
     within,
 )
 from .leases import Leases
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,12 @@ class SqliteLog:
         self._watches: dict[str, _Watch] = {}
         self._watched = asyncio.Event()
         self._behind = asyncio.Event()
-        self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"))
+        # One thread writes and one reads, each with its connection; in memory there is one of both.
+        self._writing = Threads("eventlog-write", 1)
+        self._reading = self._writing if path is None else Threads("eventlog-read", 1)
+        self._beside = Threads("eventlog-beside", 1)
+        """Takes leases and moves the write-ahead log into the file, so that no event waits for either."""
+        self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"), self._beside)
         self._dirty = False
 
     # -- life
@@ -89,9 +94,11 @@ class SqliteLog:
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Open the file, making it if need be, and keep house until the block ends."""
-        with self._threads():
+        async with AsyncExitStack() as stack:
+            for threads in dict.fromkeys((self._beside, self._writing, self._reading)):
+                await stack.enter_async_context(threads)
             try:
-                await self._on(self._writing, self._open)
+                await self._writing.run(self._open, discard=self._undo_open)
             except (OSError, sqlite3.Error) as error:
                 reason = error.strerror if isinstance(error, OSError) else str(error)
                 raise EventLogError(f"cannot keep events there: {reason}") from None
@@ -107,23 +114,10 @@ class SqliteLog:
                 if self._leases is not None:
                     self._leases.close()
                 # Each on its own thread: what was asked for last may still be read there.
-                if self._readers is not self._db:
-                    await self._on(self._reading, self._readers.close)
-                await self._on(self._writing, self._close)
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """One thread writes and one reads, each with its connection; in memory there is one of both."""
-        with ThreadPoolExecutor(1, "eventlog-write") as self._writing:
-            if self._path is None:
-                self._reading = self._writing
-                yield
-            else:
-                with ThreadPoolExecutor(1, "eventlog-read") as self._reading:
-                    yield
-
-    async def _on(self, thread: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
+                try:
+                    await self._reading.finish(self._close_reader)
+                finally:
+                    await self._writing.finish(self._close)
 
     def _connect(self) -> sqlite3.Connection:
         target = ":memory:" if self._path is None else self._path
@@ -153,6 +147,14 @@ class SqliteLog:
         except BaseException:
             self._db.close()
             raise
+
+    def _undo_open(self, _: None) -> None:
+        self._close_reader()
+        self._close()
+
+    def _close_reader(self) -> None:
+        if self._readers is not self._db:
+            self._readers.close()
 
     def _close(self) -> None:
         with self._durably(), self._transaction():
@@ -219,7 +221,7 @@ class SqliteLog:
 
     async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
         try:
-            now, positions = await self._on(self._writing, self._commit, appends)
+            now, positions = await self._writing.run(self._commit, appends)
         except sqlite3.Error as error:
             log.error("events cannot be kept: %s", error)
             return [EventLogError("The event log cannot be written to.") for _ in appends]
@@ -311,7 +313,7 @@ class SqliteLog:
                     await self._behind.wait()
             self._behind.clear()
             try:
-                version = await self._on(self._writing, self._data_version)
+                version = await self._writing.run(self._data_version)
                 if version != self._version:
                     self._version = version
                     for watch in self._watches.values():
@@ -338,7 +340,7 @@ class SqliteLog:
 
     async def _asked(self, work: Callable[..., T], *arguments: object) -> T:
         try:
-            return await self._on(self._reading, work, *arguments)
+            return await self._reading.run(work, *arguments)
         except sqlite3.Error as error:
             raise EventLogError("The event log cannot be read.") from error
 
@@ -391,7 +393,7 @@ class SqliteLog:
 
     async def trim(self, channel: str, retention: Retention) -> None:
         """Forget what retention does not keep."""
-        await self._on(self._writing, self._trim, channel, retention)
+        await self._writing.run(self._trim, channel, retention)
 
     def _trim(self, channel: str, retention: Retention) -> None:
         with self._transaction():
@@ -414,7 +416,7 @@ class SqliteLog:
 
     async def delete(self, channel: str) -> None:
         """Forget a channel and all that belongs to it."""
-        await self._on(self._writing, self._delete, "name = ?", channel)
+        await self._writing.run(self._delete, "name = ?", channel)
 
     def _delete(self, condition: str, value: object) -> None:
         with self._transaction():
@@ -428,10 +430,10 @@ class SqliteLog:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             try:
-                await self._on(self._writing, self._forget, turn % 10 == 0)
+                await self._writing.run(self._forget, turn % 10 == 0)
                 if self._dirty and self._path is not None:
                     self._dirty = False
-                    await asyncio.to_thread(self._checkpoint_file)
+                    await self._beside.run(self._checkpoint_file)
             except sqlite3.Error as error:
                 log.warning("the event log could not be tidied: %s", error)
             turn += 1

@@ -1,25 +1,28 @@
 """Leases among the processes of one machine: locked files, each unlocked in the moment its process is gone."""
 
-import asyncio
 import fcntl
 import hashlib
 import os
 import re
+from functools import partial
 from pathlib import Path
+
+from .threads import Threads
 
 
 class Leases:
     """The leases that this process holds, as files of a folder, which is made when the first is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, threads: Threads) -> None:
         self._folder = folder
+        self._threads = threads
         self._held: dict[str, int] = {}
         """The descriptor of each locked file."""
 
     async def hold(self, lease: str) -> bool:
         """Take a lease, or keep it: True while this process is the one that holds it."""
         if lease not in self._held:
-            descriptor = await asyncio.to_thread(self._lock, lease)
+            descriptor = await self._threads.run(self._lock, lease, discard=partial(self._unlock, lease))
             if descriptor is None:
                 return False
             self._held[lease] = descriptor
@@ -27,9 +30,7 @@ class Leases:
 
     def release(self, lease: str) -> None:
         """Give a lease back."""
-        if (descriptor := self._held.pop(lease, None)) is not None:
-            self._file(lease).unlink(missing_ok=True)  # none is left behind: many leases have names that are used once
-            os.close(descriptor)
+        self._unlock(lease, self._held.pop(lease, None))
 
     def close(self) -> None:
         """Give all back."""
@@ -51,6 +52,12 @@ class Leases:
             except FileNotFoundError:
                 pass
             os.close(descriptor)  # it was given back meanwhile, and its file is gone: this lock holds nothing
+
+    def _unlock(self, lease: str, descriptor: int | None) -> None:
+        """Unlock what `_lock` has locked."""
+        if descriptor is not None:
+            self._file(lease).unlink(missing_ok=True)  # none is left behind: many leases have names that are used once
+            os.close(descriptor)
 
     def _file(self, lease: str) -> Path:
         name = re.sub(r"[^A-Za-z0-9]+", "-", lease)[:40]

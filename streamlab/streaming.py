@@ -19,6 +19,7 @@ from aiohttp.http import StreamWriter
 from . import sse
 from .coding import Encoder, choose_encoder
 from .problems import Problem
+from .threads import Threads
 
 OnStop = Literal["end", "finish"]
 
@@ -75,6 +76,9 @@ UNSENT_BYTES = 64 * 1024
 """What the kernel may hold unsent for a client that does not read (its default grows to 4 MB)."""
 
 SOURCE_FAILED = "The source of this response failed; the server's log says why."
+
+COMPRESSING_THREADS = 2
+"""Threads in which long pieces of all streams are compressed."""
 
 SMALL_BYTES = 16 * 1024
 """Writes up to this take the short way: what they cost is steps, and not copies."""
@@ -232,7 +236,7 @@ class Stream(web.StreamResponse):
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes; returns when the connection can take more. Empty data is nothing, not an end."""
         if self._encoder is not None and data:
-            data = await self._encoder.encode(data)
+            data = await self._encoder.encode(data, self._streams.compressing)
         if not data:
             return
         if not (len(data) <= SMALL_BYTES and self._takes_pieces and self.push(Piece(bytes(data)))):
@@ -571,6 +575,8 @@ class Streams:
         self.draining = False
         self.drained_at: float | None = None
         """Time of the loop by which every stream has ended, once the server drains."""
+        self.compressing = Threads("compress", COMPRESSING_THREADS)
+        """Where long pieces of streams are compressed; opened by who owns the streams."""
         self._limit = limit
         self._stall_milliseconds = int(stall_seconds * 1000)
         self._on_end = on_end

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import BinaryIO
 import aiohttp
 
 from .client import CONNECT_SECONDS, RETRY_SECONDS, Lost, Pause, Refused, answered, backoff
+from .threads import Threads
 
 DIGEST_SECONDS = 600.0
 """A server may have to read a file of any size before it can tell its digest."""
@@ -165,11 +167,18 @@ def _digest(field: str) -> bytes | None:
 
 
 async def _sha256(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := await asyncio.to_thread(file.read, 4 * 1024 * 1024):
-            digest.update(piece)
-    return digest.digest()
+    """Hash a file in a thread; raises OSError."""
+    given_up = threading.Event()
+
+    def work() -> bytes:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while not given_up.is_set() and (piece := file.read(1024 * 1024)):
+                digest.update(piece)
+        return digest.digest()
+
+    async with Threads("digest", 1) as threads:
+        return await threads.run(work, interrupt=given_up.set)
 
 
 # -- exports

@@ -5,6 +5,7 @@ import zlib
 import pytest
 
 from streamlab.coding import IN_THREAD, GzipEncoder, ZstdEncoder, choose_encoder
+from streamlab.threads import Threads
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,9 @@ def test_coding_is_chosen_by_weight(field: str, chosen: bool) -> None:
 
 async def test_each_piece_can_be_read_when_it_has_come() -> None:
     encoder, decoder = GzipEncoder(), zlib.decompressobj(wbits=31)
-    for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
-        assert decoder.decompress(await encoder.encode(piece)) == piece
+    async with Threads("compress", 1) as threads:
+        for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
+            assert decoder.decompress(await encoder.encode(piece, threads)) == piece
     assert not decoder.eof
     decoder.decompress(encoder.finish())
     assert decoder.eof
@@ -41,8 +43,9 @@ async def test_each_piece_can_be_read_when_it_has_come() -> None:
 async def test_each_piece_of_zstd_can_be_read_when_it_has_come() -> None:
     zstd = pytest.importorskip("backports.zstd", reason="no zstd: Python 3.14 or backports.zstd has it")
     encoder, decoder = ZstdEncoder(), zstd.ZstdDecompressor()
-    for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
-        assert decoder.decompress(await encoder.encode(piece)) == piece
+    async with Threads("compress", 1) as threads:
+        for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
+            assert decoder.decompress(await encoder.encode(piece, threads)) == piece
     assert not decoder.eof
     decoder.decompress(encoder.finish())
     assert decoder.eof

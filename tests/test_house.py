@@ -28,7 +28,7 @@ LAYERS = {
         ("tasks", "hub"),
         ("openapi", "validation", "streaming", "edge"),
         ("scenario", "config", "coding", "eventlog_redis", "eventlog_sqlite"),
-        ("eventlog", "leases", "threads", "watchdog"),
+        ("eventlog", "leases", "watchdog"),
     ),
     "The clients": (
         ("menu",),
@@ -36,7 +36,7 @@ LAYERS = {
         ("terminal",),
         ("client",),
     ),
-    "What both speak": (("problems", "sse"),),
+    "What both use": (("problems", "sse", "threads"),),
 }
 STOREYS = {name: storey for storey, layers in LAYERS.items() for layer in layers for name in layer}
 ORDER = [layer for layers in LAYERS.values() for layer in layers]
@@ -95,7 +95,7 @@ def test_the_server_names_no_plugin() -> None:
     }
     assert "/stream/stock-ticker" in routes
     names = {path.stem for path in PLUGINS.iterdir() if not path.name.startswith(("_", "."))}
-    server = [name for name, storey in STOREYS.items() if storey in ("The server", "What both speak")]
+    server = [name for name, storey in STOREYS.items() if storey in ("The server", "What both use")]
     said = {
         (name, node.value)
         for name in server

@@ -8,17 +8,18 @@ import re
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
 
-from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, endpoint, frame, hookimpl, open_stream
+from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, Threads, endpoint, frame, hookimpl, open_stream
 
 from . import sample
+from .files import Files
 from .formats import FORMATS, Encoder, Format, MissingLibrary
 from .jobs import Jobs
 from .request import RESERVED, Parameter, Wanted
@@ -35,7 +36,7 @@ from .source import (
     UnknownColumn,
     body,
 )
-from .sqlite_source import SqliteSource, Turns
+from .sqlite_source import SqliteSource
 
 log = logging.getLogger(__name__)
 
@@ -158,14 +159,24 @@ class Exports(Scenario):
     """How long an export may take; then it is cut."""
     folder: ConfigPath = Path("var/files/exports")
     """Where the task `export` writes its files; below the root of the file scenario, they can be downloaded."""
+    keep_seconds: float = Field(86_400.0, ge=1, le=365 * 86_400)
+    """How long a file of the task `export` is kept, in seconds from its completion."""
+    keep_mb: int = Field(10_000, ge=1, le=100_000_000)
+    """Megabytes (1,000,000 bytes) that all files of the task `export` may have; beyond, the task fails with 507."""
 
     _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
     _missing: dict[str, MissingLibrary] = PrivateAttr(default_factory=dict)
     _running: set[object] = PrivateAttr(default_factory=set)
     _sample_made: asyncio.Lock = PrivateAttr(default_factory=asyncio.Lock)
     _sample_path: Path = PrivateAttr(default=Path())
-    _stopping: threading.Event = PrivateAttr(default_factory=threading.Event)
+    _making: Threads = PrivateAttr()
+    _files: Files = PrivateAttr()
     _folder_url: str = PrivateAttr(default="")
+
+    @property
+    def files(self) -> Files:
+        """The files of the task `export`."""
+        return self._files
 
     @property
     def folder_url(self) -> str:
@@ -201,15 +212,17 @@ class Exports(Scenario):
         if served and self.folder.is_relative_to(root):
             self._folder_url = f"/files/{self.folder.relative_to(root).as_posix()}"
         async with AsyncExitStack() as stack:
-            threads = stack.enter_context(ThreadPoolExecutor(THREADS, "export"))
-            stack.callback(self._stopping.set)
-            turns = Turns(threads)
+            threads = await stack.enter_async_context(Threads("export", THREADS))
+            self._making = await stack.enter_async_context(Threads("export-sample", 1))
+            self._files = Files(self.folder, keep_seconds=self.keep_seconds, keep_bytes=self.keep_mb * 1_000_000)
+            await stack.enter_async_context(self._files.opened())
+            turn = asyncio.Lock()
             urls = {name: database.url for name, database in self.databases.items()}
             if self.sample:
                 urls.setdefault(SAMPLE, f"sqlite:///{self._sample_path}")
             for name, url in urls.items():
                 if url.startswith("sqlite"):
-                    self._sources[name] = SqliteSource(base / url.removeprefix("sqlite:///"), turns)
+                    self._sources[name] = SqliteSource(base / url.removeprefix("sqlite:///"), threads, turn)
                     continue
                 try:
                     self._sources[name] = await _open_postgres(stack, url, self.max_seconds)
@@ -395,9 +408,11 @@ class Exports(Scenario):
         path = self._sample_path
         if database == SAMPLE and SAMPLE not in self.databases:
             async with self._sample_made:
-                if not await asyncio.to_thread(path.exists):
+                if not await self._making.run(path.exists):
+                    stop = threading.Event()
+                    make = partial(sample.make, path, self.sample_rows, stop=stop)
                     try:
-                        await asyncio.to_thread(sample.make, path, self.sample_rows, stop=self._stopping)
+                        await self._making.run(make, interrupt=stop.set)
                     except (OSError, sqlite3.Error) as error:
                         reason = error.strerror if isinstance(error, OSError) else str(error)
                         raise Problem(503, f"The sample database cannot be made: {reason}.") from error

@@ -1,18 +1,13 @@
 """Exports as long tasks: a report over the sample's users, and a result written into a file."""
 
-import asyncio
-import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from pydantic import Field
 
-from streamlab import Problem, Progress
+from streamlab import Progress
 
 from .formats import Format
 from .request import Wanted
@@ -77,55 +72,19 @@ class Jobs:
         limit: Annotated[int | None, Field(ge=0, le=10**12, description="Rows at most.")] = None,
     ) -> dict[str, Any]:
         """Write an export into a file, whole or not at all, to be downloaded later."""
-        folder = self._exports.folder
-        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         wanted = Wanted(columns=columns, limit=limit)
-        async with self._exports.opened(name, format, wanted, 0) as (export, encoder, deadline):
-            file = _Unfinished(folder, f"{name}-{progress.id[:12]}.{encoder.extension}")
-            try:
-                await progress(0, limit, f"writing {file.name}")
-                async with self._exports.limited(name, deadline), aclosing(body(export)) as chunks:
-                    async for data in chunks:
-                        await asyncio.to_thread(file.write, data)
-                        await progress(export.rows)
-                await asyncio.to_thread(file.write, encoder.end(export.rows, None))
-                await asyncio.to_thread(file.keep)
-            finally:
-                file.close()
+        async with (
+            self._exports.opened(name, format, wanted, 0) as (export, encoder, deadline),
+            # The whole id: its beginning is the time alone, which tasks of one millisecond share.
+            self._exports.files.writing(f"{name}-{progress.id}.{encoder.extension}") as file,
+        ):
+            await progress(0, limit, f"writing {file.name}")
+            async with self._exports.limited(name, deadline), aclosing(body(export)) as chunks:
+                async for data in chunks:
+                    await file.write(data)
+                    await progress(export.rows)
+            await file.write(encoder.end(export.rows, None))
+            await file.keep()
         await progress(export.rows, export.rows)
         url = f"{self._exports.folder_url}/{file.name}" if self._exports.folder_url else None
-        sha256 = file.digest.hexdigest()
-        return {"file": file.name, "url": url, "rows": export.rows, "bytes": file.size, "sha256": sha256}
-
-
-class _Unfinished:
-    """A file that gets its name only when it is whole. Its methods wait for the disk: they belong into threads."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.size = 0
-        self.digest = hashlib.sha256()
-        descriptor, path = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
-        self._file = os.fdopen(descriptor, "wb")
-        self._path = Path(path)
-
-    def write(self, data: bytes) -> None:
-        """Add bytes; raises Problem where the disk takes no more."""
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise Problem(507, f"The file cannot be written: {error.strerror}.") from None
-        self.digest.update(data)
-        self.size += len(data)
-
-    def keep(self) -> None:
-        """Give it its name, once all of it is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._path.chmod(0o644)
-        self._path.replace(self._path.with_name(self.name))
-
-    def close(self) -> None:
-        """Let go of it; what was not kept is gone."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        return {"file": file.name, "url": url, "rows": export.rows, "bytes": file.size, "sha256": file.sha256}

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 from uuid import UUID
 
+from streamlab import Threads, shielded
+
 from .formats import Column, Encoder, MissingLibrary, make
 from .postgres_fields import Field, fields_of
 from .postgres_statement import Statement
@@ -35,6 +37,9 @@ LEAVE_SECONDS = 0.1
 
 CLOSE_SECONDS = 1.0
 """How long the connections may take to be closed when the server stops."""
+
+THREADS = 2
+"""Threads that encode rows of a database in formats that PostgreSQL does not write."""
 
 CHECK_MILLISECONDS = 500
 """How often PostgreSQL looks whether the client of a running query is still there."""
@@ -180,6 +185,7 @@ class PostgresSource:
         self._connections = connections
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._away = False
+        self._threads = Threads("export-encode", THREADS)
         self.patience = connect_seconds + statement_seconds
         """Seconds after which a server that says nothing is gone: its own limit would have ended the query."""
 
@@ -207,7 +213,8 @@ class PostgresSource:
         )
         await self._pool  # connects to nothing: its smallest size is 0
         try:
-            yield
+            async with self._threads:
+                yield
         finally:
             try:
                 async with asyncio.timeout(CLOSE_SECONDS):
@@ -228,7 +235,7 @@ class PostgresSource:
         try:
             yield connection
         finally:
-            await self._give_back(pool, connection)
+            await shielded(self._give_back(pool, connection))
 
     async def _begun(self, pool: "asyncpg.Pool[asyncpg.Record]") -> "Connection":
         lost: Exception | None = None
@@ -238,7 +245,7 @@ class PostgresSource:
                 begin = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
                 await connection.execute(begin, timeout=self._connect_seconds)
             except BaseException as error:
-                await self._close(pool, connection)
+                await shielded(self._close(pool, connection))
                 if not isinstance(error, Exception):
                     raise
                 lost = error
@@ -259,19 +266,11 @@ class PostgresSource:
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await connection.execute("ROLLBACK")
-        except BaseException as error:
+        except Exception:
             await self._close(pool, connection)
-            if not isinstance(error, Exception):
-                raise
             return
-        release = asyncio.ensure_future(pool.release(connection, timeout=LEAVE_SECONDS))
         try:
-            await asyncio.shield(release)
-        except asyncio.CancelledError:
-            # The pool resets the connection all the same, and nobody else would hear how that ended.
-            await asyncio.wait({release})
-            release.exception()
-            raise
+            await pool.release(connection, timeout=LEAVE_SECONDS)
         except Exception as error:
             log.info("a connection to PostgreSQL was not given back, but closed: %s", type(error).__name__)
 
@@ -366,7 +365,7 @@ class PostgresSource:
                 receive = _receive_json_lines(connection, chosen, rows, pipe.put)
             else:
                 sql = f"SELECT {', '.join(value for value, _ in values)} {rows}"
-                receive = _receive_batches(connection, sql, encoder, pipe.put)
+                receive = _receive_batches(connection, sql, encoder, pipe.put, self._threads)
             async with _running(receive, pipe) as task:
                 export = _PostgresExport(columns, version, begin, self, pipe, task)
                 with self._refusals():
@@ -505,7 +504,7 @@ async def _receive_json_lines(connection: "Connection", fields: Sequence[Field],
     await connection.copy_from_query(sql, output=receive, format="csv", quote="\x01", delimiter="\x02")
 
 
-async def _receive_batches(connection: "Connection", sql: str, encoder: Encoder, put: Put) -> None:
+async def _receive_batches(connection: "Connection", sql: str, encoder: Encoder, put: Put, threads: Threads) -> None:
     """Receive rows through a cursor, and encode them in a thread."""
     cursor = await (await connection.prepare(sql)).cursor()
     fetch: Callable[[int], Awaitable[Any]] = cursor.fetch  # its rows are sequences, though not to mypy
@@ -515,7 +514,7 @@ async def _receive_batches(connection: "Connection", sql: str, encoder: Encoder,
             batch = await fetch(count)
             if not batch:
                 return
-            chunk = await asyncio.to_thread(encoder.rows, batch)
+            chunk = await threads.run(encoder.rows, batch)
         except (ValueError, OverflowError) as error:  # the encoder's, or asyncpg's for a date that Python has not
             raise Misfit(str(error)) from error
         await put(len(batch), chunk)
@@ -537,7 +536,11 @@ async def _running(work: Coroutine[Any, Any, None], pipe: _Pipe) -> "AsyncIterat
     try:
         yield task
     finally:
-        # A cancellation can get lost in a command (python/cpython#86296, in 3.11), so: until it is heard.
-        while not task.done():
-            task.cancel()
-            await asyncio.wait([task], timeout=LEAVE_SECONDS / 4)
+        await shielded(_ended(task))
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    """Cancel a task until it ends: a cancellation can get lost in a command (python/cpython#86296, in 3.11)."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=LEAVE_SECONDS / 4)

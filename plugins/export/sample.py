@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 
-BATCH = 50_000
+BATCH = 10_000
 """Rows written between two looks at whether to stop."""
 
 FIRST_NAMES = (

@@ -3,29 +3,24 @@
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote
+
+from streamlab import Threads
 
 from .formats import Column, Encoder, make, unique
 from .request import integer, truth
 from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 BATCHES = (16, 64, 256, 1000)
 """Rows in the first batches of an export, and in all that follow: the first bytes leave at once."""
 
 PIECE_ROWS = 64
 """Rows read and encoded at once: encoders keep the interpreter for as long as they work on some."""
-
-AGAIN_SECONDS = 0.02
-"""How long after an interrupt the next one: what falls between two statements of a job stops nothing."""
 
 _ALLOWED = {
     sqlite3.SQLITE_SELECT,
@@ -34,31 +29,6 @@ _ALLOWED = {
     sqlite3.SQLITE_RECURSIVE,
 }
 """What a configured query may do; all else, as writing, ATTACH and PRAGMA, is refused by the connection itself."""
-
-
-class Turns:
-    """Where the queries of all exports run: their first batches at once, the later ones one after the other.
-
-    SQLite takes and drops the interpreter's lock at every row. Threads that step at the same time spend their time on
-    that lock: thirty clients at once are served two to three times faster in turns. First batches are free, since they
-    may sort or aggregate for long, with the lock dropped.
-    """
-
-    def __init__(self, threads: Executor) -> None:
-        self._threads = threads
-        self.turn = asyncio.Lock()
-
-    async def run(self, reading: "_Reading", work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Do some work of a reading in a thread; if the caller is cancelled, stop it there, and wait for that."""
-        job = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*arguments, **named))
-        try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            while not job.done():
-                reading.interrupt()
-                await asyncio.wait({job}, timeout=AGAIN_SECONDS)
-            job.exception()  # it says "interrupted", and nobody else is going to hear it
-            raise
 
 
 class _Reading:
@@ -197,7 +167,8 @@ class _SqliteExport:
     version: str
     begin: bytes
     _reading: _Reading
-    _turns: Turns
+    _threads: Threads
+    _turn: asyncio.Lock
     _first: tuple[int, bytes]
     rows: int = 0
 
@@ -209,35 +180,43 @@ class _SqliteExport:
             self.rows += count
             yield data
             number = min(number + 1, len(BATCHES) - 1)
-            async with self._turns.turn:
+            async with self._turn:
                 try:
-                    count, data = await self._turns.run(self._reading, self._reading.batch, BATCHES[number])
+                    batch, interrupt = self._reading.batch, self._reading.interrupt
+                    count, data = await self._threads.run(batch, BATCHES[number], interrupt=interrupt)
                 except sqlite3.Error as error:
                     raise Interrupted(f"the query failed after {self.rows} rows: {error}") from error
 
 
 class SqliteSource:
-    """A SQLite file that is only read. `path` must exist when something is asked for."""
+    """A SQLite file that is only read. `path` must exist when a result is requested.
 
-    def __init__(self, path: Path, turns: Turns) -> None:
+    Exports take turns: `turn` is one lock for all sources. SQLite takes and drops the interpreter's lock at every row,
+    and threads that step at the same time spend their time on that lock: thirty clients at once are served two to
+    three times faster in turns. First batches need no turn, since they may sort or aggregate for long, with the lock
+    dropped.
+    """
+
+    def __init__(self, path: Path, threads: Threads, turn: asyncio.Lock) -> None:
         self._path = path
-        self._turns = turns
+        self._threads = threads
+        self._turn = turn
         self._known: dict[str, tuple[int, Sequence[str]]] = {}
         """The types of results, by SQL, and the version of the schema that they hold for."""
 
     @asynccontextmanager
     async def _reading(self, query: Query) -> AsyncIterator[_Reading]:
+        """Yield a connection, and close it when no thread uses it any more: `Threads.run` returns no earlier."""
         reading = _Reading(self._path, query, self._known)
         try:
             yield reading
         finally:
-            reading.interrupt()
-            await asyncio.shield(self._turns.run(reading, reading.close))
+            await self._threads.finish(reading.close)
 
     async def describe(self, query: Query) -> Sequence[Column]:
         """Return names and types of a result's columns."""
         async with self._reading(query) as reading:
-            return await self._turns.run(reading, reading.describe)
+            return await self._threads.run(reading.describe, interrupt=reading.interrupt)
 
     @asynccontextmanager
     async def export(
@@ -250,9 +229,13 @@ class SqliteSource:
     ) -> AsyncIterator[tuple[_SqliteExport, Encoder]]:
         """Run a query, and lend its result."""
         async with self._reading(query) as reading:
-            opened = await self._turns.run(reading, reading.open, selection, form, formula_guard)
-            export = _SqliteExport(opened.columns, opened.version, opened.begin, reading, self._turns, opened.first)
-            yield export, opened.encoder
+            opened = await self._threads.run(reading.open, selection, form, formula_guard, interrupt=reading.interrupt)
+            yield (
+                _SqliteExport(
+                    opened.columns, opened.version, opened.begin, reading, self._threads, self._turn, opened.first
+                ),
+                opened.encoder,
+            )
 
 
 def _given(names: Sequence[str]) -> list[str]:

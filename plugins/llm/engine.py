@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from streamlab import Threads
+
 from .openai import Failure
 from .upstream import STARTED_ANEW
 
@@ -97,12 +99,16 @@ class Engine:
                     keeper.cancel()
 
     async def _keep(self) -> None:
-        model = await asyncio.to_thread(find_model)
-        if model is None or await asyncio.to_thread(importlib.util.find_spec, "xllamacpp") is None:
+        async with Threads("model", 1) as threads:
+            await self._keep_with(threads)
+
+    async def _keep_with(self, threads: Threads) -> None:
+        model = await threads.run(find_model)
+        if model is None or await threads.run(importlib.util.find_spec, "xllamacpp") is None:
             self._refuse(f"The embedded model is not installed: {INSTALL}")
             return
         try:
-            await asyncio.to_thread(check_model, model)
+            await threads.run(check_model, model)
         except (ValueError, OSError) as error:
             reason = str(error) if isinstance(error, ValueError) else error.strerror
             self._refuse(f"The embedded model cannot be used: {reason}. Install it anew: {INSTALL}")

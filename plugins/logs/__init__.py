@@ -24,6 +24,7 @@ from streamlab import (
     Problem,
     Retention,
     Scenario,
+    Threads,
     View,
     draft,
     endpoint,
@@ -38,6 +39,9 @@ from .filters import BadPattern, LineFilter, compile_pattern, moment
 from .lines import LEVELS, Reader
 from .pieces import Line
 from .tail import Tail, Turn
+
+THREADS = 4
+"""Threads that read log files for downloads."""
 
 TAIL = 10
 """Lines of the past that a stream begins with, unless it is told otherwise."""
@@ -106,6 +110,7 @@ class Logs(Scenario):
 
     _served: dict[str, Source] = PrivateAttr(default_factory=dict)
     _channels: dict[str, Channel] = PrivateAttr(default_factory=dict)
+    _threads: Threads = PrivateAttr()
 
     @hookimpl
     @asynccontextmanager
@@ -122,7 +127,7 @@ class Logs(Scenario):
         keep = Retention(events=self.keep_lines, seconds=config.events.keep_seconds)
         self._channels.update({name: events.channel(f"logs/{name}", keep=keep) for name in served})
         host = socket.gethostname()
-        async with asyncio.TaskGroup() as group:
+        async with Threads("log-download", THREADS) as self._threads, asyncio.TaskGroup() as group:
             tasks = []
             for name, source in served.items():
                 producer = f"{host}:{source.path or shlex.join(source.command)}"
@@ -165,7 +170,7 @@ class Logs(Scenario):
         """The lines of a log as they stand in its files; those of a command as far as they are kept."""
         source = self._served[name]
         if source.path is not None:
-            async with aclosing(matching_lines(source.path, lines, since)) as found:
+            async with aclosing(matching_lines(self._threads, source.path, lines, since)) as found:
                 async for piece in found:
                     yield piece
             return

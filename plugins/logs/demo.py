@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from streamlab import Threads
+
 log = logging.getLogger(__name__)
 
 _ROUTES = (
@@ -57,16 +59,17 @@ async def serve(
     """
     chance = random.Random(seed)  # noqa: S311 - a simulation, not a secret
     failing = False
-    for level, logger, message in _records(chance):
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        try:
-            await asyncio.to_thread(_append, path, f"{now} {level} {logger} {message}\n".encode(), max_bytes, backups)
-            failing = False
-        except OSError as error:
-            if not failing:
-                log.warning("The demo log %s cannot be written for now: %s", path.name, error.strerror)
-            failing = True
-        await asyncio.sleep(interval * chance.uniform(0.5, 1.5))
+    async with Threads("demo-log", 1) as threads:
+        for level, logger, message in _records(chance):
+            now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            try:
+                await threads.run(_append, path, f"{now} {level} {logger} {message}\n".encode(), max_bytes, backups)
+                failing = False
+            except OSError as error:
+                if not failing:
+                    log.warning("The demo log %s cannot be written for now: %s", path.name, error.strerror)
+                failing = True
+            await asyncio.sleep(interval * chance.uniform(0.5, 1.5))
 
 
 class PaymentError(Exception):

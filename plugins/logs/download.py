@@ -1,11 +1,12 @@
 """The past of a log as text: the lines of its files, rotated ones first, that somebody wants."""
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from streamlab import Threads
 
 from .disk import history
 from .filters import LineFilter
@@ -19,26 +20,35 @@ SCAN = 4 * 1024 * 1024
 """Bytes that are read, in a thread, before the reader may leave."""
 
 
-async def matching_lines(pattern: Path, lines: LineFilter | None, since: float | None) -> AsyncGenerator[bytes, None]:
+async def matching_lines(
+    threads: Threads, pattern: Path, lines: LineFilter | None, since: float | None
+) -> AsyncGenerator[bytes, None]:
     """Yield the bytes of the lines that are wanted, as they stand in the files when this begins; none is lost to a
     rotation meanwhile."""
-    with ExitStack() as stack:
-        files = await asyncio.to_thread(_open, pattern, stack)
+    files = await threads.run(_open, pattern, discard=_close)
+    try:
         for file, size in files:
             found = _wanted(file, size, lines, since)
-            while (block := await asyncio.to_thread(next, found, None)) is not None:
+            while (block := await threads.run(next, found, None)) is not None:
                 if block:
                     yield block
+    finally:
+        await threads.finish(_close, files)
 
 
-def _open(pattern: Path, stack: ExitStack) -> list[tuple[BinaryIO, int]]:
+def _open(pattern: Path) -> list[tuple[BinaryIO, int]]:
     """Open all files at once, each with its size now."""
     files: list[tuple[BinaryIO, int]] = []
     for path in history(pattern):
         with suppress(OSError):
-            file = stack.enter_context(path.open("rb"))
+            file = path.open("rb")
             files.append((file, os.fstat(file.fileno()).st_size))
     return files
+
+
+def _close(files: list[tuple[BinaryIO, int]]) -> None:
+    for file, _ in files:
+        file.close()
 
 
 def _wanted(file: BinaryIO, size: int, lines: LineFilter | None, since: float | None) -> Iterator[bytes]:

@@ -18,17 +18,18 @@ import logging
 import math
 import os
 import stat
-import threading
 import time
 import zlib
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from aiofiles.threadpool import wrap
 from watchfiles import awatch
+
+from streamlab import Threads, shielded
 
 from . import disk
 from .pieces import PIECE, Line, cut_lines
@@ -207,20 +208,20 @@ class Content:
         self.position = replace(self.position, path=os.path.realpath(path), device=device, inode=inode)
         return True
 
-    async def read(self, name: str, room: int) -> list[Line]:
+    async def read(self, name: str, room: int, threads: Threads) -> list[Line]:
         """Read up to `room` lines that stand after the position, and move it behind them.
 
         Raises OSError; the file is then sought out anew when it is next looked at.
         """
         if self.file is None or self.dry or self.broken:
             return []
-        file, position = wrap(self.file), self.position
+        file, position = wrap(self.file, executor=threads.executor), self.position
         start = max(0, position.offset - PROOF)
         known = position.offset - start
         try:
             for count in (READ, PIECE + 2):
-                await file.seek(start)
-                found = await file.read(known + count)
+                await shielded(file.seek(start))
+                found = await shielded(file.read(known + count))
                 more = len(found) == known + count
                 if not more or found.find(b"\n", known) >= 0:
                     break
@@ -331,7 +332,7 @@ class Followed:
                     return True
         return self._begin(*after[0]) if after else moved
 
-    async def read(self) -> list[Line | Turn]:
+    async def read(self, threads: Threads) -> list[Line | Turn]:
         """Read some of what is to come, in its order; raises OSError."""
         items: list[Line | Turn] = list(self.turns)
         self.turns.clear()
@@ -339,7 +340,7 @@ class Followed:
         room = max(1, (ITEMS - len(items)) // max(1, len(self.contents)))
         for content in self.contents:
             try:
-                items += await content.read(self.path.name, room)
+                items += await content.read(self.path.name, room, threads)
             except OSError:
                 if not items:
                     raise
@@ -492,8 +493,6 @@ class Tail:
         self._first = not self._cursors
         self._folders: dict[str, disk.Identity] = {}
         self._warned: dict[Path, str] = {}
-        self._looking = threading.Lock()
-        self._closed = False
         self._begun = False
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
@@ -505,19 +504,25 @@ class Tail:
         if self._begun:
             raise RuntimeError("A Tail is followed once.")
         self._begun = True
+        # One thread for all that waits for the disk, so that no two of them look or read at once.
+        async with Threads("tail", 1) as threads, aclosing(self._batches(threads)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _batches(self, threads: Threads) -> AsyncGenerator[Batch, None]:
         told: Cursors | None = None if self._first else dict(self._cursors)
         self._cursors.setdefault(str(self.pattern), [])
         changes = _Changes()
         try:
             while True:
-                moved = await asyncio.to_thread(self._look)
+                moved = await threads.run(self._look)
                 for key in set(self._cursors) - {str(path) for path in [*self._followed, self.pattern]}:
                     del self._cursors[key]
                 items: list[Line | Turn] = []
                 failed = False
                 for path, followed in list(self._followed.items()):
                     try:
-                        more = await followed.read()
+                        more = await followed.read(threads)
                     except OSError as error:
                         self._warn(path, error)
                         failed = True
@@ -540,31 +545,27 @@ class Tail:
             try:
                 await changes.close()
             finally:
-                await asyncio.to_thread(self._close)
+                await threads.finish(self._close)
 
     def _look(self) -> bool:
         """Look at every file; True if something turned out that is to be read, and looked at again, at once."""
-        with self._looking:
-            # A cancelled look may still be about to begin in its thread.
-            if self._closed:
-                return False
-            matches = disk.matches(self.pattern, self._followed)
-            contents = [content for followed in self._followed.values() for content in followed.contents]
-            elsewhere = disk.found(matches) if any(content.file is None for content in contents) else []
-            moved = False
-            for path, followed in list(self._followed.items()):
-                moved = self._look_at(path, followed, elsewhere) or moved
-            for path in matches:
-                if path not in self._followed and (met := self._meet(path)):
-                    self._followed[path] = met
-                    moved = self._look_at(path, met, []) or moved
-            for followed in self._followed.values():
-                followed.released.clear()
-            self._first = False
-            for path in [path for path, followed in self._followed.items() if followed.missing][:-MISSING]:
-                del self._followed[path]
-            self._folders = self._watched()
-            return moved
+        matches = disk.matches(self.pattern, self._followed)
+        contents = [content for followed in self._followed.values() for content in followed.contents]
+        elsewhere = disk.found(matches) if any(content.file is None for content in contents) else []
+        moved = False
+        for path, followed in list(self._followed.items()):
+            moved = self._look_at(path, followed, elsewhere) or moved
+        for path in matches:
+            if path not in self._followed and (met := self._meet(path)):
+                self._followed[path] = met
+                moved = self._look_at(path, met, []) or moved
+        for followed in self._followed.values():
+            followed.released.clear()
+        self._first = False
+        for path in [path for path, followed in self._followed.items() if followed.missing][:-MISSING]:
+            del self._followed[path]
+        self._folders = self._watched()
+        return moved
 
     def _look_at(self, path: Path, followed: Followed, elsewhere: disk.Found) -> bool:
         try:
@@ -612,10 +613,8 @@ class Tail:
             log.warning("%s cannot be followed for now: %s", path, reason)
 
     def _close(self) -> None:
-        with self._looking:
-            self._closed = True
-            for followed in self._followed.values():
-                followed.close()
+        for followed in self._followed.values():
+            followed.close()
 
 
 class _Changes:

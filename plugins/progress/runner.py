@@ -52,11 +52,18 @@ class _Running:
     told_over: bool = False
     """Whether its end has been written down before its function has returned."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False
 
     def cancel(self) -> None:
+        """Cancel the task for good; again, this has no effect."""
         if self.cancelled is None:
             self.cancelled = asyncio.get_running_loop().time()
-        if self.work is not None:
+        self.end_work()
+
+    def end_work(self) -> None:
+        """Cancel the function's work, once: what it does to end must not be cancelled by another request."""
+        if self.work is not None and not self._ended:
+            self._ended = True
             self.work.cancel()
 
     @property
@@ -100,8 +107,7 @@ class Runner:
         """Break off what runs, once and for all, and write down where it stands, within LAST_WORDS_SECONDS."""
         self.stopping = True
         for running in (runs := tuple(self._running.values())):
-            if running.work is not None:
-                running.work.cancel()
+            running.end_work()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_SECONDS):
                 for running in runs:
@@ -163,7 +169,7 @@ class Runner:
             telling = group.create_task(teller.run())
             running.work = group.create_task(_outcome(task, progress, record.parameters))
             if running.cancelled is not None or self.stopping:
-                running.work.cancel()
+                running.end_work()
             while not (await asyncio.wait({running.work}, timeout=CANCEL_SECONDS / 2))[0]:
                 if running.stubborn and not running.told_over:
                     log.warning("a task %s does not heed that it is cancelled", record.kind)

@@ -7,12 +7,16 @@ import json
 import logging
 import math
 import random
+import threading
 import zlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+from streamlab import Threads
 
 from .prices import Price
 
@@ -94,37 +98,35 @@ class Replay:
         self._speed = speed
         self._repeat = repeat
         self._row = int(stands) if stands else 0
+        self._given_up = threading.Event()
 
     async def prices(self) -> AsyncGenerator[tuple[list[Price], str], None]:
         """Read prices when they are due, with the number of the last row read."""
+        async with Threads("replay", 1) as threads, aclosing(self._prices(threads)) as prices:
+            async for due in prices:
+                yield due
+
+    async def _prices(self, threads: Threads) -> AsyncGenerator[tuple[list[Price], str], None]:
         loop = asyncio.get_running_loop()
         while True:
             begun: tuple[float, float] | None = None
-            file = await self._opened()
+            file = await threads.run(self._open, discard=lambda file: file.close())
             try:
                 rows = self._rows(csv.DictReader(file))
-                while batch := await asyncio.to_thread(self._take, rows):
+                while batch := await threads.run(self._take, rows, interrupt=self._given_up.set):
                     for moment, group in itertools.groupby(batch, key=attrgetter("time")):
                         due = list(group)
                         begun = begun or (loop.time(), moment)
                         await asyncio.sleep(begun[0] + (moment - begun[1]) / self._speed - loop.time())
                         yield [row.price for row in due], str(due[-1].number)
             finally:
-                await asyncio.to_thread(file.close)
+                await threads.finish(file.close)
             if not self._repeat:
                 await asyncio.Event().wait()  # keep the lease: another process would begin anew
             if begun is None and not self._row:
                 raise ValueError(f"{self._path.name} has no row that can be replayed")
             self._row = 0
             await asyncio.sleep(1 / self._speed)  # a file of one moment would be repeated without a pause
-
-    async def _opened(self) -> TextIO:
-        job = asyncio.get_running_loop().run_in_executor(None, self._open)
-        try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            (await job).close()  # the thread opens it all the same
-            raise
 
     def _open(self) -> TextIO:
         try:
@@ -144,6 +146,8 @@ class Replay:
         if missing := {"time", "symbol", "price"} - set(reader.fieldnames or ()):
             raise ValueError(f"{self._path.name} has no column {', '.join(sorted(missing))}")
         for number, row in enumerate(reader, start=1):
+            if self._given_up.is_set():
+                return
             if number <= self._row:
                 continue
             try:

@@ -835,7 +835,7 @@ async def test_a_failed_reading_is_repeated(
     add(log, "one")
     real = tail.wrap
 
-    def fail(file: Any) -> Any:
+    def fail(file: Any, **options: Any) -> Any:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(tail, "wrap", fail)
