@@ -28,6 +28,8 @@ from fork_server import ForkedProcess, ForkServer
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 
+pytest_plugins = ["pytester"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 WITHOUT_MODEL = {"STREAMLAB_SCENARIOS__LLM__ENABLED": "false"}
@@ -235,10 +237,10 @@ def begin(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
 
 
-def run_streamlab(*words: str, cwd: Path) -> tuple[int, str, str]:
+def run_streamlab(*words: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
     """Run a command to its end: exit status, stdout and stderr."""
     with tempfile.TemporaryFile("w+") as errors:
-        with begin(words, environ={}, cwd=cwd, stderr=errors) as process:
+        with begin(words, environ=variables, cwd=cwd, stderr=errors) as process:
             assert process.stdout is not None
             try:
                 out, status = process.stdout.read(), process.wait()
@@ -301,6 +303,22 @@ def starting_in(base: Path) -> Iterator[Callable[..., Running]]:
                     process.kill()
     for server, tracebacks in servers:
         assert tracebacks or "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="module")
+def forked_servers() -> Iterator[None]:
+    """Fork the servers that the conformance suite starts, as those of `start` are."""
+    if not FORK_SERVER.possible:
+        yield
+        return
+
+    def forked(words: Sequence[str], folder: Path, environ: Mapping[str, str], log: IO[str]) -> ForkedProcess:
+        own = {name: value for name, value in environ.items() if name.startswith("STREAMLAB_")}
+        return FORK_SERVER.start(words, environ={**FORK_SERVER.environ, **own}, cwd=folder, stderr=log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamlab.testing.server.begin", forked)
+        yield
 
 
 @dataclass

@@ -5,6 +5,7 @@ A forked server is a process as any other: its own sockets, signals, output and 
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -199,6 +200,8 @@ if __name__ == "__main__":
     # Ctrl-C is for the servers; the tests end this process when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     importlib.import_module("streamlab.cli")
+    # The collector of a new process would touch, and so copy, what all have in common: most of what a process costs.
+    gc.freeze()
     with socket.socket(fileno=sys.stdin.fileno()) as control:
         asked = fork_for_each(control)
     if asked is not None:

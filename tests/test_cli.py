@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, write_plugins
+from conftest import REPOSITORY, Running, run_streamlab, write_plugins
 
 from streamlab.site import version
 
@@ -49,11 +49,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 def streamlab(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:
     """Run a command in a folder to its end: exit status, stdout and stderr."""
-    done = subprocess.run(
-        [*STREAMLAB, *words], cwd=folder, capture_output=True, text=True, timeout=30, env=environment(**variables)
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+    status, output, errors = run_streamlab(*words, cwd=folder, **variables)
+    assert "Traceback" not in errors, errors
+    return status, output, errors
 
 
 def write_config(folder: Path, text: str) -> Path:
@@ -159,15 +157,13 @@ def test_check_leaves_with_2_on_a_fault(tmp_path: Path) -> None:
 
 def test_check_leaves_with_2_when_a_plugin_is_broken_and_says_why(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO, "broken": "import no_such_module_at_all\n"})
-    done = subprocess.run(
-        [*STREAMLAB, "check"], cwd=tmp_path, capture_output=True, text=True, timeout=30, env=environment()
-    )
-    assert done.returncode == 2
-    assert "hello: ready" in done.stdout.splitlines()
+    status, output, errors = run_streamlab("check", cwd=tmp_path)
+    assert status == 2
+    assert "hello: ready" in output.splitlines()
     assert (
         "broken: failed - needs the Python module 'no_such_module_at_all': "
         "install what provides 'no_such_module_at_all'"
-    ) in done.stderr.splitlines()
+    ) in errors.splitlines()
 
 
 IN_PART = (

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from streamlab.testing import Asked, Conformance, Server
+
+pytestmark = pytest.mark.usefixtures("forked_servers")
 
 
 class TestComparison(Conformance):

@@ -1,14 +1,10 @@
 """The conformance suite catches what it is there for: sound plugins pass, and each with one defect fails its case."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import REPOSITORY
+from conftest import write_plugins
 
 LINES = r'''
 """Lines of text, one after the other."""
@@ -400,39 +396,39 @@ class TestIt(Conformance):
 """
 
 
-def run(tmp_path: Path, source: str, *options: str) -> "subprocess.CompletedProcess[str]":
-    """Run the conformance test of a plugin as its author does."""
-    for folder, text in (("plugins", source), ("tests", TEST)):
-        (tmp_path / folder).mkdir()
-        name = "it.py" if folder == "plugins" else "test_it.py"
-        (tmp_path / folder / name).write_text(textwrap.dedent(text))
-    (tmp_path / "config.toml").touch()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *options, "tests"]
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SSL_CERT_FILE": os.devnull}
-    for name in [name for name in environ if name.startswith("PYTEST_")]:
-        del environ[name]
-    return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=120)
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
+
+OPTIONS = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests"]
+
+
+def write(folder: Path, source: str) -> None:
+    """Write a plugin, and the conformance test that its author has."""
+    write_plugins(folder, {"it": source})
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_it.py").write_text(TEST)
+    (folder / "config.toml").touch()
+    (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
 
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("source", [LINES, EVENTS, DOWNLOAD], ids=["lines", "events", "download"])
-def test_sound_plugin_keeps_every_promise(tmp_path: Path, source: str) -> None:
-    done = run(tmp_path, source)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " skipped" not in done.stdout
+def test_sound_plugin_keeps_every_promise(pytester: pytest.Pytester, source: str) -> None:
+    write(pytester.path, source)
+    done = pytester.runpytest_inprocess(*OPTIONS)
+    assert done.ret == 0
+    assert "skipped" not in done.parseoutcomes()
 
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_caught(tmp_path: Path, name: str) -> None:
+def test_defect_is_caught(pytester: pytest.Pytester, name: str) -> None:
     case, sound, old, new = DEFECTS[name]
     assert sound.count(old) == 1, "the defect does not apply"
     header, imports, body = sound.partition("from streamlab import")
     source = header + IMPORTS + imports + body.replace(old, new) if old in body else ""
-    done = run(tmp_path, source, "-k", f"answers_as_described or {case}")
-    assert done.returncode == 1, done.stdout + done.stderr
-    broken = {
-        line.split("::test_")[1].partition("[")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")
-    }
-    assert broken == {case}, done.stdout
+    write(pytester.path, source)
+    done = pytester.runpytest_inprocess(*OPTIONS, "-k", f"answers_as_described or {case}")
+    assert done.ret == 1
+    broken = {line.split("::test_")[1].partition("[")[0] for line in done.outlines if line.startswith("FAILED")}
+    assert broken == {case}

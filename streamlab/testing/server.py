@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from streamlab.config import Config, nearest
 from streamlab.registry import find
@@ -148,6 +148,14 @@ def write_settings(folder: Path, settings: str) -> Path:
     return folder / "config.toml"
 
 
+def begin(words: Sequence[str], folder: Path, environ: Mapping[str, str], log: IO[str]) -> "subprocess.Popen[str]":
+    """Start `streamlab WORDS...` in a folder, with a pipe as its stdout, and its stderr in `log`."""
+    command = [sys.executable, "-m", "streamlab", *words]
+    return subprocess.Popen(  # noqa: S603 - this very program
+        command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environ
+    )
+
+
 @contextmanager
 def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
     """Run `streamlab run` with settings and variables, as a process of its own, while the block runs.
@@ -156,20 +164,16 @@ def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
     """
     folder = settings.parent
     environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
-    command = [sys.executable, "-m", "streamlab", "run", "--config", str(settings), "--port", "0"]
     with (folder / "log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(  # noqa: S603 - this very program
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**environ, **variables}
-        )
-    assert process.stdout is not None
-    try:
+        process = begin(["run", "--config", str(settings), "--port", "0"], folder, {**environ, **variables}, log)
+    with process:
         server = Server(process, 0, folder, folder / "log")
-        server.port = _port(server)
-        yield server
-    finally:
-        if process.poll() is None:
-            server.stop(seconds=DRAIN_SECONDS + 10)
-        process.stdout.close()
+        try:
+            server.port = _port(server)
+            yield server
+        finally:
+            if process.poll() is None:
+                server.stop(seconds=DRAIN_SECONDS + 10)
 
 
 def _port(server: Server) -> int:
