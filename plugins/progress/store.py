@@ -25,6 +25,9 @@ MAX_EVENTS = 10_000
 CLAIM_SECONDS = 10.0
 """How long a request with an Idempotency-Key may take to make its task, before another with that key does."""
 
+MAX_CLAIMS = 10_000
+"""Claims of an Idempotency-Key that are kept: at most as many requests may find it free at the same moment."""
+
 ID = r"^[0-9a-f]{32}$"
 """An id begins with the time it was made at, 12 digits of milliseconds; the other 80 bits are random."""
 
@@ -80,6 +83,15 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
             "heartbeat_age": age,
             "url": f"/process/tasks/{self.id}",
         }
+
+
+class _Claim(msgspec.Struct, frozen=True):
+    """That a request with an Idempotency-Key is about to make a task."""
+
+    id: str
+    """The id that the task will have."""
+    request: str
+    """A digest of what is requested."""
 
 
 def now() -> int:
@@ -157,27 +169,39 @@ class Store:
     async def claimed(self, key: str, request: Mapping[str, Any], id: str) -> str | None:  # noqa: A002
         """Claim an Idempotency-Key for a task to be made; return the id of the task that has it already, if one does.
 
-        Claims are events of one channel, so the log decides who was first. Raises Problem 409 while another request
-        with that key makes its task, and 422 where that request was another one.
+        Claims are events of one channel, so the log decides which was first. Raises Problem 409 while another request
+        with that key makes its task, and 422 where that request was another one. A request that finds the key held
+        leaves no claim behind, so a client may repeat it at any rate.
 
         Source: draft-ietf-httpapi-idempotency-key-header, section 2.
         """
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
-        keep = Retention(events=100, seconds=FOR_EVER, idle_seconds=max(self._keep_seconds, 2 * CLAIM_SECONDS))
+        keep = Retention(events=MAX_CLAIMS, seconds=FOR_EVER, idle_seconds=max(self._keep_seconds, 2 * CLAIM_SECONDS))
         channel = self._events.channel(f"progress-key/{digest}", keep=keep)
-        asked = hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest()
-        identity = await channel.publish({"id": id, "request": asked})
-        mine = channel.position(identity)
+        claim = _Claim(id=id, request=hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest())
+        holder, made = await self._holder(channel)
+        if holder is None:
+            await channel.publish(msgspec.structs.asdict(claim))
+            holder, made = await self._holder(channel)
+        if holder == claim:
+            return None
+        if holder is not None and holder.request != claim.request:
+            raise Problem(422, "This Idempotency-Key was given with another request; each needs its own.")
+        if holder is None or not made:
+            detail = "Another request with this Idempotency-Key is being answered."
+            raise Problem(409, detail, headers={"Retry-After": "1"})
+        return holder.id
+
+    async def _holder(self, channel: Channel) -> tuple["_Claim | None", bool]:
+        """Return the claim that holds a key, and whether its task exists; None where a new claim would hold it.
+
+        A claim holds its key for as long as its task exists, and for CLAIM_SECONDS in any case. One that was made
+        meanwhile never does: what holds a key follows from the log alone, and is the same for all who read it.
+        """
+        holder, until = None, 0.0
         async for event in channel.read():
-            if event.position == mine:
-                break
-            claim = msgspec.json.decode(event.data)
-            made = await self.find(claim["id"]) is not None
-            if made or event.time > now() - CLAIM_SECONDS * 1000:
-                if claim["request"] != asked:
-                    raise Problem(422, "This Idempotency-Key was given with another request; each needs its own.")
-                if made:
-                    return str(claim["id"])
-                detail = "Another request with this Idempotency-Key is being answered."
-                raise Problem(409, detail, headers={"Retry-After": "1"})
-        return None
+            if event.time >= until:
+                holder, until = msgspec.json.decode(event.data, type=_Claim), event.time + CLAIM_SECONDS * 1000
+                if await self.find(holder.id) is not None:
+                    return holder, True
+        return (None if now() >= until else holder), False

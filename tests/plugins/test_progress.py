@@ -1,7 +1,9 @@
 """Long tasks: one contract for both engines, and what each of them does when processes come and go."""
 
+import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -10,15 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, EventStream, Received, Running, Valkey, begin, free_port
+from conftest import REPOSITORY, EventStream, Received, Running, Valkey, begin, free_port, plugin_module
 from fork_server import ForkedProcess
+
+from streamlab import Problem
+from streamlab.events import Events, open_log
 
 TOIL = '''
     """Tasks that do what a test wants: they wait for files, and note each run."""
@@ -325,6 +330,47 @@ def test_a_repeated_post_with_its_key_gets_the_same_task(workshop: Callable[...,
         assert ended(place.server, task)["state"] == "done"
     status, _, again = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
     assert (status, again["id"], again["state"]) == (202, answers[0][2]["id"], "done")
+
+
+REQUEST = {"kind": "hold", "parameters": {"gate": "go"}}
+
+
+@contextlib.asynccontextmanager
+async def claims(monkeypatch: pytest.MonkeyPatch, *, claim_seconds: float) -> AsyncIterator[Any]:
+    """Yield a store in memory, and what a request with an Idempotency-Key does first: `claim(id)`."""
+    store = plugin_module("progress", "store")
+    monkeypatch.setattr(store, "CLAIM_SECONDS", claim_seconds)
+    events = Events(open_log("sqlite://"))
+    async with events.opened():
+        yield store.Store(events, keep_seconds=60)
+
+
+async def test_a_key_whose_request_died_is_free_in_time_however_often_it_is_requested_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with claims(monkeypatch, claim_seconds=0.5) as store:
+        assert await store.claimed("key", REQUEST, "dead") is None
+        started = time.monotonic()
+        # More often than claims expire.
+        for number in itertools.count():
+            with contextlib.suppress(Problem):
+                assert await store.claimed("key", REQUEST, f"alive-{number}") is None
+                break
+            assert time.monotonic() - started < 5
+            await asyncio.sleep(0.02)
+        assert time.monotonic() - started >= 0.5
+        with pytest.raises(Problem, match="is being answered") as rejected:  # the one that got it holds it now
+            await store.claimed("key", REQUEST, "late")
+        assert rejected.value.status == 409
+
+
+async def test_a_key_has_its_task_however_often_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = plugin_module("progress", "store").Record
+    async with claims(monkeypatch, claim_seconds=0.01) as store:
+        assert await store.claimed("key", REQUEST, "first") is None
+        await store.keep(record(id="first", kind="hold", parameters={}, created=1, told=1))
+        for number in range(150):
+            assert await store.claimed("key", REQUEST, f"again-{number}") == "first"
 
 
 def test_a_task_that_fails_says_why_and_hurts_nobody(workshop: Callable[..., Workshop]) -> None:
