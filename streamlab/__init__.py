@@ -1,5 +1,6 @@
 """The names a plugin author needs, and no others."""
 
+from .coding import weights
 from .config import CONFIG, ConfigPath
 from .eventlog import END, ORIGIN, Draft, Event, EventLogError, Position, Retention
 from .events import EVENTS, Channel, Events, draft, follow
@@ -44,4 +45,5 @@ __all__ = [
     "hookimpl",
     "open_stream",
     "shielded",
+    "weights",
 ]

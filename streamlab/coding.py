@@ -1,6 +1,7 @@
 """Which content coding a client likes, and bytes in it that never wait for more bytes."""
 
 import importlib
+import re
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -74,27 +75,38 @@ def _zstd() -> Any:
 _ZSTD = _zstd()
 
 
-def choose_encoder(accept_encoding: str) -> Encoder | None:
-    """Choose by the client's weights: zstd or gzip where it likes that no less than identity, None for identity.
+_WEIGHT = re.compile(r"0(?:\.[0-9]*)?|1(?:\.0*)?")
+"""A weight of RFC 9110 section 12.4.2, with any number of decimals; `float` takes more, as the digits of any script."""
 
-    Of two that it likes equally well zstd is taken, if it names that; what it calls `*` is gzip.
-    Source: RFC 9110 section 12.5.3; a weight that is no number counts as 0.
+
+def weights(field: str) -> dict[str, float]:
+    """Return the members of an Accept or Accept-Encoding in lower case, each with its weight, 0 to 1.
+
+    Parameters other than `q` are left out; a weight that is not valid counts as 0. Source: RFC 9110 section 12.4.2.
     """
-    weights: dict[str, float] = {}
-    for member in accept_encoding.lower().split(","):
+    found: dict[str, float] = {}
+    for member in field.lower().split(","):
         name, *parameters = (part.strip() for part in member.split(";"))
         weight = 1.0
         for parameter in parameters:
             key, _, value = parameter.partition("=")
             if key.strip() == "q":
-                try:
-                    weight = float(value)
-                except ValueError:
-                    weight = 0.0
-        weights[name] = weight
-    gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
-    zstd = weights.get("zstd", 0.0) if _ZSTD is not None else 0.0
+                weight = float(value) if _WEIGHT.fullmatch(value) else 0.0
+        if name:
+            found[name] = weight
+    return found
+
+
+def choose_encoder(accept_encoding: str) -> Encoder | None:
+    """Choose by the client's weights: zstd or gzip where it likes that no less than identity, None for identity.
+
+    Of two that it likes equally well zstd is taken, if it names that; what it calls `*` is gzip.
+    Source: RFC 9110 section 12.5.3.
+    """
+    liked = weights(accept_encoding)
+    gzip = liked.get("gzip", liked.get("x-gzip", liked.get("*", 0.0)))
+    zstd = liked.get("zstd", 0.0) if _ZSTD is not None else 0.0
     best = max(gzip, zstd)
-    if best <= 0 or best < weights.get("identity", 0.0):
+    if best <= 0 or best < liked.get("identity", 0.0):
         return None
     return ZstdEncoder() if zstd == best else GzipEncoder()

@@ -130,7 +130,7 @@ class Report:
         kind = answer.media_type or "no content type"
         return [
             f"{answer.url}",
-            f"{kind}, {f'{int(length):,} bytes' if length and length.isdigit() else framing}",
+            f"{kind}, {f'{int(length):,} bytes' if length and length.isascii() and length.isdigit() else framing}",
             f"|{answer.chart()}| {answer.size:,} bytes in {answer.seconds:.2f} s",
             *(f"{marks[mark]}{text}" for mark in ("bad", "good", "note") for text in self._texts(mark)),
         ]

@@ -92,7 +92,7 @@ async def _fetch(url: str, path: Path, moving: Moving, told: Callable[[Moving], 
     try:
         async with answered("GET", url, headers={**PLAIN, **asking}) as response:
             resumed = response.status == 206
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            span = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)", response.headers.get("Content-Range", ""))
             if resumed and (span is None or int(span[1]) != there):
                 raise Refused(response.url, "answered with another range than the one it was asked for")
             moving.done = moving.resumed_at = there if resumed else 0

@@ -16,11 +16,23 @@ from typing import Annotated, Any
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
 
-from streamlab import CONFIG, ConfigPath, Problem, Scenario, Task, Threads, endpoint, frame, hookimpl, open_stream
+from streamlab import (
+    CONFIG,
+    ConfigPath,
+    Problem,
+    Scenario,
+    Task,
+    Threads,
+    endpoint,
+    frame,
+    hookimpl,
+    open_stream,
+    weights,
+)
 
 from . import sample
 from .files import Files
-from .formats import FORMATS, Encoder, Format, MissingLibrary
+from .formats import FORMATS, Encoder, Format, MissingLibrary, missing
 from .jobs import Jobs
 from .request import RESERVED, Parameter, Wanted
 from .source import (
@@ -48,6 +60,9 @@ EVENT_ENDS = (16, 80, 336)
 
 EVENT_ROWS = 1000
 """each event after those has so many."""
+
+NOT_INSTALLED = "The library that this format, or the database, needs is not installed: no retry helps."
+"""The meaning of 501 in the API document."""
 
 SAMPLE = "sample"
 
@@ -247,14 +262,15 @@ class Exports(Scenario):
 
     @endpoint("GET", "/export", sends="application/json", curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
-        """List every export with its columns, their types, its parameters and its formats."""
+        """List every export with its columns, their types, its parameters and the formats that are installed."""
         listed = [await self._listed(name, query) for name, query in sorted(self.exports.items())]
-        text = json.dumps({"exports": listed}, ensure_ascii=False, indent=1) + "\n"
+        lacking = {form: reason for form, kind in FORMATS.items() if (reason := missing(kind))}
+        text = json.dumps({"exports": listed, "unavailable_formats": lacking}, ensure_ascii=False, indent=1) + "\n"
         return web.Response(text=text, content_type="application/json", headers={"Cache-Control": "no-cache"})
 
     async def _listed(self, name: str, query: Configured) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "description": query.description, "database": query.database}
-        entry["urls"] = {form: f"/export/{name}/{form}" for form in FORMATS}
+        entry["urls"] = {form: f"/export/{name}/{form}" for form in _installed()}
         entry["parameters"] = {key: value.model_dump(exclude_defaults=True) for key, value in query.parameters.items()}
         try:
             columns = await (await self.source(query.database)).describe(_example(query))
@@ -269,7 +285,7 @@ class Exports(Scenario):
         path_model=Which,
         query=Asked,
         sends=tuple(form.media_type for form in FORMATS.values()),
-        responses={406: "None of the formats is one that Accept names."},
+        responses={406: "Accept names none of the formats that are installed.", 501: NOT_INSTALLED},
         curl="-H 'Accept: application/jsonl' {url}",
     )
     async def negotiated(self, request: web.Request, path: Which, query: Asked) -> web.StreamResponse:
@@ -283,6 +299,7 @@ class Exports(Scenario):
         path_model=WhichFormat,
         query=Asked,
         sends=tuple(form.media_type for form in FORMATS.values()),
+        responses={501: NOT_INSTALLED},
         curl="-OJ {url}",
     )
     async def export(self, request: web.Request, path: WhichFormat, query: Asked) -> web.StreamResponse:
@@ -439,13 +456,12 @@ def _refusing(name: str) -> Iterator[None]:
         errors = [{"in": "query", "name": "columns", "detail": detail}]
         raise Problem(422, "The result does not have every column asked for.", errors=errors) from None
     except BadValue as error:
-        errors = [{"in": "query", "name": f"where.{error.column}", "detail": error.detail}]
-        raise Problem(422, "A value is none of its column's type.", errors=errors) from None
+        raise Problem.of_parameters([{"in": "query", "name": error.name, "detail": error.detail}]) from None
     except Misfit as error:
         log.warning("the export %s cannot be sent in this format: %s", name, error)
         raise Problem(422, f"This format cannot hold the result: {error}.") from None
-    except MissingLibrary as error:
-        raise Problem(503, str(error)) from None
+    except MissingLibrary as error:  # 501 and not 503: nothing but an installation changes it
+        raise Problem(501, str(error)) from None
     except Unavailable as error:
         log.warning("the export %s is refused: %s", name, error)
         raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
@@ -463,30 +479,24 @@ def _example(query: Configured) -> Query:
     return Query(query.sql, {name: zero[parameter.type] for name, parameter in query.parameters.items()})
 
 
+def _installed() -> Mapping[str, str]:
+    """Return the formats that this server can write, with their media types."""
+    return {name: form.media_type.partition(";")[0] for name, form in FORMATS.items() if not missing(form)}
+
+
 def _preferred(accept: str) -> str:
-    """The format that Accept likes best (RFC 9110 section 12.5.1); raises Problem 406."""
-    weights: dict[str, float] = {}
-    for member in accept.lower().split(","):
-        media, *parameters = (part.strip() for part in member.split(";"))
-        weight = 1.0
-        for parameter in parameters:
-            if parameter.startswith("q="):
-                try:
-                    weight = float(parameter[2:])
-                except ValueError:
-                    weight = 0.0
-        if media:
-            weights[media] = weight
-    if not weights:
+    """Return the installed format that Accept likes best (RFC 9110 section 12.5.1); raises Problem 406."""
+    liked = weights(accept)
+    if not liked:
         return "csv"
 
-    def liked(media: str) -> float:
-        return weights.get(media, weights.get(media.partition("/")[0] + "/*", weights.get("*/*", 0.0)))
+    def weight(media: str) -> float:
+        return liked.get(media, liked.get(media.partition("/")[0] + "/*", liked.get("*/*", 0.0)))
 
-    best = max(FORMATS, key=lambda form: liked(FORMATS[form].media_type.partition(";")[0]))
-    if liked(FORMATS[best].media_type.partition(";")[0]) <= 0:
-        known = ", ".join(form.media_type for form in FORMATS.values())
-        raise Problem(406, f"This export comes as {known}.")
+    formats = _installed()
+    best = max(formats, key=lambda form: weight(formats[form]))
+    if weight(formats[best]) <= 0:
+        raise Problem(406, f"This export comes as {', '.join(formats.values())}.")
     return best
 
 

@@ -15,6 +15,7 @@ SQLite's columns hold. A lone surrogate, for which UTF-8 has no bytes, becomes "
 import base64
 import contextlib
 import functools
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -470,6 +471,13 @@ _FITS: Final[Mapping[str, _Fit]] = {
 }
 
 
+def missing(form: type[Any]) -> str:
+    """Return why a format is not available on this server, in words for clients; empty if it is."""
+    if not issubclass(form, Arrow) or importlib.util.find_spec("pyarrow") is not None:
+        return ""
+    return f"{form.__name__} needs pyarrow, which is not installed: pip install 'streamlab[arrow]'"
+
+
 class Arrow:
     """The Arrow IPC stream: the schema first, then a record batch for each batch.
 
@@ -483,12 +491,10 @@ class Arrow:
     extension = "arrows"
 
     def __init__(self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> None:
-        try:
-            import pyarrow  # type: ignore[import-untyped]
-        except ImportError:
-            raise MissingLibrary(
-                f"{type(self).__name__} needs pyarrow, which is not installed: pip install 'streamlab[arrow]'"
-            ) from None
+        if reason := missing(type(self)):
+            raise MissingLibrary(reason)
+        import pyarrow  # type: ignore[import-untyped]
+
         self._pyarrow: Any = pyarrow
         self._columns = columns
         self._schema = pyarrow.schema([(column.name, self._type(column)) for column in columns])

@@ -22,7 +22,18 @@ from streamlab import Threads, shielded
 from .formats import Column, Encoder, MissingLibrary, make
 from .postgres_fields import Field, fields_of
 from .postgres_statement import Statement
-from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
+from .source import (
+    BadParameter,
+    BadQuery,
+    BadValue,
+    Interrupted,
+    Misfit,
+    Query,
+    Selection,
+    Unavailable,
+    UnknownColumn,
+    quoted,
+)
 
 if TYPE_CHECKING:
     import asyncpg
@@ -373,7 +384,7 @@ class PostgresSource:
                 yield export, encoder
 
     async def _bound(self, connection: "Connection", query: Query, selection: Selection, result: _Result) -> str:
-        """Bind all values, and return the SQL from FROM on; raises BadValue, UnknownColumn.
+        """Bind all values, and return the SQL from FROM on; raises BadValue, BadParameter, UnknownColumn.
 
         COPY takes no parameters, so a value becomes a setting of the transaction, and the SQL reads that: the value
         itself is never part of any SQL. asyncpg would replace `$1` by the value in strings and comments, too.
@@ -387,7 +398,8 @@ class PostgresSource:
             if text is None:
                 written[name] = f"(CAST(NULL AS {types[oid]}))"
             else:
-                await self._bind(connection, name, key, text, f"CAST($2::text AS {types[oid]}) IS NULL")
+                attempt = f"CAST($2::text AS {types[oid]}) IS NULL"
+                await self._bind(connection, BadParameter, name, key, text, attempt)
                 written[name] = f"(CAST(current_setting('{key}') AS {types[oid]}))"
         conditions = []
         for number, (entry, text) in enumerate(zip(compared, selection.where.values(), strict=True)):
@@ -395,7 +407,7 @@ class PostgresSource:
             if entry.column.type == "blob":
                 raise BadValue(name, "is binary, and cannot be compared with text")
             value = f"CAST($2::text AS {kind})"
-            await self._bind(connection, name, key, text, f"{value} = {value}")
+            await self._bind(connection, BadValue, name, key, text, f"{value} = {value}")
             conditions.append(f"{entry.ref} = CAST(current_setting('{key}') AS {kind})")
         # The line feed ends a comment. That the parenthesis holds is known: the query is a statement by itself.
         sql = f"FROM ({result.statement.text(written.__getitem__)}\n) AS q ({', '.join(e.ref for e in result.fields)})"
@@ -405,15 +417,17 @@ class PostgresSource:
             sql += f" LIMIT {selection.limit:d}"
         return sql + f" OFFSET {selection.skip:d}" if selection.skip else sql
 
-    async def _bind(self, connection: "Connection", name: str, key: str, text: str, attempt: str) -> None:
-        """Keep a value for the transaction, if PostgreSQL can do with it what the query will; raises BadValue."""
+    async def _bind(
+        self, connection: "Connection", bad: type[BadValue], name: str, key: str, text: str, attempt: str
+    ) -> None:
+        """Store a value for the transaction, if PostgreSQL can do with it what the query will; raises `bad`."""
         try:
             await connection.fetch(f"SELECT set_config($1, $2::text, true), {attempt}", key, text)
         except (self._asyncpg.PostgresError, UnicodeError) as error:
             meaning = self.meaning(error)
             if meaning and meaning[0] is not BadQuery:
                 raise
-            raise BadValue(name, meaning[1] if meaning else "is no text") from error
+            raise bad(name, meaning[1] if meaning else "is not valid text") from error
 
 
 # -- what is asked of a connection

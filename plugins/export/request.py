@@ -22,6 +22,16 @@ def integer(text: str) -> int:
     return int(text)
 
 
+_REAL = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf(?:inity)?)", re.IGNORECASE)
+
+
+def real(text: str) -> float:
+    """Read a number in ASCII digits, or an infinity; raises ValueError. `float` takes the digits of every script."""
+    if not _REAL.fullmatch(text):
+        raise ValueError("must be a number")
+    return float(text)
+
+
 def truth(text: str) -> bool:
     """Read a boolean; raises ValueError."""
     if text.lower() not in _TRUTHS:
@@ -73,12 +83,9 @@ class Parameter(BaseModel):
     def _number(self, text: str) -> int | float:
         if self.type == "integer":
             return integer(text)
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
+        number = real(text)
         if not math.isfinite(number):
-            raise ValueError("must be a number")
+            raise ValueError("must be a finite number")
         return number
 
 

@@ -34,12 +34,26 @@ class UnknownColumn(Exception):
 
 
 class BadValue(Exception):
-    """A value cannot be compared with a column of its type."""
+    """A value does not have the type of what it is for: of a column that it is compared with."""
 
     def __init__(self, column: str, detail: str) -> None:
         super().__init__(f"{column}: {detail}")
         self.column = column
         self.detail = detail
+
+    @property
+    def name(self) -> str:
+        """The name of the value in a request."""
+        return f"where.{self.column}"
+
+
+class BadParameter(BadValue):
+    """A value does not have the type that the query needs at the place of a parameter of its own."""
+
+    @property
+    def name(self) -> str:
+        """The name of the parameter."""
+        return self.column
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from streamlab import Threads
 
 from .formats import Column, Encoder, make, unique
-from .request import integer, truth
+from .request import integer, real, truth
 from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
 
 BATCHES = (16, 64, 256, 1000)
@@ -298,12 +298,7 @@ def _value(column: Column, text: str) -> Any:
     """Read what a column is to equal."""
     if column.type == "blob":
         raise BadValue(column.name, "is binary, and cannot be compared with text")
-    if column.type == "real":
-        try:
-            return float(text)
-        except ValueError:
-            raise BadValue(column.name, "must be a number") from None
     try:
-        return {"integer": integer, "boolean": truth}.get(column.type, str)(text)
+        return {"integer": integer, "real": real, "boolean": truth}.get(column.type, str)(text)
     except ValueError as error:
         raise BadValue(column.name, str(error)) from None

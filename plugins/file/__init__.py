@@ -300,8 +300,11 @@ async def _off_loop(look_up: Callable[P, T], *arguments: P.args, **named: P.kwar
 
 
 def _wants_digest(field: str) -> bool:
-    """Whether Want-Repr-Digest asks for SHA-256 (RFC 9530 section 4: a weight from 0, not wanted, to 10)."""
-    match = re.search(r"(?:^|,)\s*sha-256\s*=\s*(\d+)\s*(?:,|$)", field)
+    """Return whether Want-Repr-Digest requests SHA-256 (RFC 9530 section 4: a weight from 0, not wanted, to 10).
+
+    An integer has 15 ASCII digits at most (RFC 9651 section 3.3.1).
+    """
+    match = re.search(r"(?:^|,)\s*sha-256\s*=\s*([0-9]{1,15})\s*(?:,|$)", field)
     return match is not None and int(match[1]) > 0
 
 

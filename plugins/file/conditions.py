@@ -73,7 +73,7 @@ def _entity_tags(field: str) -> Iterator[tuple[bool, str]]:
 
 
 def _date(field: str | None) -> int | None:
-    if field is None:
+    if field is None or not field.isascii():  # the parser takes the digits of every script
         return None
     try:
         return int(parsedate_to_datetime(field).timestamp())

@@ -11,7 +11,8 @@ MAX_RANGES = 64
 PART_OVERHEAD = 80
 """Bytes that a part's own head costs at least; a smaller gap between two ranges is sent along with them."""
 
-_SPEC = re.compile(r"(\d+)-(\d*)|-(\d+)")
+_SPEC = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
+r"""A range-spec. `\d` would match the digits of every script; RFC 9110's DIGIT is ASCII (RFC 5234, appendix B.1)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,9 +98,13 @@ class FileRepresentation:
 
     @property
     def validators(self) -> Validators:
-        """Strong: inode, size and time of change in nanoseconds."""
+        """Strong: inode, size, and both times of change in nanoseconds.
+
+        The time of modification can be put back (`cp -p`, `touch -r`), that of the status cannot: without it, new
+        bytes could be resumed into the old file. The price is a new entity-tag after `chmod` or a new hard link.
+        """
         status = self.status
-        tag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"'
+        tag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"'
         return Validators(tag, status.st_mtime_ns // 1_000_000_000)
 
     async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
@@ -139,7 +143,7 @@ class FileRepresentation:
         now = os.fstat(self.file.fileno())
         if len(data) < count:
             raise EOFError(f"{self.name} ended {count - len(data)} bytes early")
-        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+        if _changed(self.status, now):
             raise RuntimeError(f"{self.name} was changed while it was sent")
         return data
 
@@ -157,9 +161,20 @@ class FileRepresentation:
         while not given_up.is_set() and (chunk := self.file.read(CHUNK)):
             digest.update(chunk)
         now = os.fstat(self.file.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+        if _changed(self.status, now):
             raise Problem(503, "This file is being written; ask again.", headers={"Retry-After": "1"})
         return digest.digest()
+
+
+def _changed(before: os.stat_result, now: os.stat_result) -> bool:
+    """Return whether the bytes of an open file may differ from what they were.
+
+    A changed time of status counts, as the time of modification can be put back; not where the number of links changed
+    with it: a file that is replaced or deleted while it is sent has its old bytes to the end.
+    """
+    if (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+        return True
+    return before.st_ctime_ns != now.st_ctime_ns and before.st_nlink == now.st_nlink
 
 
 @asynccontextmanager

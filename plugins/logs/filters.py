@@ -14,7 +14,7 @@ from streamlab import Event
 
 from .lines import LEVELS
 
-_AGO = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])")
+_AGO = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 PATTERN_BYTES = 1024 * 1024
@@ -72,11 +72,11 @@ def moment(text: str) -> float:
     """
     if match := _AGO.fullmatch(text):
         return time.time() - float(match[1]) * _SECONDS[match[2]]
-    if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text):
+    if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
         return float(text)
     try:
         # A "+" that was not escaped comes as a space: "2026-11-25T12:00:00 02:00".
-        said = datetime.fromisoformat(re.sub(r" (\d\d:?\d\d)$", r"+\1", text) if "T" in text else text)
+        said = datetime.fromisoformat(re.sub(r" ([0-9]{2}:?[0-9]{2})$", r"+\1", text) if "T" in text else text)
         return (said if said.tzinfo else said.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         raise ValueError("is no time: 2026-11-25T12:00:00Z, Unix seconds, or 90s, 15m, 2h, 3d ago") from None

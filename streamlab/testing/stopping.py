@@ -155,6 +155,6 @@ def _farewell(answer: Answer, waited: float) -> str:
     if last is not None and last.event == "end":
         return f"its own end {waited:.2f} s after SIGTERM"
     retry = last.get("retry") if last is not None else None
-    if retry is None or not retry.isdigit():
+    if retry is None or not (retry.isascii() and retry.isdigit()):
         raise NotKept(f"the last event has no retry, so that all come back at once: {last or 'no event'}")
     return f"whole after {waited:.2f} s, retry: {retry}"

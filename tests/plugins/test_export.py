@@ -179,6 +179,24 @@ def test_accept_chooses_the_format(shared: Running, accept: str, media: str) -> 
     assert "Accept" in headers["vary"]
 
 
+def test_a_format_that_is_not_installed_is_501_and_not_offered(serve: Callable[..., Running]) -> None:
+    server = serve(hide="import sys; sys.modules['pyarrow'] = None")
+    for form in ("parquet", "arrow"):
+        status, headers, body = server.get(f"/export/users/{form}?limit=5")
+        assert (status, "retry-after" in headers) == (501, False)
+        assert "pip install 'streamlab[arrow]'" in json.loads(body)["detail"]
+    index = json.loads(server.get("/export")[2])
+    assert set(index["unavailable_formats"]) == {"arrow", "parquet"}
+    assert {form for entry in index["exports"] for form in entry["urls"]} == {"csv", "jsonl", "json"}
+    parquet = "application/vnd.apache.parquet"
+    assert server.get("/export/users", {"Accept": parquet})[0] == 406
+    assert server.get("/export/users?limit=1", {"Accept": f"{parquet}, text/csv;q=0.1"})[1]["content-type"] == (
+        "text/csv; charset=utf-8"
+    )
+    responses = json.loads(server.get("/openapi.json")[2])["paths"]["/export/{name}/{format}"]["get"]["responses"]
+    assert "not installed" in responses["501"]["description"]
+
+
 def test_accept_that_names_none_is_406(shared: Running) -> None:
     assert shared.get("/export/users?limit=1", {"Accept": "image/png"})[0] == 406
 
@@ -234,6 +252,9 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
         ("least=-1", "least", "must be at least 0 and at most 1e+06"),
         ("least=x", "least", "must be a number"),
         ("least=nan", "least", "must be a number"),
+        ("least=%D9%A1", "least", "must be a number"),
+        ("least=1_0", "least", "must be a number"),
+        ("least=inf", "least", "must be a finite number"),
         ("least=1&least=2", "least", "is given 2 times; once is right"),
         ("least=1&country=IT", "country", "must be one of DE, FR"),
         ("least=1&city=Rome", "city", "unknown parameter; known: country, least, columns, limit, end, where.COLUMN"),
@@ -251,6 +272,8 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
         ("/export/users/csv?where.nome=x", 422, "no column 'nome'"),
         ("/export/users/csv?where.id=x", 422, "must be an integer"),
         ("/export/users/csv?where.balance=x", 422, "must be a number"),
+        ("/export/users/csv?where.balance=%D9%A1", 422, "must be a number"),
+        ("/export/users/csv?where.id=%D9%A1", 422, "must be an integer"),
         ("/export/users/csv?offset=5", 422, "unknown parameter"),
         ("/export/users/csv?limit=-1", 422, "greater than or equal to 0"),
         ("/export/users/csv?where.id=1&where.id=2", 422, "is given 2 times"),

@@ -80,7 +80,7 @@ async def test_download_has_every_header_it_needs_to_be_resumed(client: Client, 
         "content-type": "application/octet-stream",
         "cache-control": "no-cache",
         "x-accel-buffering": "no",
-        "etag": f'"{status.st_ino:x}-{len(BODY):x}-{status.st_mtime_ns:x}"',
+        "etag": f'"{status.st_ino:x}-{len(BODY):x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"',
         "last-modified": DATE,
         "accept-ranges": "bytes",
         "content-disposition": 'attachment; filename="data.bin"',
@@ -150,7 +150,8 @@ async def test_one_range_is_206_with_just_those_bytes(client: Client, field: str
         "bytes=0x1-2",
         "=0-1",
     ]
-    + ["bytes=1-2;3-4", "bytes=²-3", "bytes=" + "9" * 100 + "-", "bytes=+1-2"],
+    + ["bytes=1-2;3-4", "bytes=²-3", "bytes=" + "9" * 100 + "-", "bytes=+1-2"]
+    + ["bytes=٠-٣", "bytes=0-٣", "bytes=-٥", "bytes=０-３", "bytes=१-२"],
 )
 async def test_range_that_is_malformed_or_of_another_unit_is_ignored(client: Client, field: str) -> None:
     response, body = await get(client, {"Range": field})
@@ -216,6 +217,18 @@ async def test_changed_file_is_not_resumed_into_the_old_one(client: Client, file
 
 
 EARLIER, LATER = formatdate(MODIFIED - 1, usegmt=True), formatdate(MODIFIED + 1, usegmt=True)
+ARABIC = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")
+"""Digits that `int` takes, and no grammar of HTTP."""
+
+
+async def test_file_overwritten_with_its_time_put_back_is_another_state(client: Client, file: Path) -> None:
+    tag = await etag(client)
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.write(b"other")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    response, body = await get(client, {"Range": "bytes=100-", "If-Range": tag})
+    assert (response.status, body) == (200, b"other" + BODY[5:])
 
 
 @pytest.mark.parametrize(
@@ -231,6 +244,7 @@ EARLIER, LATER = formatdate(MODIFIED - 1, usegmt=True), formatdate(MODIFIED + 1,
         ({"If-Modified-Since": LATER}, 304),
         ({"If-Modified-Since": EARLIER}, 200),
         ({"If-Modified-Since": "rubbish"}, 200),
+        ({"If-Modified-Since": LATER.translate(ARABIC)}, 200),
         ({"If-None-Match": '"a"', "If-Modified-Since": LATER}, 200),
         ({"If-Match": "TAG"}, 200),
         ({"If-Match": "*"}, 200),
@@ -240,6 +254,7 @@ EARLIER, LATER = formatdate(MODIFIED - 1, usegmt=True), formatdate(MODIFIED + 1,
         ({"If-Unmodified-Since": DATE}, 200),
         ({"If-Unmodified-Since": EARLIER}, 412),
         ({"If-Unmodified-Since": "rubbish"}, 200),
+        ({"If-Unmodified-Since": EARLIER.translate(ARABIC)}, 200),
         ({"If-Match": "TAG", "If-Unmodified-Since": EARLIER}, 200),
         ({"If-Match": '"a"', "If-None-Match": "TAG"}, 412),
         ({"If-Match": "TAG", "If-None-Match": "TAG"}, 304),
@@ -263,7 +278,13 @@ async def test_conditions_are_evaluated_in_the_order_of_the_standard(
 async def test_digest_of_the_whole_is_told_to_those_who_want_it(client: Client) -> None:
     expected = f"sha-256=:{base64.b64encode(hashlib.sha256(BODY).digest()).decode()}:"
     for headers in ({}, {"Range": "bytes=5-9"}):
-        for want, digest in (("sha-256=1", expected), ("sha-512=3, sha-256=10", expected), ("sha-256=0", None)):
+        for want, digest in (
+            ("sha-256=1", expected),
+            ("sha-512=3, sha-256=10", expected),
+            ("sha-256=0", None),
+            ("sha-256=\u0661", None),
+            ("sha-256=" + "9" * 5000, None),
+        ):
             response, _ = await get(client, {**headers, "Want-Repr-Digest": want})
             assert response.headers.get("Repr-Digest") == digest
     response, _ = await get(client)
@@ -520,6 +541,31 @@ def test_file_written_over_during_a_download_fails_visibly(big: tuple[Running, P
     body = (begun + read_all(connection)).partition(b"\r\n\r\n")[2]
     assert len(body) < 40_000_000
     server.wait_for_log("outcome=failed")
+
+
+@pytest.mark.parametrize("query", ["", "?rate=1000000000"])
+def test_file_overwritten_with_its_time_put_back_during_a_download_fails_visibly(
+    big: tuple[Running, Path], query: str
+) -> None:
+    server, path = big
+    before = path.stat()
+    connection, begun = slowly(server, f"/download/large-file{query}")
+    with path.open("r+b") as file:
+        file.seek(39_000_000)
+        file.write(b"changed")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    body = (begun + read_all(connection)).partition(b"\r\n\r\n")[2]
+    assert len(body) < 40_000_000
+    server.wait_for_log("outcome=failed")
+
+
+def test_file_linked_or_deleted_during_a_download_is_sent_as_it_was(big: tuple[Running, Path], tmp_path: Path) -> None:
+    server, path = big
+    whole = path.read_bytes()
+    for change in (lambda: os.link(path, tmp_path / "backup.bin"), path.unlink):
+        connection, begun = slowly(server, "/download/large-file")
+        change()
+        assert (begun + read_all(connection)).partition(b"\r\n\r\n")[2] == whole
 
 
 def test_file_replaced_during_a_download_is_sent_as_it_was(big: tuple[Running, Path], tmp_path: Path) -> None:

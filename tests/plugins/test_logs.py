@@ -254,6 +254,8 @@ def test_a_download_has_rotated_files_too_and_streams_compressed(start: Callable
         ("since=yesterday", "since"),
         ("since=99999-01-01", "since"),
         ("since=5y", "since"),
+        ("since=%D9%A1%D9%A5m", "since"),
+        ("since=%D9%A1%D9%A7", "since"),
         ("colour=red", "colour"),
     ],
 )
