@@ -203,7 +203,8 @@ class Bench(rig.Round):
 
     async def recover(self, folder: Path, cpu: int | None) -> None:
         """Measure how long after it answers a server that was killed has taken up what was queued."""
-        server = streamlab(STREAMLAB, configured("max_running = 1", f"max_queued = {QUEUED + 1}"))
+        keys = ("max_running = 1", f"max_queued = {QUEUED + 1}", f"max_queued_per_client = {QUEUED + 1}")
+        server = streamlab(STREAMLAB, configured(*keys))
         folder.mkdir()  # noqa: ASYNC240 - nothing is measured yet
         log = folder / "log"
         for place in ("first", "again"):

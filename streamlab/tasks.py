@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, get_type_hints
@@ -127,14 +128,27 @@ class Task:
     A function must end when it is cancelled: one that does not keeps its place, and its server from stopping.
 
     `resumable` says that it goes on from `progress.checkpoint`, and may run twice from there on; one that is not is
-    never begun anew. `unit` is what is counted. Raises TypeError for a function that is none of this kind.
+    never begun anew. `unit` is what is counted. A task that has run longer than `max_seconds`, all its runs together,
+    is cancelled and fails; the server has a limit for all kinds, and the smaller one counts. Raises TypeError for a
+    function that is none of this kind, and ValueError for a limit that is not a positive number.
     """
 
-    def __init__(self, function: Callable[..., Awaitable[Any]], *, unit: str = "", resumable: bool = False) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Awaitable[Any]],
+        *,
+        unit: str = "",
+        resumable: bool = False,
+        max_seconds: float | None = None,
+    ) -> None:
+        if max_seconds is not None and not 0 < max_seconds < math.inf:
+            raise ValueError(f"max_seconds: {max_seconds!r} is not a positive number of seconds")
         self.function = function
         self.name = getattr(function, "__name__", "")
         self.unit = unit
         self.resumable = resumable
+        self.max_seconds = max_seconds
+        """How long a task of this kind may run, in seconds; None where only the server's limit counts."""
         self.description = inspect.cleandoc(function.__doc__ or "")
         self.parameters = _parameters(self.name, function)
         """What a client may give, as a model."""

@@ -48,6 +48,12 @@ async def test_a_task_is_what_its_function_says() -> None:
         await task.run(Progress(), {"cakes": 0})
 
 
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan])
+def test_a_limit_that_is_not_a_number_of_seconds_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"max_seconds: .* is not a positive number of seconds"):
+        Task(bake, max_seconds=seconds)
+
+
 async def untyped(progress: Progress, cakes) -> None:  # type: ignore[no-untyped-def]
     """Lack an annotation."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import ipaddress
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -25,12 +26,15 @@ from streamlab import (
 )
 
 from .embedded import Embedded
-from .engine import Engine
+from .engine import Engine, QueueLimits
 from .runner import Runner
 from .store import ID, Record, Store, new_id, now, read_id
 
 BODY_BYTES = 64 * 1024
 """What a task may be given."""
+
+REHEARSAL_SECONDS = 900
+"""How long the task that does nothing may run, in seconds."""
 
 RETRY_SECONDS = 1
 """When a client that asks for a task, instead of following it, may ask again."""
@@ -90,6 +94,10 @@ class Tasks(Scenario):
     """Tasks that a process runs at once."""
     max_queued: int = Field(1000, ge=1, le=100_000)
     """Tasks that wait for their turn; one more is answered 429 with Retry-After."""
+    max_queued_per_client: int = Field(500, ge=1, le=100_000)
+    """Tasks of one client that wait; one more is answered 429 with Retry-After."""
+    max_seconds: float = Field(3600.0, gt=0, le=365 * 86_400)
+    """How long a task may run, all its runs together; then it is stopped and has failed. A kind may have less."""
     max_crashes: int = Field(3, ge=1, le=1000)
     """A task whose process has died so often is given up."""
     keep_seconds: float = Field(86_400.0, ge=1, le=365 * 86_400)
@@ -126,16 +134,18 @@ class Tasks(Scenario):
             self._store,
             self._kinds,
             max_crashes=self.max_crashes,
+            max_seconds=self.max_seconds,
             on_end=lambda record: ended.labels(record.kind, record.state).inc(),
         )
-        events, store, limit = app[EVENTS], self._store, self.max_queued
+        events, store = app[EVENTS], self._store
+        queue = QueueLimits(self.max_queued, self.max_queued_per_client)
         if self.engine == "embedded":
-            return Embedded(events, store, runner, max_running=self.max_running, max_queued=limit)
+            return Embedded(events, store, runner, max_running=self.max_running, queue=queue)
         if (url := app[CONFIG].events.url).startswith("sqlite"):
             raise Problem(500, 'engine = "docket" needs a Redis server: [events] url = "redis://..."')
         from .workers import Workers  # it brings a hundred modules along
 
-        return Workers(events, store, runner, url=url, max_queued=limit)
+        return Workers(events, store, runner, url=url, queue=queue)
 
     # -- routes
 
@@ -148,6 +158,7 @@ class Tasks(Scenario):
                 "description": task.description,
                 "unit": task.unit,
                 "resumable": task.resumable,
+                "max_seconds": min(self.max_seconds, task.max_seconds or self.max_seconds),
                 "parameters": task.parameters.model_json_schema(),
             }
             for _, task in sorted(self._kinds.items())
@@ -186,7 +197,7 @@ class Tasks(Scenario):
             claimed = await self._store.claimed(key, {"kind": body.kind, "parameters": parameters}, id)
             if claimed is not None:
                 return _answer(await self._store.get(claimed), status=202)
-        return _answer(await self._submit(id, body.kind, parameters), status=202)
+        return _answer(await self._submit(request, id, body.kind, parameters), status=202)
 
     @endpoint(
         "GET",
@@ -249,7 +260,7 @@ class Tasks(Scenario):
             given = {"steps": query.steps} if query.steps is not None else {}
             others = {name: values[0] for name, values in (query.model_extra or {}).items()}
             parameters = self._read(kind, {**others, **given}, "query", "")
-            id = (await self._submit(new_id(), kind, parameters)).id  # noqa: A001
+            id = (await self._submit(request, new_id(), kind, parameters)).id  # noqa: A001
         elif await self._store.find(id) is None:
             if self._store.expired(id):  # it was over before it was forgotten
                 return web.Response(status=204, headers={"Cache-Control": "no-store"})
@@ -268,11 +279,32 @@ class Tasks(Scenario):
             raise Problem(422, "This server has no task of this kind.", errors=errors)
         return task.read(given, place=place, prefix=prefix)
 
-    async def _submit(self, id: str, kind: str, parameters: Mapping[str, Any]) -> Record:  # noqa: A002
+    async def _submit(
+        self,
+        request: web.Request,
+        id: str,  # noqa: A002
+        kind: str,
+        parameters: Mapping[str, Any],
+    ) -> Record:
         task, time = self._kinds[kind], now()
         record = Record(id=id, kind=kind, parameters=dict(parameters), unit=task.unit, created=time, told=time)
+        record.client = client_of(request)
         await self._engine.submit(record)
         return record
+
+
+def client_of(request: web.Request) -> str:
+    """Return whom a task counts for when slots are divided: the address of the client, of IPv6 its network of 64 bits.
+
+    One host has all addresses of such a network. Behind a reverse proxy all clients are one.
+    """
+    try:
+        address = ipaddress.ip_address(request.remote or "")
+    except ValueError:  # a Unix socket has none
+        return ""
+    if address.version == 6 and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((int(address), 64), strict=False))
+    return str(address)
 
 
 def _answer(record: Record, *, status: int = 200) -> web.Response:
@@ -313,4 +345,4 @@ def register_scenarios() -> list[type[Scenario]]:
 @hookimpl
 def register_tasks() -> list[Task]:
     """Bring the task that does nothing."""
-    return [Task(rehearsal, unit="steps")]
+    return [Task(rehearsal, unit="steps", max_seconds=REHEARSAL_SECONDS)]

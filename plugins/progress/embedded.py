@@ -7,7 +7,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from streamlab import EventLogError, Events, Problem, draft
 
-from .engine import Engine, full
+from .engine import Engine, QueueLimits
+from .line import Line
 from .runner import Runner
 from .store import Record, Store
 
@@ -21,18 +22,20 @@ AGAIN_SECONDS = 1.0
 
 
 class Embedded(Engine):
-    """So many tasks run at once, first come, first served; so many wait, and one more is refused.
+    """Up to `max_running` tasks run at once, clients take turns, and a limited number waits.
 
     Tasks of a process that is gone come on top, since they had their place there: the next that notices takes them.
     """
 
-    def __init__(self, events: Events, store: Store, runner: Runner, *, max_running: int, max_queued: int) -> None:
+    def __init__(self, events: Events, store: Store, runner: Runner, *, max_running: int, queue: QueueLimits) -> None:
         super().__init__(events, store, runner)
         self._max_running = max_running
-        self._max_queued = max_queued
-        self._queue: asyncio.Queue[str] = asyncio.Queue()
-        self._waiting: set[str] = set()
-        """Those in the queue, and those on their way into it."""
+        self._limits = queue
+        self._line = Line()
+        self._tickets: asyncio.Queue[None] = asyncio.Queue()
+        """One for each task in the line."""
+        self._waiting: dict[str, str] = {}
+        """The clients of those in the line, and of those on their way into it, by id."""
         self._attended: set[str] = set()
 
     def lease(self, record: Record) -> str:
@@ -52,9 +55,8 @@ class Embedded(Engine):
 
     async def submit(self, record: Record) -> None:
         """Keep a new task and put it into the queue."""
-        if len(self._waiting) >= self._max_queued:
-            raise full(len(self._waiting))
-        self._waiting.add(record.id)
+        self._limits.check(len(self._waiting), lambda: list(self._waiting.values()).count(record.client))
+        self._waiting[record.id] = record.client
         await self.surely(self._enter(record))
 
     async def _enter(self, record: Record) -> None:
@@ -62,9 +64,14 @@ class Embedded(Engine):
         try:
             await self.store.keep(record, draft(record.news(), "progress"))
         except BaseException:
-            self._waiting.discard(record.id)
+            self._waiting.pop(record.id, None)
             raise
-        self._queue.put_nowait(record.id)
+        self._enqueue(record.client, record.id)
+
+    def _enqueue(self, client: str, id: str, *, first: bool = False) -> None:  # noqa: A002
+        self._waiting[id] = client
+        self._line.add(client, id, first=first)
+        self._tickets.put_nowait(None)
 
     async def _serve(self) -> None:
         """Run what waits. This process holds its lease meanwhile: nobody else touches its tasks."""
@@ -76,15 +83,17 @@ class Embedded(Engine):
 
     async def _work(self) -> None:
         while True:
-            id = await self._queue.get()  # noqa: A001
+            await self._tickets.get()
+            client, id = self._line.take()  # noqa: A001
             try:
-                self._waiting.discard(id)
+                del self._waiting[id]
                 await self.runner.run(id, self.process)
             except EventLogError as error:
                 log.error("a task cannot be begun: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
-                self._waiting.add(id)
-                self._queue.put_nowait(id)
+                self._enqueue(client, id, first=True)
+            finally:
+                self._line.free(client)
 
     # -- processes that are gone
 
@@ -133,8 +142,7 @@ class Embedded(Engine):
                         group.create_task(self._take_on(record))
                 for record in batch:
                     if not record.over:
-                        self._waiting.add(record.id)
-                        self._queue.put_nowait(record.id)
+                        self._enqueue(record.client, record.id)
         if left:
             log.info("took on %d tasks of a process that is gone", len(left))
 

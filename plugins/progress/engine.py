@@ -5,8 +5,9 @@ import json
 import logging
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from streamlab import ORIGIN, Channel, Event, Events, Problem, Retention
@@ -150,7 +151,20 @@ class Engine(ABC):
         self.runner.cancel(asked.get("cancel", ""))
 
 
-def full(waiting: int) -> Problem:
-    """The refusal of one task more than are taken."""
-    detail = f"{waiting} tasks wait to be run, which is all this server takes."
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How many tasks may wait: of all clients together, and of one."""
+
+    total: int
+    per_client: int
+
+    def check(self, waiting: int, of_client: Callable[[], int]) -> None:
+        """Raise Problem 429 where one task more is too many; `of_client` counts those of its client."""
+        if waiting >= self.total:
+            raise _full(f"{waiting} tasks wait to be run, which is all this server takes.")
+        if waiting >= self.per_client and (count := of_client()) >= self.per_client:
+            raise _full(f"{count} tasks of this client wait to be run, which is all this server takes of one.")
+
+
+def _full(detail: str) -> Problem:
     return Problem(429, detail, headers={"Retry-After": str(FULL_RETRY_SECONDS)})

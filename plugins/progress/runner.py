@@ -46,18 +46,21 @@ class _Outcome(NamedTuple):
 class _Running:
     """A task of this process that is run, or about to be."""
 
-    cancelled: float | None = None
-    """When it was cancelled, if it was: the loop's time."""
+    ending: _Outcome | None = None
+    """What it ends as, once it has been stopped."""
+    stopped: float = 0
+    """When it was stopped, in the loop's time."""
     work: "asyncio.Task[_Outcome] | None" = None
     told_over: bool = False
     """Whether its end has been written down before its function has returned."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: bool = False
 
-    def cancel(self) -> None:
-        """Cancel the task for good; again, this has no effect."""
-        if self.cancelled is None:
-            self.cancelled = asyncio.get_running_loop().time()
+    def stop(self, ending: _Outcome) -> None:
+        """End the task for good; the first `ending` counts, and again, this has no effect."""
+        if self.ending is None:
+            self.ending = ending
+            self.stopped = asyncio.get_running_loop().time()
         self.end_work()
 
     def end_work(self) -> None:
@@ -68,9 +71,9 @@ class _Running:
 
     @property
     def stubborn(self) -> bool:
-        """Whether it was cancelled some time ago, and runs on."""
+        """Whether it was stopped some time ago, and runs on."""
         time = asyncio.get_running_loop().time()
-        return self.cancelled is not None and time - self.cancelled >= CANCEL_SECONDS / 2
+        return self.ending is not None and time - self.stopped >= CANCEL_SECONDS / 2
 
 
 class Runner:
@@ -80,11 +83,18 @@ class Runner:
     """
 
     def __init__(
-        self, store: Store, kinds: Mapping[str, Task], *, max_crashes: int, on_end: Callable[[Record], None]
+        self,
+        store: Store,
+        kinds: Mapping[str, Task],
+        *,
+        max_crashes: int,
+        max_seconds: float,
+        on_end: Callable[[Record], None],
     ) -> None:
         self._store = store
         self._kinds = kinds
         self._max_crashes = max_crashes
+        self._max_seconds = max_seconds
         self._on_end = on_end
         self._running: dict[str, _Running] = {}
         self.hands = asyncio.Lock()
@@ -100,8 +110,12 @@ class Runner:
     def cancel(self, id: str) -> bool:  # noqa: A002
         """Cancel a task if it runs here; whether it does."""
         if running := self._running.get(id):
-            running.cancel()
+            running.stop(_Outcome("cancelled"))
         return running is not None
+
+    def max_seconds(self, task: Task) -> float:
+        """Return how long a task may run, in seconds: the smaller limit of its kind and the server."""
+        return min(self._max_seconds, task.max_seconds or self._max_seconds)
 
     async def stop(self) -> None:
         """Break off what runs, once and for all, and write down where it stands, within LAST_WORDS_SECONDS."""
@@ -113,8 +127,8 @@ class Runner:
                 for running in runs:
                     await running.over.wait()
 
-    async def run(self, id: str, owner: str) -> None:  # noqa: A002
-        """Run a task until it is over or `stop` breaks it off, if it is for this owner to run.
+    async def run(self, id: str, owner: str) -> bool:  # noqa: A002
+        """Run a task until it is over or `stop` breaks it off; return whether it was for this owner to run.
 
         When this is cancelled, the task is left as it is: another process may have it by now.
         """
@@ -124,6 +138,7 @@ class Runner:
                 record = None if self.stopping else await self._begin(id, owner)
             if record is not None:
                 await self._work(record, running)
+            return record is not None
         finally:
             del self._running[id]
             running.over.set()
@@ -164,27 +179,33 @@ class Runner:
             record.id, done=record.done, total=record.total, checkpoint=checkpoint, attempt=record.attempts
         )
         progress.message = record.message
-        teller = _Teller(self._store, record, progress)
+        teller, limit = _Teller(self._store, record, progress), self.max_seconds(task)
         async with asyncio.TaskGroup() as group:
             telling = group.create_task(teller.run())
             running.work = group.create_task(_outcome(task, progress, record.parameters))
-            if running.cancelled is not None or self.stopping:
+            if running.ending is not None or self.stopping:
                 running.end_work()
-            while not (await asyncio.wait({running.work}, timeout=CANCEL_SECONDS / 2))[0]:
+            patience = min(CANCEL_SECONDS / 2, teller.left(limit))
+            while not (await asyncio.wait({running.work}, timeout=patience))[0]:
+                if teller.left(limit) == 0:
+                    running.stop(_Outcome("failed", error=_late(limit)))
+                patience = CANCEL_SECONDS / 2 if running.ending else min(CANCEL_SECONDS / 2, teller.left(limit))
                 if running.stubborn and not running.told_over:
-                    log.warning("a task %s does not heed that it is cancelled", record.kind)
+                    assert running.ending is not None
+                    log.warning("a task %s ignores that it is %s", record.kind, running.ending.state)
                     telling.cancel()
                     running.told_over = True
-                    await self._end(record, "cancelled", drafts=teller.news())
+                    record.error = running.ending.error
+                    await self._end(record, running.ending.state, drafts=teller.news())
             telling.cancel()
         if running.told_over:
             return
-        if not running.work.cancelled():
-            outcome = running.work.result()
+        outcome = None if running.work.cancelled() else running.work.result()
+        if running.ending is not None and (outcome is None or running.ending.state == "failed"):
+            outcome = running.ending  # what a function returns after its deadline comes too late
+        if outcome is not None:
             record.result, record.error = outcome.result, outcome.error
             await self._end(record, outcome.state, drafts=teller.news())
-        elif running.cancelled is not None:
-            await self._end(record, "cancelled", drafts=teller.news())
         elif self.stopping:
             await self._put_back(task, record, teller)
         else:
@@ -209,6 +230,10 @@ class Runner:
         await self._store.end(record, *(drafts or ()))
 
 
+def _late(limit: float) -> dict[str, Any]:
+    return Problem(500, f"The task took longer than max_seconds = {limit:g}.").document()
+
+
 async def _outcome(task: Task, progress: Progress, parameters: Mapping[str, Any]) -> _Outcome:
     try:
         return _Outcome("done", await task.run(progress, parameters))
@@ -225,6 +250,12 @@ class _Teller:
         self._progress = progress
         self._samples: deque[tuple[float, float]] = deque(maxlen=RATE_SECONDS)
         self._sample()
+        self._begun = asyncio.get_running_loop().time() - record.ran_seconds
+        """When it would have begun if it had never been broken off, in the loop's time."""
+
+    def left(self, limit: float) -> float:
+        """Return for how many of `limit` seconds the task may still run."""
+        return max(0.0, self._begun + limit - asyncio.get_running_loop().time())
 
     async def run(self) -> None:
         """Tell, until cancelled."""
@@ -238,6 +269,7 @@ class _Teller:
     def news(self) -> list[Draft]:
         """Bring the record up to date; return the events that tell what is new, at most one of them `progress`."""
         progress, record = self._progress, self._record
+        record.ran_seconds = round(asyncio.get_running_loop().time() - self._begun, 3)
         messages, progress.messages = progress.messages, []
         drafts = [draft({"message": message, "done": progress.done}, "message") for message in messages]
         if progress.changed.is_set():

@@ -45,6 +45,10 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     state: State = "queued"
     owner: str = ""
     """The process that has it in its queue, or runs it; empty where tasks wait for whichever worker takes them."""
+    client: str = ""
+    """Whom it counts for when slots are divided."""
+    ran_seconds: float = 0
+    """How long it has run, all its runs together, up to the last sign of life: what a deadline is compared with."""
     attempts: int = 0
     """Runs so far."""
     crashes: int = 0

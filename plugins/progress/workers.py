@@ -20,9 +20,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from streamlab import EventLogError, Events, draft
 
-from .engine import Engine, full
-from .runner import Runner
-from .store import Record, Store
+from .engine import Engine, QueueLimits
+from .line import in_turn
+from .runner import HEARTBEAT_SECONDS, Runner
+from .store import Record, Store, now
 
 if TYPE_CHECKING:
     from docket import Docket, Execution
@@ -38,6 +39,9 @@ REDELIVERY = timedelta(seconds=8)
 ELSEWHERE = timedelta(seconds=5)
 """When a task that another process seems to run is handed out again."""
 
+SILENT_SECONDS = HEARTBEAT_SECONDS + 1
+"""A running task without a sign of life for so long may have lost its process."""
+
 GIVE_BACK_SECONDS = 2.0
 """What a worker that stops may take to give back what it has; else it is handed out again after REDELIVERY."""
 
@@ -51,12 +55,18 @@ AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 
 
 class Workers(Engine):
-    """Tasks wait on Redis, and a worker that is free takes the next; so many wait, and one more is refused."""
+    """Tasks wait on Redis, clients take turns, and a limited number waits.
 
-    def __init__(self, events: Events, store: Store, runner: Runner, *, url: str, max_queued: int) -> None:
+    What docket hands to a worker is a ticket: a slot for one task. There are as many tickets as tasks, and each is
+    named for one, but which task the slot goes to is decided when it is free: docket itself knows no clients.
+    """
+
+    def __init__(self, events: Events, store: Store, runner: Runner, *, url: str, queue: QueueLimits) -> None:
         super().__init__(events, store, runner)
         self._url = url
-        self._max_queued = max_queued
+        self._limits = queue
+        self._chosen: set[str] = set()
+        """Tasks that this worker tries to run, or runs."""
         self._docket: Docket | None = None
 
     def lease(self, record: Record) -> str:
@@ -77,8 +87,11 @@ class Workers(Engine):
 
     async def submit(self, record: Record) -> None:
         """Keep a new task and put it into the queue."""
-        if (waiting := await self._waiting()) >= self._max_queued:
-            raise full(waiting)
+        waiting = await self._waiting()
+        mine = 0
+        if waiting >= self._limits.per_client:
+            mine = sum(task.client == record.client and task.state == "queued" for task in await self.store.all())
+        self._limits.check(waiting, lambda: mine)
         await self.surely(self._enter(record))
 
     async def _enter(self, record: Record) -> None:
@@ -128,7 +141,7 @@ class Workers(Engine):
         current = CurrentExecution()
 
         async def run_task(id: str, execution: Execution = current) -> None:  # noqa: A002
-            await self._run(id, execution)
+            await self._run_next(id, execution)
 
         async with (
             self._queue(run_task) as docket,
@@ -146,20 +159,47 @@ class Workers(Engine):
                 taking.cancel()  # once: it takes no more, and gives back what was broken off
                 await asyncio.wait({taking}, timeout=GIVE_BACK_SECONDS)
 
-    async def _run(self, id: str, execution: "Execution") -> None:  # noqa: A002
-        """Run a task that was handed to this worker, or give it back."""
+    async def _run_next(self, id: str, execution: "Execution") -> None:  # noqa: A002
+        """Run the task whose turn it is in the slot that was handed to this worker, or give the slot back."""
         from docket.dependencies import AdmissionBlocked
 
-        done = False
+        needed = True
         try:
-            if not self.runner.has(id):
-                done = await self.events.if_free(_lease(id), lambda: self.runner.run(id, ""))
+            needed = await self._run_one(id)
         except* EventLogError as errors:
             log.error("a task cannot be run now: %s", errors.exceptions[0])
         if self.runner.stopping:
             raise AdmissionBlocked(execution, "the worker stops", retry_delay=timedelta(0))
-        if not done:
+        if needed:
             raise AdmissionBlocked(execution, "another process has it", retry_delay=ELSEWHERE)
+
+    async def _run_one(self, ticket: str) -> bool:
+        """Run one task, if there is one that no process runs; return whether the ticket is still needed.
+
+        It is, where its own task is not over, and where a process that has a task may have died with it.
+        """
+        needed = False
+        for record in in_turn(await self.store.all()):
+            if record.id not in self._chosen and not self.runner.stopping and await self._try(record.id):
+                return False
+            silent = now() - record.told > SILENT_SECONDS * 1000
+            needed = needed or record.id == ticket or (silent and record.state == "running")
+        return needed
+
+    async def _try(self, id: str) -> bool:  # noqa: A002
+        """Run a task, unless another process does or it is over; return whether it was run."""
+        ran = False
+
+        async def run() -> None:
+            nonlocal ran
+            ran = await self.runner.run(id, "")
+
+        self._chosen.add(id)
+        try:
+            await self.events.if_free(_lease(id), run)
+        finally:
+            self._chosen.discard(id)
+        return ran
 
     @asynccontextmanager
     async def _queue(self, function: Any) -> "AsyncIterator[Docket]":

@@ -151,7 +151,7 @@ async def test_one_range_is_206_with_just_those_bytes(client: Client, field: str
         "=0-1",
     ]
     + ["bytes=1-2;3-4", "bytes=²-3", "bytes=" + "9" * 100 + "-", "bytes=+1-2"]
-    + ["bytes=٠-٣", "bytes=0-٣", "bytes=-٥", "bytes=０-３", "bytes=१-२"],
+    + ["bytes=\u0660-\u0663", "bytes=0-\u0663", "bytes=-\u0665", "bytes=\uff10-\uff13", "bytes=\u0967-\u0968"],
 )
 async def test_range_that_is_malformed_or_of_another_unit_is_ignored(client: Client, field: str) -> None:
     response, body = await get(client, {"Range": field})

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import http.client
 import itertools
 import json
 import os
@@ -96,9 +97,24 @@ TOIL = '''
         await asyncio.to_thread(work)
 
 
+    async def tick(progress):
+        """Count for ever, a number in a twentieth of a second."""
+        for number in range(progress.checkpoint or 0, 1_000_000):
+            progress.checkpoint = number + 1
+            await progress(number + 1)
+            await asyncio.sleep(0.05)
+
+
+    async def brief(progress, gate: str):
+        """Wait for a file, but not for long."""
+        await hold(progress, gate)
+
+
     @hookimpl
     def register_tasks():
         return [
+            Task(brief, max_seconds=0.2),
+            Task(tick, resumable=True),
             Task(count, unit="numbers", resumable=True),
             Task(hold),
             Task(fail),
@@ -119,12 +135,23 @@ def ask(
     return status, answered, json.loads(text) if text else None
 
 
-def start_task(server: Running, kind: str, **parameters: Any) -> dict[str, Any]:
-    status, headers, task = ask(server, "POST", TASKS, {"kind": kind, "parameters": parameters})
+def start_task(server: Running, kind: str, client: str = "127.0.0.1", **parameters: Any) -> dict[str, Any]:
+    """Start a task, from an address of this machine."""
+    status, headers, task = post_task(server, kind, client, **parameters)
     assert status == 202, task
     assert headers["location"] == task["url"]
     assert int(headers["retry-after"]) > 0
     return dict(task)
+
+
+def post_task(server: Running, kind: str, client: str, **parameters: Any) -> tuple[int, dict[str, str], Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=(client, 0))
+    with contextlib.closing(connection):
+        body = json.dumps({"kind": kind, "parameters": parameters})
+        connection.request("POST", TASKS, body=body, headers={"Content-Type": "application/json"})
+        response = connection.getresponse()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, headers, json.loads(response.read())
 
 
 def look(server: Running, task: dict[str, Any]) -> dict[str, Any]:
@@ -444,6 +471,79 @@ def test_what_waits_is_bounded(workshop: Callable[..., Workshop]) -> None:
     assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
 
 
+# -- deadlines and turns
+
+
+def test_a_task_that_runs_too_long_has_failed_and_its_slot_is_free(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=1, max_seconds=0.7)
+    for kind, seconds in (("hold", "0.7"), ("brief", "0.2")):  # the smaller limit counts
+        asked = time.monotonic()
+        end = ended(place.server, start_task(place.server, kind, gate="never"))
+        assert (end["state"], end["error"]["detail"]) == (
+            "failed",
+            f"The task took longer than max_seconds = {seconds}.",
+        )
+        assert time.monotonic() - asked >= float(seconds)
+    stubborn = start_task(place.server, "stubborn", gate="go")
+    assert ended(place.server, stubborn)["error"]["detail"] == "The task took longer than max_seconds = 0.7."
+    place.let("go")
+    assert ended(place.server, start_task(place.server, "rehearsal", steps=1, delay=0))["state"] == "done"
+    kinds = {kind["kind"]: kind for kind in ask(place.server, "GET", "/process/kinds")[2]["kinds"]}
+    assert (kinds["hold"]["max_seconds"], kinds["brief"]["max_seconds"]) == (0.7, 0.2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_deadline_counts_the_time_of_all_runs(workshop: Callable[..., Workshop], number: int) -> None:
+    place = workshop(max_seconds=1.5)
+    task = start_task(place.server, "tick")
+    wait_for(place.server, task, done=20)  # a second
+    place.end(number)
+    place.begin_anew()
+    end = ended(place.server, task)
+    assert (end["state"], end["attempts"]) == ("failed", 2)
+    assert 20 <= end["done"] < 40, "20 in the first second, and 10 in the half that was left"
+
+
+def test_a_client_that_fills_everything_does_not_delay_another(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=1)
+    held = start_task(place.server, "hold", gate="go")
+    wait_for(place.server, held, state="running")
+    many = [start_task(place.server, "rehearsal", steps=1, delay=0.005) for _ in range(30)]
+    two = [start_task(place.server, "rehearsal", "127.0.0.2", steps=1, delay=0.005) for _ in range(2)]
+    one = start_task(place.server, "rehearsal", "127.0.0.3", steps=1, delay=0.005)
+    place.let("go")
+    begun = [ended(place.server, task)["started"] for task in (held, *many, *two, one)]
+    order = sorted(range(len(begun)), key=lambda number: begun[number])
+    assert order[:6] == [0, 31, 33, 1, 32, 2], "clients take turns, and each has its own order"
+    assert order[6:] == list(range(3, 31))
+
+
+def test_turns_are_taken_after_a_crash_too(start: Callable[..., Running]) -> None:
+    server = embedded(start, "max_running = 1")
+    held = start_task(server, "count", until=2, hold_at=1, gate="go")
+    many = [start_task(server, "rehearsal", steps=1, delay=0.005) for _ in range(20)]
+    one = start_task(server, "rehearsal", "127.0.0.2", steps=1, delay=0.005)
+    wait_for(server, held, done=1)
+    server.terminate(signal.SIGKILL)
+    (server.base / "go").touch()
+    server = embedded(start, "max_running = 1")
+    begun = [ended(server, task)["started"] for task in (*many, one)]
+    assert sorted(begun).index(begun[-1]) == 0, "the other client had its turn before the crash"
+
+
+def test_what_waits_is_bounded_for_each_client(workshop: Callable[..., Workshop]) -> None:
+    place = workshop(max_running=1, max_queued_per_client=2)
+    tasks = [start_task(place.server, "hold", gate="go")]
+    wait_for(place.server, tasks[0], state="running")
+    tasks += [start_task(place.server, "hold", gate="go") for _ in range(2)]
+    status, headers, problem = post_task(place.server, "hold", "127.0.0.1", gate="go")
+    assert (status, headers["retry-after"]) == (429, "5")
+    assert problem["detail"] == "2 tasks of this client wait to be run, which is all this server takes of one."
+    tasks.append(start_task(place.server, "hold", "127.0.0.2", gate="go"))
+    place.let("go")
+    assert [ended(place.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
+
+
 def test_what_is_over_is_kept_for_a_while(workshop: Callable[..., Workshop]) -> None:
     place = workshop(keep_seconds=1)
     held = start_task(place.server, "hold", gate="go")
@@ -604,7 +704,7 @@ def test_the_long_task_of_the_first_day_is_a_report(start: Callable[..., Running
     assert received[-1].json["result"]["users"] == 1000
 
 
-KINDS = ["checksum", "compute", "count", "export", "fail", "hold", "rehearsal", "report", "stubborn"]
+KINDS = ["brief", "checksum", "compute", "count", "export", "fail", "hold", "rehearsal", "report", "stubborn", "tick"]
 
 
 WRONG: list[tuple[str, Any, dict[str, str]]] = [
