@@ -23,10 +23,10 @@ LAYERS = {
     "The server": (
         ("__init__", "app"),
         ("site", "lifespans"),
-        ("registry", "observe"),
+        ("registry", "observe", "edge"),
         ("hookspecs", "events"),
         ("tasks", "hub"),
-        ("openapi", "validation", "streaming", "edge"),
+        ("openapi", "validation", "streaming"),
         ("scenario", "config", "coding", "eventlog_redis", "eventlog_sqlite"),
         ("eventlog", "leases", "watchdog"),
     ),
