@@ -324,7 +324,7 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 def _events(config: Config) -> Events:
     keep = Retention(config.events.keep_events, config.events.keep_seconds)
     try:
-        return Events(open_log(config.events.url), keep=keep)
+        return Events(open_log(config.events.url), keep=keep, max_filters=config.events.max_filters)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
 
