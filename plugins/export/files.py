@@ -30,7 +30,7 @@ GRANT_BYTES = 16 * 1024 * 1024
 PREFIX = ".unfinished-"
 """How names of files begin that are being written, or that a process that died has left."""
 
-_KEPT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}-[0-9a-f]{32}\.[a-z0-9.]{1,16}")
+_KEPT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}-[0-9a-f]{32}\.[a-z0-9]{1,16}")
 """Names of files of export tasks: NAME-TASK.FORMAT. No other file of the folder is ever deleted."""
 
 

@@ -1,0 +1,279 @@
+"""Exports as tasks: cancelled by many at once, started many at once, and the files they leave."""
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Running, disabled
+
+TASKS = "/process/tasks"
+
+ALONE = "".join(
+    f"[scenarios.{name}]\nenabled = false\n" for name in disabled() if name not in ("export", "progress", "file")
+)
+"""Configuration without the plugins that these tests are not about."""
+
+
+def config(*, export: str = "", progress: str = "", server: str = "") -> str:
+    return f"[server]\n{server}\n[scenarios.export]\n{export}\n[scenarios.progress]\n{progress}\n{ALONE}"
+
+
+QUICK = '''
+    """Development mode without asyncio's part, which makes each step of a task several times slower."""
+
+    import asyncio
+    from contextlib import asynccontextmanager
+
+    from streamlab import hookimpl
+
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(app):
+        asyncio.get_running_loop().set_debug(False)
+        yield
+'''
+
+
+MARGIN_SECONDS = 1.0
+"""What a promised time may be exceeded by on a machine that does much else."""
+
+
+class Client:
+    """A connection that stays open, for raw requests one after the other."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def connect(cls, server: Running) -> "Client":
+        return cls(*await asyncio.open_connection("127.0.0.1", server.port))
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        self._writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(answer.partition(b"content-length:")[2].partition(b"\r\n")[0])
+        return int(answer.split()[1]), await self._reader.readexactly(length)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def task(kind: str, **parameters: Any) -> bytes:
+    return json.dumps({"kind": kind, "parameters": parameters}).encode()
+
+
+# -- cancelled by many at once
+
+
+def test_thousands_of_tasks_deleted_by_several_at_once_leave_the_server_whole(start: Callable[..., Running]) -> None:
+    """The second DELETE once closed a database that a thread was reading: the process died of SIGSEGV."""
+    server = start(
+        config(export="sample_rows = 3000", progress="max_running = 8\nmax_queued = 100000"),
+        environ={"PYTHONDEVMODE": "1"},
+        tracebacks=True,
+        quick=QUICK,
+    )
+    count, lanes, chance = 2000, 10, random.Random(13)
+    left = iter(range(count))
+    statuses: dict[int, int] = {}
+
+    async def delete(client: Client, path: str, pause: float) -> None:
+        await asyncio.sleep(pause)
+        status, _ = await client.ask("DELETE", path)
+        statuses[status] = statuses.get(status, 0) + 1
+
+    async def lane() -> None:
+        clients = [await Client.connect(server) for _ in range(5)]
+        for number in left:
+            kind = "report" if number % 5 == 0 else "export"
+            status, answer = await clients[0].ask("POST", TASKS, task(kind))
+            assert status == 202, answer
+            path = json.loads(answer)["url"]
+            async with asyncio.TaskGroup() as group:
+                for client in clients[: chance.randint(2, 5)]:
+                    group.create_task(delete(client, path, chance.uniform(0, 0.002)))
+        for client in clients:
+            client.close()
+
+    async def load() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(lanes):
+                group.create_task(lane())
+
+    server.get("/export/users/csv?limit=1")  # makes the sample
+    asyncio.run(load())
+    assert set(statuses) <= {202, 409}
+    assert sum(statuses.values()) > 2 * count
+    assert statuses[202] >= count
+    assert server.get("/export/users/csv?limit=1")[0] == 200
+    assert server.terminate()[0] == 0
+    assert "Traceback" not in server.log
+    assert "never retrieved" not in server.log
+    assert "ResourceWarning" not in server.log
+
+
+def test_sigterm_just_after_a_delete_ends_the_server_in_its_time(start: Callable[..., Running]) -> None:
+    """The stop is the second cancellation of the task's work."""
+    server = start(config(export="sample_rows = 50000", server="drain_seconds = 1"))
+    server.get("/export/users/csv?limit=1")
+
+    async def load() -> None:
+        client = await Client.connect(server)
+        paths = [json.loads((await client.ask("POST", TASKS, task("export")))[1])["url"] for _ in range(2)]
+        for path in paths:
+            await client.ask("DELETE", path)
+        server.process.send_signal(signal.SIGTERM)
+        client.close()
+
+    asyncio.run(load())
+    assert server.process.wait(2 + MARGIN_SECONDS) == 0
+    assert "never retrieved" not in server.log
+
+
+# -- started many at once
+
+
+def test_the_files_of_200_exports_started_at_once_are_each_its_own(start: Callable[..., Running]) -> None:
+    """Files were named by the first 12 digits of an id, which is only its millisecond: tasks overwrote each other's."""
+    server = start(config(export="sample_rows = 300", progress="max_running = 8"))
+    count = 200
+
+    async def run(client: Client, number: int) -> dict[str, Any]:
+        body = task("export", name="users", format="jsonl", limit=number + 1, columns=["id"])
+        status, answer = await client.ask("POST", TASKS, body)
+        assert status == 202, answer
+        found = await over(client, json.loads(answer))
+        assert found["state"] == "done", found
+        return dict(found["result"])
+
+    async def load() -> list[dict[str, Any]]:
+        clients = [await Client.connect(server) for _ in range(count)]
+        results = await asyncio.gather(*(run(client, number) for number, client in enumerate(clients)))
+        for client in clients:
+            client.close()
+        return results
+
+    server.get("/export/users/csv?limit=1")
+    results = asyncio.run(load())
+    assert len({result["file"] for result in results}) == count
+    for number, result in enumerate(results):
+        text = (server.base / "var/files/exports" / result["file"]).read_bytes()
+        assert hashlib.sha256(text).hexdigest() == result["sha256"]
+        assert text == b"".join(b'{"id":%d}\n' % (row + 1) for row in range(number + 1))
+        assert (result["rows"], result["bytes"]) == (number + 1, len(text))
+    status, _, text = server.get(results[0]["url"])
+    assert (status, text) == (200, b'{"id":1}\n')
+
+
+# -- what becomes of the files
+
+
+def run_task(server: Running, **parameters: Any) -> dict[str, Any]:
+    """The task, once it is over."""
+
+    async def load() -> dict[str, Any]:
+        client = await Client.connect(server)
+        status, answer = await client.ask("POST", TASKS, task("export", **parameters))
+        assert status == 202, answer
+        found = await over(client, json.loads(answer))
+        client.close()
+        return found
+
+    return asyncio.run(load())
+
+
+async def over(client: Client, found: dict[str, Any]) -> dict[str, Any]:
+    while found["state"] in ("queued", "running"):
+        await asyncio.sleep(0.2)
+        found = json.loads((await client.ask("GET", found["url"]))[1])
+    return found
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def wait_until_gone(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def test_a_file_is_deleted_when_it_is_too_old_and_no_other(start: Callable[..., Running]) -> None:
+    server = start(config(export="sample_rows = 300\nkeep_seconds = 2"))
+    folder = server.base / "var/files/exports"
+    done = run_task(server, limit=1)["result"]
+    young, link = (folder / f"users-{digit * 32}.csv" for digit in "01")
+    foreign = [folder / name for name in ("notes.txt", "users-0123456789ab.csv", f"users-{'0' * 32}.csv.backup")]
+    for path in (young, *foreign):
+        path.touch()
+        age(path, 1000 if path is not young else -1000)
+    link.symlink_to(foreign[0])
+    wait_until_gone(folder / done["file"])
+    assert server.get(done["url"])[0] == 404
+    assert all(path.exists() for path in (young, link, *foreign))
+
+
+def test_at_the_budget_a_new_export_fails_and_no_file_is_lost(start: Callable[..., Running]) -> None:
+    """Deleting the oldest file would break what its client was promised: `keep_seconds`."""
+    server = start(config(export="sample_rows = 20000\nkeep_mb = 1"))
+    folder = server.base / "var/files/exports"
+    first = run_task(server, limit=5000)
+    assert first["state"] == "done"
+    second = run_task(server)
+    assert second["state"] == "failed"
+    assert second["error"]["status"] == 507
+    begin, _, date = second["error"]["detail"].partition("; the oldest is deleted at ")
+    assert begin == "The files of exports have 1 MB, which is all they may have (keep_mb)"
+    assert date
+    assert [path.name for path in folder.iterdir()] == [first["result"]["file"]]
+    assert run_task(server, limit=1)["state"] == "done"
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Path]:
+    """A file that another live process is writing: it is locked, however old it is."""
+    path = tmp_path / "var/files/exports/.unfinished-alive"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        age(path, 1_000_000)
+        yield path
+
+
+def test_a_start_deletes_what_a_process_that_died_left_and_not_what_another_writes(
+    writer: Path, start: Callable[..., Running]
+) -> None:
+    left = writer.with_name(".unfinished-left")
+    left.write_bytes(b"id,name")
+    server = start(config())
+    assert not left.exists()
+    assert writer.exists()
+    assert "deleted .unfinished-left, which a process that died has left" in server.log
+
+
+def test_what_a_killed_server_was_writing_is_gone_after_the_next_start(start: Callable[..., Running]) -> None:
+    server = start(config(export="sample_rows = 100000"))
+    folder = server.base / "var/files/exports"
+    server.get("/export/users/csv?limit=1")
+    server.get(TASKS, {"Content-Type": "application/json"}, method="POST", body=task("export"))
+    deadline = time.monotonic() + 10
+    while not list(folder.glob(".unfinished-*")):
+        assert time.monotonic() < deadline
+    server.terminate(signal.SIGKILL)
+    (left,) = folder.glob(".unfinished-*")
+    start(config(export="sample_rows = 100000"))
+    assert not left.exists()
