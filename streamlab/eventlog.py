@@ -53,6 +53,15 @@ LATEST = Position(10**15 - 1, 10**15 - 1)
 """After every event there can be."""
 
 
+def is_replaced(position: Position, last: Position) -> bool:
+    """Return whether a position is of a lost history, and the channel began again with an earlier epoch.
+
+    Engines make every epoch greater than those they know of; one that lost its data while its clock is behind may not
+    know. What the channel has then follows that position, from its first event on.
+    """
+    return position.epoch > last.epoch > 0 and position != LATEST
+
+
 class Draft(NamedTuple):
     """An event that is not in the log yet."""
 
@@ -175,7 +184,10 @@ class EventLog(Protocol):
         """Give a lease back, so that another process need not wait for its end."""
 
     def state(self) -> Mapping[str, object]:
-        """How the engine is, for /health: `engine`, `state` (`ok` or `away`) and, if away, `reason`."""
+        """Return how the engine is, for /health: `engine`, `state`, and `reason` unless the state is `ok`.
+
+        `away`: its server does not answer. `degraded`: events cannot be written or read.
+        """
 
 
 LEASE_SECONDS = 6.0

@@ -1,10 +1,11 @@
 """What every engine of the event log promises: one suite, run on each of them."""
 
 import asyncio
+import shutil
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -366,13 +367,126 @@ async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_tidy_e
 
 async def test_sqlite_says_where_it_cannot_keep_events(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EventLogError, match="cannot keep events there"):
+    names = rf"cannot keep events there: {tmp_path}/file/events\.db: .+ \(`url` of \[events\] names the file\)"
+    with pytest.raises(EventLogError, match=names):
         async with opened(f"sqlite:///{tmp_path}/file/events.db"):
             pass
     (tmp_path / "rubbish.db").write_text("not a database " * 100)
     with pytest.raises(EventLogError, match="not a database"):
         async with opened(f"sqlite:///{tmp_path}/rubbish.db"):
             pass
+
+
+FILES = {"all files": ("", "-wal", "-shm"), "the log": ("-wal",), "the database": ("",), "the index": ("-shm",)}
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("what", FILES)
+async def test_sqlite_files_deleted_while_in_use_lose_no_acknowledged_event(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eventlog_sqlite, "HOUSEKEEPING_SECONDS", 0.05)
+    url, watcher, database = f"sqlite:///{tmp_path / 'events.db'}", Watcher(), tmp_path / "events.db"
+    async with opened(url) as one, opened(url) as two:
+        one.watch("c", ORIGIN, watcher)
+        first = await publish(one, "a")
+        await publish(two, "b")
+        old = database.stat().st_ino
+        for suffix in FILES[what]:
+            (tmp_path / f"events.db{suffix}").unlink()
+        if what == "the index":
+            await until(lambda: database.exists() and database.stat().st_ino != old)
+        for number in range(20):
+            await publish((one, two)[number % 2], f"{number}")
+        events = await watcher.until(22)
+        assert texts(events) == ["a", "b", *(f"{number}" for number in range(20))]
+        assert [event.position for event in events] == [Position(first.epoch, n + 1) for n in range(22)]
+        await until(lambda: (one.state()["state"], two.state()["state"]) == ("ok", "ok"))
+    async with opened(url) as log:
+        assert (await log.read("c", ORIGIN, 100)).events == events
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "events.db-leases"]
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+async def test_sqlite_file_replaced_by_a_backup_begins_new_epochs(tmp_path: Path) -> None:
+    database, url = tmp_path / "events.db", f"sqlite:///{tmp_path / 'events.db'}"
+    async with opened(url) as log:
+        await publish(log, "a")
+    backup = tmp_path / "backup"
+    backup.write_bytes(database.read_bytes())
+    watcher = Watcher()
+    async with opened(url) as one, opened(url) as two:
+        two.watch("c", ORIGIN, watcher)
+        old = await publish(one, "b", "c")
+        await watcher.until(3)
+        backup.replace(database)
+        with pytest.raises(EventLogError, match="its file was replaced while this was written"):
+            await publish(one, "rejected")  # and no event is acknowledged into a file that nobody will find again
+        new = await publish(one, "d")
+        assert (new.epoch > old.epoch, new.offset) == (True, 1)
+        async with asyncio.timeout(10):
+            while (await two.read("c", LATEST, 1)).last != new:
+                await asyncio.sleep(0.01)
+        assert await publish(two, "e") == new._replace(offset=2)
+        await until(lambda: "e" in texts(watcher.events))
+        assert [text for text in texts(watcher.events) if text != "rejected"] == ["a", "b", "c", "d", "e"]
+        assert texts((await one.read("c", ORIGIN, 10)).events) == ["a", "d", "e"]
+        await until(lambda: (one.state()["state"], two.state()["state"]) == ("ok", "ok"))
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+async def test_sqlite_file_that_is_damaged_rejects_events_until_it_is_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eventlog_sqlite, "HOUSEKEEPING_SECONDS", 0.05)
+    database, url = tmp_path / "events.db", f"sqlite:///{tmp_path / 'events.db'}"
+    async with opened(url) as log:
+        watcher = Watcher()
+        log.watch("c", ORIGIN, watcher)
+        for _ in range(50):
+            old = await publish(log, "x" * 10_000)
+        await watcher.until(50)
+        dd = await asyncio.create_subprocess_exec("dd", "if=/dev/zero", f"of={database}", "count=32", "conv=notrunc")
+        assert await dd.wait() == 0
+        await until(lambda: log.state()["state"] == "degraded")
+        assert "/" not in str(log.state()["reason"])
+        with pytest.raises(EventLogError, match="the file is damaged; move it away, or a backup into its place"):
+            await publish(log, "rejected")
+        database.rename(tmp_path / "damaged.db")
+        await until(lambda: log.state()["state"] == "ok")
+        new = await publish(log, "y")
+        assert (new.epoch > old.epoch, new.offset) == (True, 1)
+        assert texts(await watcher.until(51))[50:] == ["y"]
+        assert texts((await log.read("c", ORIGIN, 100)).events) == ["y"]
+
+
+async def test_sqlite_lease_whose_file_is_deleted_is_lost_and_one_process_has_it_again(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'events.db'}"
+    async with opened(url) as one, opened(url) as two:
+        assert [await one.hold("l"), await two.hold("l")] == [True, False]
+        shutil.rmtree(tmp_path / "events.db-leases")
+        assert [await two.hold("l"), await one.hold("l"), await one.hold("l")] == [True, False, False]
+        await one.release("l")
+        assert [await two.hold("l"), await one.hold("l")] == [True, False]
+
+
+async def test_sqlite_lease_that_has_no_file_is_told_as_an_error_of_the_log(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'events.db'}"
+    (tmp_path / "events.db-leases").write_text("in the way")
+    async with opened(url) as log:
+        with pytest.raises(EventLogError, match="File exists"):
+            await log.hold("l")
+        assert log.state()["state"] == "degraded"
+        (tmp_path / "events.db-leases").unlink()
+        assert await log.hold("l")
+        assert log.state()["state"] == "ok"
 
 
 async def test_redis_away_makes_publishers_and_watchers_wait_and_nothing_is_lost_or_doubled(valkey: Valkey) -> None:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import resource
 import select
 import signal
 import socket
@@ -690,6 +691,59 @@ def test_a_log_that_cannot_keep_up_refuses_with_503(serve: Callable[..., Running
         assert [answer.getheader("Retry-After") for answer in answers if answer.status == 503] == ["5"]
     with EventStream(server, "/board/c?limit=8&tail=8") as stream:
         assert len(list(stream)) == 8
+
+
+def health_of_log(server: Running, state: str) -> dict[str, Any]:
+    """What /health says of the event log, once it says this state."""
+    deadline = time.monotonic() + 15
+    while True:
+        health: dict[str, Any] = json.loads(server.get("/health")[2])
+        if health["events"]["state"] == state:
+            assert health["status"] == ("ok" if state == "ok" else "degraded")
+            return dict(health["events"])
+        assert time.monotonic() < deadline, health
+        time.sleep(0.05)
+
+
+def test_a_log_deleted_while_two_servers_use_it_keeps_what_was_acknowledged(serve: Callable[..., Running]) -> None:
+    servers = serve(), serve()
+    with EventStream(servers[1], "/board/c") as stream:
+        events = iter(stream)
+        wait_for_followers(servers[1], 1)
+        ids = publish(servers[0], 0, 1)
+        assert [next(events).id for _ in ids] == ids
+        for file in (servers[0].base / "var").glob("streamlab.db*"):
+            if file.is_file():
+                file.unlink()
+        for number in range(2, 12):
+            ids += publish(servers[0], number)
+        assert [next(events).id for _ in ids[2:]] == ids[2:]
+        ids += publish(servers[1], 12)
+        assert next(events).id == ids[12]
+    for server in servers:
+        assert server.terminate()[0] == 0
+    server = serve()
+    with EventStream(server, "/board/c?limit=12", after=ids[0]) as stream:
+        assert [(event.id, event.json) for event in stream] == list(zip(ids[1:], range(1, 13), strict=True))
+    assert health_of_log(server, "ok") == {"engine": "sqlite", "state": "ok"}
+
+
+def test_a_log_that_cannot_be_written_is_503_and_degraded_until_it_can(serve: Callable[..., Running]) -> None:
+    server = serve('[server]\nlog_file = ""\n')
+    first = publish(server, "x" * 500_000)
+    body = json.dumps([["y" * 900_000, "", ""]]).encode()
+    _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1_000_000, hard))  # as a full disk, for this process
+    status, headers, answer = server.get("/board/c", {"Content-Type": "application/json"}, method="POST", body=body)
+    assert (status, headers["retry-after"]) == (503, "5")
+    state = health_of_log(server, "degraded")
+    assert (state["engine"], state["reason"]) == ("sqlite", json.loads(answer)["detail"])
+    assert re.fullmatch(r"The event log fails: (disk I/O error|database or disk is full)\.", state["reason"])
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    health_of_log(server, "ok")
+    second = publish(server, "z")
+    with EventStream(server, "/board/c?limit=1", after=first[0]) as stream:
+        assert [event.id for event in stream] == second
 
 
 @pytest.mark.timeout(120)
