@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale lock clean
+.PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock clean
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -25,6 +25,12 @@ format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff format
 
 check: lint test  ## lint, types and tests
+
+strangers: $(VENV)/dev.stamp $(VENV)/strangers.stamp  ## run other people's tools against a server (make strangers ARGS="--quick")
+	@$(BIN)/python -m tools.strangers $(ARGS)
+
+soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and watch one that is spared (make soak ARGS="--minutes 2")
+	@$(BIN)/python tests/soak.py $(ARGS)
 
 screenshot: $(VENV)/dev.stamp  ## take docs/lab.png anew, the picture of README (needs port 8000)
 	@$(BIN)/python docs/screenshot.py

@@ -116,6 +116,7 @@ class Metrics(Collector):
             sent.add_metric([scenario], bytes_sent[scenario])
         yield open_now
         yield sent
+        yield GaugeMetricFamily("streamlab_asyncio_tasks", "Tasks of the event loop.", value=len(asyncio.all_tasks()))
         followers = GaugeMetricFamily("streamlab_followers", "Clients that follow a channel.", labels=["state"])
         live = sum(follower.live for follower in self._events.followers)
         followers.add_metric(["live"], live)

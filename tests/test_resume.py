@@ -4,13 +4,11 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
+from chaos import Follower
 from conftest import Running, Valkey, free_port
-
-from streamlab.client import Parser
 
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 
@@ -19,40 +17,13 @@ PATH = "/stream/stock-ticker"
 CLIENTS = 50
 
 
-@dataclass
-class Client:
-    """Follows the ticker for ever, coming back with the last id whenever its connection ends, to any of the servers."""
-
-    urls: Callable[[], str]
-    events: list[tuple[str, str]] = field(default_factory=list)
-    """Id and data of all that came."""
-    odd: list[str] = field(default_factory=list)
-    """Names of events that are none of the ticker's, as gap."""
-    last: str = "0-0"
-
-    async def run(self, session: aiohttp.ClientSession, news: asyncio.Event) -> None:
-        while True:
-            with suppress(aiohttp.ClientError, asyncio.TimeoutError):
-                async with session.get(self.urls() + PATH, headers={"Last-Event-ID": self.last}) as response:
-                    parser = Parser()
-                    async for chunk in response.content.iter_any():
-                        for event in parser.feed(chunk):
-                            self.last = event.id
-                            if event.event == "message":
-                                self.events.append((event.id, event.data))
-                            elif event.event != "stop":
-                                self.odd.append(event.event)
-                        news.set()
-            await asyncio.sleep(0.02)
-
-
 class Crowd:
     """Fifty clients, and a publisher that does not give up; what they saw is compared at the end."""
 
     def __init__(self, urls: Callable[[], str]) -> None:
         self._urls = urls
         self._news = asyncio.Event()
-        self.clients = [Client(urls) for _ in range(CLIENTS)]
+        self.clients = [Follower(urls) for _ in range(CLIENTS)]
         self.acknowledged: list[str] = []
         self._numbers = itertools.count()
         self._session: aiohttp.ClientSession

@@ -1,7 +1,6 @@
 """The past of a log as text: the lines of its files, rotated ones first, that somebody wants."""
 
 import os
-import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +17,7 @@ BLOCK = 64 * 1024
 """Bytes that are handed out at once, about."""
 
 SCAN = 4 * 1024 * 1024
-"""Bytes that are read, in a thread, before the reader may leave,"""
-
-SCAN_SECONDS = 0.05
-"""or seconds, and one line: a thread is for all downloads."""
+"""Bytes that are read, in a thread, before the reader may leave."""
 
 
 async def matching_lines(
@@ -58,7 +54,6 @@ def _close(files: list[tuple[BinaryIO, int]]) -> None:
 def _wanted(file: BinaryIO, size: int, lines: LineFilter | None, since: float | None) -> Iterator[bytes]:
     """The wanted lines in blocks; an empty block says that much was read and nothing found."""
     reader, block, scanned, goes_on, wanted = Reader(), bytearray(), 0, False, False
-    due = time.monotonic() + SCAN_SECONDS
     while size > 0 and (raw := file.readline(min(PIECE, size))):
         size -= len(raw)
         scanned += len(raw)
@@ -70,10 +65,10 @@ def _wanted(file: BinaryIO, size: int, lines: LineFilter | None, since: float | 
         goes_on = not raw.endswith(b"\n")
         if wanted:
             block += raw
-        if len(block) >= BLOCK or scanned >= SCAN or time.monotonic() >= due:
+        if len(block) >= BLOCK or scanned >= SCAN:
             yield bytes(block)
             block.clear()
-            scanned, due = 0, time.monotonic() + SCAN_SECONDS
+            scanned = 0
     if wanted and goes_on:
         block += b"\n"
     yield bytes(block)
