@@ -1,0 +1,132 @@
+"""Run other people's tools against a server: `make strangers`, or `make strangers ARGS="--quick"` in three minutes."""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.servers import Running, running, streamlab
+
+from . import contract, openai_calls, redbot_notes
+from .finding import Finding, Outcome
+
+PROTOCOL_TESTS = "tests/test_protocol.py"
+
+CONFIG = """
+[scenarios.ticker]
+interval = 0.05
+[scenarios.export]
+sample_rows = 2000
+"""
+"""As `make run` serves, but for streams that soon have what a test waits for."""
+
+PUSH_CONFIG = """
+[scenarios.ticker]
+source = "push"
+"""
+"""For POST /stream/stock-ticker, which other sources reject."""
+
+
+def main() -> int:
+    """Run what the command line selects; return 1 where a tool has found something."""
+    parser = argparse.ArgumentParser(prog="make strangers ARGS=", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer requests, for CI")
+    parser.add_argument("--only", choices=TOOLS, help="one tool")
+    options = parser.parse_args()
+    failed = 0
+    chosen = [options.only] if options.only else list(TOOLS)
+    with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
+        with (
+            running(streamlab("server", lambda _: CONFIG, llm=True), Path(folder, "server"), None) as server,
+            running(streamlab("push", lambda _: PUSH_CONFIG), Path(folder, "push"), None) as push,
+        ):
+            _write_files(Path(folder, "server"))
+            for name in chosen:
+                started = time.monotonic()
+                outcome = TOOLS[name](server, push, options.quick)
+                failed += bool(outcome.findings)
+                _show(name, outcome, time.monotonic() - started)
+        outcome = _read_logs(server, push)
+        failed += bool(outcome.findings)
+        _show("logs", outcome, 0)
+    print(f"{len(chosen) + 1 - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def _write_files(folder: Path) -> None:
+    """Give /files/ something to serve."""
+    served = folder / "var" / "files"
+    served.mkdir(parents=True, exist_ok=True)
+    (served / "notes.txt").write_text("a line of a file that is long enough for ranges\n" * 100, encoding="utf-8")
+
+
+def _show(name: str, outcome: Outcome, seconds: float) -> None:
+    verdict = f"{len(outcome.findings)} findings" if outcome.findings else "passed"
+    print(f"== {name}: {verdict}; {outcome.looked_at}, {seconds:.0f} s", flush=True)
+    for finding in outcome.findings:
+        print(f"{finding}\n", flush=True)
+
+
+def _url(server: Running) -> str:
+    return f"http://127.0.0.1:{server.port}"
+
+
+# -- tools
+
+
+def _contract(server: Running, push: Running, quick: bool) -> Outcome:
+    examples = 3 if quick else 40
+    return contract.run(_url(server), examples=examples)
+
+
+def _pushes(server: Running, push: Running, quick: bool) -> Outcome:
+    only = ["--include-path", "/stream/stock-ticker", "--include-method", "POST"]
+    return contract.run(_url(push), examples=10 if quick else 200, only=only)
+
+
+def _redbot(server: Running, push: Running, quick: bool) -> Outcome:
+    return redbot_notes.run(_url(server))
+
+
+def _openai(server: Running, push: Running, quick: bool) -> Outcome:
+    return openai_calls.run(_url(server))
+
+
+def _protocol(server: Running, push: Running, quick: bool) -> Outcome:
+    """Run the project's own tests of grammar and request smuggling, which start their own server."""
+    command = [sys.executable, "-m", "pytest", "-n0", PROTOCOL_TESTS]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    last = ran.stdout.strip().rpartition("\n")[2]
+    if ran.returncode == 0:
+        return Outcome(f"{PROTOCOL_TESTS}: {last}")
+    return Outcome(PROTOCOL_TESTS, [Finding(ran.stdout + ran.stderr, f'make test ARGS="{PROTOCOL_TESTS}"')])
+
+
+def _read_logs(*servers: Running) -> Outcome:
+    """Look for tracebacks in the logs of servers that have ended."""
+    bad = ("Traceback", "never retrieved", "was destroyed", "never awaited")
+    lines = [line for server in servers for line in server.log.read_text(errors="replace").splitlines()]
+    odd = [index for index, line in enumerate(lines) if any(word in line for word in bad)]
+    return Outcome(
+        f"{len(lines)} lines of {len(servers)} servers",
+        [
+            Finding("\n       ".join(lines[max(0, index - 2) : index + 40]), "see the requests above")
+            for index in odd[:3]
+        ],
+    )
+
+
+TOOLS: dict[str, Callable[[Running, Running, bool], Outcome]] = {
+    "redbot": _redbot,
+    "openai": _openai,
+    "protocol": _protocol,
+    "schemathesis": _contract,
+    "schemathesis-push": _pushes,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

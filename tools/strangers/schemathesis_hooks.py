@@ -1,0 +1,191 @@
+"""What schemathesis loads before it runs: bounds for requests that would never end, and failures that are accepted.
+
+Streams that never end must not block the run: where a request is valid, what makes it long (`limit`, `rows`, `steps`)
+is capped right before it is sent. What the tool has made invalid on purpose is sent as it is.
+"""
+
+import contextlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import re2
+import schemathesis
+from schemathesis import Case, HookContext, Response
+from schemathesis.core.failures import Failure
+
+# -- bounds
+
+
+class Cap(NamedTuple):
+    """How far a number may go: valid values lie from `least` to `most`, and `cap` is the largest that is sent."""
+
+    cap: float
+    least: float
+    most: float
+    is_required: bool = False
+    """Whether it is sent where the tool leaves it out, since the server's own default is long."""
+
+
+QUERY_CAPS: dict[str, dict[str, Cap]] = {
+    "GET /stream/stock-ticker": {"limit": Cap(3, 1, 1_000_000, True), "conflate": Cap(0.05, 0, 3600)},
+    "GET /stream/live-logs": {"limit": Cap(2, 1, 1_000_000, True)},
+    "GET /demo/comparison/buffered": {"rows": Cap(500, 0, 100_000_000, True)},
+    "GET /demo/comparison/streamed": {"rows": Cap(500, 0, 100_000_000, True)},
+    "GET /demo/comparison/report": {"rows": Cap(100, 100, 100_000_000, True), "repeats": Cap(1, 1, 9, True)},
+    "GET /download/large-file": {"size_mb": Cap(1, 1, 100_000)},
+    "GET /ai/chat-stream": {"max_tokens": Cap(4, 1, 1_000_000, True)},
+    "GET /ai/chat-stream-sse": {"max_tokens": Cap(4, 1, 1_000_000, True)},
+    "GET /process/long-task": {"steps": Cap(3, 1, 1_000_000, True)},
+}
+"""By operation. What is sent at most, not what the server allows."""
+
+BODY_CAPS: dict[str, dict[str, Cap]] = {
+    "POST /ai/chat-stream": {"max_tokens": Cap(4, 1, 1_000_000, True)},
+    "POST /ai/chat-stream-sse": {"max_tokens": Cap(4, 1, 1_000_000, True)},
+    "POST /v1/chat/completions": {"max_tokens": Cap(4, 1, 1_000_000, True), "max_completion_tokens": Cap(4, 1, 1e6)},
+}
+
+REHEARSAL_CAPS = {"steps": Cap(3, 1, 1_000_000, True), "delay": Cap(0.01, 0, 60, True)}
+"""Of the parameters of a task that only waits."""
+
+
+@schemathesis.hook
+def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+    """Cap what makes a valid request long."""
+    operation = case.operation.label
+    if isinstance(case.query, MutableMapping):
+        _cap(case.query, QUERY_CAPS.get(operation, {}))
+        if _number(case.query.get("rate")) is not None:
+            del case.query["rate"]  # slow on purpose
+        if operation == "GET /stream/live-logs":
+            _let_all_lines_through(case.query)
+    if isinstance(case.body, MutableMapping):
+        _cap(case.body, BODY_CAPS.get(operation, {}))
+        if case.body.get("kind") == "rehearsal" and isinstance(case.body.get("parameters"), MutableMapping):
+            _cap(case.body["parameters"], REHEARSAL_CAPS)
+
+
+def _cap(values: MutableMapping[str, Any], caps: dict[str, Cap]) -> None:
+    for name, (cap, least, most, is_required) in caps.items():
+        value = _number(values.get(name))
+        if (value is not None and least <= value <= most and value > cap) or (name not in values and is_required):
+            values[name] = cap
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    return None
+
+
+def _let_all_lines_through(query: MutableMapping[str, Any]) -> None:
+    """Replace filters that are valid, and would let no line through in a reasonable time."""
+    options = re2.Options()
+    options.log_errors = False
+    with contextlib.suppress(re2.error, TypeError, UnicodeError):
+        re2.compile(query.get("grep", "("), options)
+        query["grep"] = ""
+    if query.get("level") in ("INFO", "WARNING", "ERROR", "CRITICAL"):
+        query["level"] = "DEBUG"
+
+
+# -- failures that are accepted
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Failures that are no defect, selected as narrowly as they can be, and why."""
+
+    code: str
+    """Of the failure, as schemathesis prints it: ST301."""
+    status: int
+    operations: frozenset[str]
+    reason: str
+    parameters: frozenset[str] = frozenset()
+    """The response names these in its `errors`, and no others."""
+    detail: str = ""
+    """A part of the response's `detail`."""
+
+    def applies(self, code: str, operation: str, response: Response) -> bool:
+        """Return whether it is about this failure."""
+        if (code, response.status_code) != (self.code, self.status) or operation not in self.operations:
+            return False
+        body = response.json() if self.parameters or self.detail else {}
+        named = {error["name"].partition(".")[0] for error in body.get("errors", [])}
+        return named <= self.parameters and self.detail in body.get("detail", "")
+
+
+REJECTED, ACCEPTED_BUT_INVALID, USED_AFTER_DELETE = "ST202", "ST201", "ST301"
+
+ACCEPTED = (
+    Accepted(
+        REJECTED,
+        422,
+        frozenset({"GET /export/{name}", "GET /export/{name}/{format}", "GET /stream/database-results"}),
+        "Which columns there are depends on the export, and `end` belongs to one of the formats: no JSON Schema of one "
+        "parameter can tell.",
+        parameters=frozenset({"columns", "end"}),
+    ),
+    Accepted(
+        REJECTED,
+        422,
+        frozenset({"GET /stream/live-logs", "GET /logs/download"}),
+        "The document tells in words which times, sources and patterns are valid; a pattern for times is to come.",
+        parameters=frozenset({"since", "source", "grep"}),
+    ),
+    Accepted(
+        REJECTED,
+        422,
+        frozenset({"GET /stream/stock-ticker"}),
+        "Which symbols there are is the configuration's; an enum is to come.",
+        parameters=frozenset({"symbols"}),
+    ),
+    Accepted(
+        REJECTED,
+        422,
+        frozenset({"POST /process/tasks", "GET /process/long-task"}),
+        "Which kinds there are, and their parameters, is the plugins'; GET /process/kinds has their schemas.",
+        parameters=frozenset({"kind", "parameters", "steps"}),
+    ),
+    Accepted(
+        REJECTED,
+        422,
+        frozenset({"POST /ai/chat-stream", "POST /ai/chat-stream-sse"}),
+        "Either prompt or messages: the schema of a model does not tell.",
+        parameters=frozenset({"body", "prompt", "messages"}),
+    ),
+    Accepted(
+        REJECTED,
+        422,
+        frozenset({f"{method} /ai/chat-stream{form}" for method in ("GET", "POST") for form in ("", "-sse")}),
+        "A prompt is limited in tokens, which no schema counts.",
+        detail="tokens",
+    ),
+    Accepted(
+        REJECTED,
+        410,
+        frozenset({"GET /process/tasks/{id}", "DELETE /process/tasks/{id}"}),
+        "An id has its time in it, so one that is older than all that are kept is 410, though it was never given out.",
+    ),
+    Accepted(
+        ACCEPTED_BUT_INVALID,
+        413,
+        frozenset({"POST /ai/chat-stream", "POST /ai/chat-stream-sse", "POST /process/tasks"}),
+        "413 rejects a body that is too large and invalid, too; the tool's list of rejections lacks it.",
+    ),
+    Accepted(
+        USED_AFTER_DELETE,
+        200,
+        frozenset({"GET /process/tasks/{id}", "DELETE /process/tasks/{id}"}),
+        "DELETE cancels a task, as documented: its record stays.",
+    ),
+)
+
+
+@schemathesis.hook
+def filter_failure(context: HookContext, failure: Failure, case: Case, response: Response) -> bool:
+    """Return whether a failure counts."""
+    operation = case.operation.label
+    return not any(accepted.applies(failure.code, operation, response) for accepted in ACCEPTED)
