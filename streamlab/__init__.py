@@ -5,7 +5,6 @@ from .config import CONFIG, ConfigPath
 from .eventlog import END, ORIGIN, Draft, Event, EventLogError, Position, Retention
 from .events import EVENTS, Channel, Events, draft, follow
 from .hookspecs import hookimpl
-from .hub import View
 from .observe import METRICS
 from .problems import Problem
 from .scenario import Scenario, endpoint
@@ -13,6 +12,7 @@ from .sse import frame
 from .streaming import Outcome, Stream, StreamSummary, open_stream
 from .tasks import TASKS, Progress, Task
 from .threads import Threads, shielded
+from .views import View
 
 __all__ = [
     "CONFIG",

@@ -10,14 +10,21 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import HttpVersion11, web
 
 from . import sse
 from .config import CONFIG, Config, ConfigError, Fault
-from .edge import SAFE_METHODS, reject_other_host, reject_other_origin
+from .edge import (
+    BODY_LIMIT,
+    SAFE_METHODS,
+    EdgeConnection,
+    accept_body,
+    reject_other_host,
+    reject_other_origin,
+    reject_unspoken,
+    sign,
+)
 from .eventlog import EventLogError, Retention
 from .events import EVENTS, Events, open_log
 from .lifespans import lifespans
@@ -26,17 +33,12 @@ from .problems import Problem, from_aiohttp
 from .registry import Plugin, Registry
 from .scenario import Endpoint, Handler, Route
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
-from .streaming import SCENARIO, STREAM, STREAMS, Connection, HeadersOnly, Stream, Streams, open_stream
+from .streaming import SCENARIO, STREAM, STREAMS, HeadersOnly, Stream, Streams, open_stream
 from .tasks import TASKS
 from .validation import read_parameters
 from .watchdog import Stopped, Watchdog
 
 log = logging.getLogger(__name__)
-
-SERVER_NAME = "streamlab"
-
-BODY_LIMIT = 1024 * 1024
-"""Bytes of a request body; a larger one is refused with 413."""
 
 SWITCH_SECONDS = 0.0001
 """How long a thread that computes, as an export does, keeps the interpreter while the event loop wants it."""
@@ -49,9 +51,6 @@ STOP_SECONDS = 1.0
 
 CLOSE_SECONDS = 0.6
 """Maximum time from the end of the drain until every plugin must have closed, in seconds."""
-
-KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection stays open, and how long a request's headers may trickle in."""
 
 
 def create_app(config: Config) -> web.Application:
@@ -102,7 +101,7 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
                 assert manager is not None
                 try:
                     listener = await loop.create_server(
-                        lambda: _Connection(manager, loop=loop, access_log=None, keepalive_timeout=KEEP_ALIVE_SECONDS),
+                        lambda: EdgeConnection(manager, loop=loop),
                         server.host,
                         server.port,
                         ssl=tls,
@@ -159,31 +158,6 @@ def _keep_pauses_short() -> None:
     gc.set_threshold(YOUNG_OBJECTS, 20, 20)
 
 
-class _Connection(Connection):
-    """A connection that refuses what is not HTTP as everything else is refused, and in one log line."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """Answer a request that could not be parsed; what a handler raised has been answered before it comes here."""
-        if not isinstance(exc, HttpProcessingError):
-            return super().handle_error(request, status, exc, message)
-        log.info("not HTTP from %s: %s", request.remote, type(exc).__name__)
-        detail = "This is not a request as RFC 9112 describes it, or one of its lines is longer than 8190 bytes."
-        response = Problem(status, detail, headers={"Server": SERVER_NAME}).response()
-        response.force_close()
-        return response
-
-    def log_exception(self, *args: object, **kwargs: Any) -> None:
-        """Write down what went wrong outside any handler; a body that breaks its own framing is no fault of ours."""
-        if isinstance(error := kwargs.get("exc_info"), web.RequestPayloadError):
-            log.info("broken body from %s: %s", self.peername, type(error).__name__)
-        else:
-            super().log_exception(*args, **kwargs)
-
-
 def _tls(config: Config) -> ssl.SSLContext | None:
     certificate, key = config.server.tls_certificate, config.server.tls_key
     if certificate is None or key is None:
@@ -226,9 +200,8 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
             owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
             handler = _bind(route, plugin) if route else _out_of_service(plugin)
             try:
-                app.router.add_route(method, path, handler)
-                if method == "GET":
-                    app.router.add_route("HEAD", path, handler)
+                for taken in (method, "HEAD") if method == "GET" else (method,):
+                    app.router.add_route(taken, path, handler, expect_handler=_continue_later)
             except ValueError as error:
                 faults.append(Fault(plugin.origin, "", f"{method} {path} is no path: {error}"))
             routes += [route] if route else []
@@ -245,12 +218,27 @@ def _bind(route: Route, plugin: Plugin) -> Handler:
         request[SCENARIO] = route.scenario
         if endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers:
             reject_other_origin(request)
+        accept_body(request, endpoint.body_limit or BODY_LIMIT)
+        await _continue(request)
         parameters = await read_parameters(request, endpoint)
         if endpoint.starts_work and request.method == "HEAD":
             return await _headers_alone(request, endpoint)
         return await route.handler(request, **parameters)
 
     return handle
+
+
+async def _continue(request: web.Request) -> None:
+    """Let a client that waits for it send its body, now that nothing speaks against it (RFC 9110, 10.1.1)."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # of the response, which has not begun
+
+
+async def _continue_later(request: web.Request) -> None:
+    """Do not continue before a request has been let in; raises HTTPExpectationFailed for what is not 100-continue."""
+    if request.headers["Expect"].lower() != "100-continue":
+        raise web.HTTPExpectationFailed
 
 
 async def _headers_alone(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
@@ -284,6 +272,7 @@ async def _frontier(
     answer: web.StreamResponse | web.HTTPException
     with request.config_dict[STREAMS].request():
         try:
+            reject_unspoken(request)
             reject_other_host(request)
             answer = await handler(request)
             if not isinstance(answer, web.StreamResponse):
@@ -319,11 +308,14 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | w
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = SERVER_NAME
-    response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    if request.config_dict[STREAMS].draining:
-        response.force_close()
+    """Complete the header fields of a response, and see to it that a connection that says it closes does."""
+    sign(response.headers)
+    # Only the end of the connection ends a body of unknown length on HTTP/1.0 (RFC 9112, 6.3).
+    endless = request.version < HttpVersion11 and response.content_length is None
+    if endless or request.config_dict[STREAMS].draining:
         response.headers["Connection"] = "close"
+    if response.headers.get("Connection", "").lower() == "close":
+        response.force_close()
 
 
 # -- life
@@ -332,7 +324,7 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 def _events(config: Config) -> Events:
     keep = Retention(config.events.keep_events, config.events.keep_seconds)
     try:
-        return Events(open_log(config.events.url), keep=keep)
+        return Events(open_log(config.events.url), keep=keep, max_filters=config.events.max_filters)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
 

@@ -104,6 +104,8 @@ class EventLog(Table):
     """How many events a channel keeps for clients that come back,"""
     keep_seconds: float = Field(86_400.0, ge=1, le=366 * 86_400)
     """and for how long at most."""
+    max_filters: int = Field(100, ge=1, le=10_000)
+    """Distinct filters (as `grep` of a log) on one channel at once; one more is answered 429 with Retry-After."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from . import sse
 from .eventlog import (
+    BATCH_BYTES,
     END,
     LATEST,
     LEASE_SECONDS,
@@ -26,8 +27,10 @@ from .eventlog import (
     Retention,
 )
 from .eventlog_sqlite import SqliteLog
-from .hub import EVERYTHING, PIECE_BYTES, SLICE, Follower, Framed, Hub, View, cuts, framed, latest
+from .hub import PIECE_BYTES, SLICE, Cut, Follower, Framed, Hub, cuts, latest
+from .replay import BATCH_EVENTS, CATCH_UP_BYTES, Past, Reads
 from .streaming import Piece, Stream, open_stream
+from .views import EVERYTHING, MAX_FILTERS, Filters, View
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +45,6 @@ INSIST_SECONDS = 1.0
 
 EVENT_BYTES = 8 * 1024 * 1024
 """The largest data an event may have."""
-
-BATCH_EVENTS = 1000
-"""Events that one read of the log brings at most."""
-
-CATCH_UP_BYTES = 48 * 1024
-"""Bytes that a follower's task reads at once: it waits for its client before it reads, so that a stalled one costs
-what waits in its connection, and not what would come next."""
 
 
 class Channel:
@@ -151,8 +147,10 @@ def draft(data: Any, event: str = "", *, key: str = "") -> Draft:
 class Events:
     """The channels of one server: their log, and who follows them."""
 
-    def __init__(self, log: EventLog, *, keep: Retention | None = None) -> None:
+    def __init__(self, log: EventLog, *, keep: Retention | None = None, max_filters: int = MAX_FILTERS) -> None:
         self.log = log
+        self.filters = Filters(max_filters)
+        self.reads = Reads(log, self.filters)
         self._keep = keep or Retention()
         self._hubs: dict[str, tuple[Hub, asyncio.Task[None]]] = {}
         self.followers: set[Follower] = set()
@@ -168,6 +166,7 @@ class Events:
         """Hold the log open and the followers alive; raises EventLogError where the log cannot be opened."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.log.opened())
+            await stack.enter_async_context(self.filters)
             self._group = await stack.enter_async_context(asyncio.TaskGroup())
             heartbeats = self._group.create_task(self._beat())
             try:
@@ -194,7 +193,7 @@ class Events:
         """Lend the hub of a channel until `leave`; the first who needs it makes it at its own position."""
         if channel.name not in self._hubs:
             assert self._group is not None, "the server has not started, or is over"
-            hub = Hub(position, channel.stem)
+            hub = Hub(channel.name, position, channel.stem, self.filters)
             self._hubs[channel.name] = hub, self._group.create_task(hub.run())
             self.log.watch(channel.name, position, hub.deliver)
         hub, _ = self._hubs[channel.name]
@@ -310,7 +309,7 @@ async def follow(
     request: web.Request,
     channel: Channel,
     *,
-    view: View = EVERYTHING,
+    view: View | None = None,
     after: str = "",
     tail: int | None = None,
     since: Callable[[Event], bool] | None = None,
@@ -319,10 +318,13 @@ async def follow(
 ) -> web.StreamResponse:
     """Answer a request with a channel as an event stream: what follows an id, then everything as it is published.
 
-    The id is the header Last-Event-ID, or `after`. Without one, the stream begins with the last `tail` events that the
-    view wants, with the first for which `since` is true (with both, the last of those from there on), or with the next
-    event to come; a finite channel begins with its first. `limit` ends it after so many events. What is missing between
-    an id and the oldest event kept is told by an event `gap`; after an id that is none, everything kept follows.
+    `view` chooses among the events; None for all. The id is the header Last-Event-ID, or `after`. Without one, the
+    stream begins with the last `tail` events that the view wants, with the first for which `since` is true (with both,
+    the last of those from there on), or with the next event to come; a finite channel begins with its first. `limit`
+    ends it after so many events. What is missing between an id and the oldest event kept is told by an event `gap`;
+    after an id that is none, everything kept follows. `since` runs in a thread, as the view's `accepts` does.
+
+    Raises Problem 429 where the followers of the channel use as many different filters as config.toml allows.
 
     Source: WHATWG HTML 9.2 (Last-Event-ID, 204 against reconnection).
     """
@@ -330,22 +332,24 @@ async def follow(
     position = channel.position(asked) if asked else None
     if channel.finite and position and await _has_ended(channel, position):
         return web.Response(status=204, headers={"Cache-Control": "no-store"})
-    async with open_stream(request, sse.MEDIA_TYPE, headers=headers) as stream:
-        follower = Follower(stream, view, position or ORIGIN, limit, channel.stem)
-        stream.event_id = follower.event_id
-        channel.events.followers.add(follower)
-        try:
-            session = _Session(channel, follower)
-            if not asked:
-                # Who sees the headers may publish at once, and is to get that: the place is known before they leave.
-                stream.hold_headers(BEGIN_SECONDS)
-                await session.begin(tail, since)
-                stream.send_headers()
-            elif position is None:
-                await session.begin_anew()
-            await session.run()
-        finally:
-            channel.events.followers.discard(follower)
+    view = view or EVERYTHING
+    with channel.events.filters.admitted(channel.name, view):
+        async with open_stream(request, sse.MEDIA_TYPE, headers=headers) as stream:
+            follower = Follower(stream, view, position or ORIGIN, limit, channel.stem)
+            stream.event_id = follower.event_id
+            channel.events.followers.add(follower)
+            try:
+                session = _Session(channel, follower)
+                if not asked:
+                    # Who sees the headers may publish at once, and is to get that: the position is known before.
+                    stream.hold_headers(BEGIN_SECONDS)
+                    await session.begin(tail, since)
+                    stream.send_headers()
+                elif position is None:
+                    await session.begin_anew()
+                await session.run()
+            finally:
+                channel.events.followers.discard(follower)
     return stream
 
 
@@ -380,18 +384,31 @@ class _Session:
         if follower.view == EVERYTHING and since is None and tail:
             follower.position, self._sure = last._replace(offset=max(0, last.offset - tail)), False
             return
-        wanted, before, begun = deque[Position](maxlen=tail), ORIGIN, since is None
-        async for event in self._channel.read():
-            if event.position > last:
+        wanted = deque[Position](maxlen=tail)
+        async for event in self._past(last, since):
+            wanted.append(event.position)
+            if tail is None:
                 break
-            begun = begun or (since is not None and since(event))
-            if begun and follower.view.wants(event):
-                wanted.append(before)
-                if tail is None:
-                    break
-            before = event.position
         if wanted:
-            follower.position, self._sure = wanted[0], wanted[0] != ORIGIN
+            follower.position = wanted[0]._replace(offset=wanted[0].offset - 1)
+
+    async def _past(self, last: Position, since: Callable[[Event], bool] | None) -> AsyncIterator[Event]:
+        """Go through the events that the view wants, up to a position, from the first for which `since` is true."""
+        channel, after = self._channel, ORIGIN
+        while after < last:
+            past = await self._read(after, BATCH_BYTES)
+            if past.first is None:
+                return
+            events = past.events
+            if since is not None and events:
+                begun = await channel.events.filters.chosen(channel.name, View(accepts=since), events)
+                events = [event for event in events if begun and event.position >= begun[0].position]
+                since = None if begun else since
+            for event in events:
+                if event.position > last:
+                    return
+                yield event
+            after = past.until
 
     async def begin_anew(self) -> None:
         """Begin with the oldest event kept, after an id that is none of ours."""
@@ -423,47 +440,52 @@ class _Session:
         """Send what the log has after the follower's position; True when the client has all that it wanted."""
         follower, position, held = self._follower, self._follower.position, list[Framed]()
         while True:
-            batch = None  # nothing is held while the client is waited for
+            past = None  # nothing is held while the client is waited for
             await self._stream.ready()
-            batch = await self._channel.events.log.read(self._channel.name, position, BATCH_EVENTS, CATCH_UP_BYTES)
-            if not batch.events:
+            past = await self._read(position)
+            if past.first is None:
                 break
-            first = batch.events[0].position
-            if self._sure and not position.precedes(first):
-                await self.tell_gap(position, first._replace(offset=first.offset - 1))
-            position, self._sure = batch.events[-1].position, True
+            if self._sure and not position.precedes(past.first):
+                await self.tell_gap(position, past.first._replace(offset=past.first.offset - 1))
+            position, self._sure = past.until, True
             if follower.view.conflate:
-                held = latest(held + self._chosen(batch.events))
-            elif await self._send(self._chosen(batch.events), position):
+                held = latest(held + past.frames)
+            elif await (
+                self._send(past.cuts, position)
+                if follower.remaining is None
+                else self._send_some(past.frames, position)
+            ):
                 return True
-        if held and await self._send(held, position):
+        if held and await self._send_some(held, position):
             return True
-        if position != batch.last:
+        if position != past.last:
             # A channel may have begun with a checkpoint alone: then nothing lies between its origin and its place.
-            if self._sure and not (position == ORIGIN and not batch.last.offset):
-                await self.tell_gap(position, batch.last)
-            follower.position = batch.last
+            if self._sure and not (position == ORIGIN and not past.last.offset):
+                await self.tell_gap(position, past.last)
+            follower.position = past.last
         self._sure = True
         return False
 
-    def _chosen(self, events: Sequence[Event]) -> list[Framed]:
-        stem = self._channel.stem
-        return [framed(event, stem) for event in events if self._follower.view.wants(event)]
+    async def _read(self, after: Position, size: int = CATCH_UP_BYTES) -> Past:
+        channel = self._channel
+        return await channel.events.reads.read(channel.name, channel.stem, after, self._follower.view, size)
 
-    async def _send(self, items: Sequence[Framed], after: Position) -> bool:
-        """Write frames as the client takes them; True when it has all that it wanted."""
-        follower, remaining = self._follower, self._follower.remaining
-        last = next((number for number, item in enumerate(items) if item.event.event == END), None)
-        if remaining is not None and remaining <= len(items if last is None else items[: last + 1]):
-            last = remaining - 1
-        if last is not None:
-            items, after = items[: last + 1], items[last].event.position
-        for cut in cuts(items, after):
-            await self._write(cut.body, cut.after)
+    async def _send_some(self, items: Sequence[Framed], after: Position) -> bool:
+        """Write as many frames as the client wants; True when it has all that it wanted."""
+        remaining = self._follower.remaining
+        if remaining is not None and remaining <= len(items):
+            items, after = items[:remaining], items[remaining - 1].event.position
+        return await self._send(cuts(items, after), after)
+
+    async def _send(self, pieces: Sequence[Cut], after: Position) -> bool:
+        """Write pieces as the client takes them; True when it has all that it wanted."""
+        follower = self._follower
+        for piece in pieces:
+            await self._write(piece.body, piece.after)
             if follower.remaining is not None:
-                follower.remaining -= cut.events
+                follower.remaining -= piece.events
         follower.position = after
-        return last is not None
+        return follower.remaining == 0 or any(piece.last for piece in pieces)
 
     async def tell_gap(self, before: Position | None, after: Position) -> None:
         """Say that the events after one position, up to another, are missing; None: after an id that is none."""

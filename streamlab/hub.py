@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from . import sse
-from .eventlog import END, Event, Position
+from .eventlog import END, ORIGIN, Event, Position
 from .streaming import Piece, Pusher, Stream, Writer
+from .views import Filters, View
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +29,6 @@ PENDING_BYTES = 1024 * 1024
 OVERRUN_BYTES = 4 * PENDING_BYTES
 """Bytes at which nothing is kept waiting any more (other processes publish faster than this one can push): the
 followers catch up from the log, each at its own pace."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Which events of a channel a follower wants. Followers with equal views share what is made for them."""
-
-    keys: frozenset[str] | None = None
-    """Events about one of these; None for all."""
-    accepts: Callable[[Event], bool] | None = None
-    """Which of them; must be hashable, and equal to another that accepts the same."""
-    conflate: float = 0.0
-    """Seconds in which at most one event of a key, the latest, is sent; 0 sends every event."""
-
-    def wants(self, event: Event) -> bool:
-        """Whether an event belongs to the view; the end of a channel belongs to every view."""
-        return event.event == END or (
-            (self.keys is None or event.key in self.keys) and (self.accepts is None or self.accepts(event))
-        )
-
-
-EVERYTHING = View()
 
 
 class Framed(NamedTuple):
@@ -165,9 +145,16 @@ class Audience:
     held: list[Framed] = field(default_factory=list)
     timer: asyncio.TimerHandle | None = None
 
-    def select(self, items: Sequence[Framed], due: Callable[[], None]) -> list[Framed]:
-        """Choose what to send now; `due` is called when something held back may go."""
-        chosen = [item for item in items if self.view.wants(item.event)]
+    backlog: list[Event] = field(default_factory=list)
+    """What its filter has not seen yet; empty where the view has none."""
+    backlog_bytes: int = 0
+    filtered: Position = ORIGIN
+    """What its filter has seen ends here."""
+    filtering: asyncio.Task[None] | None = None
+    """Filters the backlog and pushes what is accepted, for as long as there is one."""
+
+    def select(self, chosen: list[Framed], due: Callable[[], None]) -> list[Framed]:
+        """Choose, of what the view wants, what to send now; `due` is called when something held back may go."""
         if not self.view.conflate:
             return chosen
         self.held = latest(self.held + chosen)
@@ -182,10 +169,18 @@ class Audience:
         if self.held:
             due()
 
+    def release(self) -> None:
+        """Hand the followers back to their tasks, which read the log from where each of them stands."""
+        self.backlog, self.backlog_bytes = [], 0
+        for follower in self.followers:
+            follower.release(done=False)
+
     def close(self) -> None:
         """Hold nothing back any more, there being nobody."""
         if self.timer is not None:
             self.timer.cancel()
+        if self.filtering is not None:
+            self.filtering.cancel()
 
     def pieces(self, items: Sequence[Framed], after: Position) -> list["Pushed"]:
         """What to write to each follower; whoever has it all stands at `after`."""
@@ -216,8 +211,12 @@ class Pushed(NamedTuple):
 class Hub:
     """The followers of one channel in this process."""
 
-    def __init__(self, position: Position, stem: str) -> None:
+    def __init__(self, channel: str, position: Position, stem: str, filters: Filters) -> None:
+        self._channel = channel
         self._stem = stem
+        self._filters = filters
+        self._group = asyncio.TaskGroup()
+        """What filters; open while the hub runs."""
         self.position = position
         """What has been pushed, or is being pushed, ends here."""
         self.members = 0
@@ -226,8 +225,8 @@ class Hub:
         self._pending: list[Event] = []
         self._pending_bytes = 0
         self._overrun: Position | None = None
-        self._joined: set[Follower] | None = None
-        """Who has joined since the flush that is under way began: what it pushes, they have from the log."""
+        self._joins = 0
+        """How many have joined so far. Who joins while something is pushed may have it from the log already."""
         self._news = asyncio.Event()
         self._moved: set[asyncio.Future[None]] = set()
         self._idle = asyncio.Event()
@@ -270,8 +269,7 @@ class Hub:
         key = follower.audience_key
         audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
         audience.followers.add(follower)
-        if self._joined is not None:
-            self._joined.add(follower)
+        self._joins += 1
         follower.live = True
         follower.released = asyncio.get_running_loop().create_future()
         if follower.transport is None:
@@ -291,12 +289,13 @@ class Hub:
     async def run(self) -> None:
         """Push what is delivered, until cancelled."""
         try:
-            while True:
-                await self._news.wait()
-                self._news.clear()
-                await self._flush()
-                if not self._pending:
-                    self._idle.set()
+            async with self._group:
+                while True:
+                    await self._news.wait()
+                    self._news.clear()
+                    await self._flush()
+                    if not self._pending:
+                        self._idle.set()
         finally:
             self._pending_bytes = 0
             self._idle.set()
@@ -305,49 +304,85 @@ class Hub:
         """Push what is pending: framed once for all, joined once a view, written once a follower."""
         events, self._pending, self._pending_bytes = self._pending, [], 0
         overrun, self._overrun = self._overrun, None
-        before = self.position
+        before = position = self.position
         if overrun is not None or events:
-            self.position = overrun if overrun is not None else events[-1].position
+            self.position = position = overrun if overrun is not None else events[-1].position
         for moved in self._moved:
             if not moved.done():
                 moved.set_result(None)
         # What is missing, each follower's own task finds in the log, and says so.
         gap = overrun is not None or bool(events and not before.precedes(events[0].position))
         items = [] if gap else [framed(event, self._stem) for event in events]
-        self._joined = set()
         # Who joins from here on stands after these events already, so all audiences are noted before the first await.
-        noted = [
-            (audience, None if gap else self._select(audience, items), tuple(audience.followers))
-            for audience in self._audiences.values()
-        ]
-        began = time.monotonic()
-        for audience, chosen, followers in noted:
-            if chosen is None:
-                for follower in followers:
-                    follower.release(done=False)
-                continue
-            pieces = audience.pieces(chosen, self.position)
-            push = self._push_some if audience.limited or audience.view.conflate or len(pieces) != 1 else _push_one
-            for start in range(0, len(followers), SLICE):
-                some: Sequence[Follower] = followers[start : start + SLICE]
-                if self._joined:  # one may have left and come back meanwhile, and be among them
-                    some = [follower for follower in some if follower not in self._joined]
-                push(some, pieces, audience, chosen)
-                if time.monotonic() - began >= TURN_SECONDS:
-                    await asyncio.sleep(0)
-                    began = time.monotonic()
-        self._joined = None
+        noted = [(audience, tuple(audience.followers)) for audience in self._audiences.values()]
+        joins, began = self._joins, time.monotonic()
+        for audience, followers in noted:
+            if gap:
+                audience.release()
+            elif audience.view.accepts is not None:
+                self._leave_to_filter(audience, events)
+            else:
+                chosen = audience.select([item for item in items if audience.view.wants(item.event)], self._news.set)
+                began = await self._push(audience, chosen, followers, position, joins, began)
 
-    def _select(self, audience: Audience, items: Sequence[Framed]) -> list[Framed] | None:
-        """What an audience is to get now; None where its view fails, so that each follower fails by itself."""
-        try:
-            return audience.select(items, self._news.set)
-        except Exception:
-            log.exception("a view of a channel failed")
-            return None
+    async def _push(
+        self,
+        audience: Audience,
+        chosen: Sequence[Framed],
+        followers: Sequence[Follower],
+        after: Position,
+        joins: int,
+        began: float,
+    ) -> float:
+        """Push events to followers, who stand at `after` then; return when the loop last had its turn."""
+        pieces = audience.pieces(chosen, after)
+        push = self._push_some if audience.limited or audience.view.conflate or len(pieces) != 1 else _push_one
+        for start in range(0, len(followers), SLICE):
+            some: Sequence[Follower] = followers[start : start + SLICE]
+            if self._joins != joins:  # one may have left and come back meanwhile, and be among them
+                some = [follower for follower in some if follower.position < after]
+            push(some, pieces, audience, chosen, after)
+            if time.monotonic() - began >= TURN_SECONDS:
+                await asyncio.sleep(0)
+                began = time.monotonic()
+        return began
+
+    def _leave_to_filter(self, audience: Audience, events: Sequence[Event]) -> None:
+        """Let a filter choose among events in its own time; followers of one that lags far behind read the log."""
+        audience.backlog_bytes += sum(len(event.data) for event in events)
+        if audience.backlog_bytes > PENDING_BYTES:
+            audience.release()
+            return
+        audience.backlog += events
+        if audience.filtering is None and (events or audience.held):
+            audience.filtering = self._group.create_task(self._filter(audience))
+
+    async def _filter(self, audience: Audience) -> None:
+        """Push to an audience what its filter accepts, until its backlog is empty."""
+        while True:
+            events, audience.backlog, audience.backlog_bytes = audience.backlog, [], 0
+            try:
+                wanted = await self._filters.chosen(self._channel, audience.view, events)
+            except Exception:
+                log.exception("a filter of the channel %s failed", self._channel)
+                audience.release()  # each follower fails by itself
+                break
+            chosen = audience.select([framed(event, self._stem) for event in wanted], self._news.set)
+            after = events[-1].position if events else audience.filtered
+            audience.filtered = after
+            followers = [follower for follower in audience.followers if follower.position < after]
+            await self._push(audience, chosen, followers, after, self._joins, time.monotonic())
+            if not audience.backlog:
+                break
+        audience.filtering = None
 
     def _push_some(
-        self, followers: Sequence[Follower], pieces: Sequence[Pushed], audience: Audience, chosen: Sequence[Framed]
+        self,
+        followers: Sequence[Follower],
+        pieces: Sequence[Pushed],
+        audience: Audience,
+        chosen: Sequence[Framed],
+        after: Position,
     ) -> None:
         """Push several pieces, or to followers that may not want everything."""
         for follower in followers:
@@ -355,7 +390,7 @@ class Hub:
             if audience.view.conflate and chosen and follower.position >= chosen[0].event.position:
                 # It joined after some of these had been held back for the others, and has them from the log.
                 lacking = [item for item in chosen if item.event.position > follower.position]
-                mine = audience.pieces(lacking, self.position)
+                mine = audience.pieces(lacking, after)
             for piece in mine:
                 if piece.too_large or (follower.remaining is not None and piece.events > follower.remaining):
                     follower.release(done=False)  # its task takes from the log as many as it wants, and as it may
@@ -365,7 +400,7 @@ class Hub:
                     follower.remaining -= piece.events
                 _push(follower, piece, piece.last or follower.remaining == 0)
             if follower.live and not chosen and not audience.view.conflate:
-                follower.position = self.position
+                follower.position = after
 
 
 def _push_one(followers: Sequence[Follower], pieces: Sequence[Pushed], *_: object) -> None:

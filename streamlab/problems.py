@@ -10,6 +10,14 @@ from aiohttp import web
 
 MEDIA_TYPE = "application/problem+json"
 
+_PHRASES = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
+"""The phrases of RFC 9110, section 15, where a supported Python has older ones."""
+
 MAX_ERRORS = 50
 """A refusal lists no more than so many faults; a request with more of them is no honest mistake."""
 
@@ -47,7 +55,7 @@ class Problem(Exception):
         """The members of the problem document: type, title, status, detail and, where there are any, errors."""
         members: dict[str, Any] = {
             "type": "about:blank",
-            "title": HTTPStatus(self.status).phrase,
+            "title": phrase(self.status),
             "status": self.status,
             "detail": self.detail,
         }
@@ -59,7 +67,13 @@ class Problem(Exception):
         """The whole answer; never cached."""
         text = json.dumps(self.document(), ensure_ascii=False) + "\n"
         headers = {"Cache-Control": "no-store", **self.headers}
-        return web.Response(status=self.status, text=text, content_type=MEDIA_TYPE, headers=headers)
+        reason = phrase(self.status)
+        return web.Response(status=self.status, reason=reason, text=text, content_type=MEDIA_TYPE, headers=headers)
+
+
+def phrase(status: int) -> str:
+    """Return the reason phrase of a status code as RFC 9110 has it, on every version of Python."""
+    return _PHRASES.get(status) or HTTPStatus(status).phrase
 
 
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")

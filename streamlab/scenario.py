@@ -25,7 +25,7 @@ class Endpoint:
     query: type[BaseModel] | None
     body: type[BaseModel] | None
     body_limit: int | None
-    """Bytes of a body at most, where that is less than what the server takes."""
+    """Maximum body, in bytes; None for that of the server, 1 MiB."""
     takes: tuple[str, ...]
     """Media types of a body that the handler reads itself."""
     starts_work: bool
@@ -63,7 +63,7 @@ def endpoint(
     """Declare a method of a scenario as the handler of `method path`.
 
     The models given are validated before the handler runs and handed to it by keyword: `path_model` as `path`,
-    `query` as `query`, `body` (a JSON document, of `body_limit` bytes at most) as `body`. A request that does not fit
+    `query` as `query`, `body` (a JSON document) as `body`. A request that does not fit
     is refused with 400, 413 or 422 and every fault in it; parameters that no model knows are refused by name. (A query
     model with `extra="allow"` gets them as lists of texts, for its handler to judge.) A GET answers HEAD too.
 
@@ -71,9 +71,10 @@ def endpoint(
     the headers without the handler, and pages of another origin are rejected with 403, as they are with every method
     that is not safe.
 
-    `takes` names the media types of a body that the handler reads itself, instead of `body`, and `sends` those of a
-    200; the method's docstring becomes summary and description. Spell method and path as literals: they are read from
-    the source when the plugin cannot be imported.
+    `takes` names the media types of a body that the handler reads itself, instead of `body`. Either has `body_limit`
+    bytes at most (1 MiB unless declared), however the handler reads it. `sends` names the media types of a 200; the
+    method's docstring becomes summary and description. Spell method and path as literals: they are read from the
+    source when the plugin cannot be imported.
 
     Source: OpenAPI 3.1, Operation Object; RFC 9110 section 9 (methods).
     """

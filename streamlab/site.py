@@ -1,7 +1,9 @@
 """The routes that every streamlab serves: index, lab page, health, metrics, the API document and its page."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import time
 from collections.abc import Iterable
 from functools import cache
@@ -65,7 +67,7 @@ class Site(Scenario):
         blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in serving]
         blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
         text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
-        return web.Response(text=text, headers=vary)
+        return _revalidated(request, text, "text/plain", vary)
 
     @endpoint("GET", "/lab", sends="text/html", curl="{url}")
     async def lab(self, request: web.Request) -> web.Response:
@@ -107,12 +109,13 @@ class Site(Scenario):
     async def openapi(self, request: web.Request) -> web.Response:
         """Describe every route as an OpenAPI 3.1 document."""
         routes = request.app[ROUTES]
-        return web.json_response(openapi.document(routes, version=version(), described=self._described(request)))
+        document = openapi.document(routes, version=version(), described=self._described(request))
+        return _revalidated(request, json.dumps(document), "application/json", {})
 
     @endpoint("GET", "/docs", sends="text/html", curl="{url}")
     async def docs(self, request: web.Request) -> web.Response:
         """Try every route in a browser (Swagger UI, served from this machine)."""
-        return _page(_template("docs.html"), {"Content-Security-Policy": DOCS_POLICY})
+        return _page(request, _template("docs.html"), {"Content-Security-Policy": DOCS_POLICY})
 
     @endpoint(
         "GET",
@@ -156,7 +159,7 @@ class Site(Scenario):
             for plugin in failed
         ]
         page = _template("lab.html").replace("{{version}}", escape(version()))
-        return _page(page.replace("{{routes}}", "\n".join(sections)), headers)
+        return _page(request, page.replace("{{routes}}", "\n".join(sections)), headers)
 
     def _described(self, request: web.Request) -> dict[str, str]:
         """A sentence on each scenario."""
@@ -209,6 +212,15 @@ def _swagger_ui() -> Path:
     return Path(spec.origin).parent / "static"
 
 
-def _page(text: str, headers: dict[str, str] | None = None) -> web.Response:
-    policy = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
-    return web.Response(text=text, content_type="text/html", headers=policy | (headers or {}))
+def _page(request: web.Request, text: str, headers: dict[str, str] | None = None) -> web.Response:
+    policy = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    return _revalidated(request, text, "text/html", policy | (headers or {}))
+
+
+def _revalidated(request: web.Request, text: str, content_type: str, headers: dict[str, str]) -> web.Response:
+    """Return a text with its validator, or 304 where the client has it already (RFC 9110, 13.1.2)."""
+    tag = hashlib.sha256(text.encode()).hexdigest()[:32]
+    headers = {**headers, "Cache-Control": "no-cache", "ETag": f'"{tag}"'}
+    if any(known.value in (tag, "*") for known in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    return web.Response(text=text, content_type=content_type, headers=headers)

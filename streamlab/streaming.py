@@ -733,7 +733,7 @@ def _is_disconnect(error: BaseException) -> bool:
 def _headers(
     content_type: str, given: Mapping[str, str] | None, encoder: Encoder | None, *, compress: bool
 ) -> dict[str, str]:
-    headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(given or {})}
+    headers = {"Content-Type": content_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no", **(given or {})}
     if compress:
         headers["Vary"] = ", ".join(filter(None, (headers.get("Vary"), "Accept-Encoding")))
     if encoder is not None:

@@ -26,7 +26,7 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     if endpoint.query is not None:
         _decode("query", endpoint.query, query, found, errors)
     if endpoint.body is not None:
-        _decode("body", endpoint.body, await _json(request, endpoint.body_limit), found, errors)
+        _decode("body", endpoint.body, await _json(request), found, errors)
     if errors:
         raise Problem.of_parameters(errors)
     return found
@@ -82,13 +82,11 @@ def faults(error: ValidationError, place: str) -> list[dict[str, Any]]:
     return found
 
 
-async def _json(request: web.Request, limit: int | None) -> Any:
+async def _json(request: web.Request) -> Any:
     # Without a Content-Type as well: a page of another site can send that without a preflight (WHATWG Fetch, 4.10).
     if request.content_type != "application/json" and not request.content_type.endswith("+json"):
         raise Problem(415, "The body must be application/json.", headers={"Accept": "application/json"})
     text = await request.read()
-    if limit is not None and len(text) > limit:
-        raise Problem(413, f"The body is larger than {limit} bytes, which is what this route takes.")
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
         if b"\\u" in text:  # half a surrogate pair is no character, and nothing could write it down (RFC 8259, 8.2)

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -200,6 +202,58 @@ def read_all(connection: socket.socket) -> bytes:
                 break
             received += chunk
     return bytes(received)
+
+
+def read_crowd(connections: Sequence[socket.socket]) -> list[bytes]:
+    """Everything that many connections receive until the server closes them, read as it comes."""
+    received = {connection: bytearray() for connection in connections}
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(20)
+            assert ready, "the server sends nothing"
+            for key, _ in ready:
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                if chunk := connection.recv(1 << 18):
+                    received[connection] += chunk
+                else:
+                    selector.unregister(connection)
+    return [bytes(body) for body in received.values()]
+
+
+def slowest_health(server: Running, *, until: Callable[[], bool]) -> float:
+    """Seconds of the slowest /health until something is over, and of 20 at least."""
+    slowest = 0.0
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        for number in itertools.count(1):
+            began = time.monotonic()
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            slowest = max(slowest, time.monotonic() - began)
+            if number >= 20 and until():
+                return slowest
+            time.sleep(0.002)
+    raise AssertionError
+
+
+def assert_health_is_prompt_during(server: Running, work: Callable[[], object]) -> None:
+    """Assert that no /health takes longer than 250 ms (and five times the slowest when idle) while work is done.
+
+    What blocks the loop does so each time, and what else the machine does may not: one of three attempts is to hold.
+    """
+    attempts = []
+    for _ in range(3):
+        idle = slowest_health(server, until=lambda: True)
+        with ThreadPoolExecutor(1) as executor:
+            working = executor.submit(work)
+            slowest = slowest_health(server, until=working.done)
+            working.result()
+        attempts.append((round(idle, 3), round(slowest, 3)))
+        if slowest <= 0.25 + 5 * idle:
+            return
+    raise AssertionError(f"the slowest /health, in seconds, idle and meanwhile: {attempts}")
 
 
 def read_until(connection: socket.socket, mark: bytes) -> bytes:

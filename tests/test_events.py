@@ -9,20 +9,33 @@ import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EventStream, Running, Valkey, read_all, read_until
+from conftest import (
+    EventStream,
+    Received,
+    Running,
+    Valkey,
+    assert_health_is_prompt_during,
+    read_all,
+    read_crowd,
+    read_until,
+)
+
+from streamlab import View
 
 BOARD = '''
     """Channels that tests publish to and follow."""
 
     import asyncio
     import logging
+    import time
     from contextlib import asynccontextmanager
+    from dataclasses import dataclass
 
     from aiohttp import web
     from pydantic import BaseModel, Field
@@ -41,7 +54,21 @@ BOARD = '''
         return True
 
 
+    @dataclass(frozen=True)
+    class Slowly:
+        """Accepts events that contain a text, in its time."""
+
+        text: str
+        seconds: float
+
+        def __call__(self, event):
+            time.sleep(self.seconds)
+            return self.text.encode() in event.data
+
+
     class Where(BaseModel):
+        contains: str = ""
+        seconds: float = 0
         broken: bool = False
         after: str = ""
         tail: int | None = None
@@ -80,7 +107,12 @@ BOARD = '''
         @endpoint("GET", "/board/{name}", path_model=Name, query=Where, sends="text/event-stream")
         async def read(self, request, path, query):
             accepts = broken if query.broken else None
-            view = View(keys=frozenset(query.keys) or None, accepts=accepts, conflate=query.conflate)
+            if query.contains:
+                accepts = Slowly(query.contains, query.seconds)
+            # A list, and no view at all, as authors write it first.
+            view = View(keys=query.keys or None, accepts=accepts, conflate=query.conflate)
+            if view == View():
+                view = None
             return await follow(
                 request, self.channel(request, path.name), view=view, after=query.after, tail=query.tail,
                 since=None if query.since is None else lambda event: event.time >= query.since * 1000,
@@ -145,7 +177,7 @@ def test_an_event_is_an_id_and_its_data_and_nothing_else(serve: Callable[..., Ru
         publish(server, 3, event="tick")
         body += read_all(connection)
     assert b"\r\nContent-Type: text/event-stream\r\n" in head
-    assert b"\r\nCache-Control: no-cache\r\n" in head
+    assert b"\r\nCache-Control: no-store\r\n" in head
     assert b"\r\nX-Accel-Buffering: no\r\n" in head
     assert b"Content-Length" not in head
     epoch = ids[0].partition("-")[0]
@@ -493,6 +525,93 @@ def test_a_view_that_fails_takes_only_its_own_followers_along(serve: Callable[..
 
 
 # -- endings
+
+
+@pytest.mark.parametrize("wrong", [{"keys": "AAPL"}, {"accepts": [str.isupper]}])
+def test_a_view_that_cannot_work_is_rejected_where_it_is_made(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        View(**wrong)
+    assert View(keys=["a", "b", "a"]) == View(keys=frozenset("ab"))
+
+
+def said(events: Iterable[Received]) -> list[str]:
+    return [event.data for event in events]
+
+
+def test_a_slow_filter_delays_nobody_else_and_keeps_the_order(serve: Callable[..., Running]) -> None:
+    """The follower with the filter gets the same as others, later; they, and /health, do not wait for it."""
+    server = serve()
+    numbers = [f"event {number}" for number in range(20)]
+    with (
+        EventStream(server, "/board/c?contains=event&seconds=0.1&tail=0") as slow,
+        EventStream(server, "/board/c?contains=event&seconds=0.1&tail=0&limit=3") as slow_too,
+        EventStream(server, "/board/c?contains=event%201&tail=0") as quick,
+        EventStream(server, "/board/c?tail=0") as plain,
+    ):
+        wait_for_followers(server, 4)
+        publish(server, *numbers)
+        began = time.monotonic()
+        assert said(plain.take(20)) == numbers
+        assert said(quick.take(11)) == [text for text in numbers if text.startswith("event 1")]
+        assert server.get("/health")[0] == 200
+        others = time.monotonic() - began
+        assert said(slow.take(20)) == numbers
+        assert time.monotonic() - began >= 2.0 > others
+        assert said(slow_too) == numbers[:3]
+        publish(server, "event 20", "nothing", "event 21")
+        assert said(slow.take(2)) == ["event 20", "event 21"]
+
+
+def test_a_filter_that_lags_by_a_megabyte_goes_on_from_the_log(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with EventStream(server, "/board/c?contains=x&seconds=0.02&tail=0") as stream:
+        wait_for_followers(server, 1)
+        for number in range(8):
+            publish(server, *(f"x{number * 10 + item} " + "y" * 30_000 for item in range(10)))
+        assert [text.partition(" ")[0] for text in said(stream.take(80))] == [f"x{number}" for number in range(80)]
+
+
+def test_conflation_of_what_a_filter_accepts(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with EventStream(server, "/board/c?contains=x&conflate=0.3&tail=0") as stream:
+        wait_for_followers(server, 1)
+        publish(server, "x0", key="a")
+        assert said(stream.take(1)) == ["x0"]
+        publish(server, "x1", "y", "x2", key="a")
+        assert said(stream.take(1)) == ["x2"]
+
+
+def test_one_filter_more_than_config_allows_is_429_and_equal_ones_count_once(serve: Callable[..., Running]) -> None:
+    server = serve("[events]\nmax_filters = 2\n")
+    with ExitStack() as streams:
+        first = streams.enter_context(EventStream(server, "/board/c?contains=a"))
+        for other in ("c?contains=b", "c?contains=b", "c", "c?keys=k", "d?contains=c"):
+            assert streams.enter_context(EventStream(server, f"/board/{other}")).status == 200
+        status, headers, body = server.get("/board/c?contains=c")
+        assert (status, headers["retry-after"]) == (429, "5")
+        assert headers["content-type"].startswith("application/problem+json")
+        assert "2 different filters" in json.loads(body)["detail"]
+        first.__exit__()
+        wait_for_followers(server, 5)
+        assert streams.enter_context(EventStream(server, "/board/c?contains=c")).status == 200
+
+
+def test_a_crowd_that_catches_up_does_not_delay_health(serve: Callable[..., Running]) -> None:
+    """Their reads share a budget: without one, each turn of the loop serves all of them, and takes seconds."""
+    server = serve("[scenarios.board]\nkeep = 10000\n")
+    for _ in range(10):
+        publish(server, *range(400))
+    request = b"GET /board/c?after=1-0&limit=4000 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+    def crowd() -> None:
+        with ExitStack() as stack:
+            connections = [stack.enter_context(server.connect()) for _ in range(200)]
+            for connection in connections:
+                connection.sendall(request)
+            received = read_crowd(connections)
+        assert [body.count(b"\nid: ") for body in received] == [4001] * 200  # the gap, too
+
+    assert_health_is_prompt_during(server, crowd)
 
 
 def test_limit_ends_the_stream_after_so_many_events_however_they_come(serve: Callable[..., Running]) -> None:

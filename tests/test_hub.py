@@ -7,7 +7,8 @@ import pytest
 
 from streamlab import hub
 from streamlab.eventlog import Event, Position
-from streamlab.hub import EVERYTHING, Follower, Hub
+from streamlab.hub import Follower, Hub
+from streamlab.views import EVERYTHING, Filters
 
 
 class Kept:
@@ -31,7 +32,7 @@ async def test_a_follower_that_leaves_and_comes_back_in_the_middle_of_a_flush_ge
 ) -> None:
     monkeypatch.setattr(hub, "TURN_SECONDS", 0.0)  # a turn for the others after each slice
     before, after = Position(1, 1), Position(1, 2)
-    one = Hub(before, "")
+    one = Hub("c", before, "", Filters())
     streams = [Kept() for _ in range(3 * hub.SLICE)]
     followers = [Follower(stream, EVERYTHING, before) for stream in streams]  # type: ignore[arg-type]
     released: list[Any] = [one.join(follower) for follower in followers]

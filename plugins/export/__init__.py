@@ -266,7 +266,7 @@ class Exports(Scenario):
         listed = [await self._listed(name, query) for name, query in sorted(self.exports.items())]
         lacking = {form: reason for form, kind in FORMATS.items() if (reason := missing(kind))}
         text = json.dumps({"exports": listed, "unavailable_formats": lacking}, ensure_ascii=False, indent=1) + "\n"
-        return web.Response(text=text, content_type="application/json", headers={"Cache-Control": "no-cache"})
+        return web.Response(text=text, content_type="application/json")
 
     async def _listed(self, name: str, query: Configured) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "description": query.description, "database": query.database}

@@ -316,7 +316,7 @@ def disposition(name: str) -> str:
 
 
 def _listing(request: web.Request, found: dict[str, Any]) -> web.Response:
-    headers = {"Vary": "Accept", "Cache-Control": "no-cache"}
+    headers = {"Vary": "Accept"}
     if "text/html" not in request.headers.get("Accept", ""):
         return web.json_response(found, headers=headers)
     rows = [

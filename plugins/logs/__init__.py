@@ -46,6 +46,9 @@ THREADS = 4
 TAIL = 10
 """Lines of the past that a stream begins with, unless it is told otherwise."""
 
+Chooser = tuple[LineFilter | None, float | None]
+"""Which lines are wanted (None for all), and since when, in Unix seconds."""
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
@@ -74,7 +77,12 @@ class Which(BaseModel):
 
     source: str = Field("", max_length=32, description="The log's name; without one, the first there is.")
     level: Level | None = Field(None, description="Only lines of this level and above; tracebacks have their record's.")
-    grep: str = Field("", max_length=1000, description="Only lines in which this regular expression (RE2) matches.")
+    grep: str = Field(
+        "",
+        max_length=1000,
+        description="Only lines in which this regular expression (RE2) matches. The larger it is, the less of a very "
+        "long line is searched: at least 2,000 characters.",
+    )
     since: str = Field(
         "",
         max_length=40,
@@ -111,6 +119,7 @@ class Logs(Scenario):
     _served: dict[str, Source] = PrivateAttr(default_factory=dict)
     _channels: dict[str, Channel] = PrivateAttr(default_factory=dict)
     _threads: Threads = PrivateAttr()
+    _compiling: Threads = PrivateAttr()
 
     @hookimpl
     @asynccontextmanager
@@ -127,7 +136,11 @@ class Logs(Scenario):
         keep = Retention(events=self.keep_lines, seconds=config.events.keep_seconds)
         self._channels.update({name: events.channel(f"logs/{name}", keep=keep) for name in served})
         host = socket.gethostname()
-        async with Threads("log-download", THREADS) as self._threads, asyncio.TaskGroup() as group:
+        async with (
+            Threads("log-download", THREADS) as self._threads,
+            Threads("patterns", 1) as self._compiling,
+            asyncio.TaskGroup() as group,
+        ):
             tasks = []
             for name, source in served.items():
                 producer = f"{host}:{source.path or shlex.join(source.command)}"
@@ -140,15 +153,27 @@ class Logs(Scenario):
             for task in tasks:
                 task.cancel()
 
-    @endpoint("GET", "/stream/live-logs", query=Following, sends="text/event-stream")
+    @endpoint(
+        "GET",
+        "/stream/live-logs",
+        query=Following,
+        sends="text/event-stream",
+        responses={429: "The streams of this log use as many different filters as may be."},
+    )
     def live(self, request: web.Request, query: Following) -> Awaitable[web.StreamResponse]:
         """Follow a log: its last lines, then every line as it is written, through rotation and restarts."""
-        # No coroutine of its own, so that neither it nor the query is kept for as long as a client follows.
-        channel, lines, since = self._channels[self._chosen(query)], *_wanted(query)
+        # Without a pattern no coroutine of its own, so that neither it nor the query is kept while a client follows.
+        return self._follow_matching(request, query) if query.grep else self._follow(request, query, _chooser(query))
+
+    async def _follow_matching(self, request: web.Request, query: Following) -> web.StreamResponse:
+        return await self._follow(request, query, await self._compiling.run(_chooser, query))
+
+    def _follow(self, request: web.Request, query: Following, chooser: Chooser) -> Awaitable[web.StreamResponse]:
+        channel, (lines, since) = self._channels[self._chosen(query)], chooser
         return follow(
             request,
             channel,
-            view=View(accepts=lines) if lines else View(),
+            view=View(accepts=lines),
             after=query.last_event_id,
             tail=TAIL if query.tail is None and since is None else query.tail,
             since=None if since is None else partial(_is_since, since),
@@ -158,7 +183,7 @@ class Logs(Scenario):
     @endpoint("GET", "/logs/download", query=Which, sends="text/plain", curl="-OJ {url}")
     async def download(self, request: web.Request, query: Which) -> web.StreamResponse:
         """Download the lines of a log as text, rotated files included."""
-        name, (lines, since) = self._chosen(query), _wanted(query)
+        name, (lines, since) = self._chosen(query), await self._compiling.run(_chooser, query)
         disposition = {"Content-Disposition": f'attachment; filename="{name}.log"'}
         pieces = self._past(name, lines, since)
         async with aclosing(pieces), open_stream(request, "text/plain", headers=disposition, compress=True) as response:
@@ -232,8 +257,8 @@ def _draft(source: str, host: str, item: Line | Turn, readers: dict[str, Reader]
     return draft(fields, key=level)
 
 
-def _wanted(query: Which) -> tuple[LineFilter | None, float | None]:
-    """What a query asks of lines, and since when; raises Problem 422, naming what cannot be read."""
+def _chooser(query: Which) -> Chooser:
+    """Read from a query which lines it wants, and since when; raises Problem 422, naming what cannot be read."""
     errors = []
     pattern = since = None
     try:

@@ -1,6 +1,7 @@
 """The past of a log as text: the lines of its files, rotated ones first, that somebody wants."""
 
 import os
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,10 @@ BLOCK = 64 * 1024
 """Bytes that are handed out at once, about."""
 
 SCAN = 4 * 1024 * 1024
-"""Bytes that are read, in a thread, before the reader may leave."""
+"""Bytes that are read, in a thread, before the reader may leave,"""
+
+SCAN_SECONDS = 0.05
+"""or seconds, and one line: a thread is for all downloads."""
 
 
 async def matching_lines(
@@ -54,6 +58,7 @@ def _close(files: list[tuple[BinaryIO, int]]) -> None:
 def _wanted(file: BinaryIO, size: int, lines: LineFilter | None, since: float | None) -> Iterator[bytes]:
     """The wanted lines in blocks; an empty block says that much was read and nothing found."""
     reader, block, scanned, goes_on, wanted = Reader(), bytearray(), 0, False, False
+    due = time.monotonic() + SCAN_SECONDS
     while size > 0 and (raw := file.readline(min(PIECE, size))):
         size -= len(raw)
         scanned += len(raw)
@@ -65,10 +70,10 @@ def _wanted(file: BinaryIO, size: int, lines: LineFilter | None, since: float | 
         goes_on = not raw.endswith(b"\n")
         if wanted:
             block += raw
-        if len(block) >= BLOCK or scanned >= SCAN:
+        if len(block) >= BLOCK or scanned >= SCAN or time.monotonic() >= due:
             yield bytes(block)
             block.clear()
-            scanned = 0
+            scanned, due = 0, time.monotonic() + SCAN_SECONDS
     if wanted and goes_on:
         block += b"\n"
     yield bytes(block)

@@ -15,27 +15,61 @@ from streamlab import Event
 from .lines import LEVELS
 
 _AGO = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")
+_CLASS = re.compile(r"\\[pP]")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
-PATTERN_BYTES = 1024 * 1024
-"""Memory that a compiled pattern may take; one that needs more is refused."""
+PATTERN_BYTES = 64 * 1024
+"""Memory for the compiled program of a pattern, in bytes: bounds how long compiling takes (a few milliseconds)."""
+
+PATTERN_SIZE = 2000
+"""Maximum instructions of a compiled pattern; a class of Unicode characters, as \\pL, has some hundred."""
+
+CLASSES = 10
+"""Maximum number of classes of Unicode characters in a pattern: each takes a tenth of a millisecond to parse."""
+
+MATCHING_BYTES = 256 * 1024
+"""Memory in which a pattern is matched fast, in bytes. A hostile one needs more: then RE2 takes STEPS of work."""
+
+STEPS = 4_000_000
+"""Work for one line: instructions of the pattern times characters that are searched. 0.4 s at the worst."""
 
 
 class BadPattern(ValueError):
-    """A regular expression that RE2 does not take, with its reason."""
+    """A regular expression that is not accepted, with the reason."""
+
+
+def compile_pattern(text: str) -> Any:
+    """Compile a regular expression (RE2: no look-around, no references, so linear time).
+
+    Takes milliseconds at most, but is not for the event loop. Raises BadPattern.
+    """
+    compiled = _compiled(text)
+    if isinstance(compiled, str):
+        raise BadPattern(compiled)
+    return compiled
 
 
 @lru_cache(maxsize=256)
-def compile_pattern(text: str) -> Any:
-    """Compile a regular expression (RE2: no look-around, no references, so linear time). Raises BadPattern."""
-    options = re2.Options()
-    options.log_errors = False
-    options.max_mem = PATTERN_BYTES
+def _compiled(text: str) -> Any:
+    """Return a pattern, or the reason why it is not accepted."""
+    if (classes := len(_CLASS.findall(text))) > CLASSES:
+        return f"has {classes} classes of Unicode characters (at most {CLASSES})"
     try:
-        return re2.compile(text, options)
+        size = _compile(text, PATTERN_BYTES).programsize
+        if size > PATTERN_SIZE:
+            return f"is too large: it has {size} instructions (at most {PATTERN_SIZE})"
+        return _compile(text, MATCHING_BYTES)
     except re2.error as error:
         reason = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
-        raise BadPattern(f"is no regular expression of RE2: {reason}") from None
+        return f"is not a valid regular expression of RE2: {reason}"
+
+
+def _compile(text: str, size: int) -> Any:
+    options = re2.Options()
+    options.log_errors = False
+    options.never_capture = True
+    options.max_mem = size
+    return re2.compile(text, options)
 
 
 @lru_cache(maxsize=64)
@@ -46,7 +80,10 @@ def _line(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LineFilter:
-    """Lines of a level, or above it, in which a pattern matches. Equal filters share what is made for them."""
+    """Lines of a level, or above it, in which a pattern matches. Equal filters share what is made for them.
+
+    A long line is searched as far as STEPS go: 2,000 characters for the largest pattern, 360,000 for `user=1`.
+    """
 
     level: int
     grep: str
@@ -62,7 +99,7 @@ class LineFilter:
         """Whether a line of a level is wanted; `text` is called for what it says, if need be."""
         if LEVELS.get(level, 0) < self.level:
             return False
-        return self.pattern is None or self.pattern.search(text()) is not None
+        return self.pattern is None or self.pattern.search(text()[: STEPS // self.pattern.programsize]) is not None
 
 
 def moment(text: str) -> float:

@@ -8,11 +8,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from conftest import EventStream, Received, Running, run_streamlab, starting_in
+from conftest import (
+    EventStream,
+    Received,
+    Running,
+    assert_health_is_prompt_during,
+    run_streamlab,
+    starting_in,
+)
 
 CONFIG = """
     [scenarios.ticker]
@@ -277,6 +287,47 @@ def test_a_hostile_pattern_does_not_hold_the_server_up(start: Callable[..., Runn
         assert texts(stream.take(1)) == ["b" + "a" * 100]
     assert server.get("/logs/download?grep=(a*)*b%24")[2] == b""
     assert time.monotonic() - begun < 5
+
+
+COSTLY = "|".join(["[a-z]{1,50}q"] * 70)
+"""Half a second for one line of 8 kB: its automaton has too many states, whatever memory it gets."""
+
+
+def test_costly_patterns_of_many_followers_delay_nobody_else(start: Callable[..., Running], app_log: Path) -> None:
+    """As an attack does it: twenty patterns that are too large, a hundred that are not, and lines of 8 kB."""
+    write(app_log, "begun")
+    server = start(CONFIG)
+    followed(server, "tail=1", 1)
+    lines = ["ab" * 4000, "abcdefghijklmnop" * 500]
+
+    def attack() -> None:
+        with ExitStack() as stack:
+            follow = partial(EventStream, server, timeout=60)
+            for number in range(20):
+                status, _, body = server.get(f"{LIVE}?grep={number}%7C{quote(COSTLY)}")
+                assert (status, json.loads(body)["errors"][0]["name"]) == (422, "grep")
+            for number in range(99):
+                pattern = quote(f"[ab][^c]{{150}}x{number}$")
+                stream = stack.enter_context(follow(f"{LIVE}?tail=0&grep={pattern}"))
+                assert stream.status == 200
+            plain = stack.enter_context(follow(f"{LIVE}?tail=0&grep=a"))
+            write(app_log, *lines)
+            assert texts(plain.take(2)) == lines
+
+    assert_health_is_prompt_during(server, attack)
+
+
+def test_rejected_patterns_are_cheap(start: Callable[..., Running], app_log: Path) -> None:
+    """Each would take 50 ms to compile."""
+    write(app_log, "begun")
+    server = start(CONFIG)
+
+    def attack() -> None:
+        for number in range(200):
+            grep = quote(f"{number}" + r"\pL" * 300)
+            assert server.get(f"{LIVE}?grep={grep}")[0] == 422
+
+    assert_health_is_prompt_during(server, attack)
 
 
 # -- sources
