@@ -171,8 +171,14 @@ class AccessLog:
 
 
 def _escape(text: str) -> str:
-    """Make control characters visible, so that nobody's input can forge a log line."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Return a text with each character escaped that is not printable, so that nobody's input can forge a log line.
+
+    Those are controls, line separators, marks that reverse the direction of a text, and halves of surrogate pairs,
+    which could not even be written.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 class LineFormatter(logging.Formatter):

@@ -1,5 +1,6 @@
 """A request, read into the models its endpoint declared, or one refusal that names everything wrong with it."""
 
+import asyncio
 import json
 from typing import Any, get_args, get_origin
 
@@ -9,12 +10,15 @@ from pydantic import BaseModel, ValidationError
 from .problems import Problem
 from .scenario import Endpoint
 
+BODY_SECONDS = 60.0
+"""Maximum time for a JSON body to arrive, in seconds."""
+
 
 async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
     """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
 
-    Raises Problem 422 listing every bad or unknown parameter, 400 for a body that is not JSON, 413 for one that is
-    too large, 415 for another type.
+    Raises Problem 422 listing every bad or unknown parameter, 400 for a body that is not JSON, 408 for one that
+    does not arrive within `BODY_SECONDS`, 413 for one that is too large, 415 for another type.
     """
     errors: list[dict[str, Any]] = []
     found: dict[str, BaseModel] = {}
@@ -86,7 +90,12 @@ async def _json(request: web.Request) -> Any:
     # Without a Content-Type as well: a page of another site can send that without a preflight (WHATWG Fetch, 4.10).
     if request.content_type != "application/json" and not request.content_type.endswith("+json"):
         raise Problem(415, "The body must be application/json.", headers={"Accept": "application/json"})
-    text = await request.read()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            text = await request.read()
+    except TimeoutError:
+        detail = f"The body did not arrive within {BODY_SECONDS:g} s."
+        raise Problem(408, detail, headers={"Connection": "close"}) from None
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
         if b"\\u" in text:  # half a surrogate pair is no character, and nothing could write it down (RFC 8259, 8.2)

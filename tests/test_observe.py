@@ -18,10 +18,11 @@ def record(message: str, *arguments: object, **fields: object) -> logging.LogRec
 
 
 def test_text_line_escapes_what_could_end_it_or_move_the_cursor() -> None:
-    line = LineFormatter("text").format(record("GET %s failed", "/a\nERROR forged\r\x1b[2J\x85\u2028", path="x y\n"))
+    forged = "/a\nERROR forged\r\x1b[2J\x85\u2028\u202e\ufeff\udcff"
+    line = LineFormatter("text").format(record("GET %s failed", forged, path="x y\n"))
     assert line == (
-        "2023-11-14T22:13:20.250Z INFO streamlab.test GET /a\\x0aERROR forged\\x0d\\x1b[2J\\x85\\x2028 failed"
-        ' path="x y\\n"'
+        "2023-11-14T22:13:20.250Z INFO streamlab.test GET /a\\x0aERROR forged\\x0d\\x1b[2J\\x85\\x2028\\x202e\\xfeff"
+        '\\xdcff failed path="x y\\n"'
     )
 
 

@@ -1,5 +1,6 @@
 """A request is read into the models its endpoint declared, or refused with everything that is wrong with it."""
 
+import asyncio
 import gzip
 import json
 from collections.abc import Awaitable, Callable
@@ -11,6 +12,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 from conftest import Running, disabled, write_plugins
 
+from streamlab import validation
 from streamlab.app import create_app
 from streamlab.config import Config
 
@@ -426,6 +428,18 @@ async def test_a_body_of_any_json_type_is_taken(content_type: str, client: Clien
 async def test_a_body_without_a_type_is_415(client: Client) -> None:
     async with client.post("/orders", data=b'{"amount": 1}', skip_auto_headers=["Content-Type"]) as response:
         assert response.status == 415
+
+
+async def test_a_body_that_does_not_arrive_in_time_is_408(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "BODY_SECONDS", 0.05)
+
+    async def half() -> Any:
+        yield b'{"amount":'
+        await asyncio.Event().wait()
+
+    async with client.post("/orders", data=half(), headers=JSON) as response:
+        assert (response.status, response.headers["Connection"]) == (408, "close")
+        assert (await response.json(content_type=None))["detail"] == "The body did not arrive within 0.05 s."
 
 
 async def test_a_value_of_the_body_is_never_echoed(client: Client) -> None:
