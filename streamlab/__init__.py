@@ -6,7 +6,7 @@ from .eventlog import END, ORIGIN, Draft, Event, EventLogError, Position, Retent
 from .events import EVENTS, Channel, Events, draft, follow
 from .hookspecs import hookimpl
 from .observe import METRICS
-from .problems import Problem
+from .problems import ErrorFormat, Problem
 from .scenario import Scenario, endpoint
 from .sse import frame
 from .streaming import Outcome, Stream, StreamSummary, open_stream
@@ -24,6 +24,7 @@ __all__ = [
     "Channel",
     "ConfigPath",
     "Draft",
+    "ErrorFormat",
     "Event",
     "EventLogError",
     "Events",

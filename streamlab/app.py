@@ -29,7 +29,7 @@ from .eventlog import EventLogError, Retention
 from .events import EVENTS, Events, open_log
 from .lifespans import lifespans
 from .observe import METRICS, AccessLog, Metrics
-from .problems import Problem, from_aiohttp
+from .problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
 from .registry import Plugin, Registry
 from .scenario import Endpoint, Handler, Route
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
@@ -71,6 +71,7 @@ def create_app(config: Config) -> web.Application:
     app[EVENTS], app[TASKS] = events, registry.tasks()
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
+    app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
     app.on_response_prepare.append(_sign)
     app.cleanup_ctx.append(_hold_threads)
     app.cleanup_ctx.append(_hold_events)
@@ -304,6 +305,8 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | w
     if problem is None:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
         problem = Problem(500, "The server failed to answer this request; its log says why.")
+    if error_format := error_format_of(request.path, request.config_dict[ERROR_FORMATS]):
+        problem = error_format.convert(problem)
     return stream if stream is not None and stream.headers_sent else problem.response()
 
 

@@ -47,7 +47,8 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
     Parameters come from the models that validate them, bounds included. Source: OpenAPI Specification 3.1.1.
     """
     listed = list(routes)
-    bodies = list(dict.fromkeys(route.endpoint.body for route in listed if route.endpoint.body))
+    models = [model for r in listed for model in (r.endpoint.body, r.error_format and r.error_format.model) if model]
+    bodies = list(dict.fromkeys(models))
     named, definitions = models_json_schema([(body, "validation") for body in bodies], ref_template=_REFERENCE)
     schemas = {body: named[body, "validation"] for body in bodies}
     paths: dict[str, dict[str, Any]] = {}
@@ -67,7 +68,10 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
 
 
 def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any]:
-    endpoint = route.endpoint
+    endpoint, error_format = route.endpoint, route.error_format
+    errors: dict[str, Any] = {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model="Problem")}}}
+    if error_format is not None:
+        errors = {error_format.media_type: {"schema": schemas[error_format.model]}}
     operation: dict[str, Any] = {
         "operationId": f"{route.scenario}_{endpoint.name}",
         "tags": [route.scenario],
@@ -79,10 +83,7 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
         "responses": {
             "200": {"description": endpoint.summary, "content": {media: {} for media in endpoint.sends}},
             **{str(status): {"description": meaning} for status, meaning in endpoint.responses.items()},
-            "default": {
-                "description": "A refusal that says what was wrong.",
-                "content": {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model="Problem")}}},
-            },
+            "default": {"description": "What was wrong with the request, or with the server.", "content": errors},
         },
     }
     if endpoint.body is not None:

@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
+from pydantic import BaseModel
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -74,6 +76,31 @@ class Problem(Exception):
 def phrase(status: int) -> str:
     """Return the reason phrase of a status code as RFC 9110 has it, on every version of Python."""
     return _PHRASES.get(status) or HTTPStatus(status).phrase
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFormat:
+    """The form of error responses under a path, where another protocol than problem documents prescribes one.
+
+    It holds for every response with 400 or more whose path begins with `prefix`, also where no route or no handler
+    is reached: unknown paths, wrong methods, rejected hosts, bodies that do not fit.
+    """
+
+    prefix: str
+    """As `/v1/`."""
+    media_type: str
+    model: type[BaseModel]
+    """Describes the body, for the OpenAPI document."""
+    convert: Callable[[Problem], Problem]
+    """Returns a problem in this form; it overrides `response`."""
+
+
+ERROR_FORMATS = web.AppKey("error_formats", Sequence[ErrorFormat])
+
+
+def error_format_of(path: str, formats: Sequence[ErrorFormat]) -> ErrorFormat | None:
+    """Return the form of error responses at a path; None where they are problem documents."""
+    return next((each for each in formats if path.startswith(each.prefix)), None)
 
 
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
+from .problems import ErrorFormat, error_format_of
+
 Handler = Callable[..., Awaitable[web.StreamResponse]]
 """An endpoint's method: `async def name(self, request, ...)`, with `path=`, `query=` and `body=` as declared."""
 
@@ -110,6 +112,8 @@ class Route:
     endpoint: Endpoint
     scenario: str
     handler: Handler = field(repr=False)
+    error_format: ErrorFormat | None = None
+    """The form of its error responses; None for problem documents."""
 
 
 def snake_case(class_name: str) -> str:
@@ -129,6 +133,9 @@ class Scenario(BaseModel):
 
     name: ClassVar[str]
 
+    error_formats: ClassVar[tuple[ErrorFormat, ...]] = ()
+    """Forms of error responses other than problem documents, each for the paths that begin with its prefix."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Give the class its name."""
@@ -140,7 +147,7 @@ class Scenario(BaseModel):
         """The endpoints of this scenario in the order of their declaration, bound to it."""
         declared = {name: attribute for base in reversed(type(self).__mro__) for name, attribute in vars(base).items()}
         return [
-            Route(endpoint, self.name, getattr(self, name))
+            Route(endpoint, self.name, getattr(self, name), error_format_of(endpoint.path, self.error_formats))
             for name, attribute in declared.items()
             for endpoint in getattr(attribute, "__endpoints__", ())
         ]

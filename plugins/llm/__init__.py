@@ -22,12 +22,13 @@ from pydantic import (
     model_validator,
 )
 
-from streamlab import EVENTS, METRICS, Problem, Scenario, endpoint, hookimpl, open_stream
+from streamlab import EVENTS, METRICS, ErrorFormat, Problem, Scenario, endpoint, hookimpl, open_stream
 
 from .answer import Answer
-from .engine import MODEL, Engine
+from .completion import ChatCompletion, LimitField, Rules, check_extra_field, prompt_bytes
+from .engine import MODEL, Engine, missing
 from .generations import Generations, read_place
-from .openai import Failure, openai_errors, read_completion
+from .openai import ErrorResponse, Failure, OpenAIError, openai_errors
 from .places import Places
 from .upstream import Upstream
 
@@ -44,6 +45,10 @@ BYTES_A_TOKEN = 4
 
 TEMPLATE_TOKENS = 32
 """What the embedded model's template adds to a message, and to all of them, at most."""
+
+
+STUCK = frozenset({"upstream_stalled", "upstream_timeout"})
+"""Failures after which the embedded model is restarted: nothing but a new process ends what occupies it."""
 
 
 def _base_url(url: str) -> str:
@@ -118,6 +123,14 @@ class Which(BaseModel):
     id: str = Field(pattern="^[0-9a-f]{32}$", description="The generation's id.", examples=["0" * 32])
 
 
+class ModelPath(BaseModel):
+    """Which model is meant."""
+
+    id: str = Field(
+        min_length=1, max_length=512, description="The model's name, as /v1/models lists it.", examples=[MODEL]
+    )
+
+
 class Again(BaseModel):
     """From where on a generation is followed."""
 
@@ -135,6 +148,8 @@ class Llm(Scenario):
 
     name = "llm"
 
+    error_formats = (ErrorFormat("/v1/", "application/json", ErrorResponse, OpenAIError.of),)
+
     url: Annotated[str, AfterValidator(_base_url)] = ""
     """An OpenAI-compatible upstream, up to where /chat/completions begins; without one, a small model runs here."""
     model: str = ""
@@ -142,23 +157,29 @@ class Llm(Scenario):
     api_key_env: str = ""
     """The environment variable that has the upstream's key."""
     max_generations: int = Field(4, ge=1, le=1000)
-    """Generations at once;"""
+    """Maximum generations at once; a request for several answers (`n`) counts as that many."""
     max_waiting: int = Field(16, ge=0, le=10_000)
-    """so many more wait for their turn, and one more is answered 429 with Retry-After."""
+    """Maximum requests that wait for their turn; one more gets 429 with Retry-After."""
     wait_seconds: float = Field(30.0, gt=0, le=3600)
-    """How long one waits for its turn."""
+    """Maximum wait for a turn, in seconds."""
     max_tokens: int = Field(512, ge=1, le=1_000_000)
-    """Tokens of an answer at most, also where a request does not say."""
+    """Maximum tokens of an answer; where a request has no limit, the upstream is sent this one."""
+    limit_field: LimitField = "max_tokens"
+    """The name under which the upstream takes that limit."""
     max_prompt_tokens: int = Field(1024, ge=1, le=10_000_000)
-    """Tokens of a prompt at most; an upstream's are taken for four bytes each."""
+    """Maximum tokens of a prompt, tools and schemas included; an upstream's count as four bytes each."""
+    extra_fields: list[Annotated[str, AfterValidator(check_extra_field)]] = Field([], max_length=50)
+    """Fields of requests to /v1 that are sent to the model although docs/openai.md does not name them."""
+    max_seconds: float = Field(300.0, ge=0.1, le=86_400)
+    """Maximum duration of a generation, in seconds, from the moment in which it has its slot."""
     stall_seconds: float = Field(120.0, ge=0.1, le=3600)
-    """An upstream that says nothing for so long has failed."""
+    """Seconds without data (comments are none) after which an upstream has failed."""
     abandon_seconds: float = Field(30.0, ge=0.1, le=3600)
     """A generation that can be resumed is stopped when nobody has followed it for so long."""
     keep_seconds: float = Field(3600.0, ge=1, le=7 * 86_400)
     """How long its events are kept for those who come back."""
 
-    _upstream: Upstream = PrivateAttr()
+    _upstream: Upstream | None = PrivateAttr(None)
     _engine: Engine | None = PrivateAttr(None)
     _places: Places = PrivateAttr()
     _generations: Generations = PrivateAttr()
@@ -171,7 +192,20 @@ class Llm(Scenario):
             raise ValueError("url needs model, the name of the upstream's model")
         if not self.url and (self.model or self.api_key_env):
             raise ValueError("model and api_key_env belong to an upstream; url is missing")
+        if not self.url and self.limit_field != "max_tokens":
+            raise ValueError("limit_field belongs to an upstream; url is missing")
         return self
+
+    @property
+    def _rules(self) -> Rules:
+        return Rules(
+            model=self.model_name,
+            max_tokens=self.max_tokens,
+            max_answers=self.max_generations,
+            embedded=not self.url,
+            limit_field=self.limit_field,
+            extra_fields=frozenset(self.extra_fields),
+        )
 
     @property
     def model_name(self) -> str:
@@ -189,24 +223,38 @@ class Llm(Scenario):
         self._generations = Generations(app[EVENTS], self._asked, self.keep_seconds, self.abandon_seconds)
         async with AsyncExitStack() as stack:
             if self.url:
-                self._upstream = Upstream(self.url, key=self._key(), stall_seconds=self.stall_seconds)
+                if reason := self._missing():
+                    raise RuntimeError(reason)
+                upstream = Upstream(self.url, key=self._key())
             else:
                 context = self.max_prompt_tokens + self.max_tokens
                 self._engine = Engine(slots=self.max_generations, context=context)
                 await stack.enter_async_context(self._engine.running())
                 socket = self._engine.socket
-                self._upstream = Upstream("http://localhost", socket=socket, stall_seconds=self.stall_seconds)
-            await stack.enter_async_context(self._upstream.opened())
+                upstream = Upstream("http://localhost", socket=socket)
+            upstream.stall_seconds, upstream.max_seconds = self.stall_seconds, self.max_seconds
+            await stack.enter_async_context(upstream.opened())
+            self._upstream = upstream
             await stack.enter_async_context(self._generations.opened())
             yield
 
     def _key(self) -> str:
-        if not self.api_key_env:
-            return ""
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key:
-            raise RuntimeError(f"the environment variable {self.api_key_env} is to hold the key, and does not")
-        return key
+        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
+
+    def _missing(self) -> str | None:
+        """Return what this configuration lacks to serve; None where nothing is known to be missing."""
+        if not self.url:
+            return missing()
+        if self.api_key_env and not self._key():
+            return f"the environment variable {self.api_key_env} does not hold the upstream's key"
+        return None
+
+    @hookimpl
+    def health(self) -> str | None:
+        """Return why there is no model: not installed, not running, no key, or the upstream's last request failed."""
+        if self._engine is not None:
+            return self._engine.trouble
+        return self._upstream.trouble if self._upstream is not None else self._missing()
 
     # -- text
 
@@ -306,35 +354,49 @@ class Llm(Scenario):
     @endpoint("GET", "/v1/models", sends="application/json", curl="{url}")
     async def models(self, request: web.Request) -> web.Response:
         """List the model, as the OpenAI API does."""
-        model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "streamlab"}
-        return web.json_response({"object": "list", "data": [model]})
+        listed = {"object": "list", "data": [self._described()]}
+        return web.json_response(listed, headers={"Cache-Control": "no-cache"})
+
+    @endpoint(
+        "GET",
+        "/v1/models/{id:.+}",
+        path_model=ModelPath,
+        sends="application/json",
+        responses={404: "This server does not have the model."},
+        curl="{url}",
+    )
+    async def model_of(self, request: web.Request, path: ModelPath) -> web.Response:
+        """Describe the model, as the OpenAI API does."""
+        if path.id != self.model_name:
+            detail = f"This server has the model {self.model_name!r}, and no other."
+            raise OpenAIError(404, detail, param="model", code="model_not_found")
+        return web.json_response(self._described(), headers={"Cache-Control": "no-cache"})
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.model_name, "object": "model", "created": 0, "owned_by": "streamlab"}
 
     @endpoint(
         "POST",
         "/v1/chat/completions",
-        takes="application/json",
+        body=ChatCompletion,
+        body_limit=BODY_BYTES,
         sends=("application/json", "text/event-stream"),
-        responses={429: "Too many generations run and wait; Retry-After says when to ask again."},
-        curl='-N --json \'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "stream": true}\' {url}',
+        responses={429: "Too many generations run and wait; Retry-After tells when to retry."},
     )
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        """Answer as the OpenAI API does, streaming or not; what the upstream says is passed on, event by event."""
-        with openai_errors():
-            body = await read_completion(request, model=self.model_name, limit=BODY_BYTES)
-            for name in ("max_tokens", "max_completion_tokens"):
-                if (body.get(name) or 0) > self.max_tokens:
-                    raise Problem(400, f"{name} is more than the {self.max_tokens} that this server allows.")
-            if not self.url and body.get("max_completion_tokens") is None:
-                body.setdefault("max_tokens", self.max_tokens)
-            async with self._asked(body) as answer:
-                if not body.get("stream"):
-                    return web.Response(body=await answer.whole(), content_type="application/json")
-                async with open_stream(request, "text/event-stream") as stream:
-                    with openai_errors():
-                        async with aclosing(answer.blocks()) as blocks:
-                            async for block in blocks:
-                                await stream.write(block.raw or KEEP_ALIVE)
-                return stream
+    async def completions(self, request: web.Request, body: ChatCompletion) -> web.StreamResponse:
+        """Answer as the OpenAI API does, streaming or not; the events of the upstream are passed on as they are.
+
+        Fields that this server does not know are rejected with 400; docs/openai.md lists those that it does.
+        """
+        async with self._asked(self._rules.upstream_body(body)) as answer:
+            if not body.stream:
+                return web.Response(body=await answer.whole(), content_type="application/json")
+            async with open_stream(request, "text/event-stream") as stream:
+                with openai_errors():
+                    async with aclosing(answer.blocks()) as blocks:
+                        async for block in blocks:
+                            await stream.write(block.raw or KEEP_ALIVE)
+            return stream
 
     # -- asking
 
@@ -350,7 +412,7 @@ class Llm(Scenario):
         return {
             "model": self.model_name,
             "messages": messages,
-            "max_tokens": sampling.max_tokens or self.max_tokens,
+            self.limit_field: sampling.max_tokens or self.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
             **body,
@@ -358,38 +420,46 @@ class Llm(Scenario):
 
     @asynccontextmanager
     async def _asked(self, body: Mapping[str, Any]) -> AsyncIterator[Answer]:
-        """Wait for a place, ask, and lend the answer; leaving the block stops the work. It is counted in any case.
+        """Wait for slots, call the upstream, and yield the answer; leaving the block stops the work.
 
-        Raises Failure where there is no place, the prompt is too long, or the upstream refuses or fails.
+        It is counted in any case. Raises Failure where there is no slot, the prompt is too long, or the upstream
+        rejects the request or fails.
         """
+        assert self._upstream is not None, "the server has not started"
         prompt_tokens = await self._prompt_tokens(body)
-        async with self._places.held():
-            answer, outcome = Answer(self._upstream, prompt_tokens), "failed"
+        async with self._places.held(body.get("n") or 1):
+            answer, outcome, code = Answer(prompt_tokens), "failed", None
             try:
                 path = "/v1/chat/completions" if self._engine else "/chat/completions"
                 asked = self._upstream.asked(path, msgspec.json.encode(body), events=bool(body.get("stream")))
-                async with asked as answer.response:
+                async with asked as answer.reply:
                     yield answer
                 outcome = "finished"
             except (asyncio.CancelledError, ConnectionError):
                 outcome = "stopped"
                 raise
+            except Failure as failure:
+                code = failure.code
+                if self._engine is not None and code in STUCK:
+                    self._engine.restart()
+                raise
             finally:
-                self._account(answer, outcome)
+                self._account(answer, outcome, code)
 
     async def _prompt_tokens(self, body: Mapping[str, Any]) -> int:
-        """Count the tokens of a prompt; raises Failure where they are too many."""
+        """Return the tokens of a prompt, and of all that becomes prompt; raises Failure where they are too many."""
         messages = body["messages"]
-        size = len(msgspec.json.encode(messages))
+        size = prompt_bytes(body, self.extra_fields)
         tokens = size // BYTES_A_TOKEN
         if self._engine is not None:
             await self._engine.check()
             if size + TEMPLATE_TOKENS * (len(messages) + 1) > self.max_prompt_tokens:  # a token has a byte at least
-                tokens = await self._counted(messages)
+                others = size - len(msgspec.json.encode(messages))
+                tokens = await self._counted(messages) + others // BYTES_A_TOKEN
         if tokens > self.max_prompt_tokens:
             about = "" if self._engine else "about "
-            detail = f"The prompt has {about}{tokens} tokens; {self.max_prompt_tokens} is what this server takes."
-            raise Failure(422, "context_length_exceeded", detail)
+            detail = f"The prompt has {about}{tokens} tokens; this server accepts {self.max_prompt_tokens}."
+            raise Failure(422, "context_length_exceeded", detail, param="messages")
         return tokens
 
     async def _counted(self, messages: Any) -> int:
@@ -398,15 +468,22 @@ class Llm(Scenario):
         return len(await self._tool("/tokenize", {"content": prompt, "parse_special": True}, "tokens"))
 
     async def _tool(self, path: str, body: Any, name: str) -> Any:
-        async with self._upstream.asked(path, msgspec.json.encode(body)) as response:
-            return msgspec.json.decode(await response.read())[name]
+        assert self._upstream is not None
+        async with self._upstream.asked(path, msgspec.json.encode(body)) as reply:
+            return msgspec.json.decode(await reply.whole())[name]
 
-    def _account(self, answer: Answer, outcome: str) -> None:
+    def _account(self, answer: Answer, outcome: str, code: str | None) -> None:
         usage = answer.usage
         self._ended.labels(outcome).inc()
         self._tokens.labels("prompt").inc(usage["prompt_tokens"])
         self._tokens.labels("completion").inc(usage["completion_tokens"])
-        fields = {"outcome": outcome, **usage, "finish_reason": answer.finish_reason, "ttft_ms": answer.ttft_ms}
+        fields = {
+            "outcome": outcome,
+            **({"code": code} if code else {}),
+            **usage,
+            "finish_reason": answer.finish_reason,
+            "ttft_ms": answer.ttft_ms,
+        }
         log.info("generation", extra={"fields": fields})
 
 

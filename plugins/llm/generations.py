@@ -12,7 +12,19 @@ from typing import Any, Literal, NamedTuple
 
 from aiohttp import web
 
-from streamlab import END, ORIGIN, Channel, EventLogError, Events, Problem, Retention, draft, follow
+from streamlab import (
+    END,
+    ORIGIN,
+    Channel,
+    EventLogError,
+    Events,
+    Problem,
+    Retention,
+    draft,
+    follow,
+    frame,
+    open_stream,
+)
 
 from .answer import Answer
 
@@ -189,9 +201,10 @@ class Generations:
         *,
         told_if_lost: bool = False,
     ) -> web.StreamResponse:
-        """Answer with a generation from an id on, or from its beginning; for as long as it is followed, it runs.
+        """Send a generation from an id on, or from its beginning; for as long as it is followed, it runs.
 
-        One of which nothing is kept is refused (Problem 404), or, with `told_if_lost`, answered with a gap and an end.
+        One of which nothing is stored is rejected (Problem 404), or, with `told_if_lost`, reported by a gap and an end.
+        Nothing is written for it: whoever makes up ids must not fill the event log.
         """
         channel = self.channel(id)
         if generation := self._running.get(id):
@@ -201,7 +214,7 @@ class Generations:
         if state == "unknown" and not told_if_lost:
             raise Problem(404, UNKNOWN)
         if state == "unknown":
-            await channel.publish_all([_end("lost", None)])
+            return await _lost(request, id, request.headers.get("Last-Event-ID") or after, headers)
         if state != "running":
             return await follow(request, channel, after=after, headers=headers)
         assert self._group is not None
@@ -293,6 +306,18 @@ class Generations:
         if await self.state(id) == "running":
             problem = Problem(502, "The server that generated this answer is gone.")
             await self.channel(id).publish_all([draft(problem.document(), "error"), _end("error", None)])
+
+
+async def _lost(request: web.Request, id: str, after: str, headers: Mapping[str, str] | None) -> web.StreamResponse:  # noqa: A002
+    """Report to a client that its generation is not stored: a gap and the end, whose id gets 204 from then on."""
+    last = f"{id}:lost"
+    if after == last:
+        return web.Response(status=204, headers={"Cache-Control": "no-store"})
+    gap = {"reason": "the history of that id is lost", "missing": None, "after": after, "until": last}
+    async with open_stream(request, "text/event-stream", headers=headers) as stream:
+        end = frame({"finish_reason": "lost"}, END, id=last)
+        await stream.write(frame(gap, "gap", id=f"{last}.gap") + end)
+    return stream
 
 
 async def _for_ever() -> None:

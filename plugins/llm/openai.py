@@ -1,4 +1,4 @@
-"""The OpenAI API as far as it is spoken here: requests that clients send, events that upstreams send, and errors.
+"""The OpenAI API as far as upstreams speak it: the events that they send; and its errors, which clients get.
 
 Source: https://platform.openai.com/docs/api-reference/chat (objects `chat.completion` and `chat.completion.chunk`).
 """
@@ -8,26 +8,27 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, field_validator
+from pydantic import BaseModel
 
 from streamlab import Problem
 
 EVENT_BYTES = 1024 * 1024
 """What one event of an upstream may have; more without a blank line is no event stream."""
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-
 
 class Failure(Problem):
-    """A refusal with a code that programs can tell apart."""
+    """An error response with a code that programs can tell apart, and the field of the request that caused it."""
 
-    def __init__(self, status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, detail: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(status, detail, headers=headers)
         self.code = code
+        self.param = param
 
     def document(self) -> dict[str, Any]:
         """The problem document, and the code."""
@@ -55,12 +56,16 @@ class OpenAIError(Problem):
 
     @classmethod
     def of(cls, problem: Problem) -> "OpenAIError":
-        """Say a refusal in this form; what is 422 elsewhere is 400 here."""
+        """Return a problem in this form; what is 422 elsewhere is 400 here, and reports its first parameter."""
         if isinstance(problem, cls):
             return problem
-        param = str(problem.errors[0]["name"]) if problem.errors else None
+        param, detail = getattr(problem, "param", None), problem.detail
+        if problem.errors:
+            first = problem.errors[0]
+            param = re.sub(r"\.([0-9]+)(?=\.|$)", r"[\1]", str(first["name"]).removesuffix(".[key]"))
+            detail = f"{param}: {first['detail']}"
         status = 400 if problem.status == 422 else problem.status
-        return cls(status, problem.detail, param=param, code=getattr(problem, "code", None), headers=problem.headers)
+        return cls(status, detail, param=param, code=getattr(problem, "code", None), headers=problem.headers)
 
     def document(self) -> dict[str, Any]:
         """The error object."""
@@ -70,10 +75,25 @@ class OpenAIError(Problem):
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> web.Response:
-        """The whole answer."""
+        """Return the complete response; it is never cached."""
         text = json.dumps(self.document(), ensure_ascii=False) + "\n"
         headers = {"Cache-Control": "no-store", **self.headers}
         return web.Response(status=self.status, text=text, content_type="application/json", headers=headers)
+
+
+class ErrorObject(BaseModel):
+    """What was wrong: `param` names the field of the request, `code` is for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """An error response of the OpenAI API."""
+
+    error: ErrorObject
 
 
 @contextmanager
@@ -83,67 +103,6 @@ def openai_errors() -> Iterator[None]:
         yield
     except Problem as problem:
         raise OpenAIError.of(problem) from problem.__cause__
-
-
-# -- requests
-
-
-class _Completion(BaseModel):
-    """What is looked at of a request; everything else is passed on as it came."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    messages: list[dict[StrictStr, Any]] = Field(min_length=1)
-    model: str | None = None
-    stream: StrictBool | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-
-    @field_validator("messages")
-    @classmethod
-    def _have_roles(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for number, message in enumerate(messages):
-            if message.get("role") not in ROLES:
-                raise ValueError(f"message {number} needs a role, one of {', '.join(sorted(ROLES))}")
-            content = message.get("content")
-            if not isinstance(content, str | list | None):
-                raise ValueError(f"the content of message {number} must be a text or a list of parts")
-            if not content and message["role"] in ("system", "developer", "user"):
-                raise ValueError(f"message {number} is empty")
-        return messages
-
-
-async def read_completion(request: web.Request, *, model: str, limit: int) -> dict[str, Any]:
-    """Read the body of a request for a completion; raises Problem where it is none, or asks for another model."""
-    if request.content_type != "application/json" and not request.content_type.endswith("+json"):
-        raise Problem(415, "The body must be application/json.")
-    too_large = f"The body is larger than {limit} bytes, which is what this route takes."
-    try:
-        raw = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise Problem(413, too_large) from None
-    except web.RequestPayloadError:
-        detail = "The body cannot be read: it is not what its Content-Encoding or its framing says."
-        raise Problem(400, detail, headers={"Connection": "close"}) from None
-    if len(raw) > limit:
-        raise Problem(413, too_large)
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Problem(400, "The body is not JSON.") from None
-    try:
-        asked = _Completion.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "body"
-        message = first["msg"].removeprefix("Value error, ")
-        raise OpenAIError(400, f"{name}: {message[:1].lower()}{message[1:]}", param=name) from None
-    if asked.model is not None and asked.model != model:
-        detail = f"This server has the model {model!r}, and no other."
-        raise OpenAIError(404, detail, param="model", code="model_not_found")
-    assert isinstance(body, dict)
-    return {**body, "model": model}
 
 
 # -- what an upstream sends
@@ -159,11 +118,14 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class Usage(msgspec.Struct):
-    """Tokens of a prompt and its answer."""
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
 
-    prompt_tokens: int
-    completion_tokens: int
+
+class Usage(msgspec.Struct):
+    """Tokens of a prompt and its answer; an upstream's report with absurd numbers is ignored."""
+
+    prompt_tokens: Tokens
+    completion_tokens: Tokens
 
 
 class Chunk(msgspec.Struct):
@@ -206,6 +168,10 @@ def read_whole(body: bytes) -> Block:
     try:
         return Block(body, [_decoder.decode(body)])
     except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    try:
+        return Block(body, [_leniently(body)])
+    except ValueError:
         raise Failure(502, "upstream_failed", "The upstream's answer is not JSON.") from None
 
 
@@ -303,8 +269,10 @@ def words(data: bytes) -> str:
     except (ValueError, RecursionError):
         value = data.decode(errors="replace")
     error = value.get("error", value) if isinstance(value, dict) else value
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return str(message)[:500]
+    if isinstance(error, dict):  # `message`: the OpenAI API; the others: problem documents (RFC 9457)
+        texts = (error.get(name) for name in ("message", "detail", "title"))
+        error = next((text for text in texts if isinstance(text, str) and text), None) or json.dumps(error)
+    return str(error)[:500]
 
 
 class Whole:

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
 import aiohttp
@@ -28,6 +30,12 @@ SILENT = "The upstream has fallen silent."
 BROKE_OFF = "The upstream broke off before the end of its answer."
 STARTED_ANEW = "The model is being started anew."
 
+REFUSED = "upstream_refused"
+
+_TROUBLE = frozenset(
+    f"upstream_{word}" for word in ("unreachable", "timeout", "redirects", "denies", "failed", "stalled", "closed")
+)
+
 _PASSED_ON = frozenset({400, 404, 408, 409, 413, 415, 422, 429, 503})
 """Refusals that are about the request, or about now; others are about this server and its upstream."""
 
@@ -38,11 +46,18 @@ class Upstream:
     `key` is sent to it and told to nobody else. `socket` is the path of a unix socket that it listens on.
     """
 
-    def __init__(self, url: str, *, key: str = "", socket: str = "", stall_seconds: float = 120.0) -> None:
+    def __init__(
+        self, url: str, *, key: str = "", socket: str = "", stall_seconds: float = 120.0, max_seconds: float = 300.0
+    ) -> None:
         self._url = url.rstrip("/")
         self._key = key
         self._socket = socket
-        self._stall_seconds = stall_seconds
+        self.stall_seconds = stall_seconds
+        """Seconds without data after which a response has failed."""
+        self.max_seconds = max_seconds
+        """Seconds after which a response has failed, however much data arrives."""
+        self.trouble: str | None = None
+        """Why the last request failed, where the upstream is at fault; without its words, which may repeat a prompt."""
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
@@ -57,7 +72,9 @@ class Upstream:
 
         def session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
             cookies = aiohttp.DummyCookieJar()
-            return aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout, cookie_jar=cookies)
+            return aiohttp.ClientSession(
+                connector=connector, headers=headers, timeout=timeout, cookie_jar=cookies, auto_decompress=False
+            )
 
         if self._socket:  # of this machine: a connection costs nothing
             async with session(aiohttp.UnixConnector(self._socket, limit=0, force_close=True)) as self._fresh:
@@ -71,20 +88,34 @@ class Upstream:
                 yield
 
     @asynccontextmanager
-    async def asked(self, path: str, body: bytes, *, events: bool = False) -> AsyncIterator[aiohttp.ClientResponse]:
-        """POST to a path and lend the answer, a 200, to the block; leaving the block early ends the work there.
+    async def asked(self, path: str, body: bytes, *, events: bool = False) -> "AsyncIterator[Reply]":
+        """POST to a path and yield the response, a 200; leaving the block early stops the work of the upstream.
 
-        With `events` it must be an event stream. A connection that fails before the answer begins is tried once more.
-        Raises Failure for everything that is no answer.
+        With `events` it must be an event stream. A connection that fails before the response begins is retried once.
+        Raises Failure for everything else, also for a response with a content coding: none was accepted, and decoding
+        one would let a small body occupy this server (RFC 9110, 12.5.3).
         """
+        deadline = asyncio.get_running_loop().time() + self.max_seconds
         try:
-            async with asyncio.timeout(self._stall_seconds):
+            async with self._begun(path, body, events=events) as response:
+                self.trouble = None
+                yield Reply(self, response, deadline)
+        except Failure as failure:
+            if failure.code in _TROUBLE or (failure.code == REFUSED and failure.status in (404, 503)):
+                status = f" with {failure.status}" if failure.code == REFUSED else ""
+                self.trouble = f"The last request to the upstream failed: {failure.code}{status}."
+            raise
+
+    @asynccontextmanager
+    async def _begun(self, path: str, body: bytes, *, events: bool) -> AsyncIterator[aiohttp.ClientResponse]:
+        try:
+            async with asyncio.timeout(min(self.stall_seconds, self.max_seconds)):
                 response = await self._post(path, body)
         except TimeoutError as error:
-            self._note(error)
+            self.note(error)
             raise Failure(504, "upstream_timeout", "The upstream does not answer in time.") from None
         except aiohttp.ClientError as error:
-            self._note(error)
+            self.note(error)
             if self._socket:  # our own model's: its process has died, and who keeps it is about to notice
                 raise Failure(503, "model_not_ready", STARTED_ANEW, headers={"Retry-After": "1"}) from None
             detail = "The upstream cannot be reached."
@@ -92,6 +123,10 @@ class Upstream:
         try:
             if response.status != 200:
                 raise await self._refusal(response)
+            if coding := _coding(response):
+                log.warning("upstream: a response with Content-Encoding %r, though identity was requested", coding)
+                detail = "The upstream's response has a content coding, though none was accepted."
+                raise Failure(502, "upstream_failed", detail)
             if events and response.content_type != "text/event-stream":
                 raise Failure(502, "upstream_failed", "The upstream does not answer with an event stream.")
             yield response
@@ -108,78 +143,105 @@ class Upstream:
         except aiohttp.ClientConnectionError as error:
             if isinstance(error, TimeoutError):
                 raise
-            self._note(error)
+            self.note(error)
             return await self._fresh.post(url, data=body, allow_redirects=False)
 
-    def _note(self, error: Exception) -> None:
-        log.warning("upstream: %s", self._without_key(f"{type(error).__name__}: {error}"))
+    def note(self, error: Exception) -> None:
+        """Log a failure of the connection."""
+        log.warning("upstream: %s", self.without_key(f"{type(error).__name__}: {error}"))
 
-    def _without_key(self, text: str) -> str:
+    def without_key(self, text: str) -> str:
+        """Return a text of the upstream without the key that it may repeat."""
         return text.replace(self._key, "***") if self._key else text
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> Failure:
-        """What an answer other than 200 means to our client."""
-        status = response.status
+        """Return what a response other than 200 means to our client."""
+        status, said = response.status, b""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                said = await response.content.read(REFUSAL_BYTES)
+                said = b"" if _coding(response) else await response.content.read(REFUSAL_BYTES)
         except (aiohttp.ClientError, TimeoutError):
-            said = b""
-        reason = self._without_key(words(said)) or _phrase(status)
-        if status not in _PASSED_ON:  # those others are for the client, and may say what is in its prompt
-            log.warning("upstream: %d: %s", status, reason)
+            pass
+        reason = self.without_key(words(said)) or _phrase(status)
+        # The words of a passed-on error are for the client, and may repeat its prompt; those of a 404 are about the
+        # address and the model, which the operator has configured.
+        log.warning("upstream: %d%s", status, "" if status in _PASSED_ON - {404} else f": {reason}")
         if 300 <= status < 400:
             return Failure(502, "upstream_redirects", "The upstream redirects, which is not followed.")
         if status in (401, 403, 407):
             return Failure(502, "upstream_denies", "The upstream does not let this server in; its log says more.")
         if status not in _PASSED_ON:
             return Failure(502, "upstream_failed", f"The upstream failed with {status}.")
-        headers = {name: response.headers[name] for name in ("Retry-After",) if name in response.headers}
-        return Failure(status, "upstream_refused", reason, headers=headers)
+        retry_after = read_retry_after(response.headers.get("Retry-After", ""))
+        headers = {"Retry-After": retry_after} if retry_after else {}
+        return Failure(status, REFUSED, reason, headers=headers)
 
-    async def blocks(self, response: aiohttp.ClientResponse) -> AsyncGenerator[Block, None]:
-        """Yield what comes of an event stream, whole events at a time, up to its `[DONE]`; in a silence an empty block.
 
-        Raises Failure where it breaks off, stalls, sends an error or what is no event: what came before has been
-        yielded then, but for what was not read yet when the connection was reset (aiohttp drops that).
+class Reply:
+    """A response of an upstream that has begun, with the moment (of the event loop) by which it must be complete."""
+
+    def __init__(self, upstream: Upstream, response: aiohttp.ClientResponse, deadline: float) -> None:
+        self._upstream = upstream
+        self._response = response
+        self._deadline = deadline
+        self._time = asyncio.get_running_loop().time
+
+    async def blocks(self) -> AsyncGenerator[Block, None]:
+        """Yield whole events of an event stream as they arrive, up to its `[DONE]`; an empty block during silence.
+
+        Silence is time without an event that has data: comments do not end it. Raises Failure where the stream breaks
+        off, stalls, takes longer than the deadline, sends an error or something that is not an event: what came before
+        has been yielded then, except what was not read yet when the connection was reset (aiohttp drops that).
         """
-        frames, silence = Frames(), 0.0
-        with _Patience(min(HEARTBEAT_SECONDS, self._stall_seconds)) as patience:
-            while (part := await self._read(response, patience)) != b"":
-                if part is None:
-                    silence += patience.seconds
-                    if silence >= self._stall_seconds:
-                        raise Failure(504, "upstream_stalled", SILENT)
-                    yield Block()
-                    continue
-                silence, block = 0.0, frames.feed(part)
-                if block.raw:
+        upstream, frames, silence = self._upstream, Frames(), 0.0
+        with _Patience(min(HEARTBEAT_SECONDS, upstream.stall_seconds, upstream.max_seconds)) as patience:
+            while True:
+                begun = self._time()
+                part = await self._read(patience)
+                now = self._time()
+                silence += now - begun  # the time that our own client takes is not the upstream's
+                block = Block() if part is None else frames.feed(part)
+                if block.chunks or block.done:
+                    silence = 0.0
+                if part is None or block.raw:
                     yield block
                 if block.error:
-                    raise Failure(502, "upstream_failed", f"The upstream failed: {self._without_key(block.error)}.")
+                    detail = f"The upstream failed: {upstream.without_key(block.error)}."
+                    raise Failure(502, "upstream_failed", detail)
                 if block.done:
                     return
-        raise Failure(502, "upstream_closed", BROKE_OFF)
+                if part == b"":
+                    raise Failure(502, "upstream_closed", BROKE_OFF)
+                if now >= self._deadline:
+                    raise self._too_long()
+                if silence >= upstream.stall_seconds:
+                    raise Failure(504, "upstream_stalled", SILENT)
 
-    async def _read(self, response: aiohttp.ClientResponse, patience: "_Patience") -> bytes | None:
-        """Return what has come, b"" at the end, None where nothing comes for as long as patience lasts."""
-        try:
-            return await patience.wait(response.content.readany())
-        except aiohttp.ClientError as error:
-            self._note(error)
-            raise Failure(502, "upstream_closed", BROKE_OFF) from None
-
-    async def whole(self, response: aiohttp.ClientResponse) -> bytes:
-        """Return an answer that is not streamed; raises Failure where it does not come whole."""
-        body = bytearray()
-        with _Patience(self._stall_seconds) as patience:
-            while (part := await self._read(response, patience)) != b"":
+    async def whole(self) -> bytes:
+        """Return a response that is not streamed; raises Failure where it does not arrive complete and in time."""
+        upstream, body = self._upstream, bytearray()
+        with _Patience(min(upstream.stall_seconds, upstream.max_seconds)) as patience:
+            while (part := await self._read(patience)) != b"":
+                if self._time() >= self._deadline:
+                    raise self._too_long()
                 if part is None:
                     raise Failure(504, "upstream_stalled", SILENT)
                 body += part
                 if len(body) > WHOLE_BYTES:
                     raise Failure(502, "upstream_failed", f"The upstream's answer has more than {WHOLE_BYTES} bytes.")
         return bytes(body)
+
+    async def _read(self, patience: "_Patience") -> bytes | None:
+        """Return what has arrived, b"" at the end, None where nothing arrives for as long as patience lasts."""
+        try:
+            return await patience.wait(self._response.content.readany())
+        except aiohttp.ClientError as error:
+            self._upstream.note(error)
+            raise Failure(502, "upstream_closed", BROKE_OFF) from None
+
+    def _too_long(self) -> Failure:
+        detail = f"The generation took longer than {self._upstream.max_seconds:g} s, the limit of this server."
+        return Failure(504, "generation_timeout", detail)
 
 
 class _Patience:
@@ -228,3 +290,25 @@ def _phrase(status: int) -> str:
         return HTTPStatus(status).phrase
     except ValueError:
         return f"status {status}"
+
+
+def _coding(response: aiohttp.ClientResponse) -> str:
+    """Return the content coding of a response; empty where it has none."""
+    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    return "" if coding == "identity" else coding
+
+
+def read_retry_after(value: str) -> str:
+    """Return a `Retry-After` that can be passed on, or an empty text: seconds in digits, or an HTTP date.
+
+    Source: RFC 9110 section 10.2.3.
+    """
+    if re.fullmatch("[0-9]{1,9}", value):
+        return value
+    if re.fullmatch("[A-Za-z0-9,: -]{1,40}", value):
+        try:
+            parsedate_to_datetime(value)
+        except ValueError:
+            return ""
+        return value
+    return ""

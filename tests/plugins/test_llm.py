@@ -595,7 +595,7 @@ def test_v1_passes_events_on_as_they_are_and_usage_where_it_is_asked_for(
     )
     assert (status, headers["content-type"]) == (200, "text/event-stream")
     assert answer == comment + event("Hel") + event("lo") + strange + FINISH + USED + DONE
-    assert upstream.exchanges[0].body == body
+    assert upstream.exchanges[0].body == {**body, "max_tokens": 512}  # a limit is always sent
 
     with client(server) as official:
         *_, last = official.chat.completions.create(
