@@ -71,7 +71,7 @@ def _decode(
 ) -> None:
     refused = {error["name"] for error in errors if error["in"] == place}
     try:
-        found[place] = model.model_validate(values, extra=model.model_config.get("extra") or "forbid")
+        found[place] = model.model_validate(values, extra=None if model.model_config.get("extra") else "forbid")
     except ValidationError as error:
         errors += [fault for fault in faults(error, place) if fault["name"] not in refused]
 

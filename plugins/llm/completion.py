@@ -19,8 +19,6 @@ from pydantic import (
     Field,
     JsonValue,
     StrictBool,
-    StrictFloat,
-    StrictInt,
     StrictStr,
     StringConstraints,
     WithJsonSchema,
@@ -130,7 +128,7 @@ FunctionCall = Annotated[
     AfterValidator(_function_call),
     WithJsonSchema({"anyOf": [{"type": "string", "enum": _CHOICES[:2]}, {"type": "object"}, {"type": "null"}]}),
 ]
-Bias = Annotated[StrictInt | StrictFloat, Field(ge=-100, le=100)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 
 

@@ -289,9 +289,9 @@ def test_the_embedded_model_gets_nothing_that_goes_past_its_limits(start: Start)
     parts = [{"type": "text", "text": "Which "}, {"type": "text", "text": "colour?"}]
     status, _, document = complete(server, **everything | {"messages": [{"role": "user", "content": parts}]})
     assert status == 200, document
-    assert [
-        json.loads(choice["message"]["content"])["colour"] in ("red", "blue") for choice in document["choices"]
-    ] == [True] * 4
+    answers = [json.loads(choice["message"]["content"]) for choice in document["choices"]]
+    assert len(answers) == 2
+    assert all(answer["colour"] in ("red", "blue") for answer in answers)
     status, _, document = complete(server, messages=[{"role": "user", "content": "Tell a long story."}], seed=2**62)
     assert (status, document["usage"]["completion_tokens"]) == (200, 24)
     assert document["choices"][0]["finish_reason"] == "length"
