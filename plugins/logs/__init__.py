@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 import shlex
+import shutil
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
@@ -33,15 +35,23 @@ from streamlab import (
     open_stream,
 )
 
-from . import command, demo
+from . import command, demo, disk
 from .download import matching_lines
 from .filters import BadPattern, LineFilter, compile_pattern, moment
 from .lines import LEVELS, Reader
 from .pieces import Line
 from .tail import Tail, Turn
 
+log = logging.getLogger(__name__)
+
 THREADS = 4
 """Threads that read log files for downloads."""
+
+PROBE_SECONDS = 2.0
+"""Interval between two looks at whether logs can be read, in seconds."""
+
+RETRY_SECONDS = 5
+"""Retry-After of a log that cannot be read for now, in seconds."""
 
 TAIL = 10
 """Lines of the past that a stream begins with, unless it is told otherwise."""
@@ -67,9 +77,19 @@ class Source(BaseModel):
 
     @model_validator(mode="after")
     def _needs_one(self) -> "Source":
-        if (self.path is None) == (not self.command):
+        if self.path is not None and self.command:
+            raise ValueError("a source has both a path and a command; give it one of them")
+        if self.path is None and not self.command:
             raise ValueError("a source needs either a path or a command")
         return self
+
+    def fault(self) -> disk.Fault | None:
+        """Return why this cannot be read now, or None; asks the disk."""
+        if self.path is not None:
+            return disk.fault(self.path)
+        if shutil.which(self.command[0]) is None:
+            return disk.Fault(503, f"the command {Path(self.command[0]).name} cannot be started: it is not there")
+        return None
 
 
 class Which(BaseModel):
@@ -120,6 +140,11 @@ class Logs(Scenario):
     _channels: dict[str, Channel] = PrivateAttr(default_factory=dict)
     _threads: Threads = PrivateAttr()
     _compiling: Threads = PrivateAttr()
+    _probing: Threads = PrivateAttr()
+    _faults: dict[str, disk.Fault] = PrivateAttr(default_factory=dict)
+    """Why logs of `sources` cannot be read, as this process last saw it."""
+    _reported: dict[str, str] = PrivateAttr(default_factory=dict)
+    """The reasons that the followers of a log have been told, by the process that reads it."""
 
     @hookimpl
     @asynccontextmanager
@@ -139,12 +164,14 @@ class Logs(Scenario):
         async with (
             Threads("log-download", THREADS) as self._threads,
             Threads("patterns", 1) as self._compiling,
+            Threads("log-probe", 1) as self._probing,
             asyncio.TaskGroup() as group,
         ):
-            tasks = []
+            await self._probe()
+            tasks = [group.create_task(self._watch())]
             for name, source in served.items():
                 producer = f"{host}:{source.path or shlex.join(source.command)}"
-                read = partial(self._read_file if source.path else self._run, name, source, host, producer)
+                read = partial(self._produce, name, source, host, producer)
                 tasks.append(group.create_task(events.exclusively(f"logs/{producer}", read)))
             if self.demo:
                 write = partial(demo.serve, demo_log)
@@ -158,14 +185,23 @@ class Logs(Scenario):
         "/stream/live-logs",
         query=Following,
         sends="text/event-stream",
-        responses={429: "The streams of this log use as many different filters as may be."},
+        responses={
+            403: "The server may not read this log.",
+            429: "The streams of this log use as many different filters as may be.",
+            503: "The command behind this log cannot be started.",
+        },
     )
     def live(self, request: web.Request, query: Following) -> Awaitable[web.StreamResponse]:
         """Follow a log: its last lines, then every line as it is written, through rotation and restarts."""
         # Without a pattern no coroutine of its own, so that neither it nor the query is kept while a client follows.
-        return self._follow_matching(request, query) if query.grep else self._follow(request, query, _chooser(query))
+        if query.grep or self._chosen(query) in self._faults:
+            return self._follow_carefully(request, query)
+        return self._follow(request, query, _chooser(query))
 
-    async def _follow_matching(self, request: web.Request, query: Following) -> web.StreamResponse:
+    async def _follow_carefully(self, request: web.Request, query: Following) -> web.StreamResponse:
+        fault = await self._look(self._chosen(query))
+        if fault is not None and fault.status != 404 and not fault.partly:  # what is missing may come: told in band
+            raise _problem(fault)
         return await self._follow(request, query, await self._compiling.run(_chooser, query))
 
     def _follow(self, request: web.Request, query: Following, chooser: Chooser) -> Awaitable[web.StreamResponse]:
@@ -180,10 +216,25 @@ class Logs(Scenario):
             limit=query.limit,
         )
 
-    @endpoint("GET", "/logs/download", query=Which, sends="text/plain", curl="-OJ {url}")
+    @endpoint(
+        "GET",
+        "/logs/download",
+        query=Which,
+        sends="text/plain",
+        responses={
+            403: "The server may not read this log.",
+            404: "The log has no file yet.",
+            503: "The command behind this log cannot be started.",
+        },
+        curl="-OJ {url}",
+    )
     async def download(self, request: web.Request, query: Which) -> web.StreamResponse:
         """Download the lines of a log as text, rotated files included."""
         name, (lines, since) = self._chosen(query), await self._compiling.run(_chooser, query)
+        path = self._served[name].path
+        fault = await (self._look(name) if path is None else self._threads.run(disk.fault_of_history, path))
+        if fault is not None:
+            raise _problem(fault)
         disposition = {"Content-Disposition": f'attachment; filename="{name}.log"'}
         pieces = self._past(name, lines, since)
         async with aclosing(pieces), open_stream(request, "text/plain", headers=disposition, compress=True) as response:
@@ -213,7 +264,67 @@ class Logs(Scenario):
             raise Problem(422, "There is no such log.", errors=[{"in": "query", "name": "source", "detail": detail}])
         return name
 
+    # -- whether lines can be read
+
+    @hookimpl
+    def health(self) -> str | None:
+        """Report the logs that cannot be read; before the start, as `streamlab check` wants it, by a look at them."""
+        faults = self._faults
+        if not self._served:
+            faults = {name: fault for name, source in self.sources.items() if (fault := source.fault())}
+        return "; ".join(f"{name}: {fault.reason}" for name, fault in faults.items()) or None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            await self._probe()
+
+    async def _probe(self) -> None:
+        for name in self.sources:
+            await self._look(name)
+
+    async def _look(self, name: str) -> disk.Fault | None:
+        """Look whether a log can be read, and note it; what the server itself writes can."""
+        source = self.sources.get(name)
+        if source is None:
+            return None
+        fault = await self._probing.run(source.fault)
+        if fault is None:
+            self._faults.pop(name, None)
+        else:
+            if self._faults.get(name) != fault:
+                log.warning("the log %s: %s", name, fault.reason)
+            self._faults[name] = fault
+        return fault
+
+    async def _report(self, name: str, host: str) -> None:
+        """Tell the followers of a log, by an event, that it cannot be read any more, or can be again."""
+        fault = self._faults.get(name)
+        reason = "" if fault is None else fault.reason
+        if reason == self._reported.get(name, ""):
+            return
+        self._reported[name] = reason
+        told = (
+            draft({"source": name, "reason": reason, "host": host}, "unreadable")
+            if reason
+            else draft({"source": name, "host": host}, "readable")
+        )
+        await self._channels[name].publish_all([told], insist=True)
+
+    async def _keep_reporting(self, name: str, host: str) -> None:
+        while True:
+            await self._report(name, host)
+            await asyncio.sleep(PROBE_SECONDS / 2)
+
     # -- where lines come from
+
+    async def _produce(self, name: str, source: Source, host: str, producer: str) -> None:
+        """Publish the lines of a source, and whether it can be read."""
+        read = self._read_file if source.path else self._run
+        self._reported.pop(name, None)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_reporting(name, host))
+            await read(name, source, host, producer)
 
     async def _read_file(self, name: str, source: Source, host: str, producer: str) -> None:
         """Publish what is written to files; how far they were read is kept with the lines, so that none comes twice."""
@@ -223,6 +334,9 @@ class Logs(Scenario):
         readers: dict[str, Reader] = {}
         async with aclosing(Tail(source.path, json.loads(stands) if stands else None).batches()) as batches:
             async for batch in batches:
+                if batch.items and self._reported.get(name):  # that it can be read again comes before its lines
+                    await self._look(name)
+                    await self._report(name, host)
                 drafts = [_draft(name, host, item, readers) for item in batch.items]
                 checkpoint = (producer, json.dumps(batch.cursors))
                 await channel.publish_all(drafts, checkpoint=checkpoint, insist=True)
@@ -274,6 +388,12 @@ def _chooser(query: Which) -> Chooser:
     if pattern is None and query.level is None:
         return None, since
     return LineFilter(LEVELS[query.level] if query.level else 0, query.grep, pattern), since
+
+
+def _problem(fault: disk.Fault) -> Problem:
+    """Make the error response of a log that cannot be read."""
+    headers = {"Retry-After": str(RETRY_SECONDS)} if fault.status == 503 else {}
+    return Problem(fault.status, f"This log cannot be read: {fault.reason}.", headers=headers)
 
 
 def _is_since(since: float, event: Event) -> bool:

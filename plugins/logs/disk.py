@@ -9,6 +9,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2", ".lz4", ".zip"}
 
@@ -152,3 +153,41 @@ def history(pattern: str | Path) -> list[Path]:
         files += [path for _, path in sorted(rotations, key=lambda rotation: age(*rotation))]
         files += [path for _, path in found([match])]
     return list(dict.fromkeys(files))
+
+
+class Fault(NamedTuple):
+    """Why a log cannot be read, for clients: the status of an error response, and a reason without a folder's name."""
+
+    status: int
+    reason: str
+    partly: bool = False
+    """Whether other files of the pattern can be read."""
+
+
+def fault(pattern: Path) -> Fault | None:
+    """Return what is wrong with the files of a pattern, or None where all can be read; opens each of them."""
+    readable, faults = 0, list[Fault]()
+    for path in matches(pattern):
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+            if look(path) is None:
+                faults.append(Fault(404, f"{path.name} is not a regular file"))
+            else:
+                readable += 1
+        except (FileNotFoundError, NotADirectoryError):
+            faults.append(Fault(404, f"there is no file {path.name}"))
+        except OSError as error:
+            status = 403 if isinstance(error, PermissionError) else 503
+            faults.append(Fault(status, f"{path.name} cannot be read: {error.strerror}"))
+    if not readable and not faults:
+        folder = root(pattern)
+        if folder is not None and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+            return Fault(403, f"the folder of {pattern.name} cannot be read: Permission denied")
+        return Fault(404, f"there is no file {pattern.name}")
+    return faults[0]._replace(partly=readable > 0) if faults else None
+
+
+def fault_of_history(pattern: Path) -> Fault | None:
+    """Return why nothing can be read of a pattern's files and their rotations, or None."""
+    found = fault(pattern)
+    return None if found is None or found.partly or (found.status == 404 and history(pattern)) else found

@@ -114,8 +114,10 @@ def test_a_file_that_does_not_exist_yet_is_waited_for(start: Callable[..., Runni
     server = start(CONFIG)
     with EventStream(server, LIVE) as stream:
         (tmp_path / "logs").mkdir()
+        (event,) = stream.take(1)
+        assert (event.event, event.json["reason"]) == ("unreadable", "there is no file app.log")
         write(tmp_path / "logs" / "app.log", "at last")
-        assert texts(stream.take(1)) == ["at last"]
+        assert texts(stream.take(2)) == ["[readable]", "at last"]
 
 
 def test_a_line_of_a_megabyte_comes_whole(start: Callable[..., Running], app_log: Path) -> None:
@@ -410,7 +412,7 @@ def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
     ("table", "said"),
     [
         ("[scenarios.logs.sources.a]\n", "scenarios.logs.sources.a - a source needs either a path or a command"),
-        ('[scenarios.logs.sources.a]\npath = "x"\ncommand = "y"\n', "a source needs either a path or a command"),
+        ('[scenarios.logs.sources.a]\npath = "x"\ncommand = "y"\n', "a source has both a path and a command"),
         ('[scenarios.logs.sources.a]\npaht = "x"\n', "did you mean 'path'?"),
         ('[scenarios.logs.sources."A B"]\npath = "x"\n', "scenarios.logs.sources.A B"),
     ],
@@ -420,3 +422,79 @@ def test_a_source_that_is_none_is_refused_at_the_start(tmp_path: Path, table: st
     status, _, told = run_streamlab("check", cwd=tmp_path)
     assert status == 2
     assert said in told
+
+
+# -- logs that cannot be read
+
+UNPRIVILEGED = '''
+    """Takes from the server what lets root read every file, as a service of an ordinary user lacks it."""
+
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, capabilities) == 0
+    capabilities[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of what is effective
+    assert libc.capset(header, capabilities) == 0
+'''
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="takes capabilities from a process")
+
+
+def refusal(server: Running, path: str) -> tuple[int, str]:
+    status, headers, body = server.get(path)
+    assert headers["content-type"].startswith("application/problem+json")
+    assert str(server.base) not in body.decode()
+    return status, json.loads(body)["detail"]
+
+
+def health(server: Running) -> tuple[str, str]:
+    report = json.loads(server.get("/health")[2])
+    return report["status"], report["scenarios"]["logs"].get("reason", "")
+
+
+@linux
+def test_a_log_without_permission_is_403_until_it_is_readable(start: Callable[..., Running], app_log: Path) -> None:
+    write(app_log, "secret")
+    app_log.chmod(0)
+    server = start(CONFIG, unprivileged=UNPRIVILEGED)
+    reason = "app.log cannot be read: Permission denied"
+    assert health(server) == ("degraded", f"app: {reason}")
+    for path in (LIVE, "/logs/download", f"{LIVE}?grep=x", "/logs/download?grep=x"):
+        assert refusal(server, path) == (403, f"This log cannot be read: {reason}.")
+    app_log.chmod(0o600)
+    with EventStream(server, f"{LIVE}?tail=5") as stream:
+        assert (stream.status, texts(stream.take(3))) == (200, ["[unreadable]", "[readable]", "secret"])
+    assert server.get("/logs/download")[::2] == (200, b"secret\n")
+    assert health(server) == ("ok", "")
+
+
+@linux
+def test_a_log_that_becomes_unreadable_reports_it_in_band(start: Callable[..., Running], app_log: Path) -> None:
+    write(app_log, "one")
+    server = start(CONFIG, unprivileged=UNPRIVILEGED)
+    with EventStream(server, LIVE) as stream:
+        assert texts(stream.take(1)) == ["one"]
+        app_log.unlink()
+        event = next(event for event in stream if event.event == "unreadable")
+        assert (event.json["source"], event.json["reason"]) == ("app", "there is no file app.log")
+        assert health(server) == ("degraded", "app: there is no file app.log")
+        write(app_log, "two")
+        assert [text for text in texts(stream.take(3)) if text != "[rotated]"] == ["[readable]", "two"]
+
+
+def test_a_missing_log_is_404_to_download_and_a_missing_command_503(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    command = '[scenarios.logs.sources.talk]\ncommand = "/no/such/program -f"\n'
+    server = start(CONFIG + command + '[scenarios.logs.sources.many]\npath = "logs/*.txt"\n')
+    assert refusal(server, "/logs/download") == (404, "This log cannot be read: there is no file app.log.")
+    assert refusal(server, "/logs/download?source=many") == (404, "This log cannot be read: there is no file *.txt.")
+    for path in (LIVE, "/logs/download"):
+        reason = "This log cannot be read: the command program cannot be started: it is not there."
+        assert refusal(server, f"{path}?source=talk") == (503, reason)
+    status, out, _ = run_streamlab("check", cwd=tmp_path)
+    assert (status, "logs: degraded - app: there is no file app.log; talk: the command program" in out) == (0, True)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "app.log").touch()
+    assert server.get("/logs/download")[::2] == (200, b"")  # readable, and empty indeed
