@@ -44,6 +44,7 @@ from .source import (
     Query,
     Selection,
     Source,
+    TooLarge,
     Unavailable,
     UnknownColumn,
     body,
@@ -166,6 +167,8 @@ class Exports(Scenario):
     """Whether there is a database `sample`, made when it is first asked for, with exports users, data and results."""
     sample_rows: int = Field(1_000_000, ge=1, le=100_000_000)
     """How many users the sample has."""
+    max_cell_mb: float = Field(16.0, gt=0, le=1000)
+    """Maximum size of a cell, in 1,000,000 bytes: an export with a larger one is rejected or, once begun, cut."""
     formula_guard: bool = True
     """Whether text in CSV that a spreadsheet would run as a formula gets an apostrophe before it."""
     max_exports: int = Field(100, ge=1, le=10_000)
@@ -207,6 +210,11 @@ class Exports(Scenario):
         return self
 
     @property
+    def _max_cell(self) -> int:
+        """The maximum size of a cell in bytes."""
+        return int(self.max_cell_mb * 1_000_000)
+
+    @property
     def has_sample(self) -> bool:
         """Whether there is a database `sample`."""
         return self.sample or SAMPLE in self.databases
@@ -237,10 +245,12 @@ class Exports(Scenario):
                 urls.setdefault(SAMPLE, f"sqlite:///{self._sample_path}")
             for name, url in urls.items():
                 if url.startswith("sqlite"):
-                    self._sources[name] = SqliteSource(base / url.removeprefix("sqlite:///"), threads, turn)
+                    self._sources[name] = SqliteSource(
+                        base / url.removeprefix("sqlite:///"), threads, turn, max_cell=self._max_cell
+                    )
                     continue
                 try:
-                    self._sources[name] = await _open_postgres(stack, url, self.max_seconds)
+                    self._sources[name] = await _open_postgres(stack, url, self.max_seconds, self._max_cell)
                 except MissingLibrary as error:  # the exports of other databases need not go without
                     log.warning("the database %s cannot be read: %s", name, error)
                     self._missing[name] = error
@@ -341,7 +351,8 @@ class Exports(Scenario):
                     if digest is not None:
                         digest.update(data)
                     await stream.write(data)
-                await stream.write(encoder.end(export.rows, digest.hexdigest() if digest else None))
+                altered = self.report_altered(name, export)
+                await stream.write(encoder.end(export.rows, digest.hexdigest() if digest else None, altered))
         return stream
 
     async def _follow(self, request: web.Request, name: str, wanted: Followed) -> web.StreamResponse:
@@ -369,8 +380,16 @@ class Exports(Scenario):
                 identity = f"{export.version}-{count}"
                 await stream.write(frame(b'{"count":%d,"rows":[%b]}' % (count, rows), "rows", id=identity))
                 place = identity  # not before the write, which may be interrupted
-            await stream.write(frame({"count": skip + export.rows}, "end", id=f"{place}.end"))
+            total = {"count": skip + export.rows, "altered": self.report_altered(name, export)}
+            await stream.write(frame(total, "end", id=f"{place}.end"))
         return stream
+
+    @staticmethod
+    def report_altered(name: str, export: Export) -> int:
+        """Return how many values of a finished export were altered, and log it: few formats have an end record."""
+        if export.altered:
+            log.warning("the export %s altered %d values that its format cannot hold", name, export.altered)
+        return export.altered
 
     @asynccontextmanager
     async def opened(
@@ -390,7 +409,8 @@ class Exports(Scenario):
             async with self.limited(name, deadline):
                 source = await self.source(configured.database)
                 query = Query(configured.sql, values)
-                running = source.export(query, selection, form, formula_guard=self.formula_guard)
+                guard = self.formula_guard
+                running = source.export(query, selection, form, formula_guard=guard, strict=wanted.strict)
                 export, encoder = await stack.enter_async_context(running)
             yield export, encoder, deadline
 
@@ -438,10 +458,10 @@ class Exports(Scenario):
         return self._sources[database]
 
 
-async def _open_postgres(stack: AsyncExitStack, url: str, seconds: float) -> Source:
+async def _open_postgres(stack: AsyncExitStack, url: str, seconds: float, max_cell: int) -> Source:
     from .postgres_source import PostgresSource
 
-    source = PostgresSource(url, statement_seconds=seconds)
+    source = PostgresSource(url, statement_seconds=seconds, max_cell=max_cell)
     await stack.enter_async_context(source.opened())
     return source
 
@@ -457,6 +477,10 @@ def _refusing(name: str) -> Iterator[None]:
         raise Problem(422, "The result does not have every column asked for.", errors=errors) from None
     except BadValue as error:
         raise Problem.of_parameters([{"in": "query", "name": error.name, "detail": error.detail}]) from None
+    except TooLarge as error:
+        log.warning("the export %s is rejected: %s", name, error)
+        detail = f"{error}, which max_cell_mb limits. `columns` can leave a column out."
+        raise Problem(422, detail[:1].upper() + detail[1:]) from None
     except Misfit as error:
         log.warning("the export %s cannot be sent in this format: %s", name, error)
         raise Problem(422, f"This format cannot hold the result: {error}.") from None

@@ -61,6 +61,8 @@ class Encoder(Protocol):
 
     media_type: str
     extension: str
+    altered: int
+    """How many values so far the format could not hold and were written as something else."""
 
     def begin(self) -> bytes:
         """What stands before the first row."""
@@ -68,8 +70,11 @@ class Encoder(Protocol):
     def rows(self, batch: Batch) -> bytes:
         """The bytes of some rows; none, where they wait for a row group to fill."""
 
-    def end(self, rows: int, digest: str | None) -> bytes:
-        """What stands behind the last row. JSON Lines: the end record, if there is a digest to write into it."""
+    def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
+        """Return what stands behind the last row. JSON Lines: the end record, if there is a digest to write into it.
+
+        `altered` is how many values of the result do not come as they are in the database.
+        """
 
 
 def unique(names: Iterable[str]) -> list[str]:
@@ -92,8 +97,17 @@ def unique(names: Iterable[str]) -> list[str]:
     return result
 
 
-def make(format: str, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> Encoder:  # noqa: A002
-    """An encoder of one of `FORMATS`; the two options are CSV's. Names are made unique, if they are not.
+def make(
+    format: str,  # noqa: A002
+    columns: Sequence[Column],
+    *,
+    formula_guard: bool = True,
+    header: bool = True,
+    strict: bool = False,
+) -> Encoder:
+    """Return an encoder of one of `FORMATS`; guard and header are CSV's. Names are made unique, if they are not.
+
+    A strict encoder raises ValueError for a value that it would have to alter, instead of counting it.
 
     Raises ValueError for an unknown format and MissingLibrary.
     """
@@ -101,7 +115,7 @@ def make(format: str, columns: Sequence[Column], *, formula_guard: bool = True, 
         raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
     names = unique(_encodable(column.name) for column in columns)
     columns = [Column(name, column.type) for name, column in zip(names, columns, strict=True)]
-    return FORMATS[format](columns, formula_guard=formula_guard, header=header)
+    return FORMATS[format](columns, formula_guard=formula_guard, header=header, strict=strict)
 
 
 def _encodable(text: str) -> str:
@@ -162,8 +176,41 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-GUARDED: Final = frozenset("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
-"""What begins a formula in some spreadsheet, per https://owasp.org/www-community/attacks/CSV_Injection."""
+# Where a formula begins, in some spreadsheet. The characters are those of OWASP, and their wide and small variants:
+# https://owasp.org/www-community/attacks/CSV_Injection. Before them may be what a spreadsheet may trim, drop or not
+# show: white space, control characters, the Default_Ignorable_Code_Point of Unicode 16 (DerivedCoreProperties.txt), and
+# a quote. A cell begins with a text, and behind a semicolon or a tab, where one of these separates: what it is in does
+# not have its quotes then, since only at the start of a cell a quote is one.
+FORMULA_MARKS: Final = "=+\\-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
+IGNORED_RANGES: Final = (
+    (0x01, 0x08), (0x0A, 0x20), (0x22, 0x22), (0x7F, 0xA0), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C),
+    (0x115F, 0x1160), (0x1680, 0x1680), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2000, 0x200F), (0x2028, 0x202F),
+    (0x205F, 0x206F), (0x3000, 0x3000), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0),
+    (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
+)  # fmt: skip
+"""Code points that may be before a formula; 0, which PostgreSQL does not have, is one more."""
+
+_IGNORED: Final = "\0" + "".join(f"{chr(first)}-{chr(last)}" for first, last in IGNORED_RANGES)
+_FORMULA: Final = re.compile(f"(^|[;\t])(?=[{_IGNORED}]*[{FORMULA_MARKS}])")
+_LEADING: Final = frozenset("\t\r\n")
+"""What OWASP wants guarded at the start of a cell, whatever follows."""
+
+_SUSPICIOUS: Final = frozenset(
+    [chr(code) for first, last in ((0, 0), *IGNORED_RANGES) for code in range(first, last + 1)]
+).union(FORMULA_MARKS, "\t") - {"\\"}
+_WIDE_MARKS: Final = tuple(FORMULA_MARKS[5:])
+_CLASSES: Final = bytes(
+    ord("M" if chr(code) in "=+-@" else "B" if code > 0x7F or chr(code) in _SUSPICIOUS or chr(code) == ";" else "o")
+    for code in range(256)
+)
+"""Bytes of UTF-8 as marks of formulas, as what may be before them, and as others."""
+
+
+def _guarded(cell: str) -> str:
+    """Put an apostrophe before whatever a spreadsheet would run as a formula."""
+    cell = _FORMULA.sub(r"\1'", cell)
+    return "'" + cell if cell[:1] in _LEADING else cell
+
 
 # What makes a cell need quotes.
 _MARKS: Final = ',"\r\n'
@@ -183,8 +230,11 @@ class Csv:
 
     media_type = "text/csv; charset=utf-8"
     extension = "csv"
+    altered = 0
 
-    def __init__(self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> None:
+    def __init__(
+        self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True, strict: bool = False
+    ) -> None:
         self._names = tuple(column.name for column in columns)
         self._guard = formula_guard
         self._header = header
@@ -207,7 +257,7 @@ class Csv:
             lines = map(",".join, zip(*cells, strict=True))
         return ("\r\n".join(lines) + "\r\n").encode("utf-8", "replace")
 
-    def end(self, rows: int, digest: str | None) -> bytes:
+    def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
         """Nothing."""
         return b""
 
@@ -233,7 +283,9 @@ class Csv:
     def _texts(self, cells: Sequence[str], joined: str) -> Sequence[str]:
         """A column of texts, also given as one, NUL between them; a NUL in a text costs time only."""
         if self._guard and _risky(joined):
-            cells = ["'" + cell if cell[:1] in GUARDED else cell for cell in cells]
+            cells = [
+                _guarded(cell) if cell[:1] in _SUSPICIOUS or ";" in cell or "\t" in cell else cell for cell in cells
+            ]
             joined = "\0".join(cells)
         marks = [mark for mark in _MARKS if mark in joined]
         if not marks:
@@ -247,8 +299,8 @@ class Csv:
         text = _text(value)
         if not isinstance(value, str) and (value is None or _plain(type(value))):
             return text
-        if self._guard and text[:1] in GUARDED and not isinstance(value, timedelta):
-            text = "'" + text
+        if self._guard and not isinstance(value, timedelta):
+            text = _guarded(text)
         return _quoted(text) if any(mark in text for mark in _MARKS) else text
 
 
@@ -257,8 +309,16 @@ def _quoted(cell: str) -> str:
 
 
 def _risky(joined: str) -> bool:
-    """Whether a text begins like a formula, among texts joined by NUL; true also for some in which NUL is."""
-    return joined[:1] in GUARDED or any(mark in joined and "\0" + mark in joined for mark in GUARDED)
+    """Return whether any of the texts joined by NUL may have to be guarded.
+
+    Two passes in C, whatever the texts are: a byte is a mark, something that may be before one, or another.
+    """
+    classes = joined.encode("utf-8", "replace").translate(_CLASSES)
+    if classes[:1] == b"M" or b"BM" in classes:
+        return True
+    if joined[:1] in _LEADING or any("\0" + mark in joined for mark in _LEADING):
+        return True
+    return not joined.isascii() and any(mark in joined for mark in _WIDE_MARKS)
 
 
 def _numbers(values: tuple[Any, ...]) -> list[str] | None:
@@ -296,6 +356,13 @@ def _cleaned(value: Any) -> Any:
     if value is None or _plain(type(value)) or isinstance(value, timedelta | msgspec.Raw):
         return value
     return _encodable(str(value))
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is not a number, or one that JSON has."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, Decimal) or value.is_finite()
 
 
 def _lenient(value: Any) -> bytes:
@@ -343,8 +410,14 @@ class JsonLines:
     media_type = "application/jsonl"
     extension = "jsonl"
 
-    def __init__(self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> None:
-        self._row = _row_type(tuple(column.name for column in columns))
+    def __init__(
+        self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True, strict: bool = False
+    ) -> None:
+        self.altered = 0
+        self._strict = strict
+        self._seen = 0
+        self._names = tuple(column.name for column in columns)
+        self._row = _row_type(self._names)
         self._embedded = [index for index, column in enumerate(columns) if column.type == "json"]
         # msgspec writes a Decimal NaN as it is. To look for it in every line would take half as long as to write it.
         self._decimals = [index for index, column in enumerate(columns) if column.type in {"decimal", "json", "any"}]
@@ -361,6 +434,15 @@ class JsonLines:
             for index in self._embedded:
                 columns[index] = list(map(_embedded, columns[index]))
             batch = list(zip(*columns, strict=True))
+        lines = self._encoded(batch)
+        # Infinity is written as null. To look at each value would take half as long as to write it: so it is asked
+        # first whether there is a null that no NULL accounts for.
+        if b":null" in lines and lines.count(b":null") != sum(tuple(row).count(None) for row in batch):
+            self._note(batch)
+        self._seen += len(batch)
+        return lines
+
+    def _encoded(self, batch: Batch) -> bytes:
         try:
             lines = self._lines(list(starmap(self._row, batch)))
         except UnicodeEncodeError:
@@ -370,9 +452,20 @@ class JsonLines:
                 return self._cleaned(batch) if b"NaN" in lines or b"Infinity" in lines else lines
         return lines
 
-    def end(self, rows: int, digest: str | None) -> bytes:
-        """The end record, which says that nothing is missing: the number of rows, and a digest of all before it."""
-        return b"" if digest is None else _json({"@end": {"rows": rows, "sha256": digest}}) + b"\n"
+    def _note(self, batch: Batch) -> None:
+        """Count the numbers that JSON does not have; raises ValueError for the first, if strict."""
+        for number, row in enumerate(batch, self._seen + 1):
+            for name, value in zip(self._names, row, strict=True):
+                if not _is_finite(value):
+                    if self._strict:
+                        raise ValueError(f"row {number} of column {name!r} holds {value}, which JSON does not have")
+                    self.altered += 1
+
+    def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
+        """Return the end record, which shows that nothing is missing: the number of rows, and a digest of them."""
+        if digest is None:
+            return b""
+        return _json({"@end": {"rows": rows, "sha256": digest, "altered": altered}}) + b"\n"
 
     def _cleaned(self, batch: Batch) -> bytes:
         return self._lines([self._row(*map(_cleaned, row)) for row in batch])
@@ -384,8 +477,10 @@ class JsonArray(JsonLines):
     media_type = "application/json"
     extension = "json"
 
-    def __init__(self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> None:
-        super().__init__(columns)
+    def __init__(
+        self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True, strict: bool = False
+    ) -> None:
+        super().__init__(columns, strict=strict)
         self._between = b""
 
     def begin(self) -> bytes:
@@ -401,7 +496,7 @@ class JsonArray(JsonLines):
         self._between = b",\n"
         return lines
 
-    def end(self, rows: int, digest: str | None) -> bytes:
+    def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
         """The bracket that closes."""
         return b"\n]\n" if self._between else b"]\n"
 
@@ -489,8 +584,11 @@ class Arrow:
 
     media_type = "application/vnd.apache.arrow.stream"
     extension = "arrows"
+    altered = 0
 
-    def __init__(self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> None:
+    def __init__(
+        self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True, strict: bool = False
+    ) -> None:
         if reason := missing(type(self)):
             raise MissingLibrary(reason)
         import pyarrow  # type: ignore[import-untyped]
@@ -512,7 +610,7 @@ class Arrow:
             self._writer.write_batch(self._record_batch(batch))
         return self._sink.drain()
 
-    def end(self, rows: int, digest: str | None) -> bytes:
+    def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
         """The end-of-stream mark."""
         self._writer.close()
         return self._sink.drain()
@@ -587,7 +685,9 @@ class Parquet(Arrow):
     GROUP_ROWS = 65536
     GROUP_BYTES = 16 << 20
 
-    def __init__(self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True) -> None:
+    def __init__(
+        self, columns: Sequence[Column], *, formula_guard: bool = True, header: bool = True, strict: bool = False
+    ) -> None:
         super().__init__(columns)
         self._waiting: list[Any] = []
         self._waiting_rows = self._waiting_bytes = 0
@@ -610,11 +710,11 @@ class Parquet(Arrow):
                 self._flush()
         return self._sink.drain()
 
-    def end(self, rows: int, digest: str | None) -> bytes:
+    def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
         """The last row group, and the footer that says where all are."""
         if self._waiting:
             self._flush()
-        return super().end(rows, digest)
+        return super().end(rows, digest, altered)
 
     def _flush(self) -> None:
         table = self._pyarrow.Table.from_batches(self._waiting, self._schema)

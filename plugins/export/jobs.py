@@ -70,9 +70,10 @@ class Jobs:
         format: Annotated[Format, Field(description="The format.")] = "csv",  # noqa: A002
         columns: Annotated[list[str], Field(max_length=200, description="Only these columns; none for all.")] = [],  # noqa: B006
         limit: Annotated[int | None, Field(ge=0, le=10**12, description="Rows at most.")] = None,
+        strict: Annotated[bool, Field(description="Fail instead of altering values.")] = False,
     ) -> dict[str, Any]:
         """Write an export into a file, whole or not at all, to be downloaded later."""
-        wanted = Wanted(columns=columns, limit=limit)
+        wanted = Wanted(columns=columns, limit=limit, strict=strict)
         async with (
             self._exports.opened(name, format, wanted, 0) as (export, encoder, deadline),
             # The whole id: its beginning is the time alone, which tasks of one millisecond share.
@@ -83,8 +84,10 @@ class Jobs:
                 async for data in chunks:
                     await file.write(data)
                     await progress(export.rows)
-            await file.write(encoder.end(export.rows, None))
+            altered = self._exports.report_altered(name, export)
+            await file.write(encoder.end(export.rows, None, altered))
             await file.keep()
         await progress(export.rows, export.rows)
         url = f"{self._exports.folder_url}/{file.name}" if self._exports.folder_url else None
-        return {"file": file.name, "url": url, "rows": export.rows, "bytes": file.size, "sha256": file.sha256}
+        written = {"file": file.name, "url": url, "rows": export.rows, "altered": altered}
+        return written | {"bytes": file.size, "sha256": file.sha256}

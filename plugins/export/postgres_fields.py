@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .formats import GUARDED, Column, unique
+from .formats import FORMULA_MARKS, IGNORED_RANGES, Column, unique
 
 if TYPE_CHECKING:
     from asyncpg import Attribute
@@ -29,11 +29,29 @@ _TYPES: Mapping[int, str] = {
 }
 """Types by their OIDs, which are the same everywhere. Source: PostgreSQL, src/include/catalog/pg_type.dat."""
 
+NOT_FINITE = b"null\t"
+"""What PostgreSQL is made to write for a number that JSON does not have: nothing else in a line is, or has, a tab."""
+
+NOT_FINITE_SQL = "null\\t"
+
+COMPRESSION = 1024
+"""More than a value can have been compressed to; pglz manages about 90, LZ4 255."""
+
+_SIZED = (17, 25, 1042, 1043)  # bytea, text, bpchar, varchar
+
 _CHAR, _OID, _JSON, _FLOAT4 = 18, 26, 114, 700
 _TEXTS = (18, 19, 25, 1043)
 _RECORDS = (2249, 2287)
 
-_FORMULA = ", ".join(str(ord(mark)) for mark in sorted(GUARDED))
+_IGNORED = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in IGNORED_RANGES)
+_MARKS = "".join(f"\\U{ord(mark):08x}" for mark in FORMULA_MARKS.replace("\\", ""))
+_FORMULA = f"(?=[{_IGNORED}]*[{_MARKS}])"
+
+_HARMLESS = (
+    *((65, 126), (48, 60), (0, 0), (62, 63), (174, 846), (1565, 4446), (4449, 5759), (5761, 6067), (6160, 8191)),
+    *((8304, 12287), (12289, 12643), (12645, 65023)),
+)
+"""First characters behind which nothing can be a formula, by code points, the most frequent first; 0 is no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +72,11 @@ class Field:
             case "blob":
                 return _base64(self.ref)
             case "any" if self.nested:
-                return f"to_json({self.ref})::text"
+                return _guarded_json(f"to_json({self.ref})::text") if formula_guard else f"to_json({self.ref})::text"
+            case "json" if formula_guard:
+                return _guarded_json(f"{self.ref}::text")
             case "text" | "any" if formula_guard:
-                text = self._text()
-                return f"CASE WHEN ascii({text}) IN ({_FORMULA}) THEN '''' || {text} ELSE {text} END"
+                return _guarded(self._text())
         return self.ref
 
     def _text(self) -> str:
@@ -72,15 +91,27 @@ class Field:
             case "integer" if self.oid == _OID:
                 return f"{self.ref}::int8"  # to_json makes a text of it
             case "real" | "decimal":
-                return f"CASE WHEN {self.ref} - {self.ref} = 0 THEN {self.ref} END"  # NaN and infinity are not 0 then
+                # NaN and infinity are not 0 then.
+                finite = f"{self.ref} - {self.ref} = 0 OR {self.ref} IS NULL"
+                return f"CASE WHEN {finite} THEN to_json({self.ref}) ELSE E'{NOT_FINITE_SQL}'::json END"
             case "blob":
                 return _base64(self.ref)
+        if self.oid == _JSON or self.column.type == "any":  # a json keeps the white space between its tokens
+            return f"translate(to_json({self.ref})::text, E'\\n\\r\\t', '   ')::json"
         return self.ref
 
-    @property
-    def may_break_lines(self) -> bool:
-        """Whether its JSON may have line breaks: a json keeps those between its tokens."""
-        return self.oid == _JSON or self.column.type == "any"
+    def size_check(self, limit: int) -> str:
+        """Return the SQL that fails where a value has more than `limit` bytes; empty for types that cannot.
+
+        What fails is the reading of a boolean: nothing else raises an error with a text in a plain query. A size is
+        asked of what is stored first, which costs nothing: no compression of PostgreSQL saves more than COMPRESSION.
+        """
+        if self.column.type not in ("text", "blob", "json", "any"):
+            return ""
+        exact = f"octet_length({self.ref})" if self.oid in _SIZED else f"octet_length({self.ref}::text)"
+        said = _literal(f"streamlab: column {self.column.name!r} holds ") + f" || {exact} || ' bytes'"
+        large = f"pg_column_size({self.ref}) > {limit // COMPRESSION} AND {exact} > {limit}"
+        return f"CASE WHEN {large} THEN CAST({said} AS boolean) ELSE true END"
 
     def value(self, form: str) -> tuple[str, str]:
         """The SQL of its values for an encoder, and their type there: nothing that Python would round or not know."""
@@ -101,6 +132,23 @@ class Field:
             case "any":
                 return self._text(), "text"
         return self.ref, self.column.type
+
+
+def _guarded(text: str) -> str:
+    """Return the SQL of a text as `formats._guarded` has it; most texts never meet the regular expression."""
+    first = " OR ".join(f"ascii({text}) BETWEEN {first} AND {last}" for first, last in _HARMLESS)
+    harmless = f"({first}) AND {text} NOT LIKE '%;%' AND {text} NOT LIKE E'%\\t%'"
+    guarded = f"regexp_replace({text}, '(^|[;\\t]){_FORMULA}', '\\1''', 'g')"
+    return f"CASE WHEN {harmless} THEN {text} ELSE regexp_replace({guarded}, '^(?=[\\t\\r\\n])', '''') END"
+
+
+def _guarded_json(text: str) -> str:
+    """Return the SQL of a JSON text in which no semicolon is followed by a formula; JSON itself begins with none."""
+    return f"CASE WHEN {text} LIKE '%;%' THEN regexp_replace({text}, '(;){_FORMULA}', '\\1''', 'g') ELSE {text} END"
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _base64(ref: str) -> str:

@@ -8,6 +8,7 @@ Every export is a read-only transaction with one snapshot, on a connection of a 
 import asyncio
 import hashlib
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from uuid import UUID
 from streamlab import Threads, shielded
 
 from .formats import Column, Encoder, MissingLibrary, make
-from .postgres_fields import Field, fields_of
+from .postgres_fields import NOT_FINITE, Field, fields_of
 from .postgres_statement import Statement
 from .source import (
     BadParameter,
@@ -30,6 +31,7 @@ from .source import (
     Misfit,
     Query,
     Selection,
+    TooLarge,
     Unavailable,
     UnknownColumn,
     quoted,
@@ -64,6 +66,9 @@ BATCH_ROWS = (16, 1000)
 # A row ends with a cell that is always quoted: `,"|"` and the line feed of COPY. Inside a quoted cell each quote is
 # doubled, and a cell that begins with | has no line feed after its second quote, so nothing else in a row looks like
 # that: one replacement makes every line end CRLF, and leaves the line feeds of texts alone.
+_TOO_LARGE = re.compile(r"streamlab: (column .* holds [0-9]+ bytes)", re.DOTALL)
+"""What `Field.size_check` makes PostgreSQL say."""
+
 _MARK, _MARKED_END, _CRLF = "|", b',"|"\n', b"\r\n"
 
 Put: TypeAlias = Callable[[int, bytes], Awaitable[None]]
@@ -102,6 +107,7 @@ class _Pipe:
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
         self._closed = False
+        self.altered = 0
 
     async def put(self, rows: int, chunk: bytes) -> None:
         """Give a chunk, and wait until there is room for the next."""
@@ -141,7 +147,13 @@ class _PostgresExport:
     _source: "PostgresSource"
     _pipe: _Pipe
     _task: "asyncio.Task[None]"
+    _encoder: Encoder
     rows: int = 0
+
+    @property
+    def altered(self) -> int:
+        """Numbers that JSON does not have."""
+        return self._pipe.altered + self._encoder.altered
 
     async def arrived(self) -> bool:
         """Wait until there is something to take; raises what ended the query."""
@@ -164,6 +176,8 @@ class _PostgresExport:
         except Exception as error:
             if (meaning := self._source.meaning(error)) is None:
                 raise
+            if meaning[0] is TooLarge:
+                raise TooLarge(meaning[1]) from error
             raise Interrupted(f"the query failed after {self.rows} rows: {meaning[1]}") from error
 
 
@@ -175,11 +189,19 @@ class PostgresSource:
 
     Nothing is asked of the server before something is asked of the source, and a server that went away is found again
     by whoever asks next. `statement_seconds` bounds a COPY as a whole, with the time that its client takes, and each
-    batch of a cursor. Raises MissingLibrary, and ValueError for what is no URL of PostgreSQL.
+    batch of a cursor; `max_cell` is the maximum size of a cell in bytes.
+
+    Raises MissingLibrary, and ValueError for what is no URL of PostgreSQL.
     """
 
     def __init__(
-        self, url: str, *, statement_seconds: float, connect_seconds: float = 5.0, connections: int = 10
+        self,
+        url: str,
+        *,
+        statement_seconds: float,
+        max_cell: int = 1_000_000_000,
+        connect_seconds: float = 5.0,
+        connections: int = 10,
     ) -> None:
         try:
             import asyncpg
@@ -194,6 +216,7 @@ class PostgresSource:
         self._connect_seconds = connect_seconds
         self._statement_seconds = statement_seconds
         self._connections = connections
+        self._max_cell = max_cell
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._away = False
         self._threads = Threads("export-encode", THREADS)
@@ -305,6 +328,8 @@ class PostgresSource:
         if code.startswith(("08", "57P")):
             return Unavailable, "the database does not answer"
         message = str(error).partition("\n")[0]
+        if code == "22P02" and (large := _TOO_LARGE.search(message)):
+            return TooLarge, large[1]
         if code == "57014":
             return Interrupted, f"it was stopped, as it may take {self._statement_seconds:g} s"
         # Conflicts with what a primary does, time limits of transactions, a lack of memory, disk or locks.
@@ -348,7 +373,7 @@ class PostgresSource:
 
     @asynccontextmanager
     async def export(
-        self, query: Query, selection: Selection, form: str, *, formula_guard: bool
+        self, query: Query, selection: Selection, form: str, *, formula_guard: bool, strict: bool = False
     ) -> AsyncIterator[tuple[_PostgresExport, Encoder]]:
         """Run a query, and lend its result; raises Interrupted too before the block, where it takes too long.
 
@@ -362,28 +387,35 @@ class PostgresSource:
                 async with asyncio.timeout(self.patience):
                     result = await _look(connection, query)
                     chosen = result.named(selection.columns) or result.fields
-                    rows = await self._bound(connection, query, selection, result)
+                    rows = await self._bound(connection, query, selection, result, chosen)
                     version = await _version(connection)
             columns = kinds = [entry.column for entry in chosen]
             values = [entry.value(form) for entry in chosen]
             if form not in ("csv", "jsonl"):
                 kinds = [Column(column.name, kind) for column, (_, kind) in zip(columns, values, strict=True)]
-            encoder = make(form, kinds, formula_guard=formula_guard)
+            encoder = make(form, kinds, formula_guard=formula_guard, strict=strict)
             begin, pipe = encoder.begin(), _Pipe()
             if form == "csv":
                 receive = _receive_csv(connection, chosen, rows, pipe.put, formula_guard=formula_guard)
             elif form == "jsonl":
-                receive = _receive_json_lines(connection, chosen, rows, pipe.put)
+                receive = _receive_json_lines(connection, chosen, rows, pipe, strict=strict)
             else:
                 sql = f"SELECT {', '.join(value for value, _ in values)} {rows}"
                 receive = _receive_batches(connection, sql, encoder, pipe.put, self._threads)
             async with _running(receive, pipe) as task:
-                export = _PostgresExport(columns, version, begin, self, pipe, task)
+                export = _PostgresExport(columns, version, begin, self, pipe, task, encoder)
                 with self._refusals():
                     await export.arrived()
                 yield export, encoder
 
-    async def _bound(self, connection: "Connection", query: Query, selection: Selection, result: _Result) -> str:
+    async def _bound(
+        self,
+        connection: "Connection",
+        query: Query,
+        selection: Selection,
+        result: _Result,
+        chosen: Sequence[Field],
+    ) -> str:
         """Bind all values, and return the SQL from FROM on; raises BadValue, BadParameter, UnknownColumn.
 
         COPY takes no parameters, so a value becomes a setting of the transaction, and the SQL reads that: the value
@@ -410,9 +442,13 @@ class PostgresSource:
             await self._bind(connection, BadValue, name, key, text, f"{value} = {value}")
             conditions.append(f"{entry.ref} = CAST(current_setting('{key}') AS {kind})")
         # The line feed ends a comment. That the parenthesis holds is known: the query is a statement by itself.
-        sql = f"FROM ({result.statement.text(written.__getitem__)}\n) AS q ({', '.join(e.ref for e in result.fields)})"
+        names = ", ".join(entry.ref for entry in result.fields)
+        sql = f"FROM ({result.statement.text(written.__getitem__)}\n) AS q ({names})"
         if conditions:
             sql += f" WHERE {' AND '.join(conditions)}"
+        if checks := [check for entry in chosen if (check := entry.size_check(self._max_cell))]:
+            # OFFSET 0 keeps the checks from rows that the query leaves out: nothing is moved across it.
+            sql = f"FROM (SELECT {names} {sql} OFFSET 0) AS q WHERE {' AND '.join(checks)}"
         if selection.limit is not None:
             sql += f" LIMIT {selection.limit:d}"
         return sql + f" OFFSET {selection.skip:d}" if selection.skip else sql
@@ -503,15 +539,20 @@ async def _receive_csv(
     await connection.copy_from_query(sql, output=receive, format="csv", force_quote=["streamlab_mark"])
 
 
-async def _receive_json_lines(connection: "Connection", fields: Sequence[Field], rows: str, put: Put) -> None:
-    """Receive an object a line."""
+async def _receive_json_lines(
+    connection: "Connection", fields: Sequence[Field], rows: str, pipe: _Pipe, *, strict: bool
+) -> None:
+    """Receive an object a line; count the numbers that JSON does not have, or raise Misfit for them."""
     members = ", ".join(f"{entry.json()} AS {quoted(entry.column.name)}" for entry in fields)
     line = "row_to_json(r.*)::text"  # r alone would be a column of that name
-    if any(entry.may_break_lines for entry in fields):
-        line = f"translate({line}, E'\\n\\r', '  ')"
 
     async def receive(chunk: bytes) -> None:
-        await put(chunk.count(b"\n"), chunk)
+        if altered := chunk.count(NOT_FINITE):
+            if strict:
+                raise Misfit("a number is not finite, which JSON does not have")
+            pipe.altered += altered
+            chunk = chunk.replace(NOT_FINITE, b"null")
+        await pipe.put(chunk.count(b"\n"), chunk)
 
     # COPY's text format would double backslashes, its CSV quotes; JSON escapes the bytes that stand for those here.
     sql = f"SELECT {line} FROM (SELECT {members} {rows}) AS r"  # noqa: S608 - names, quoted

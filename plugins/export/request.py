@@ -106,6 +106,10 @@ class Wanted(BaseModel):
     )
     limit: int | None = Field(None, ge=0, le=10**12, description="Rows at most.", examples=[100])
 
+    strict: bool = Field(
+        False, description="Fail instead of altering values: invalid UTF-8, and in JSON numbers that are not finite."
+    )
+
     def others(self, parameters: Mapping[str, Parameter]) -> tuple[dict[str, Any], dict[str, str]]:
         """Read the values of parameters, and of columns; raises Problem 422 naming everything that is wrong."""
         errors: list[dict[str, str]] = []
@@ -139,9 +143,9 @@ class Wanted(BaseModel):
         return values, where
 
 
-RESERVED = ("columns", "limit", "end", "last_event_id")
+RESERVED = ("columns", "limit", "strict", "end", "last_event_id")
 
 
 def known_names(parameters: Mapping[str, Parameter]) -> Sequence[str]:
     """What an export takes in its query."""
-    return [*sorted(parameters), "columns", "limit", "end", "where.COLUMN"]
+    return [*sorted(parameters), "columns", "limit", "strict", "end", "where.COLUMN"]

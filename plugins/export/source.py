@@ -24,6 +24,10 @@ class Misfit(Exception):
     """A value cannot be said in the format asked for; the message names its column."""
 
 
+class TooLarge(Exception):
+    """A cell is larger than exports may have; the message says which, as far as the database does."""
+
+
 class UnknownColumn(Exception):
     """A column was asked for that the result does not have."""
 
@@ -88,8 +92,15 @@ class Export(Protocol):
     begin: bytes
     """What stands before the first row."""
 
+    @property
+    def altered(self) -> int:
+        """How many values so far do not come as they are in the database, as the format cannot hold them."""
+
     def chunks(self) -> AsyncIterator[bytes]:
-        """The rows, without what stands before the first and behind the last; raises Interrupted."""
+        """Yield the rows, without what is before the first and behind the last.
+
+        Raises Interrupted, TooLarge, Misfit.
+        """
 
 
 class Source(Protocol):
@@ -105,11 +116,13 @@ class Source(Protocol):
         form: str,
         *,
         formula_guard: bool,
+        strict: bool = False,
     ) -> AbstractAsyncContextManager[tuple[Export, Encoder]]:
         """Run a query, in one snapshot, and lend its result to the block; leaving the block ends the query.
 
         Its first rows are fetched before the block begins, so that what fails at once can be refused: raises BadQuery,
-        Unavailable, UnknownColumn, BadValue, Misfit, Interrupted, MissingLibrary.
+        Unavailable, UnknownColumn, BadValue, Misfit, TooLarge, Interrupted, MissingLibrary. If strict, Misfit also
+        where a value could only be sent altered.
         """
 
 

@@ -14,13 +14,30 @@ from streamlab import Threads
 
 from .formats import Column, Encoder, make, unique
 from .request import integer, real, truth
-from .source import BadQuery, BadValue, Interrupted, Misfit, Query, Selection, Unavailable, UnknownColumn, quoted
+from .source import (
+    BadQuery,
+    BadValue,
+    Interrupted,
+    Misfit,
+    Query,
+    Selection,
+    TooLarge,
+    Unavailable,
+    UnknownColumn,
+    quoted,
+)
 
 BATCHES = (16, 64, 256, 1000)
 """Rows in the first batches of an export, and in all that follow: the first bytes leave at once."""
 
 PIECE_ROWS = 64
 """Rows read and encoded at once: encoders keep the interpreter for as long as they work on some."""
+
+BATCH_BYTES = 1024 * 1024
+"""Encoded bytes after which a batch ends, in however few rows."""
+
+NARROW_BYTES = 128 * 1024
+"""Maximum size of a cell in bytes where rows are read PIECE_ROWS at once."""
 
 _ALLOWED = {
     sqlite3.SQLITE_SELECT,
@@ -34,7 +51,9 @@ _ALLOWED = {
 class _Reading:
     """A connection to a file, and what is read from it in one snapshot. Its methods wait: they belong in threads."""
 
-    def __init__(self, path: Path, query: Query, known: dict[str, tuple[int, Sequence[str]]]) -> None:
+    def __init__(
+        self, path: Path, query: Query, known: dict[str, tuple[int, Sequence[str]]], *, max_cell: int, strict: bool
+    ) -> None:
         self._path = path
         self._query = query
         self._known = known
@@ -43,8 +62,14 @@ class _Reading:
         self._statement: tuple[str, Mapping[str, Any]] = "", {}
         self._encoder: Encoder | None = None
         self._read = 0
+        self._max_cell = max_cell
+        self._strict = strict
         self._tolerant = False
-        """Whether text that is no UTF-8 is read with replacement characters: slower, so only where there is some."""
+        """Whether invalid UTF-8 is read, with replacement characters: slower, so only where there is some."""
+        self._wide = False
+        """Whether cells may be larger than NARROW_BYTES: rows are read one at a time then, to need little memory."""
+        self.altered = 0
+        """How many texts had invalid UTF-8 replaced."""
 
     def describe(self) -> Sequence[Column]:
         """Connect, begin the snapshot, and return the columns of the result; raises BadQuery, Unavailable."""
@@ -52,6 +77,7 @@ class _Reading:
             self._connection = connection = sqlite3.connect(
                 f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
             )
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, self._max_cell)
             connection.execute("BEGIN")
             (schema,) = connection.execute("PRAGMA schema_version").fetchone()
             connection.set_authorizer(_authorize)
@@ -83,53 +109,81 @@ class _Reading:
     def open(self, selection: Selection, form: str, formula_guard: bool) -> "_Opened":
         """Run the query and read its first batch; raises what `Source.export` does."""
         columns = self.describe()
+        assert self._connection is not None
         sql, values, chosen = _select(self._query, selection, columns)
         self._statement = sql, values
-        self._encoder = make(form, chosen, formula_guard=formula_guard)
+        self._encoder = make(form, chosen, formula_guard=formula_guard, strict=self._strict)
         begin = self._encoder.begin()
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(NARROW_BYTES, self._max_cell))
         try:
-            self._execute()
             first = self.batch(BATCHES[0])
         except sqlite3.Error as error:
             raise _refusal(error) from error
         return _Opened(chosen, self._encoder, begin, first, self._version())
 
-    def _execute(self) -> sqlite3.Cursor:
-        assert self._connection is not None
-        self._cursor = self._connection.execute(*self._statement)
-        return self._cursor
-
     def batch(self, count: int) -> tuple[int, bytes]:
-        """Read and encode up to `count` rows: how many there were, and their bytes; raises sqlite3.Error, Misfit."""
+        """Read and encode up to `count` rows: how many there were, and their bytes.
+
+        Fewer, where they are large; none at the end. Raises sqlite3.Error, Misfit, TooLarge.
+        """
         assert self._encoder is not None
-        read, pieces = 0, []
-        while read < count and (rows := self._rows(min(PIECE_ROWS, count - read))):
+        read, size, pieces = 0, 0, []
+        while read < count and size < BATCH_BYTES and (rows := self._rows(min(PIECE_ROWS, count - read))):
             read += len(rows)
             self._read += len(rows)
             try:
                 pieces.append(self._encoder.rows(rows))
             except ValueError as error:
                 raise Misfit(str(error)) from error
+            size += len(pieces[-1])
         return read, b"".join(pieces)
 
     def _rows(self, count: int) -> list[tuple[Any, ...]]:
-        assert self._cursor is not None
-        try:
-            return self._cursor.fetchmany(count)
-        except sqlite3.OperationalError as error:
-            if self._tolerant or "decode" not in str(error):
-                raise
-            return self._again(count)
-
-    def _again(self, count: int) -> list[tuple[Any, ...]]:
-        """Begin anew in the same snapshot, reading text that is no UTF-8, and go on where it failed."""
+        """Read up to `count` rows, in the mode that the result turns out to need."""
         assert self._connection is not None
-        self._tolerant = True
-        self._connection.text_factory = lambda data: data.decode(errors="replace")
-        cursor, left = self._execute(), self._read
-        while left and (skipped := len(cursor.fetchmany(min(left, 1000)))):
+        while True:
+            try:
+                if self._cursor is None:
+                    self._cursor = self._resumed(self._connection)
+                return self._cursor.fetchmany(1 if self._wide else count)
+            except sqlite3.Error as error:
+                self._adapt(self._connection, error)
+
+    def _adapt(self, connection: sqlite3.Connection, error: sqlite3.Error) -> None:
+        """Change to the mode that reads what `error` is about; raises what no mode reads.
+
+        The query runs again then, in the same snapshot, up to where it failed.
+        """
+        if "decode" in str(error) and isinstance(error, sqlite3.OperationalError) and not self._tolerant:
+            if self._strict:
+                column = re.search(r"column '(.*?)'", str(error))
+                name = f" of column {column[1]!r}" if column else ""
+                raise Misfit(f"a text{name} after row {self._read} is not valid UTF-8") from error
+            self._tolerant = True
+            connection.text_factory = self._text
+        elif error.sqlite_errorcode == sqlite3.SQLITE_TOOBIG and not self._wide:
+            self._wide = True
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, self._max_cell)
+        elif error.sqlite_errorcode == sqlite3.SQLITE_TOOBIG:
+            raise TooLarge(f"a cell after row {self._read} is larger than {self._max_cell:,} bytes") from error
+        else:
+            raise error
+        self._cursor = None
+
+    def _resumed(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
+        """Run the query, and leave out the rows that have been read before."""
+        cursor, left = connection.execute(*self._statement), self._read
+        while left and (skipped := len(cursor.fetchmany(1 if self._wide else min(left, 1000)))):
             left -= skipped
-        return cursor.fetchmany(count)
+        return cursor
+
+    def _text(self, data: bytes) -> str:
+        """Decode a text that may not be valid UTF-8."""
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            self.altered += 1
+            return data.decode(errors="replace")
 
     def _version(self) -> str:
         """What changes with the file: when it, and its write-ahead log, were last written to."""
@@ -170,7 +224,13 @@ class _SqliteExport:
     _threads: Threads
     _turn: asyncio.Lock
     _first: tuple[int, bytes]
+    _encoder: Encoder
     rows: int = 0
+
+    @property
+    def altered(self) -> int:
+        """Texts that were not valid UTF-8, and values that the format cannot hold."""
+        return self._reading.altered + self._encoder.altered
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the rows, encoded, a batch at a time: nothing is read before it has been taken."""
@@ -194,20 +254,21 @@ class SqliteSource:
     Exports take turns: `turn` is one lock for all sources. SQLite takes and drops the interpreter's lock at every row,
     and threads that step at the same time spend their time on that lock: thirty clients at once are served two to
     three times faster in turns. First batches need no turn, since they may sort or aggregate for long, with the lock
-    dropped.
+    dropped. `max_cell` is the maximum size of a cell in bytes.
     """
 
-    def __init__(self, path: Path, threads: Threads, turn: asyncio.Lock) -> None:
+    def __init__(self, path: Path, threads: Threads, turn: asyncio.Lock, *, max_cell: int) -> None:
         self._path = path
+        self._max_cell = max_cell
         self._threads = threads
         self._turn = turn
         self._known: dict[str, tuple[int, Sequence[str]]] = {}
         """The types of results, by SQL, and the version of the schema that they hold for."""
 
     @asynccontextmanager
-    async def _reading(self, query: Query) -> AsyncIterator[_Reading]:
+    async def _reading(self, query: Query, *, strict: bool = False) -> AsyncIterator[_Reading]:
         """Yield a connection, and close it when no thread uses it any more: `Threads.run` returns no earlier."""
-        reading = _Reading(self._path, query, self._known)
+        reading = _Reading(self._path, query, self._known, max_cell=self._max_cell, strict=strict)
         try:
             yield reading
         finally:
@@ -226,16 +287,22 @@ class SqliteSource:
         form: str,
         *,
         formula_guard: bool,
+        strict: bool = False,
     ) -> AsyncIterator[tuple[_SqliteExport, Encoder]]:
-        """Run a query, and lend its result."""
-        async with self._reading(query) as reading:
+        """Run a query, and yield its result."""
+        async with self._reading(query, strict=strict) as reading:
             opened = await self._threads.run(reading.open, selection, form, formula_guard, interrupt=reading.interrupt)
-            yield (
-                _SqliteExport(
-                    opened.columns, opened.version, opened.begin, reading, self._threads, self._turn, opened.first
-                ),
+            export = _SqliteExport(
+                opened.columns,
+                opened.version,
+                opened.begin,
+                reading,
+                self._threads,
+                self._turn,
+                opened.first,
                 opened.encoder,
             )
+            yield export, opened.encoder
 
 
 def _given(names: Sequence[str]) -> list[str]:
@@ -247,11 +314,13 @@ def _authorize(action: int, *_: object) -> int:
     return sqlite3.SQLITE_OK if action in _ALLOWED or action == sqlite3.SQLITE_TRANSACTION else sqlite3.SQLITE_DENY
 
 
-def _refusal(error: sqlite3.Error) -> BadQuery | Unavailable:
+def _refusal(error: sqlite3.Error) -> BadQuery | Unavailable | TooLarge:
     """What an error means before the first row: the file is not there, or the query is wrong."""
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith(("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_BUSY")):
         return Unavailable(f"The database cannot be read: {error}.")
+    if name == "SQLITE_TOOBIG":
+        return TooLarge("a cell is larger than exports may have")
     return BadQuery(str(error))
 
 

@@ -257,7 +257,11 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
         ("least=inf", "least", "must be a finite number"),
         ("least=1&least=2", "least", "is given 2 times; once is right"),
         ("least=1&country=IT", "country", "must be one of DE, FR"),
-        ("least=1&city=Rome", "city", "unknown parameter; known: country, least, columns, limit, end, where.COLUMN"),
+        (
+            "least=1&city=Rome",
+            "city",
+            "unknown parameter; known: country, least, columns, limit, strict, end, where.COLUMN",
+        ),
     ):
         status, _, body = server.get(f"/export/rich/jsonl?{query}")
         assert (status, json.loads(body)["errors"]) == (422, [{"in": "query", "name": name, "detail": detail}])
@@ -366,7 +370,7 @@ def test_an_end_record_tells_rows_and_digest(shared: Running) -> None:
     body = shared.get("/export/users/jsonl?end=true")[2]
     assert body.startswith(plain)
     end = json.loads(body[len(plain) :])
-    assert end == {"@end": {"rows": ROWS, "sha256": hashlib.sha256(plain).hexdigest()}}
+    assert end == {"@end": {"rows": ROWS, "sha256": hashlib.sha256(plain).hexdigest(), "altered": 0}}
 
 
 @pytest.mark.parametrize(
@@ -430,6 +434,55 @@ def test_text_that_is_no_utf_8_comes_with_replacement_characters(serve: Callable
     lines = server.get("/export/users/jsonl")[2].decode().split("\n")[:-1]
     assert [json.loads(line)["id"] for line in lines] == list(range(1, ROWS + 1))
     assert json.loads(lines[4999])["name"] == "A\ufffdB"
+    end = json.loads(server.get("/export/users/jsonl?end=true")[2].splitlines()[-1])["@end"]
+    assert (end["rows"], end["altered"]) == (ROWS, 1)
+    assert server.get("/export/users/csv")[2].decode().count("A\ufffdB") == 1
+    server.wait_for_log("the export users altered 1 values that its format cannot hold")
+    status, _, body = server.get("/export/users/csv?strict=true&where.id=5000")
+    assert (status, json.loads(body)["detail"]) == (
+        422,
+        "This format cannot hold the result: a text of column 'name' after row 0 is not valid UTF-8.",
+    )
+    curl = ["curl", "-sS", "-o", str(tmp_path / "out"), f"{server.url}/export/users/csv?strict=true"]
+    assert subprocess.run(curl, capture_output=True, check=False).returncode == 18
+
+
+def test_numbers_that_json_does_not_have_are_counted_or_refused(serve: Callable[..., Running], tmp_path: Path) -> None:
+    server = serve(
+        configured(numbers="SELECT 1.5 AS a, NULL AS b UNION ALL SELECT 9e999, NULL UNION ALL SELECT -9e999, 'x'")
+    )
+    rows, end = server.get("/export/numbers/jsonl?end=true")[2].split(b'{"@end":')
+    assert rows == b'{"a":1.5,"b":null}\n{"a":null,"b":null}\n{"a":null,"b":"x"}\n'
+    assert json.loads(end[:-2])["altered"] == 2
+    assert server.get("/export/numbers/csv?strict=true")[2] == b"a,b\r\n1.5,\r\nInfinity,\r\n-Infinity,x\r\n"
+    for form in ("jsonl", "json"):
+        status, _, body = server.get(f"/export/numbers/{form}?strict=true")
+        assert (status, "row 2 of column 'a' holds inf, which JSON does not have" in body.decode()) == (422, True)
+
+
+def test_a_cell_that_is_too_large_is_refused_or_cut_and_costs_no_memory(
+    serve: Callable[..., Running], tmp_path: Path
+) -> None:
+    late = "SELECT i, CASE WHEN i = 3000 THEN zeroblob(100000000) WHEN i > 2800 THEN zeroblob(200000) END AS b "
+    late += f"FROM ({SLOW}) LIMIT 4000"
+    server = serve(
+        configured(early="SELECT 1 AS a, zeroblob(900000000) AS b", late=late, fits="SELECT zeroblob(1000000) AS b"),
+        fresh=True,
+    )
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("reads peak memory from /proc, which this system does not have")
+    assert len(server.get("/export/fits/csv")[2]) > 1_333_333
+    before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+    code, _, body = server.get("/export/early/csv")
+    assert (code, "max_cell_mb" in json.loads(body)["detail"]) == (422, True)
+    curl = ["curl", "-sS", "-o", str(tmp_path / "out"), f"{server.url}/export/late/csv"]
+    assert subprocess.run(curl, capture_output=True, check=False).returncode == 18
+    assert (tmp_path / "out").stat().st_size > 50_000_000, "what fits came before"
+    after = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+    assert after - before < 40 * 1024
+    # The module sqlite3 is a row ahead of those that it returns.
+    server.wait_for_log("the export late is rejected: a cell after row 2998 is larger than 16,000,000 bytes")
 
 
 # -- limits
@@ -539,7 +592,7 @@ def test_results_come_as_events_that_resume_by_row(serve: Callable[..., Running]
     sql = f"SELECT {', '.join(names)} FROM users WHERE active ORDER BY id"
     assert rows == [dict(zip(names, row, strict=True)) for row in rows_of(sample, sql)]
     assert [event["event"] for event in events[-1:]] == ["end"]
-    assert events[-1]["data"] == {"count": len(rows)}
+    assert events[-1]["data"] == {"count": len(rows), "altered": 0}
     assert len({event["id"] for event in events}) == len(events)
     middle = events[3]
     headers = {"Accept": "text/event-stream", "Last-Event-ID": middle["id"]}

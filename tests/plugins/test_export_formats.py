@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import math
+import re
 import sys
+import unicodedata
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta, timezone
@@ -166,7 +168,47 @@ def test_a_text_that_begins_like_a_formula_gets_an_apostrophe(mark: str) -> None
     assert cell(mark + "x").strip('"') == "'" + mark + "x"
     assert cell(mark + "x", formula_guard=False).strip('"') == mark + "x"
     assert cell("x" + mark).strip('"') == "x" + mark
-    assert cell(" " + mark).strip('"') == " " + mark
+
+
+@pytest.mark.parametrize(
+    "before", [*" \n\x0b\x00\x7f\xa0\xad\u200b\u2028\u202e\u3000\ufeff\ufe0f", "\U000e0001", '"', " \n\u200b"]
+)
+@pytest.mark.parametrize("mark", ["=", "+", "-", "@", "\uff1d", "\ufe66"])
+def test_what_a_spreadsheet_ignores_does_not_hide_a_formula(before: str, mark: str) -> None:
+    def written(text: str) -> str:
+        (row,) = csv.reader(io.StringIO(cell(text), newline=""))
+        return row[0]
+
+    assert written(f"{before}{mark}1") == f"'{before}{mark}1"
+    assert written(f"a;{before}{mark}1") == f"a;'{before}{mark}1"
+    assert written(f"{before}a{mark}1") == (f"'{before}a{mark}1" if before[0] == "\n" else f"{before}a{mark}1")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (";=1+1", ";'=1+1"),
+        ("=1;=2;x;-3", "'=1;'=2;x;'-3"),
+        ("a\t=1", "a\t'=1"),
+        ("\t=1", "'\t'=1"),
+        ("\n=1+1", "'\n=1+1"),
+        ("\nx", "'\nx"),
+        ('x;"=1', "x;'\"=1"),
+        ("a; b", "a; b"),
+        ("a;b=1", "a;b=1"),
+        ("a,=1", "a,=1"),
+    ],
+)
+def test_each_cell_that_another_separator_makes_of_a_text_is_guarded(text: str, expected: str) -> None:
+    assert list(csv.reader(io.StringIO(cell(text), newline=""))) == [[expected]]
+
+
+def test_what_may_be_before_a_formula_is_what_unicode_calls_invisible() -> None:
+    listed = {code for first, last in formats.IGNORED_RANGES for code in range(first, last + 1)} - {0x22}
+    known = {code for code in range(1, 0x110000) if unicodedata.category(chr(code)) in ("Cc", "Zs", "Zl", "Zp")}
+    assert known - listed == {0x09}, "a tab separates"
+    visible = {"Cf", "Mn", "Lo", "Cn"}  # of these, those that Unicode lists as ignorable by default
+    assert {unicodedata.category(chr(code)) for code in listed - known} <= visible
 
 
 @pytest.mark.parametrize(
@@ -188,7 +230,7 @@ def test_only_texts_are_guarded(value: Any, expected: str) -> None:
 def test_the_guard_reaches_every_text_of_a_column() -> None:
     texts = ["x", "=1", "a@b", "", "\0=1", "@", "a,b", "=a,b", None, 5, "\0", "+"]
     lines = write("csv", columns("a", "b"), [(text, -1) for text in texts], header=False).decode().split("\r\n")
-    expected = ["x", "'=1", "a@b", "", "\0=1", "'@", '"a,b"', '"\'=a,b"', "", "5", "\0", "'+"]
+    expected = ["x", "'=1", "a@b", "", "'\0=1", "'@", '"a,b"', '"\'=a,b"', "", "5", "\0", "'+"]
     assert lines == [f"{text},-1" for text in expected] + [""]
 
 
@@ -242,6 +284,17 @@ def tables(draw: st.DrawFn) -> list[tuple[Any, ...]]:
     return list(zip(*drawn, strict=True))
 
 
+IGNORED = "\0" + "".join(chr(code) for first, last in formats.IGNORED_RANGES for code in range(first, last + 1))
+
+
+def guarded(text: str) -> str:
+    """A text with its guard, cell by cell: slow, and obviously right."""
+    cells = re.split("([;\t])", text)
+    marks = {*"=+-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"}
+    text = "".join("'" + cell if cell.lstrip(IGNORED)[:1] in marks else cell for cell in cells)
+    return "'" + text if text[:1] in {*"\t\r\n"} else text
+
+
 def prepared(value: Any, guard: bool) -> Any:
     """A cell as csv.writer is to be given it: slow, and obviously right."""
     match value:
@@ -257,8 +310,8 @@ def prepared(value: Any, guard: bool) -> Any:
             return "Infinity" if value > 0 else "-Infinity"
         case datetime() | date() | time():
             return value.isoformat()
-        case str() if guard and value.startswith(tuple(MARKS)):
-            return "'" + value
+        case str() if guard:
+            return guarded(value)
     return value
 
 
@@ -273,6 +326,7 @@ def by_csv_writer(rows: Sequence[tuple[Any, ...]], guard: bool) -> bytes:
 @settings(max_examples=1000, deadline=None, database=None)
 @given(tables(), st.booleans())
 @example([("\0=",), ("=",)], True)
+@example([("a;\u3000=",), ("b\t\ufeff\u200b@",)], True)
 @example([("", ""), ("=", "a")], True)
 @example([(None,), (math.nan,), (1.0,)], True)
 @example([(True, 1e16), (False, 1e-5)], True)
@@ -403,7 +457,7 @@ def test_any_column_name_is_a_member(names: list[str]) -> None:
 
 def test_the_end_record_holds_rows_and_digest_in_jsonl_only() -> None:
     ends = {name: formats.make(name, columns("a")).end(3, "ab12") for name in ("csv", "jsonl", "json")}
-    assert ends == {"csv": b"", "jsonl": b'{"@end":{"rows":3,"sha256":"ab12"}}\n', "json": b"]\n"}
+    assert ends == {"csv": b"", "jsonl": b'{"@end":{"rows":3,"sha256":"ab12","altered":0}}\n', "json": b"]\n"}
     assert formats.make("jsonl", columns("a")).end(3, None) == b""
 
 

@@ -30,6 +30,7 @@ asyncpg = pytest.importorskip("asyncpg", reason="asyncpg is not installed")
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
 
 module = plugin_module("export", "postgres_source")
+formats = plugin_module("export", "formats")
 PostgresSource, Query, Selection, Statement = module.PostgresSource, module.Query, module.Selection, module.Statement
 BadQuery, BadValue, Interrupted = module.BadQuery, module.BadValue, module.Interrupted
 Unavailable, UnknownColumn = module.Unavailable, module.UnknownColumn
@@ -101,7 +102,11 @@ class Read:
 async def read(source: Any, sql: str, form: str = "csv", *, guard: bool = False, **options: Any) -> Read:
     """Read a whole export; `options` are the selection's, and the query's `parameters`."""
     query = Query(sql, options.pop("parameters", {}))
-    async with source.export(query, Selection(**options), form, formula_guard=guard) as (export, encoder):
+    strict = options.pop("strict", False)
+    async with source.export(query, Selection(**options), form, formula_guard=guard, strict=strict) as (
+        export,
+        encoder,
+    ):
         body = export.begin
         async for chunk in export.chunks():
             body += chunk
@@ -340,7 +345,11 @@ async def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_and_numbers_
     apostrophe = "'" if guard else ""
 
     def guarded(text: str) -> str:
-        return apostrophe + text if text[:1] in [*"=+-@\t\r\uff1d\uff0b\uff0d\uff20"] and text else text
+        return (
+            apostrophe + text
+            if text.strip()[:1] in [*"=+-@\uff1d\uff0b\uff0d\uff20"] or (text[:1] in "\t\r" and text)
+            else text
+        )
 
     assert result.cells == [
         [
@@ -352,6 +361,72 @@ async def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_and_numbers_
         ]
         for number, text in enumerate(texts)
     ]
+
+
+async def test_the_guard_is_that_of_the_encoder(source: Any, admin: Any) -> None:
+    ignored = [chr(code) for first, last in formats.IGNORED_RANGES for code in (first, last)]
+    marks = "=+-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
+    texts = [
+        f"{before}{mark}1" for before in ("", "\t", ";", "a;", "a\t", "a; \u200b", "a", *ignored) for mark in marks
+    ]
+    texts += [f"{before}a" for before in ignored] + [
+        "=1;=2\t=3",
+        ";;=",
+        "\n=1",
+        "\t=1",
+        "\nx",
+        'x;"=1',
+        "a; b",
+        "",
+        "é-1",
+    ]
+    await admin.execute("CREATE TABLE t (id int, text text)")
+    await admin.copy_records_to_table("t", records=list(enumerate(texts)))
+    result = await read(source, "SELECT text, 1 AS one FROM t ORDER BY id", guard=True)
+    encoder = formats.make("csv", [formats.Column("text", "text"), formats.Column("one", "integer")])
+    expected = encoder.rows([(text, 1) for text in texts]).decode()
+    assert [cell for cell, _ in result.cells] == [
+        cell for cell, _ in csv.reader(io.StringIO(expected, newline=""), strict=True)
+    ]
+    nested = await read(
+        source, """SELECT '{"a": "x;=1"}'::json AS j, ARRAY['x;=1'] AS a, '-5'::json AS n""", guard=True
+    )
+    assert nested.cells == [['{"a": "x;\'=1"}', '["x;\'=1"]', "-5"]]
+
+
+async def test_numbers_that_json_does_not_have_are_counted_or_refused(source: Any) -> None:
+    sql = """SELECT r, '{"a":\tnull\t}'::json AS j, 'null' || chr(9) AS t
+             FROM (VALUES ('NaN'::float8), (1.5), (NULL), ('-Infinity')) AS v (r)"""
+    for form in ("jsonl", "json"):
+        async with source.export(Query(sql), Selection(), form, formula_guard=True) as (export, _):
+            body = b"".join([chunk async for chunk in export.chunks()])
+            assert export.altered == 2, form
+        lines = body.replace(b",\n", b"\n").split(b"\n") if form == "json" else body.splitlines()
+        objects = [json.loads(line) for line in lines if line.strip(b"[]")]
+        assert objects == [{"r": r, "j": {"a": None}, "t": "null\t"} for r in (None, 1.5, None, None)]
+        with pytest.raises(module.Misfit, match="JSON does not have"):
+            await read(source, sql, form, strict=True)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
+async def test_a_cell_that_is_too_large_is_refused_by_its_column(shared: Postgres, form: str) -> None:
+    async with opened(shared, max_cell=100_000) as source:
+        for value in (
+            "repeat('x', 100001)",
+            "repeat('é', 50001)",
+            "convert_to(repeat('x', 100001), 'UTF8')",
+            "to_json(repeat('x', 100001))",
+            "to_jsonb(repeat('x', 100001))",
+            "ARRAY[repeat('x', 100001)]",
+        ):
+            # Rows that the query itself leaves out are not looked at.
+            rows = f"SELECT i, CASE WHEN i = 2 THEN {value} END AS v FROM generate_series(1, 2) AS i"
+            sql = f'SELECT i, v AS "it\'s" FROM ({rows})'
+            assert (await read(source, f"{sql} AS s WHERE i = 1", form)).rows == 1
+            with pytest.raises(module.TooLarge, match=r"^column .*it's.* holds 100[0-9]{3} bytes$"):
+                await read(source, f"{sql} AS s", form)
+            assert (await read(source, f"{sql} AS s", form, columns=["i"])).rows == 2
+        assert (await read(source, "SELECT repeat('x', 100000) AS v", form)).rows == 1
 
 
 async def test_a_name_that_a_spreadsheet_would_run_is_guarded_too(source: Any) -> None:
