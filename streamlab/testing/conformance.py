@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +49,9 @@ class Conformance(Stopping, EventStreams, Downloads, Streams, Answers):
     """Values that make answers as long as they get: for clients that leave or stall, and for a server that stops."""
     data_is_json: ClassVar[bool] = True
     """Whether the data of every event is JSON."""
+    varies: ClassVar[Collection[str]] = ()
+    """Endpoints, as `GET /x`, whose body may be another each time for the same request, as a language model's: it may
+    also be equal twice by chance, so bodies are not compared, only whether each is complete."""
     excused: ClassVar[Mapping[tuple[str, str], str]] = {}
     """Why a case, named without `test_`, is not asked of an endpoint, as `("resumes_by_header", "GET /x")`; `*` stands
     for every case."""
@@ -75,7 +78,7 @@ class Tested:
             raise Unusable(f"{case.__name__}: {error}; a package must be installed first") from None
         except ConfigError as error:
             raise self._unusable(error) from None
-        self._known = Known()
+        self._known = Known(frozenset(case.varies))
         self._stopped: Stopped | None = None
         self.asked = self._forms()
         """Everything that the plugin answers."""

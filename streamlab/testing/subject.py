@@ -26,6 +26,8 @@ MOST_BYTES = 1 << 20
 class Known:
     """What was found out about the endpoints of a server, kept between cases: an answer is asked for once."""
 
+    varies: frozenset[str] = frozenset()
+    """Endpoints whose body may be another each time."""
     answers: dict[bytes, Answer] = field(default_factory=dict)
     """By request."""
     steady: dict[bytes, bool] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Subject:
 
     async def steady(self) -> bytes | None:
         """The body of an answer that ends, and is the same each time; None for any other, and for events."""
-        if self.asked.carries_events:
+        if self.asked.carries_events or self.asked.endpoint in self.known.varies:
             return None
         key, first = self.message(), await self.answered()
         if key not in self.known.steady:

