@@ -121,6 +121,32 @@ def test_a_plugin_imports_of_streamlab_only_its_names_for_authors() -> None:
     assert ("streamlab", "Scenario") in taken
 
 
+def test_blocking_work_runs_in_threads_that_no_cancellation_abandons() -> None:
+    """The threads of asyncio go on behind a cancelled caller's back: what they use may be closed under them.
+
+    Exempt are the threads themselves, and `streamlab.testing`, whose callers are tests.
+    """
+    forbidden = {"run_in_executor", "to_thread", "ThreadPoolExecutor", "set_default_executor"}
+    users = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in SOURCES
+        for node in ast.walk(tree(path))
+        if (isinstance(node, ast.Attribute) and node.attr in forbidden)
+        or (isinstance(node, ast.alias) and node.name.rpartition(".")[2] in forbidden)
+    }
+    assert sorted(path for path in users if not path.startswith("streamlab/testing/")) == ["streamlab/threads.py"]
+    # aiofiles runs its operations in threads of asyncio, unless it is given others.
+    wraps = [
+        node
+        for path in SOURCES
+        if any(module.startswith("aiofiles") for module, _ in imports(path, ""))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "wrap"
+    ]
+    assert wraps
+    assert all("executor" in {keyword.arg for keyword in call.keywords} for call in wraps)
+
+
 # -- the table of README
 
 

@@ -9,32 +9,37 @@ import os
 import re
 import stat
 import tempfile
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import closing
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from html import escape
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ParamSpec, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, Field, PrivateAttr
 
-from streamlab import ConfigPath, Problem, Progress, Scenario, Task, endpoint, hookimpl, open_stream
+from streamlab import ConfigPath, Problem, Progress, Scenario, Task, Threads, endpoint, hookimpl, open_stream
 
 from . import representation
 from .conditions import precondition, range_applies
+from .digests import Digests
 from .ranges import Span, Unsatisfiable, frame, parse
 from .representation import Generated, Paced, Representation
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 MEGABYTE = 1_000_000
 
 DIGEST_CHUNK = 4 * 1024 * 1024
 """Bytes that the task `checksum` reads at once: one that is cancelled stops within so many."""
+
+LOOK_UP_THREADS, READ_THREADS, CHECKSUM_THREADS = 4, 8, 2
+"""Threads that open and list files, that read those being sent, and that the task `checksum` reads in."""
 
 SUCCESSES = {
     206: "The ranges asked for (multipart/byteranges for several).",
@@ -90,9 +95,30 @@ class File(Scenario):
     hidden: bool = False
     """Whether names that begin with a dot are served."""
 
+    digest_mb: int = Field(10_000, ge=0, le=100_000_000)
+    """Size of files up to which a digest is sent to who wants it, in megabytes (1,000,000 bytes)."""
+    digest_seconds: float = Field(30.0, gt=0, le=3600)
+    """How long a response waits for its digest, in seconds; then it goes without."""
+
     _sample_made: asyncio.Lock = PrivateAttr(default_factory=asyncio.Lock)
-    _digesting: asyncio.Lock = PrivateAttr(default_factory=asyncio.Lock)
-    _digests: "OrderedDict[str, str]" = PrivateAttr(default_factory=OrderedDict)
+    _looking_up: Threads = PrivateAttr(default_factory=lambda: Threads("file-look-up", LOOK_UP_THREADS))
+    _reading: Threads = PrivateAttr(default_factory=lambda: Threads("file-read", READ_THREADS))
+    _summing: Threads = PrivateAttr(default_factory=lambda: Threads("file-checksum", CHECKSUM_THREADS))
+    _making: Threads = PrivateAttr(default_factory=lambda: Threads("file-sample", 1))
+    _digests: Digests = PrivateAttr()
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
+        """Keep threads for each kind of work with the disk, so that none waits for another, while the server serves."""
+        self._digests = Digests(seconds=self.digest_seconds, limit=self.digest_mb * MEGABYTE)
+        async with self._looking_up, self._reading, self._summing, self._making, self._digests.opened():
+            yield
+
+    @hookimpl
+    def work(self, app: web.Application) -> AbstractAsyncContextManager[None]:
+        """Keep the same while a worker runs tasks."""
+        return self.lifespan(app)
 
     @endpoint(
         "GET",
@@ -107,8 +133,8 @@ class File(Scenario):
         if query.size_mb is not None:
             return await self._send(request, Generated(query.size_mb * MEGABYTE), query.rate)
         path = self.large_file or await self._sample()
-        file = await _off_loop(representation.open_file, path)
-        async with representation.held(file, path.name) as found:
+        file = await self._open(partial(representation.open_file, path))
+        async with representation.held(file, path.name, self._reading) as found:
             return await self._send(request, found, query.rate)
 
     @endpoint(
@@ -122,10 +148,10 @@ class File(Scenario):
     async def files(self, request: web.Request, query: Listing) -> web.StreamResponse:
         """Download a file of the served folder, or list a folder as JSON, or as HTML for a browser."""
         parts = self._parts(request.match_info["path"])
-        found = await _off_loop(self._look_up, parts, query)
+        found = await self._open(partial(self._look_up, parts, query))
         if isinstance(found, dict):
             return _listing(request, found)
-        async with representation.held(found, parts[-1]) as file:
+        async with representation.held(found, parts[-1], self._reading) as file:
             return await self._send(request, file, query.rate)
 
     # -- tasks
@@ -146,14 +172,16 @@ class File(Scenario):
     ) -> dict[str, Any]:
         """Compute the SHA-256 of a file of the served folder, of any size."""
         parts = self._parts(path)
-        file = await _off_loop(lambda: representation.regular(representation.open_beneath(self.root, parts)))
-        with closing(file):
+        file = await self._open(lambda: representation.regular(representation.open_beneath(self.root, parts)))
+        try:
             size = os.fstat(file.fileno()).st_size
             digest, done = hashlib.sha256(), 0
             await progress(0, size, f"reading {parts[-1]}")
-            while chunk := await asyncio.to_thread(_read_into, file, digest):
+            while chunk := await self._summing.run(_read_into, file, digest):
                 done += chunk
                 await progress(done)
+        finally:
+            await self._summing.finish(file.close)
         return {"path": "/".join(parts), "bytes": done, "sha256": digest.hexdigest()}
 
     # -- what is asked for
@@ -202,13 +230,26 @@ class File(Scenario):
         next_after = chosen[query.limit - 1] if len(chosen) > query.limit else None
         return {"path": "/".join(parts), "entries": entries, "next_after": next_after}
 
+    async def _open(self, look_up: Callable[[], T]) -> T:
+        """Look for a file in a thread, and turn what the disk rejects into error responses."""
+        try:
+            return await self._looking_up.run(look_up, discard=_close_found)
+        except OSError as error:
+            if error.errno in _NOT_THERE or isinstance(error, FileNotFoundError):
+                raise Problem(404, "There is no such file.") from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise Problem(503, "The server has too many files open.", headers={"Retry-After": "5"}) from None
+            raise
+
     async def _sample(self) -> Path:
         """Make the sample once, whole or not at all, off the loop."""
         path = self.root / "large-file.bin"
         async with self._sample_made:
-            if not await asyncio.to_thread(path.exists):
+            if not await self._making.run(path.exists):
+                given_up = threading.Event()
+                write = partial(_write_sample, path, self.sample_mb * MEGABYTE, given_up)
                 try:
-                    await asyncio.to_thread(_write_sample, path, self.sample_mb * MEGABYTE)
+                    await self._making.run(write, interrupt=given_up.set)
                 except OSError as error:
                     detail = f"The sample file cannot be made: {error.strerror}. Point large_file at a file of yours."
                     raise Problem(503, detail) from error
@@ -234,8 +275,9 @@ class File(Scenario):
         except Unsatisfiable:
             detail = f"None of the ranges lies within the file's {file.size} bytes."
             raise Problem(416, detail, headers={"Content-Range": f"bytes */{file.size}"}) from None
-        if _wants_digest(request.headers.get("Want-Repr-Digest", "")):
-            headers["Repr-Digest"] = await self._repr_digest(file)
+        # A server may ignore what a client wants of digests (RFC 9530 section 4), and does beyond its bounds.
+        if _wants_digest(request.headers.get("Want-Repr-Digest", "")) and (digest := await self._digests.of(file)):
+            headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(digest).decode()}:"
         body = frame(spans, size=file.size, media_type=file.media_type)
         headers.update(body.headers)
         async with open_stream(
@@ -253,17 +295,6 @@ class File(Scenario):
             return None
         return parse(request.headers.get("Range"), file.size)
 
-    async def _repr_digest(self, file: Representation) -> str:
-        """SHA-256 of the whole, kept for the last thousand states of files; one is computed at a time."""
-        key = file.validators.etag
-        async with self._digesting:
-            if key not in self._digests:
-                self._digests[key] = f"sha-256=:{base64.b64encode(await file.digest()).decode()}:"
-                if len(self._digests) > 1000:
-                    self._digests.popitem(last=False)
-            self._digests.move_to_end(key)
-            return self._digests[key]
-
 
 def _read_into(file: BinaryIO, digest: "hashlib._Hash") -> int:
     """Read on and add what was read to a digest; how many bytes there were. Runs in a thread."""
@@ -272,14 +303,16 @@ def _read_into(file: BinaryIO, digest: "hashlib._Hash") -> int:
     return len(chunk)
 
 
-def _write_sample(path: Path, size: int) -> None:
-    """Write the pattern beside `path`, and give it that name only when it is whole."""
+def _write_sample(path: Path, size: int, given_up: threading.Event) -> None:
+    """Write the pattern beside `path`, and give it that name only when it is whole, unless it is given up before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".sample-")
     unfinished = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             for number in range(-(-size // representation.CHUNK)):
+                if given_up.is_set():
+                    return
                 file.write(representation.block(number)[: size - number * representation.CHUNK])
         unfinished.chmod(0o644)
         unfinished.replace(path)
@@ -287,16 +320,10 @@ def _write_sample(path: Path, size: int) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-async def _off_loop(look_up: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Ask the disk in a thread, and say its refusals as those of HTTP."""
-    try:
-        return await asyncio.to_thread(look_up, *arguments, **named)
-    except OSError as error:
-        if error.errno in _NOT_THERE or isinstance(error, FileNotFoundError):
-            raise Problem(404, "There is no such file.") from None
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise Problem(503, "The server has too many files open.", headers={"Retry-After": "5"}) from None
-        raise
+def _close_found(found: object) -> None:
+    """Close a file that was opened for a client who has left; a listing needs nothing."""
+    if isinstance(found, BufferedIOBase):
+        found.close()
 
 
 def _wants_digest(field: str) -> bool:

@@ -1,12 +1,10 @@
 """Bytes of known length that a download sends: a file of the disk, or a generated pattern."""
 
 import asyncio
-import hashlib
 import mimetypes
 import os
 import random
 import stat
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import BinaryIO, Protocol
 
 from aiofiles.threadpool import wrap
 
-from streamlab import Problem, Stream
+from streamlab import Stream, Threads, shielded
 
 from .conditions import Validators
 
@@ -71,8 +69,21 @@ class Representation(Protocol):
     async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
         """Write `count` bytes from `offset`; `last`: the body ends with them."""
 
-    async def digest(self) -> bytes:
-        """SHA-256 of all bytes."""
+    def reader(self) -> "Reader":
+        """Return a reader of all bytes that is independent of this, and to be closed."""
+
+
+class Reader(Protocol):
+    """Bytes as a thread reads them, in any order. Its methods may wait for a disk."""
+
+    def read(self, offset: int) -> bytes | memoryview:
+        """Return up to CHUNK bytes from an offset below the size; raises OSError, and EOFError where there are none."""
+
+    def check(self) -> None:
+        """Raise EOFError where the bytes may have changed since the representation was opened."""
+
+    def close(self) -> None:
+        """Release what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,8 @@ class FileRepresentation:
     file: BinaryIO
     status: os.stat_result
     name: str
+    threads: Threads
+    """Where it is read."""
 
     @property
     def media_type(self) -> str:
@@ -121,20 +134,20 @@ class FileRepresentation:
             else:
                 await self._read_and_write(out, offset, bulk)
         if held_back:
-            await out.write(await asyncio.to_thread(self._read_proven, offset + bulk, held_back))
+            await out.write(await self.threads.run(self._read_proven, offset + bulk, held_back))
 
     async def _read_and_write(self, out: Paced, offset: int, count: int) -> None:
-        file = wrap(self.file)
-        await file.seek(offset)
+        file = wrap(self.file, executor=self.threads.executor)
+        await shielded(file.seek(offset))
         async with asyncio.TaskGroup() as group:
-            ahead = group.create_task(file.read(min(CHUNK, count)))
+            ahead = group.create_task(shielded(file.read(min(CHUNK, count))))
             while count:
                 chunk = await ahead
                 if not chunk:
                     raise EOFError(f"{self.name} ended {count} bytes early")
                 count -= len(chunk)
                 if count:
-                    ahead = group.create_task(file.read(min(CHUNK, count)))
+                    ahead = group.create_task(shielded(file.read(min(CHUNK, count))))
                 await out.write(chunk)
 
     def _read_proven(self, offset: int, count: int) -> bytes:
@@ -147,23 +160,32 @@ class FileRepresentation:
             raise RuntimeError(f"{self.name} was changed while it was sent")
         return data
 
-    async def digest(self) -> bytes:
-        """Read the whole file in a thread; stops when the caller is cancelled."""
-        given_up = threading.Event()
-        try:
-            return await asyncio.to_thread(self._digest, given_up)
-        finally:
-            given_up.set()
+    def reader(self) -> "_FileReader":
+        """Open the same file once more, so that it can be read for longer than this one is open; raises OSError."""
+        return _FileReader(os.dup(self.file.fileno()), self.status)
 
-    def _digest(self, given_up: threading.Event) -> bytes:
-        digest = hashlib.sha256()
-        self.file.seek(0)
-        while not given_up.is_set() and (chunk := self.file.read(CHUNK)):
-            digest.update(chunk)
-        now = os.fstat(self.file.fileno())
-        if _changed(self.status, now):
-            raise Problem(503, "This file is being written; ask again.", headers={"Retry-After": "1"})
-        return digest.digest()
+
+class _FileReader:
+    """A descriptor of a file whose position others move: it is read at given offsets."""
+
+    def __init__(self, descriptor: int, status: os.stat_result) -> None:
+        self._descriptor = descriptor
+        self._status = status
+
+    def read(self, offset: int) -> bytes:
+        """Read up to CHUNK bytes; raises EOFError where there are none, and OSError."""
+        if chunk := os.pread(self._descriptor, CHUNK, offset):
+            return chunk
+        raise EOFError("the file was cut short")
+
+    def check(self) -> None:
+        """Raise EOFError where the file is not as it was when it was opened."""
+        if _changed(self._status, os.fstat(self._descriptor)):
+            raise EOFError("the file was changed")
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._descriptor)
 
 
 def _changed(before: os.stat_result, now: os.stat_result) -> bool:
@@ -178,13 +200,12 @@ def _changed(before: os.stat_result, now: os.stat_result) -> bool:
 
 
 @asynccontextmanager
-async def held(file: BinaryIO, name: str) -> AsyncIterator[FileRepresentation]:
-    """Hold an open file while it is sent, then close it off the loop."""
+async def held(file: BinaryIO, name: str, threads: Threads) -> AsyncIterator[FileRepresentation]:
+    """Hold an open file while it is sent, then close it in a thread: no other uses it any more."""
     try:
-        yield FileRepresentation(file, os.fstat(file.fileno()), name)
+        yield FileRepresentation(file, os.fstat(file.fileno()), name, threads)
     finally:
-        # In a thread, as a read that was given up may still hold the file's lock; not awaited, as nobody needs to know.
-        asyncio.get_running_loop().run_in_executor(None, file.close)
+        await threads.finish(file.close)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -244,15 +265,26 @@ class Generated:
             await out.write(piece)
             offset, count = offset + len(piece), count - len(piece)
 
-    async def digest(self) -> bytes:
-        """Hash the whole pattern in a thread."""
-        return await asyncio.to_thread(self._digest)
+    def reader(self) -> "_PatternReader":
+        """Return a reader of the whole pattern."""
+        return _PatternReader(self.size)
 
-    def _digest(self) -> bytes:
-        digest = hashlib.sha256()
-        for number in range(-(-self.size // CHUNK)):
-            digest.update(memoryview(block(number))[: self.size - number * CHUNK])
-        return digest.digest()
+
+@dataclass(frozen=True, slots=True)
+class _PatternReader:
+    """Reads the pattern, which needs nothing and never changes."""
+
+    size: int
+
+    def read(self, offset: int) -> memoryview:
+        """Make up to CHUNK bytes."""
+        return memoryview(block(offset // CHUNK))[offset % CHUNK : offset % CHUNK + self.size - offset]
+
+    def check(self) -> None:
+        """Accept it."""
+
+    def close(self) -> None:
+        """Release nothing."""
 
 
 def block(number: int) -> bytes:
