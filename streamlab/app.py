@@ -4,7 +4,9 @@ import asyncio
 import errno
 import gc
 import logging
+import os
 import re
+import socket
 import ssl
 import sys
 import time
@@ -39,6 +41,13 @@ from .validation import read_parameters
 from .watchdog import Stopped, Watchdog
 
 log = logging.getLogger(__name__)
+
+ACCEPTS = 64
+"""Connections accepted in one turn of the loop, so that a crowd that comes at once delays the others by some
+milliseconds; asyncio takes it from its `backlog`, which is how many the kernel lets wait, too."""
+
+BACKLOG = 1024
+"""Connections that wait in the kernel to be accepted; one more is tried again by its client's TCP a second later."""
 
 SWITCH_SECONDS = 0.0001
 """How long a thread that computes, as an export does, keeps the interpreter while the event loop wants it."""
@@ -106,10 +115,13 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
                         server.host,
                         server.port,
                         ssl=tls,
-                        backlog=1024,
+                        backlog=ACCEPTS,
                     )
                 except OSError as error:
                     raise _cannot_listen(config, error) from None
+            for accepting in listener.sockets:
+                with socket.socket(fileno=os.dup(accepting.fileno())) as same:
+                    same.listen(BACKLOG)
             address, port = listener.sockets[0].getsockname()[:2]
             host = f"[{address}]" if ":" in address else address
             _keep_pauses_short()

@@ -6,7 +6,7 @@ import logging
 import shlex
 import shutil
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -36,7 +36,7 @@ from streamlab import (
 )
 
 from . import command, demo, disk
-from .download import matching_lines
+from .download import matching_events, matching_lines
 from .filters import BadPattern, LineFilter, compile_pattern, moment
 from .lines import LEVELS, Reader
 from .pieces import Line
@@ -250,11 +250,11 @@ class Logs(Scenario):
                 async for piece in found:
                     yield piece
             return
-        begun = since is None
-        async for event in self._channels[name].read():
-            begun = begun or (since is not None and _is_since(since, event))
-            if begun and not event.event and (lines is None or lines(event)):
-                yield (json.loads(event.data)["line"] + "\n").encode()
+        async with aclosing(
+            matching_events(self._threads, self._channels[name].read(), _event_filter(lines, since))
+        ) as found:
+            async for piece in found:
+                yield piece
 
     def _chosen(self, query: Which) -> str:
         known = list(self._served)
@@ -388,6 +388,18 @@ def _chooser(query: Which) -> Chooser:
     if pattern is None and query.level is None:
         return None, since
     return LineFilter(LEVELS[query.level] if query.level else 0, query.grep, pattern), since
+
+
+def _event_filter(lines: LineFilter | None, since: float | None) -> Callable[[Event], bool]:
+    """Make a function that chooses lines among events, to be called with each in order."""
+    begun = since is None
+
+    def wanted(event: Event) -> bool:
+        nonlocal begun
+        begun = begun or (since is not None and _is_since(since, event))
+        return begun and not event.event and (lines is None or lines(event))
+
+    return wanted
 
 
 def _problem(fault: disk.Fault) -> Problem:

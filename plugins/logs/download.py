@@ -1,18 +1,22 @@
 """The past of a log as text: the lines of its files, rotated ones first, that somebody wants."""
 
+import json
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from streamlab import Threads
+from streamlab import Event, Threads
 
 from .disk import history
 from .filters import LineFilter
 from .lines import Reader
 from .pieces import PIECE
+
+EVENTS = 500
+"""Events of a command's log that are looked at together."""
 
 BLOCK = 64 * 1024
 """Bytes that are handed out at once, about."""
@@ -38,6 +42,40 @@ async def matching_lines(
                     yield block
     finally:
         await threads.finish(_close, files)
+
+
+async def matching_events(
+    threads: Threads, events: AsyncIterator[Event], wanted: Callable[[Event], bool]
+) -> AsyncGenerator[bytes, None]:
+    """Yield the lines of the events that are wanted; `wanted` is called in a thread, with each event in order."""
+    batch: list[Event] = []
+    async for event in events:
+        batch.append(event)
+        if len(batch) == EVENTS:
+            async for block in _blocks(threads, batch, wanted):
+                yield block
+            batch.clear()
+    async for block in _blocks(threads, batch, wanted):
+        yield block
+
+
+async def _blocks(threads: Threads, events: Sequence[Event], wanted: Callable[[Event], bool]) -> AsyncIterator[bytes]:
+    start = 0
+    while start < len(events):
+        block, start = await threads.run(_scan, events, start, wanted)
+        if block:
+            yield block
+
+
+def _scan(events: Sequence[Event], start: int, wanted: Callable[[Event], bool]) -> tuple[bytes, int]:
+    """Return the wanted lines of the events from an index on, and how far it came in SCAN_SECONDS, or one event."""
+    block, due = bytearray(), time.monotonic() + SCAN_SECONDS
+    for number in range(start, len(events)):
+        if wanted(events[number]):
+            block += (json.loads(events[number].data)["line"] + "\n").encode()
+        if time.monotonic() >= due:
+            return bytes(block), number + 1
+    return bytes(block), len(events)
 
 
 def _open(pattern: Path) -> list[tuple[BinaryIO, int]]:

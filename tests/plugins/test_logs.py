@@ -382,6 +382,7 @@ def test_a_command_s_lines_are_followed_and_it_is_started_anew_when_it_ends(
     assert begun.startswith("begun ")
     assert rest[:3] == ["to stderr", "half", "[exited]"]
     assert events[3].json["status"] == 3
+    assert server.get("/logs/download?source=talk&grep=stderr")[2].startswith(b"to stderr\nto stderr\n")
     assert rest[3].startswith("begun ")
     assert rest[3] != begun
 
