@@ -2,7 +2,7 @@
 
 from .coding import weights
 from .config import CONFIG, ConfigPath
-from .eventlog import END, ORIGIN, Draft, Event, EventLogError, Position, Retention
+from .eventlog import END, ORIGIN, Draft, Event, EventLogError, LeaseLost, Position, Retention
 from .events import EVENTS, Channel, Events, draft, follow
 from .hookspecs import hookimpl
 from .observe import METRICS
@@ -28,6 +28,7 @@ __all__ = [
     "Event",
     "EventLogError",
     "Events",
+    "LeaseLost",
     "Outcome",
     "Position",
     "Problem",

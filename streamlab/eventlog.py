@@ -109,6 +109,10 @@ class Append(NamedTuple):
     retention: Retention
     checkpoint: tuple[str, str] | None = None
     """A name and a text kept beside the events, stored with them or not at all: where their producer stands."""
+    lease: str = ""
+    """The lease that the publisher must hold, from the call of `append` on; empty for none."""
+    fence: str = ""
+    """What the engine knows this holding of the lease by; for the engine alone."""
 
     @property
     def size(self) -> int:
@@ -134,6 +138,13 @@ class EventLogError(Exception):
     """The log did not take or give what it was asked for; the message is fit for a client."""
 
 
+class LeaseLost(EventLogError):
+    """What was to be published belongs to a lease that this process does not hold any more."""
+
+    def __init__(self) -> None:
+        super().__init__("This process has lost the lease that it needs to publish this.")
+
+
 class EventLog(Protocol):
     """What every engine promises. All methods belong to the event loop and do not block it."""
 
@@ -144,7 +155,7 @@ class EventLog(Protocol):
         """Add events (or only a checkpoint) and return the position of the last one, once they are kept.
 
         Waits while the engine's server is away, and is never applied twice. Raises EventLogError where it was not
-        applied.
+        applied: LeaseLost where it names a lease that this process does not hold, or not without a break since then.
         """
 
     async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:

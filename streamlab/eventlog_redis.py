@@ -28,8 +28,10 @@ from .eventlog import (
     Deliver,
     Event,
     EventLogError,
+    LeaseLost,
     Position,
     Retention,
+    is_replaced,
     within,
 )
 
@@ -64,29 +66,31 @@ SIZES = 1000
 SCAN_KEYS = 1000
 """Keys that the server looks at in one step where all of some kind are searched."""
 
-LOOKBACK_EVENTS = 10_000
-"""Events among which an append looks for itself after a lost connection, before it is applied again."""
+TOKEN_SECONDS = 86_400
+"""How long the server remembers an append whose acknowledgement may have been lost, in seconds."""
 
-# An entry's id is the event's position. An epoch is the server's time in milliseconds, so a stream that was lost and
-# begun anew has greater ids than the lost one, and a reader that waits for more of the old one gets it at once.
-_APPEND = """
-local stream, state = KEYS[1], KEYS[2]
-local count = (#ARGV - 6) / 3
-local newest, left = '+', tonumber(ARGV[4])
-while left > 0 do
-    local entries = redis.call('XREVRANGE', stream, newest, '-', 'COUNT', 100)
-    for _, entry in ipairs(entries) do
-        if entry[2][10] == ARGV[3] then
-            local epoch, offset = string.match(entry[1], '(%d+)-(%d+)')
-            return {epoch, string.format('%.0f', tonumber(offset) + count - 1)}
-        end
-        newest = '(' .. entry[1]
-    end
-    left = #entries < 100 and 0 or left - 100
+# An entry's id is the event's position. An epoch is the server's time in milliseconds, but later than every epoch that
+# the calling process knows of (ARGV), since the clock may have been set back: a stream that was lost and begun anew has
+# greater ids than the lost one, and a reader that waits for more of the old one gets it at once.
+_NEW_EPOCH = """
+local function new_epoch(seen)
+    local time = redis.call('TIME')
+    local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+    return string.format('%.0f', now), string.format('%.0f', math.max(now, tonumber(seen) + 1))
 end
-local time = redis.call('TIME')
-local now = string.format('%.0f', tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
-local epoch, offset = now, 0
+"""
+
+# An append whose acknowledgement was lost is sent again with its token, and found by it. One that belongs to a lease is
+# rejected unless the lease is held with the same token as when it was sent.
+_APPEND = (
+    _NEW_EPOCH
+    + """
+local stream, state, applied, lease = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local before = redis.call('GET', applied)
+if before then return {string.match(before, '(%d+)-(%d+)')} end
+if lease and redis.call('GET', lease) ~= ARGV[4] then return redis.error_reply('LEASELOST') end
+local now, epoch = new_epoch(ARGV[3])
+local offset = 0
 local info = redis.pcall('XINFO', 'STREAM', stream)
 if not info.err then
     for index = 1, #info, 2 do
@@ -96,38 +100,44 @@ if not info.err then
     end
 end
 local last = string.format('%.0f', offset)
-for index = 7, #ARGV, 3 do
+for index = 8, #ARGV, 3 do
     offset = offset + 1
     last = string.format('%.0f', offset)
-    local token = index == 7 and ARGV[3] or ''
     redis.call('XADD', stream, epoch .. '-' .. last,
-        't', now, 'e', ARGV[index], 'k', ARGV[index + 1], 'd', ARGV[index + 2], 'a', token)
+        't', now, 'e', ARGV[index], 'k', ARGV[index + 1], 'd', ARGV[index + 2])
 end
 redis.call('XTRIM', stream, 'MAXLEN', ARGV[1])
-if ARGV[5] ~= '' then redis.call('HSET', state, ARGV[5], ARGV[6]) end
+if ARGV[6] ~= '' then redis.call('HSET', state, ARGV[6], ARGV[7]) end
 if ARGV[2] ~= '0' then
     redis.call('PEXPIRE', stream, ARGV[2])
     redis.call('PEXPIRE', state, ARGV[2])
 end
+redis.call('SET', applied, epoch .. '-' .. last, 'PX', ARGV[5])
 return {epoch, last}
 """
+)
 
-_RENEW = """
+# What a watch has been given lies after the end of the stream: 1 where the end was lost, and the stream begins a new
+# epoch; 2 where all was lost, and another process, which did not know of the old epoch, began with an earlier one.
+_RENEW = (
+    _NEW_EPOCH
+    + """
 local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
 if info.err then return 0 end
 for index = 1, #info, 2 do
     if info[index] == 'last-generated-id' then
         local epoch, offset = string.match(info[index + 1], '(%d+)-(%d+)')
         if epoch == ARGV[1] and tonumber(offset) < tonumber(ARGV[2]) then
-            local time = redis.call('TIME')
-            local now = string.format('%.0f', tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
-            redis.call('XSETID', KEYS[1], now .. '-0')
+            local _, fresh = new_epoch(ARGV[3])
+            redis.call('XSETID', KEYS[1], fresh .. '-0')
             return 1
         end
+        if tonumber(epoch) < tonumber(ARGV[1]) and info[index + 1] ~= '0-0' then return 2 end
     end
 end
 return 0
 """
+)
 
 _TRIM = """
 while true do
@@ -143,9 +153,12 @@ while true do
 end
 """
 
+# A lease is taken with a new token (ARGV 3 is 1), and kept with the same: one that has ended in between is lost, even
+# if nobody else has had it.
 _HOLD = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
+if not holder and ARGV[3] == '0' then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -182,7 +195,12 @@ class RedisLog:
         """Whether a watch began that the waiting XREAD does not know of."""
         self._reader_id = 0
         self._aging: OrderedDict[str, Retention] = OrderedDict()
-        self._holder = secrets.token_hex(8)
+        self._leases: dict[str, str] = {}
+        """The token with which this process took each lease that it holds."""
+        self._seen = 0
+        """The greatest epoch that this process has appended to, read, or been given."""
+        self._acknowledged: list[str] = []
+        """Keys of tokens that the server need not remember any more."""
         self._sizes: dict[str, int] = {}
         self._away = ""
         self._scripts: dict[str, str] = {}
@@ -269,6 +287,10 @@ class RedisLog:
 
     async def append(self, append: Append) -> Position:
         """Add events; the server has them when this returns, each once, however often the connection broke."""
+        if append.lease:
+            if append.lease not in self._leases:
+                raise LeaseLost
+            append = append._replace(fence=self._leases[append.lease])
         if append.retention.idle_seconds is None:
             self._aging[append.channel] = append.retention
             self._aging.move_to_end(append.channel)
@@ -279,32 +301,41 @@ class RedisLog:
         return await self._queue.append(append)
 
     async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
-        tokens = [secrets.token_hex(6) for _ in appends]
+        tokens = [secrets.token_hex(8) for _ in appends]
         results: list[Position | EventLogError | None] = [None] * len(appends)
-        lookback = 0
 
         async def send() -> None:
-            nonlocal lookback
             todo = [number for number, result in enumerate(results) if result is None]
             sha = await self._sha(_APPEND)
             pipe = self._redis.pipeline(transaction=False)
             for number in todo:
-                arguments = _arguments(appends[number], tokens[number], lookback)
-                pipe.evalsha(sha, 2, *_keys(appends[number].channel), *arguments)
-            lookback = LOOKBACK_EVENTS  # whatever becomes of this attempt, the next must look for what it did
-            for number, answer in zip(todo, await pipe.execute(raise_on_error=False), strict=True):
+                append = appends[number]
+                keys = [*_keys(append.channel), _token_key(append.channel, tokens[number])]
+                keys += [_lease_key(append.lease)] if append.lease else []
+                pipe.evalsha(sha, len(keys), *keys, *_arguments(append, self._seen))
+            for key in self._acknowledged:
+                pipe.unlink(key)
+            answers = await pipe.execute(raise_on_error=False)
+            for number, answer in zip(todo, answers, strict=False):
                 if isinstance(answer, NoScriptError):
                     self._scripts.clear()
                 elif isinstance(answer, AWAY):
                     raise answer
+                elif isinstance(answer, ResponseError) and str(answer).startswith("LEASELOST"):
+                    results[number] = LeaseLost()
                 elif isinstance(answer, Exception):
                     log.error("events cannot be kept: %s", answer)
                     results[number] = EventLogError("The Redis server of the event log refuses to write.")
                 else:
                     results[number] = Position(int(answer[0]), int(answer[1]))
+                    self._seen = max(self._seen, int(answer[0]))
+            self._acknowledged.clear()
 
         while None in results:
             await self._patiently(send)
+        for append, token, result in zip(appends, tokens, results, strict=True):
+            if isinstance(result, Position):
+                self._acknowledged.append(_token_key(append.channel, token))
         return [result for result in results if result is not None]
 
     # -- passing on
@@ -342,6 +373,7 @@ class RedisLog:
         async with self._blocking.client() as reader:
             self._reader_id = 0
             await self._renew_what_is_lost()
+            looked = asyncio.get_running_loop().time()
             try:
                 self._reader_id = int(await reader.client_id())
                 while True:
@@ -355,8 +387,9 @@ class RedisLog:
                     answer: Any = await reader.xread(streams, READ_EVENTS, int(BLOCK_SECONDS * 1000))  # type: ignore[arg-type]
                     for name, entries in answer or ():
                         self._deliver(_channel(_text(name)), entries)
-                    if not answer and not self._changed.is_set():
+                    if asyncio.get_running_loop().time() - looked >= BLOCK_SECONDS:
                         await self._renew_what_is_lost()
+                        looked = asyncio.get_running_loop().time()
             finally:
                 self._reader_id = 0
 
@@ -365,13 +398,20 @@ class RedisLog:
         events = [event for event in map(_event, entries) if watch and event.position > watch.position]
         if watch and events:
             watch.position = events[-1].position
+            self._seen = max(self._seen, watch.position.epoch)
             watch.deliver(events)
 
     async def _renew_what_is_lost(self) -> None:
         """Begin a new epoch for streams that the server has lost the end of, for it has been seen by this process."""
         for channel, watch in tuple(self._watches.items()):
-            if watch.position != ORIGIN and await self._call(_RENEW, [_stream(channel)], *watch.position):
+            if watch.position == ORIGIN:
+                continue
+            found = await self._call(_RENEW, [_stream(channel)], *watch.position, self._seen)
+            if found == 1:
                 log.warning("the Redis server has lost the end of %s: it begins a new epoch", channel)
+            elif found == 2:
+                log.warning("the Redis server has lost %s, and its clock was set back", channel)
+                watch.position = ORIGIN
 
     # -- reading
 
@@ -393,6 +433,9 @@ class RedisLog:
         if isinstance(entries, Exception):
             raise EventLogError("The Redis server of the event log refuses to read.") from entries
         last = ORIGIN if isinstance(info, ResponseError) else Position.parse(_text(info["last-generated-id"])) or ORIGIN
+        self._seen = max(self._seen, last.epoch)
+        if is_replaced(after, last):
+            return await self.read(channel, ORIGIN, limit, size)
         events = [_event(entry) for entry in entries]
         if events:
             self._note_size(channel, sum(len(event.data) for event in events) // len(events))
@@ -461,22 +504,30 @@ class RedisLog:
 
     async def hold(self, lease: str) -> bool:
         """Take a lease, or keep it for LEASE_SECONDS more; raises EventLogError while the server is away."""
+        token = self._leases.get(lease, "")
+        fresh = not token
+        token = token or secrets.token_hex(8)
         try:
-            held = await self._call(_HOLD, [f"streamlab:lease:{lease}"], self._holder, int(LEASE_SECONDS * 1000))
+            held = await self._call(_HOLD, [_lease_key(lease)], token, int(LEASE_SECONDS * 1000), int(fresh))
         except AWAY as error:
             self._lost(error)
             raise EventLogError(self._away) from None
         except RedisError as error:
             log.error("the lease %s cannot be held: %s", lease, error)
             raise EventLogError("The Redis server of the event log refuses to write.") from None
+        if held:
+            self._leases[lease] = token
+        else:
+            self._leases.pop(lease, None)
         return bool(held)
 
     async def release(self, lease: str) -> None:
         """Give a lease back; one that cannot be given back ends by itself."""
-        try:
-            await self._call(_RELEASE, [f"streamlab:lease:{lease}"], self._holder)
-        except RedisError as error:
-            log.warning("the lease %s cannot be given back: %s", lease, error)
+        if token := self._leases.pop(lease, ""):
+            try:
+                await self._call(_RELEASE, [_lease_key(lease)], token)
+            except RedisError as error:
+                log.warning("the lease %s cannot be given back: %s", lease, error)
 
 
 def _keys(channel: str) -> tuple[str, str]:
@@ -493,9 +544,18 @@ def _channel(key: str) -> str:
     return key.removeprefix("streamlab:{").rpartition("}:")[0]
 
 
-def _arguments(append: Append, token: str, lookback: int) -> Iterator[str | int | bytes]:
+def _token_key(channel: str, token: str) -> str:
+    return f"streamlab:{{{channel}}}:applied:{token}"
+
+
+def _lease_key(lease: str) -> str:
+    return f"streamlab:lease:{lease}"
+
+
+def _arguments(append: Append, seen: int) -> Iterator[str | int | bytes]:
     idle = append.retention.idle_seconds
-    yield from (append.retention.events, 0 if idle is None else max(1, int(idle * 1000)), token, lookback)
+    yield from (append.retention.events, 0 if idle is None else max(1, int(idle * 1000)))
+    yield from (seen, append.fence, TOKEN_SECONDS * 1000)
     yield from append.checkpoint or ("", "")
     for draft in append.drafts:
         yield from (draft.event, draft.key, draft.data)

@@ -21,6 +21,7 @@ from .eventlog import (
     Deliver,
     Event,
     EventLogError,
+    LeaseLost,
     Position,
     Retention,
     is_replaced,
@@ -375,7 +376,12 @@ class SqliteLog:
     # -- appending
 
     async def append(self, append: Append) -> Position:
-        """Add events; they are in the file's write-ahead log when this returns."""
+        """Add events; they are in the file's write-ahead log when this returns.
+
+        A process that is stopped keeps the locks of its leases, so that nothing has to be compared at the commit.
+        """
+        if append.lease and self._leases is not None and not self._leases.holds(append.lease):
+            raise LeaseLost
         return await self._queue.append(append)
 
     async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:

@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .eventlog import (
     Event,
     EventLog,
     EventLogError,
+    LeaseLost,
     Position,
     Retention,
 )
@@ -45,6 +47,10 @@ INSIST_SECONDS = 1.0
 
 EVENT_BYTES = 8 * 1024 * 1024
 """The largest data an event may have."""
+
+
+_LEASE: ContextVar[str] = ContextVar("lease", default="")
+"""The lease for whose holder the running code produces: what it publishes is rejected once another has that."""
 
 
 class Channel:
@@ -88,13 +94,13 @@ class Channel:
         """
         if not drafts and checkpoint is None:
             return []
-        append = Append(self.name, drafts, self.retention, checkpoint)
+        append = Append(self.name, drafts, self.retention, checkpoint, _LEASE.get())
         while True:
             try:
                 last = await self.events.log.append(append)
                 break
             except EventLogError as error:
-                if not insist:
+                if not insist or isinstance(error, LeaseLost):
                     raise
                 log.warning("what is published on %s waits: %s", self.name, error)
                 await asyncio.sleep(INSIST_SECONDS)
@@ -223,7 +229,8 @@ class Events:
         """Run `produce` in one process of all that share the log, for as long as it takes; wait while another runs it.
 
         When the process that runs it dies, another begins within LEASE_SECONDS and a little more. `produce` is
-        cancelled if the lease is lost: the log's server was away for too long.
+        cancelled if the lease is lost: the log's server was away for too long, or the process was stopped. What it
+        publishes then is rejected (LeaseLost), its checkpoint too, so that no other process's events are doubled.
         """
         done = False
         while not done:
@@ -268,7 +275,7 @@ class Events:
         """Run the producer while the lease is held; True when it is done by itself."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(_awaited(produce))
+            task = group.create_task(_fenced(lease, produce))
             sure = loop.time()
             while not (await asyncio.wait({task}, timeout=RENEW_SECONDS))[0]:
                 asked = loop.time()
@@ -280,11 +287,20 @@ class Events:
                     log.warning("the lease %s is lost; another process may have it", lease)
                     task.cancel()
                     return False
-        return True
+        if not (done := task.cancelled() or task.result()):
+            log.warning("the lease %s is lost: what was published was rejected", lease)
+        return done
 
 
-async def _awaited(produce: Callable[[], Awaitable[None]]) -> None:
-    await produce()
+async def _fenced(lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
+    """Run a producer, and return whether it came to its end with the lease."""
+    _LEASE.set(lease)  # in this task, and those that it starts
+    lost = False
+    try:
+        await produce()
+    except* LeaseLost:
+        lost = True
+    return not lost
 
 
 def open_log(url: str) -> EventLog:

@@ -38,6 +38,10 @@ class Leases:
         self._held[lease] = descriptor
         return True
 
+    def holds(self, lease: str) -> bool:
+        """Return whether this process holds a lease, as far as it knows."""
+        return lease in self._held
+
     def release(self, lease: str) -> None:
         """Give a lease back."""
         self._unlock(lease, self._held.pop(lease, None))

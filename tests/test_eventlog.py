@@ -5,10 +5,12 @@ import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis.asyncio
 from conftest import Valkey
 
 from streamlab import eventlog_sqlite
@@ -21,6 +23,7 @@ from streamlab.eventlog import (
     Event,
     EventLog,
     EventLogError,
+    LeaseLost,
     Position,
     Retention,
 )
@@ -329,6 +332,10 @@ async def test_a_lease_is_held_by_one_and_moves_when_it_is_given_back(shared: st
     async with opened(shared) as one, opened(shared) as two:
         assert [await one.hold("l"), await one.hold("l"), await two.hold("l")] == [True, True, False]
         assert await two.hold("another/ü")
+        await one.append(Append("c", [Draft(b"a")], KEEP, lease="l"))
+        with pytest.raises(LeaseLost):
+            await two.append(Append("c", [Draft(b"b")], KEEP, lease="l"))
+        assert texts((await two.read("c", ORIGIN, 10)).events) == ["a"]
         await two.release("l")  # what one does not hold, one cannot give back
         assert not await two.hold("l")
         await one.release("l")
@@ -528,6 +535,153 @@ async def test_redis_killed_again_and_again_while_publishing_keeps_every_event_o
                 await asyncio.to_thread(valkey.start)
             await task
         assert texts(await watcher.until(1500)) == [str(number) for number in range(1500)]
+
+
+class Proxy:
+    """Stands before a Valkey server, and breaks the connection instead of passing on the answer to a request."""
+
+    def __init__(self, valkey: Valkey) -> None:
+        self._valkey = valkey
+        self.path = valkey.folder / "p"
+        self.lose = b"never sent"
+        """What is in the request whose answer is lost; no connection is accepted after that until `open` is set."""
+        self._serving = 0
+        self.lost = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        async with await asyncio.start_unix_server(self._serve, self.path):
+            yield f"unix://{self.path}?db=0"
+            while self._serving:
+                await asyncio.sleep(0.01)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving += 1
+        try:
+            await self._serve_one(reader, writer)
+        finally:
+            self._serving -= 1
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            if not self.open.is_set():
+                return
+            answers, requests = await asyncio.open_unix_connection(self._valkey.socket)
+            with closing(requests), suppress(ConnectionError):
+                passing = asyncio.create_task(self._pass_on(answers, writer))
+                while data := await reader.read(1 << 20):
+                    if self.lose in data:
+                        passing.cancel()
+                        await asyncio.wait({passing})
+                        self.open.clear()
+                        requests.write(data)
+                        await answers.read(1)
+                        self.lost.set()
+                        break
+                    requests.write(data)
+                passing.cancel()
+
+    @staticmethod
+    async def _pass_on(answers: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await answers.read(1 << 20):
+                writer.write(data)
+
+
+async def test_redis_append_whose_answer_is_lost_is_applied_once_whatever_came_in_between(valkey: Valkey) -> None:
+    proxy = Proxy(valkey)
+    async with proxy.running() as url, opened(url) as log, opened(valkey.url) as other:
+        first = await publish(log, "first")
+        proxy.lose = b"the answer to this is lost"
+        async with asyncio.TaskGroup() as group:
+            publishing = group.create_task(publish(log, "the answer to this is lost"))
+            await proxy.lost.wait()
+            for _ in range(12):
+                last = await publish(other, *(["between"] * 1000), keep=Retention(20_000, 3600))
+            proxy.lose = b"never sent"
+            proxy.open.set()
+        assert publishing.result() == first._replace(offset=2)
+        assert (await other.read("c", LATEST, 1)).last == last == first._replace(offset=12_002)
+
+
+async def test_redis_server_remembers_no_append_that_was_acknowledged(valkey: Valkey) -> None:
+    async with opened(valkey.url) as log:
+        for number in range(50):
+            await publish(log, f"{number}")
+        async with redis.asyncio.Redis.from_url(valkey.url) as client:
+            assert len([key async for key in client.scan_iter(match="*:applied:*")]) == 1
+
+
+async def test_redis_rejects_what_a_holder_publishes_after_it_has_lost_its_lease(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamlab import eventlog_redis
+
+    monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
+    append = Append("c", [Draft(b"stale")], KEEP, ("place", "old"), lease="l")
+    async with opened(valkey.url) as one, opened(valkey.url) as two:
+        with pytest.raises(LeaseLost):
+            await one.append(append)  # which it has never held
+        assert await one.hold("l")
+        await one.append(append)
+        async with asyncio.timeout(5):
+            while not await two.hold("l"):
+                await asyncio.sleep(0.02)
+        monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 60)
+        assert await two.hold("l")
+        await two.append(Append("c", [Draft(b"new")], KEEP, ("place", "new"), lease="l"))
+        with pytest.raises(LeaseLost):
+            await one.append(append)
+        await two.release("l")
+        with pytest.raises(LeaseLost):  # it does not know yet, and nobody else has the lease
+            await one.append(append)
+        assert [await one.hold("l"), await one.hold("l")] == [False, True]
+        assert texts((await one.read("c", ORIGIN, 10)).events) == ["stale", "new"]
+        assert await one.checkpoint("c", "place") == "new"
+
+
+async def lose_everything(valkey: Valkey) -> None:
+    """Kill the server, remove its directory, and start it again."""
+    valkey.kill()
+    await asyncio.to_thread(shutil.rmtree, valkey.folder / "appendonlydir")
+    await asyncio.to_thread(valkey.start)
+
+
+async def begin_ahead(valkey: Valkey) -> int:
+    """Begin a channel as a server whose clock is an hour ahead of what it will be after its data is lost."""
+    epoch = int((time.time() + 3600) * 1000)
+    async with redis.asyncio.Redis.from_url(valkey.url) as client:
+        fields: dict[Any, Any] = {"t": epoch, "e": "", "k": "", "d": "a"}
+        await client.xadd("streamlab:{c}:events", fields, f"{epoch}-1")
+    return epoch
+
+
+async def test_redis_epochs_grow_though_the_clock_of_a_server_that_lost_its_data_is_behind(valkey: Valkey) -> None:
+    epoch, watcher = await begin_ahead(valkey), Watcher()
+    async with opened(valkey.url) as log:
+        log.watch("c", ORIGIN, watcher)
+        await watcher.until(1)
+        await lose_everything(valkey)
+        new = await publish(log, "b")
+        assert (new.epoch > epoch, new.offset) == (True, 1)
+        assert texts(await watcher.until(2)) == ["a", "b"]
+        assert (await publish(log, "c", channel="another")).epoch > new.epoch
+
+
+async def test_redis_epochs_that_do_not_grow_are_noticed_by_who_watches(valkey: Valkey) -> None:
+    epoch, watcher = await begin_ahead(valkey), Watcher()
+    async with opened(valkey.url) as log:
+        log.watch("c", ORIGIN, watcher)
+        await watcher.until(1)
+        await lose_everything(valkey)
+        async with opened(valkey.url) as other:  # which has seen nothing of what there was
+            new = await publish(other, "b", "c")
+        assert new.epoch < epoch
+        assert texts(await watcher.until(3)) == ["a", "b", "c"]
+        batch = await log.read("c", Position(epoch, 1), 10)
+        assert (texts(batch.events), batch.last) == (["b", "c"], new)
 
 
 async def test_redis_that_lost_the_end_of_a_channel_begins_a_new_epoch(valkey: Valkey) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from conftest import (
     EventStream,
     Received,
@@ -744,6 +746,53 @@ def test_a_log_that_cannot_be_written_is_503_and_degraded_until_it_can(serve: Ca
     second = publish(server, "z")
     with EventStream(server, "/board/c?limit=1", after=first[0]) as stream:
         assert [event.id for event in stream] == second
+
+
+def test_followers_get_a_gap_and_what_follows_where_the_log_lost_its_data_and_its_clock_is_behind(
+    serve: Callable[..., Running], valkey: Valkey
+) -> None:
+    server = serve(f'[events]\nurl = "{valkey.url}"\n')
+    stream, epoch = "streamlab:{c}:events", int((time.time() + 3600) * 1000)
+    fields: dict[Any, Any] = {"t": epoch, "e": "", "k": "", "d": "0"}
+    with redis.Redis.from_url(valkey.url) as client:
+        client.xadd(stream, fields, f"{epoch}-1")  # as if its clock were an hour ahead of what it is afterwards
+    with EventStream(server, "/board/c", after="1-0") as follower:
+        events = iter(follower)
+        assert [next(events).id for _ in range(2)] == [f"{epoch}-0.gap", f"{epoch}-1"]
+        wait_for_followers(server, 1)
+        valkey.kill()
+        shutil.rmtree(valkey.folder / "appendonlydir")
+        valkey.start()
+        with redis.Redis.from_url(valkey.url) as client:  # a process that has seen nothing of the old epoch
+            client.xadd(stream, fields, "1700000000000-1")
+            client.xadd(stream, fields, "1700000000000-2")
+        gap, *rest = [next(events) for _ in range(3)]
+        assert (gap.event, gap.json["after"]) == ("gap", f"{epoch}-1")
+        assert [event.id for event in rest] == ["1700000000000-1", "1700000000000-2"]
+        ids = publish(server, 3)
+        assert next(events).id == ids[0] == "1700000000000-3"
+
+
+@pytest.mark.timeout(90)
+def test_a_producer_that_was_stopped_publishes_nothing_after_another_took_over(
+    serve: Callable[..., Running], valkey: Valkey
+) -> None:
+    config = f'[events]\nurl = "{valkey.url}"\n[scenarios.board]\nproducer = true\n'
+    servers = [serve(config)]
+    servers[0].wait_for_log("the producer runs here")
+    servers.append(serve(config))
+    with EventStream(servers[1], "/board/produced") as stream:
+        events = iter(stream)
+        old = next(events).json["pid"]
+        assert old == servers[0].process.pid
+        servers[0].process.send_signal(signal.SIGSTOP)
+        try:
+            while (new := next(events).json["pid"]) == old:
+                pass
+        finally:
+            servers[0].process.send_signal(signal.SIGCONT)
+        assert {event.json["pid"] for event in (next(events) for _ in range(50))} == {new}
+    servers[0].wait_for_log("the lease board is lost", seconds=30)
 
 
 @pytest.mark.timeout(120)
