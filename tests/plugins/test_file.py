@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import pytest
 import trustme
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
-from conftest import Running, disabled, read_all, read_until
+from conftest import Running, disabled, plugin_module, read_all, read_until
 
 from streamlab.app import create_app
 from streamlab.config import Config
@@ -723,3 +724,132 @@ async def test_file_is_closed_when_its_client_leaves(client: Client, file: Path)
     async with asyncio.timeout(5):
         while is_open():
             await asyncio.sleep(0)
+
+
+# -- digests of much content: interrupted, bounded, and nobody waits for another's
+
+DIGESTS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in disabled(but="file"))
+
+WANTED = "Host: 127.0.0.1\nWant-Repr-Digest: sha-256=1"
+
+HUGE_MB = 9_900
+"""Takes many seconds to hash, and is within the default of `digest_mb`."""
+
+
+def processor_seconds(server: Running) -> float:
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_busy(server: Running, seconds: float) -> None:
+    """Wait until the process has used so much more time of a processor."""
+    enough, deadline = processor_seconds(server) + seconds, time.monotonic() + 20
+    while processor_seconds(server) < enough:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_digests_whose_clients_have_left_stop_and_hold_up_nothing(start: Callable[..., Running]) -> None:
+    """Seven of them once stopped all work with the disk, and kept SIGTERM from ending the server."""
+    server = start(DIGESTS)
+    for number in range(7):
+        with server.send(f"HEAD /download/large-file?size_mb={HUGE_MB + number} HTTP/1.1\n{WANTED}"):
+            wait_until_busy(server, 0.05)
+    assert server.get("/files/")[0] == 200
+    used = processor_seconds(server)
+    time.sleep(0.5)
+    assert processor_seconds(server) - used < 0.25
+    status, seconds = server.terminate()
+    assert status == 0
+    assert seconds < 5
+
+
+def test_a_digest_of_a_small_file_does_not_wait_for_that_of_a_large_one(start: Callable[..., Running]) -> None:
+    server = start(DIGESTS)
+    served = server.base / "var/files"
+    served.mkdir(parents=True)
+    (served / "small.txt").write_bytes(b"small")
+    with contextlib.ExitStack() as stack:
+        for number in range(4):
+            stack.enter_context(server.send(f"HEAD /download/large-file?size_mb={HUGE_MB + number} HTTP/1.1\n{WANTED}"))
+        wait_until_busy(server, 0.2)
+        started = time.monotonic()
+        status, headers, body = server.get("/files/small.txt", {"Want-Repr-Digest": "sha-256=1"})
+        assert (status, body) == (200, b"small")
+        assert headers["repr-digest"] == f"sha-256=:{base64.b64encode(hashlib.sha256(b'small').digest()).decode()}:"
+        assert time.monotonic() - started < 3  # four slices, on a busy machine; the four files take over 20 s
+
+
+def test_sigterm_ends_the_server_in_its_time_while_digests_are_computed(start: Callable[..., Running]) -> None:
+    server = start(DIGESTS + "[server]\ndrain_seconds = 0.5\n")
+    with server.send(f"HEAD /download/large-file?size_mb={HUGE_MB} HTTP/1.1\n{WANTED}"):
+        wait_until_busy(server, 0.1)
+        status, seconds = server.terminate()
+    assert status == 0
+    assert seconds < 0.5 + 1 + 1  # and a second for a busy machine
+
+
+async def test_beyond_its_bounds_a_response_goes_without_a_digest(aiohttp_client: Any, tmp_path: Path) -> None:
+    for bounds, sizes in (
+        ({"digest_mb": 2}, {"2": True, "3": False}),
+        ({"digest_seconds": 0.5}, {"1": True, str(HUGE_MB): False}),
+    ):
+        tables = {"scenarios": {**disabled(but="file"), "file": bounds}}
+        client = await aiohttp_client(create_app(Config.of(tables, base=tmp_path)))
+        for size, sent in sizes.items():
+            headers = {"Want-Repr-Digest": "sha-256=1"}
+            response = await client.head("/download/large-file", params={"size_mb": size}, headers=headers)
+            assert (response.status, "Repr-Digest" in response.headers) == (200, sent), (bounds, size)
+
+
+class Counted:
+    """A representation whose readers are counted, and wait for a gate in their thread."""
+
+    def __init__(self, module: Any, size: int) -> None:
+        self.whole = module.Generated(size)
+        self.size, self.validators = size, self.whole.validators
+        self.gate = threading.Event()
+        self.opened = self.closed = 0
+
+    def reader(self) -> "Counted":
+        self.opened += 1
+        return self
+
+    def read(self, offset: int) -> Any:
+        self.gate.wait(10)
+        return self.whole.reader().read(offset)
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+async def test_a_digest_is_computed_once_for_all_who_wait_and_not_for_those_who_left() -> None:
+    digests, representation = plugin_module("file", "digests"), plugin_module("file", "representation")
+    computing = digests.Digests(seconds=30, limit=10**9)
+    async with computing.opened():
+        file = Counted(representation, 3_000_000)
+        waiting = [asyncio.create_task(computing.of(file)) for _ in range(10)]
+        while not file.opened:
+            await asyncio.sleep(0)
+        for task in waiting[:9]:
+            task.cancel()
+        file.gate.set()
+        expected = hashlib.sha256(b"".join(representation.block(number) for number in range(3))[:3_000_000]).digest()
+        assert await waiting[9] == expected
+        assert await computing.of(file) == expected
+        assert file.opened == 1
+
+        left = Counted(representation, 4_000_000)
+        alone = asyncio.create_task(computing.of(left))
+        while not left.opened:
+            await asyncio.sleep(0)
+        alone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await alone
+        left.gate.set()
+        assert len(await computing.of(left) or b"") == 32
+        assert left.opened == 2
+    assert (file.closed, left.closed) == (1, 2)
