@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import write_plugins
+from conftest import disabled, write_plugins
 
 from streamlab import hookspecs
 from streamlab.app import create_app
@@ -50,8 +50,9 @@ def one(name: str) -> str:
 
 
 def config(tmp_path: Path, sources: dict[str, str] | None = None, /, **tables: Any) -> Config:
+    """Settings of a server with plugins that are dropped in; of those that ship, `file` alone is enabled."""
     write_plugins(tmp_path, sources or {})
-    return Config.of(tables, base=tmp_path)
+    return Config.of({**tables, "scenarios": {**disabled(but="file"), **tables.get("scenarios", {})}}, base=tmp_path)
 
 
 def faults_of(settings: Config) -> list[str]:
@@ -109,7 +110,7 @@ def test_plugins_stand_in_one_list_sorted_by_name(tmp_path: Path, installed: Cal
 
 
 async def test_what_ships_is_found_without_any_configuration(tmp_path: Path, aiohttp_client: Client) -> None:
-    client = await aiohttp_client(create_app(config(tmp_path)))
+    client = await aiohttp_client(create_app(Config.of({}, base=tmp_path)))
     async with client.get("/files/") as response:
         assert response.status == 200
     async with client.get("/download/large-file?size_mb=1") as response:
@@ -743,7 +744,8 @@ WORKING = """
 
 
 async def test_register_tasks_names_what_clients_may_start(tmp_path: Path, aiohttp_client: Client) -> None:
-    app = create_app(config(tmp_path, {"working": WORKING.format(answer=None)}))
+    both = {"export": {"enabled": True}, "progress": {"enabled": True}}
+    app = create_app(config(tmp_path, {"working": WORKING.format(answer=None)}, scenarios=both))
     assert "nap" in app[TASKS]
     async with (await aiohttp_client(app)).get("/process/kinds") as response:
         assert "nap" in [kind["kind"] for kind in (await response.json())["kinds"]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import Running, read_all, write_plugins
+from conftest import Running, disabled, read_all, write_plugins
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -96,11 +96,12 @@ PLUGIN = '''
 
 @pytest.fixture
 def lab(tmp_path: Path, aiohttp_client: Callable[..., Awaitable[Client]]) -> Callable[..., Awaitable[Client]]:
-    """A client of a server with the plugin above; keywords are its table `[server]`."""
+    """A client of a server with the plugin above, and what ships if `shipped`; keywords are its table `[server]`."""
 
-    async def making(**server: Any) -> Client:
+    async def making(*, shipped: bool = False, **server: Any) -> Client:
         write_plugins(tmp_path, {"lab": PLUGIN})
-        return await aiohttp_client(create_app(Config.of({"server": server}, base=tmp_path)))
+        tables = {"server": server, "scenarios": {} if shipped else disabled()}
+        return await aiohttp_client(create_app(Config.of(tables, base=tmp_path)))
 
     return making
 
@@ -149,7 +150,7 @@ async def wait_for(reached: Callable[[], bool], *, seconds: float = 5) -> None:
 
 
 async def test_the_index_lists_every_route_with_a_line_and_a_command(lab: Lab) -> None:
-    client = await lab()
+    client = await lab(shipped=True)
     async with client.get("/") as response:
         assert (response.status, response.content_type, response.headers["Vary"]) == (200, "text/plain", "Accept")
         text = await response.text()
@@ -162,7 +163,7 @@ async def test_the_index_lists_every_route_with_a_line_and_a_command(lab: Lab) -
 
 
 async def test_the_index_is_html_for_a_browser(lab: Lab) -> None:
-    client = await lab()
+    client = await lab(shipped=True)
     accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
     async with client.get("/", headers={"Accept": accept}) as response:
         assert (response.status, response.content_type, response.headers["Vary"]) == (200, "text/html", "Accept")
@@ -229,7 +230,7 @@ async def test_a_host_that_is_none_is_never_a_fault_of_the_server(host: str, lab
 
 
 async def test_health_tells_status_version_scenarios_streams_and_seconds(lab: Lab) -> None:
-    client = await lab()
+    client = await lab(shipped=True)
     async with client.get("/health") as response:
         assert (response.status, response.content_type) == (200, "application/json")
         assert response.headers["Cache-Control"] == "no-store"
@@ -288,7 +289,7 @@ def samples(text: str, name: str) -> dict[tuple[str, ...], float]:
 
 
 async def test_metrics_are_prometheus_text_with_a_name_for_everything_measured(lab: Lab) -> None:
-    client = await lab()
+    client = await lab(shipped=True)
     async with client.get("/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=")
         assert response.headers["Cache-Control"] == "no-store"
