@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -51,7 +51,7 @@ OPENAI = "the OpenAI API is another protocol: its events have no ids, [DONE] is 
 class TestLlm(Conformance):
     plugin = "llm"
     settings = "[scenarios.llm]\nmax_waiting = 4\nwait_seconds = 5\nabandon_seconds = 1"
-    values = {"max_tokens": 30}
+    values = {"max_tokens": 16}
     large = {"max_tokens": 500}
     # Generations that run at once are computed together, in another order of additions than one alone: the words may
     # differ. What is promised of them is in tests/plugins/test_llm_limits.py.
@@ -84,13 +84,19 @@ class TestLlm(Conformance):
         }
     )
 
+    loaded: ClassVar[set[int]] = set()
+    """Ports of the servers whose model is there."""
+
     @classmethod
     def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
+        while server.port not in cls.loaded:
+            if server.ask("/ai/chat-stream?prompt=Hello&max_tokens=1").status == 200:
+                cls.loaded.add(server.port)
         if asked.template == "/v1/chat/completions":
             return {"stream": asked.carries_events}
         if not asked.template.startswith("/ai/generations/"):
             return {}
-        begun = server.ask("/ai/chat-stream-sse?prompt=Hello&max_tokens=40")
+        begun = server.ask("/ai/chat-stream-sse?prompt=Hello&max_tokens=12")
         return {"id": begun.headers["location"].rpartition("/")[2]}
 
 

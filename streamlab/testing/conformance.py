@@ -2,8 +2,9 @@
 
 import asyncio
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from .server import Server, environment, serving, write_settings
 from .stopping import Stopped, Stopping, stopped
 from .streams import Streams
 from .subject import Known, Subject
+from .watching import Watched, watch
 
 
 class Unusable(Exception):
@@ -71,6 +73,7 @@ class Tested:
 
     def __init__(self, case: type[Conformance], folder: Path) -> None:
         self.case = case
+        self._folder = folder
         self._settings = write_settings(folder, case.settings)
         try:
             self._variables = environment(case.plugin, self._settings, _plugin_folders(case))
@@ -79,6 +82,9 @@ class Tested:
         except ConfigError as error:
             raise self._unusable(error) from None
         self._known = Known(frozenset(case.varies))
+        self._second: Server | None = None
+        self._closing = ExitStack()
+        self._watched: dict[str, Future[Watched]] = {}
         self._stopped: Stopped | None = None
         self.asked = self._forms()
         """Everything that the plugin answers."""
@@ -106,25 +112,59 @@ class Tested:
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        """Run a server with the plugin while the block runs."""
-        self.case.furnish(self._settings.parent)
-        with serving(self._settings, self._variables) as server:
-            yield server
+        """Run a server with the plugin while the block runs, and the second one once it is needed."""
+        try:
+            with self._serving("first") as server, self._closing:
+                yield server
+        finally:
+            self._second = None
+            self._watched.clear()
+
+    def _serving(self, name: str) -> AbstractContextManager[Server]:
+        settings = write_settings(self._folder / name, self.case.settings)
+        self.case.furnish(settings.parent)
+        return serving(settings, self._variables)
+
+    def _second_server(self) -> Server:
+        """Return the server whose streams are watched, and which is stopped at the end; start it at first."""
+        if self._second is None:
+            self._second = self._closing.enter_context(self._serving("second"))
+        return self._second
 
     def subject(self, asked: Asked, server: Server, tell: Any) -> Subject:
         """An endpoint, with what its requests need."""
         made = self.case.prepare(server, asked)
         case = self.case
         return Subject(
-            asked, server, {**case.values, **made}, case.large, case.data_is_json, self._known, tell, self.stopped
+            asked,
+            server,
+            {**case.values, **made},
+            case.large,
+            case.data_is_json,
+            self._known,
+            tell,
+            self._watched.get(asked.label),
+            self.stopped,
         )
 
+    def watch(self, streams: Iterable[Asked]) -> None:
+        """Watch event streams of the second server from now on, side by side, while other cases are asked."""
+        chosen = {asked.label: asked for asked in streams}
+        if chosen:
+            threads = self._closing.enter_context(ThreadPoolExecutor(len(chosen)))
+            server = self._second_server()  # it ends before the threads do, which ends what they read
+            self._watched = {label: threads.submit(self._watch, asked, server) for label, asked in chosen.items()}
+
+    def _watch(self, asked: Asked, server: Server) -> Watched:
+        return asyncio.run(watch(self.subject(asked, server, print)))
+
     def stopped(self) -> Stopped:
-        """Stop a second server that has a stream of each endpoint open, once."""
+        """Stop the second server with a stream of each endpoint open, once its streams have been watched."""
         if self._stopped is None:
-            with self.server() as server:
-                subjects = [self.subject(asked, server, print) for asked in self.asked]
-                self._stopped = asyncio.run(stopped(server, subjects))
+            wait(self._watched.values())
+            server = self._second_server()
+            subjects = [self.subject(asked, server, print) for asked in self.asked]
+            self._stopped = asyncio.run(stopped(server, subjects))
         return self._stopped
 
 

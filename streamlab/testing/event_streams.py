@@ -1,11 +1,11 @@
 """What every event stream promises: events that are whole, ids to resume by, signs of life, and an end."""
 
-import asyncio
 import json
 
 from .promise import NotKept, promise
 from .samples import Asked
 from .subject import WATCH_SECONDS, Subject, parsed, taken
+from .watching import HEARTBEAT_SECONDS
 from .wire import Event
 
 FIELDS = {"id", "event", "data", "retry"}
@@ -17,9 +17,6 @@ SPEAK_SECONDS = 5.0
 """How long a stream may be silent before a case gives up on it."""
 
 SPEAK = "let `prepare` publish some, or `values` and `settings` make it speak"
-
-HEARTBEAT_SECONDS = 15.0
-"""How long a stream may be silent at most."""
 
 BAD_IDS = ("nonsense", "0", "-1", "ffffffff-99999999999999999999", "9" * 200, "caf\xe9", "'; DROP TABLE events")
 """Ids that no server has given."""
@@ -89,36 +86,32 @@ class EventStreams:
                     raise NotKept(f"{first} for Last-Event-ID: {id}, and not an event `gap`")
         return f"an event `gap` for each of {len(BAD_IDS)} ids"
 
-    @promise("WHATWG HTML 9.2.7 (a comment every 15 s)", of=carries_events)
+    @promise("WHATWG HTML 9.2.7 (a comment every 15 s)", of=carries_events, watches=True)
     async def test_silence_is_never_long(self, subject: Subject) -> str:
         """Something, a comment at least, comes every 15 s."""
-        async with subject.ask(without=("limit",)) as answer:
-            longest, began = 0.0, asyncio.get_running_loop().time()
-            while asyncio.get_running_loop().time() - began < HEARTBEAT_SECONDS + 1 and answer.ending is None:
-                asked = asyncio.get_running_loop().time()
-                try:
-                    async with asyncio.timeout(HEARTBEAT_SECONDS):
-                        await answer.piece()
-                except TimeoutError:
-                    raise NotKept(f"not a byte for {HEARTBEAT_SECONDS:g} s") from None
-                longest = max(longest, asyncio.get_running_loop().time() - asked)
-        return f"{longest:.1f} s of silence at most" + (", then its end" if answer.ending else "")
+        watched = await subject.watched()
+        if watched.silence >= HEARTBEAT_SECONDS:
+            raise NotKept(f"not a byte for {HEARTBEAT_SECONDS:g} s")
+        return f"{watched.silence:.1f} s of silence at most" + (", then its end" if watched.answer.ending else "")
 
-    @promise("WHATWG HTML 9.2.3 (204 ends reconnection); streamlab: a finite stream ends with `end`", of=carries_events)
+    @promise(
+        "WHATWG HTML 9.2.3 (204 ends reconnection); streamlab: a finite stream ends with `end`",
+        of=carries_events,
+        watches=True,
+    )
     async def test_end_is_said_and_kept(self, subject: Subject) -> str:
         """A stream that is over ends with `event: end`; a client that comes back with its id is told 204."""
-        async with subject.ask(without=("limit",)) as answer:
-            await answer.read(seconds=SPEAK_SECONDS, most=1 << 24)
+        watched = await subject.watched()
+        answer, again = watched.answer, watched.again
         if answer.ending is None:
-            return f"endless: it went on for {SPEAK_SECONDS:g} s"
+            return f"endless: it went on for {HEARTBEAT_SECONDS:g} s"
         if answer.ending == "cut":
             raise NotKept("the connection was closed before the last chunk")
         found = parsed(answer)
         if not found or found[-1].event != "end":
             raise NotKept(f"the last event is {found[-1] if found else 'none'}, and not `end`")
-        async with subject.ask(without=("limit",), headers={"Last-Event-ID": found[-1].id}) as again:
-            body = await again.read(seconds=WATCH_SECONDS)
-        if again.status != 204 or body:
+        assert again is not None
+        if again.status != 204 or again.body:
             raise NotKept(f"{again.line} for a client that has the end: it would come back for ever")
         return f"{len(found)} events, the last {found[-1]}; 204 after it"
 

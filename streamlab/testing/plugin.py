@@ -5,7 +5,7 @@ Installed as the entry point `pytest11`, so that a test module needs no more tha
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .conformance import Tested
+    from .conformance import Conformance, Tested
+    from .samples import Asked
     from .server import Server
     from .subject import Subject
 
@@ -75,17 +76,36 @@ def _of(config: pytest.Config, case: type) -> "Tested":
 @pytest.fixture(scope="class")
 def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
     """The server process of a conformance class, for tests of its own too."""
+    tested = _of(request.config, request.cls)
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(_of(request.config, request.cls).server())
+            server = stack.enter_context(tested.server())
+            tested.watch(_watched(request.session.items, request.cls))
         except RuntimeError as error:
             pytest.fail(str(error), pytrace=False)
         yield server
 
 
+def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterator[Asked]":
+    """The event streams that the tests of a class, as far as they are run, want to be watched."""
+    from .promise import excuse
+
+    for item in items:
+        if isinstance(item, pytest.Function) and item.cls is case and item.function.__dict__.get("promise"):
+            asked: Any = item.callspec.params["streamlab_subject"]
+            name = item.function.__name__.removeprefix("test_")
+            if item.function.promise.watches and not excuse(case.excused, name, asked):
+                yield asked
+
+
 @pytest.fixture
 def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server") -> "Subject":
     """The endpoint that a case is asked of."""
+
+    from .promise import excuse
+
+    if reason := excuse(request.cls.excused, request.function.__name__.removeprefix("test_"), request.param):
+        pytest.skip(f"excused: {reason}")
 
     def tell(found: Mapping[str, Any]) -> None:
         request.node.user_properties.append((_TOLD, json.dumps({"class": request.cls.__name__, **found})))

@@ -31,6 +31,8 @@ class Promise:
     of: Callable[[Asked], bool]
     once: bool
     """Whether it is asked once for all endpoints."""
+    watches: bool
+    """Whether it needs an event stream that is watched for longer than a heartbeat."""
 
 
 def everybody(asked: Asked) -> bool:
@@ -39,21 +41,19 @@ def everybody(asked: Asked) -> bool:
 
 
 def promise(
-    standard: str, *, of: Callable[[Asked], bool] = everybody, once: bool = False
+    standard: str, *, of: Callable[[Asked], bool] = everybody, once: bool = False, watches: bool = False
 ) -> Callable[[Case], Callable[..., None]]:
     """Make a test of a case, for each endpoint that `of` is true of: its docstring says what is expected.
 
-    `standard` names where it is promised; what is promised by the server as a whole is asked `once`.
+    `standard` names where it is promised; what is promised by the server as a whole is asked `once`. For a case that
+    `watches`, an event stream is watched from the start of its class on, while others are asked.
     """
 
     def mark(case: Case) -> Callable[..., None]:
-        made = Promise(" ".join((inspect.getdoc(case) or "").split()), standard, of, once)
+        made = Promise(" ".join((inspect.getdoc(case) or "").split()), standard, of, once, watches)
 
         def test(self: Any, streamlab_subject: "Subject") -> None:
-            subject = streamlab_subject
-            name = case.__name__.removeprefix("test_")
-            if reason := _excuse(self.excused, name, subject.asked):
-                pytest.skip(f"excused: {reason}")
+            subject, name = streamlab_subject, case.__name__.removeprefix("test_")
             try:
                 came, kept = asyncio.run(_awaited(case(self, subject))), True
             except (NotKept, NoSample, NotHTTP) as error:
@@ -73,7 +73,7 @@ def promise(
     return mark
 
 
-def _excuse(excused: Mapping[tuple[str, str], str], case: str, asked: Asked) -> str | None:
+def excuse(excused: Mapping[tuple[str, str], str], case: str, asked: Asked) -> str | None:
     """Why an endpoint, or one form of it, is not asked for a case."""
     named = ((one, of) for one in (case, "*") for of in (asked.label, asked.endpoint))
     return next((excused[key] for key in named if key in excused), None)

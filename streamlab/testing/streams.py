@@ -11,7 +11,7 @@ from typing import Any
 from . import wire
 from .promise import NotKept, promise
 from .server import State
-from .subject import MOST_BYTES, Subject
+from .subject import FULL, MOST_BYTES, Subject
 from .wire import Answer, NotHTTP
 
 LEAVERS = 10
@@ -19,9 +19,6 @@ LEAVERS = 10
 
 CROWD = 50
 """Clients that ask at once."""
-
-FULL = (429, 503)
-"""What says that there is no place now."""
 
 STALLED = 5
 """Clients that read nothing."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from . import wire
 from .promise import NotKept
 from .samples import Asked
 from .server import Server
+from .watching import Watched, watch
 from .wire import Answer, Event
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ WATCH_SECONDS = 3.0
 
 MOST_BYTES = 1 << 20
 """How much of an answer is kept."""
+
+FULL = (429, 503)
+"""What says that there is no place now."""
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Subject:
     known: Known
     tell: Callable[[Mapping[str, Any]], None]
     """Takes what a case found, for the summary."""
+    watching: "Future[Watched] | None"
+    """The event stream of this endpoint as another client watches it; None where nobody does."""
     stopped: "Callable[[], Stopped]"
     """How a server stopped that had a stream of each endpoint open; one is stopped when this is first asked."""
 
@@ -72,9 +79,21 @@ class Subject:
         """Send a request on a connection of its own, with the options of `message`."""
         return wire.asked(self.server.port, self.message(**options))
 
+    def _key(self, *, long: bool = False) -> bytes:
+        """Return the request as it is to every server of this plugin."""
+        return self.message(long=long).replace(self.host.encode(), b"", 1)
+
+    async def watched(self) -> Watched:
+        """Wait until the event stream has been watched; where it was full of other clients, watch it alone."""
+        if self.watching is not None:
+            watched = await asyncio.wrap_future(self.watching)
+            if watched.answer.status not in FULL:
+                return watched
+        return await watch(self)
+
     async def answered(self, *, long: bool = False) -> Answer:
         """The answer to the right request, watched for a while; asked for once."""
-        key = self.message(long=long)
+        key = self._key(long=long)
         if key not in self.known.answers:
             async with self.ask(long=long) as answer:
                 await answer.read(seconds=WATCH_SECONDS, most=MOST_BYTES)
@@ -85,7 +104,7 @@ class Subject:
         """The body of an answer that ends, and is the same each time; None for any other, and for events."""
         if self.asked.carries_events or self.asked.endpoint in self.known.varies:
             return None
-        key, first = self.message(), await self.answered()
+        key, first = self._key(), await self.answered()
         if key not in self.known.steady:
             async with self.ask() as again:
                 await again.read(seconds=WATCH_SECONDS, most=MOST_BYTES)
@@ -104,6 +123,8 @@ class Subject:
 
     async def fits(self) -> bool:
         """Whether even the longest answer is short, and over at once, so that it cannot be left or stalled."""
+        if (await self.answered()).ending is None:
+            return False  # nor does a longer one end
         answer = await self.answered(long=True)
         return answer.ending is not None and len(answer.body) < 64 * 1024 and answer.ended_after < 0.25
 

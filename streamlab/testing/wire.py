@@ -260,8 +260,8 @@ class Event:
         return text if len(text) <= 160 else text[:157] + "..."
 
 
-def events(body: bytes) -> list[Event]:
-    """Every whole event of a body, comments left out. Raises UnicodeDecodeError where it is not UTF-8."""
+def events(body: bytes, errors: str = "strict") -> list[Event]:
+    """Every whole event of a body, comments left out. Raises UnicodeDecodeError where it is not UTF-8, if `strict`."""
     found: list[Event] = []
     raw: list[bytes] = []
     fields: list[tuple[str, str]] = []
@@ -272,7 +272,7 @@ def events(body: bytes) -> list[Event]:
         if content.startswith(b":"):
             continue
         if content:
-            name, _, value = content.decode().partition(":")
+            name, _, value = content.decode(errors=errors).partition(":")
             fields.append((name, value.removeprefix(" ")))
             raw.append(line)
         elif fields:
