@@ -1,6 +1,7 @@
 """Run other people's tools against a server: `make strangers`, or `make strangers ARGS="--quick"` in three minutes."""
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer requests, for CI")
     parser.add_argument("--only", choices=TOOLS, help="one tool")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda caught, _: sys.exit(128 + caught))  # it ends its servers, as on Ctrl-C
     failed = 0
     chosen = [options.only] if options.only else list(TOOLS)
     with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
@@ -83,7 +85,7 @@ def _contract(server: Running, push: Running, quick: bool) -> Outcome:
 
 
 def _pushes(server: Running, push: Running, quick: bool) -> Outcome:
-    only = ["--include-path", "/stream/stock-ticker", "--include-method", "POST"]
+    only = ["--include-name", "POST /stream/stock-ticker"]
     return contract.run(_url(push), examples=10 if quick else 200, only=only)
 
 
