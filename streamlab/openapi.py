@@ -51,6 +51,9 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
     bodies = list(dict.fromkeys(models))
     named, definitions = models_json_schema([(body, "validation") for body in bodies], ref_template=_REFERENCE)
     schemas = {body: named[body, "validation"] for body in bodies}
+    for r in listed:
+        if r.endpoint.body is not None and not r.endpoint.body.model_config.get("extra"):
+            _close(schemas[r.endpoint.body], definitions["$defs"])
     paths: dict[str, dict[str, Any]] = {}
     for route in listed:
         paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = _operation(route, schemas)
@@ -65,6 +68,17 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
         "paths": paths,
         "components": {"schemas": {"Problem": PROBLEM_SCHEMA, **definitions.get("$defs", {})}},
     }
+
+
+def _close(schema: Mapping[str, Any], definitions: Mapping[str, dict[str, Any]]) -> None:
+    """Say of the models that a schema refers to, directly or not, that they have no other fields.
+
+    `validation` reads a body so, where its model has no rule on other fields.
+    """
+    for name in re.findall(_REFERENCE.format(model='([^"]+)'), json.dumps(schema)):
+        if "properties" in definitions[name] and "additionalProperties" not in definitions[name]:
+            definitions[name]["additionalProperties"] = False
+            _close(definitions[name], definitions)
 
 
 def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any]:
