@@ -123,7 +123,7 @@ class Task:
     The function's parameters behind the first, with annotations and defaults as in a pydantic model, are what a client
     may give; its docstring tells of it, and what it returns, JSON, is the result. It is cancelled where a client says
     so or the server stops, and raises where it fails: the words of a `Problem` are for clients as they are. What
-    computes or waits for a disk belongs into a thread (`asyncio.to_thread`).
+    computes or waits for a disk belongs into a thread (`Threads`).
 
     A function must end when it is cancelled: one that does not keeps its place, and its server from stopping.
 
