@@ -77,6 +77,9 @@ class Fleet:
     """A line for each kill."""
     kills: int = 0
 
+    def __post_init__(self) -> None:
+        self._urls = random.Random(self.chance.random())  # how often an address is chosen changes no kill
+
     async def open(self) -> None:
         """Start all of them."""
         for _ in range(self.size):
@@ -89,7 +92,7 @@ class Fleet:
 
     def any_url(self) -> str:
         """Return the address of any server, dead or alive."""
-        return self.chance.choice(self.servers).url
+        return self._urls.choice(self.servers).url
 
     async def kill_some(self) -> None:
         """Kill one server, or sometimes all that are not spared, and start them again at the same ports."""
@@ -406,21 +409,23 @@ class Chaos:
 
     async def _caught_up(self, when: str = "at the end", *, published: int = 0) -> None:
         """Wait until that many more prices are acknowledged, and every follower has all of them."""
-        goal = len(self.acknowledged) + published
+        goal = self._count() + published
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while len(self.acknowledged) < goal or any(
-                    each.offset < self._last_offset() for each in self.followers
-                ):
+                while self._count() < goal or min(each.offset for each in self.followers) < self._last_offset():
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            count = len(self.acknowledged) - goal + published
+            count = self._count() - goal + published
             offsets = [each.offset for each in self.followers]
             self.problems.append(
                 f"{when}, {PATIENCE_SECONDS:g} s have brought {count} of {published} acknowledgements, and followers "
                 f"to the offsets {offsets} of {self._last_offset()}"
             )
+
+    def _count(self) -> int:
+        """Return the number of acknowledged prices."""
+        return sum(len(each.acknowledged) for each in self.publishers)
 
     def _last_offset(self) -> int:
         """Return the offset of the last acknowledged price."""
@@ -492,7 +497,7 @@ class Chaos:
         states = [end["state"] for end in ends]
         counted = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         return (
-            f"seed {self.seed}: {self.fleet.kills} kills; {len(self.acknowledged)} of "
+            f"seed {self.seed}: {self.fleet.kills} kills; {self._count()} of "
             f"{sum(each.pushed for each in self.publishers)} prices acknowledged, "
             f"{sum(len(each.events) for each in self.followers)} delivered over "
             f"{sum(each.connections for each in self.followers)} connections; {len(ends)} tasks over ({counted}), "
