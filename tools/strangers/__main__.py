@@ -82,7 +82,7 @@ def _url(server: Running) -> str:
 
 
 def _contract(server: Running, push: Running, quick: bool) -> Outcome:
-    examples = 3 if quick else 40
+    examples = 3 if quick else 100
     return contract.run(_url(server), examples=examples)
 
 

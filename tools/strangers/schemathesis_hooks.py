@@ -197,7 +197,7 @@ ACCEPTED = (
         r"POST /v1/chat/completions",
         "The document has the fields of the OpenAI API; what its schemas do not tell is rejected by name.",
         parameters=frozenset(
-            {"function_call", "functions", "messages", "response_format", "tool_choice", "tools", "top_logprobs"}
+            {"function_call", "functions", "messages", "n", "response_format", "tool_choice", "tools", "top_logprobs"}
         ),
     ),
     Accepted(
@@ -217,6 +217,12 @@ ACCEPTED = (
         200,
         r"(GET|DELETE) /process/tasks/\{id\}",
         "DELETE cancels a task, as documented: its record stays.",
+    ),
+    Accepted(
+        "ST301",
+        200,
+        r"(GET|DELETE) /ai/generations/\{id\}",
+        "DELETE stops a generation, as documented: its events stay for those who follow it.",
     ),
 )
 
