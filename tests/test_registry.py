@@ -752,7 +752,7 @@ async def test_register_tasks_names_what_clients_may_start(tmp_path: Path, aioht
 
 
 def test_work_is_what_workers_hold_open_where_there_is_some(tmp_path: Path) -> None:
-    alone = {"scenarios": {name: {"enabled": False} for name in ("export", "progress")}}
+    alone = {"scenarios": {"file": {"enabled": False}}}
     for answer, count in (("None", 0), ("working()", 1)):
         app = create_app(config(tmp_path, {"working": WORKING.format(answer=answer)}, **alone))
         assert len(app[REGISTRY].works(app)) == count
