@@ -54,12 +54,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the hundreds of servers start quickly: what Python compiles is kept for the session, and for it alone."""
-    if "PYTHONPYCACHEPREFIX" not in os.environ:  # the workers of a parallel run inherit it
-        folder = tempfile.TemporaryDirectory(prefix="streamlab-bytecode-")
-        config.add_cleanup(folder.cleanup)
-        os.environ["PYTHONPYCACHEPREFIX"] = folder.name
+    """Let the hundreds of servers start quickly: what Python has compiled is used again."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     FORK_SERVER.environ = {**os.environ, **ENVIRONMENT}
     config.add_cleanup(FORK_SERVER.end)
     # Who runs this in the background may have it ignore Ctrl-C, which the processes under test would inherit.
@@ -67,7 +64,6 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Applications of this process do without the embedded model, which would take a second each.
     sys.modules["xllamacpp"] = None  # type: ignore[assignment]
-    sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
 
 
 @dataclass
