@@ -1,18 +1,20 @@
 """The names a plugin author needs, and no others."""
 
-from .coding import weights
 from .config import CONFIG, ConfigPath
-from .eventlog import END, ORIGIN, Draft, Event, EventLogError, LeaseLost, Position, Retention
-from .events import EVENTS, Channel, Events, draft, follow
+from .events.channel import EVENTS, Channel, Events, draft
+from .events.follow import follow
+from .events.log import END, ORIGIN, Draft, Event, EventLogError, LeaseLost, Position, Retention
+from .events.views import View
 from .hookspecs import hookimpl
-from .observe import METRICS
 from .problems import ErrorFormat, Problem
 from .scenario import Scenario, endpoint
+from .server.metrics import METRICS
 from .sse import frame
-from .streaming import Outcome, Stream, StreamSummary, open_stream
+from .streaming.compression import weights
+from .streaming.outcome import Outcome, StreamSummary
+from .streaming.stream import Stream, open_stream
 from .tasks import TASKS, Progress, Task
 from .threads import Threads, shielded
-from .views import View
 
 __all__ = [
     "CONFIG",

@@ -19,19 +19,21 @@ from rich.console import Console
 from rich.table import Table
 from watchfiles import PythonFilter, run_process
 
-from . import chat as conversation
-from . import client, longtask, openapi
-from . import doctor as examination
-from .app import create_app, serve
-from .app import work as serve_work
+from .client import chat as conversation
+from .client import doctor as examination
+from .client import tasks
+from .client.follow import follow as follow_events
+from .client.terminal import leaving, printable, say
 from .config import Config, ConfigError, Fault
-from .observe import logging_to
 from .problems import Problem
-from .registry import find
 from .scaffold import write_plugin
-from .site import REGISTRY, ROUTES, version
+from .server import openapi
+from .server.app import create_app, serve
+from .server.app import work as serve_work
+from .server.logging import logging_to
+from .server.registry import find
+from .server.site import REGISTRY, ROUTES, version
 from .tasks import TASKS
-from .terminal import leaving, printable, say
 
 DEFAULT_CONFIG = Path("config.toml")
 
@@ -42,7 +44,7 @@ cli = typer.Typer(
     rich_markup_mode=None,
 )
 
-cli.add_typer(longtask.task, name="task")
+cli.add_typer(tasks.task, name="task")
 
 ConfigOption = Annotated[
     Path | None,
@@ -240,7 +242,7 @@ async def _print_events(url: str, last_event_id: str, limit: int | None, *, reco
         # The writing end of a pipe is reported when its reader is gone: no event has to come to find that out.
         asyncio.get_running_loop().add_reader(output, task.cancel)
     count = 0
-    events = client.follow(
+    events = follow_events(
         url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: say(str(pause))
     )
     async with aclosing(events):
@@ -310,9 +312,9 @@ def open_menu(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Open these views, one after another, not the menu.")
     ] = None,
-    url: longtask.Url = longtask.LOCAL,
+    url: tasks.Url = tasks.LOCAL,
 ) -> None:
     """Choose from a menu what to see of a server: downloads, prices, logs, exports, a chat, tasks, a comparison."""
-    from . import menu  # what it draws with is not loaded for other commands
+    from .client import menu  # what it draws with is not loaded for other commands
 
     raise typer.Exit(menu.run(url, names or ()))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from .scenario import Scenario
-    from .streaming import StreamSummary
+    from .streaming.outcome import StreamSummary
     from .tasks import Task
 
 hookspec = pluggy.HookspecMarker("streamlab")

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -131,3 +131,13 @@ def from_aiohttp(error: Exception) -> Problem | None:
     if isinstance(error, web.HTTPMethodNotAllowed):
         detail = f"This path takes {', '.join(sorted(error.allowed_methods))}."
     return Problem(error.status, detail, headers=headers)
+
+
+def faults(error: ValidationError, place: str) -> list[dict[str, Any]]:
+    """Return what a model rejects, as the `errors` of a problem document: where, which parameter, and why."""
+    found = []
+    for detail in error.errors(include_url=False, include_input=False):
+        name = ".".join(str(part) for part in detail["loc"])[:100] or place
+        message = detail["msg"].removeprefix("Value error, ")
+        found.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
+    return found

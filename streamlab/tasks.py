@@ -12,8 +12,7 @@ import msgspec
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from .problems import Problem, in_words
-from .validation import faults
+from .problems import Problem, faults, in_words
 
 log = logging.getLogger(__name__)
 

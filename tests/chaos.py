@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from conftest import Running, free_port
 
-from streamlab.client import Event, Parser
+from streamlab.client.sse import Event, Parser
 
 TICKER = "/stream/stock-ticker"
 

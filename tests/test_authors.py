@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY, write_plugins
 
 from streamlab import hookspecs
-from streamlab.registry import HOOKS
+from streamlab.server.registry import HOOKS
 from streamlab.testing import Conformance
 
 GUIDE = (REPOSITORY / "docs" / "authors.md").read_text()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Running, run_streamlab, write_plugins
 
-from streamlab.site import version
+from streamlab.server.site import version
 
 STREAMLAB = [sys.executable, "-m", "streamlab"]
 

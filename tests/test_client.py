@@ -20,18 +20,9 @@ from typing import IO
 import pytest
 from conftest import REPOSITORY, Running, write_plugins
 
-from streamlab.client import (
-    MAX_BYTES,
-    MAX_RETRY_SECONDS,
-    Event,
-    Lost,
-    Parser,
-    Pause,
-    Refused,
-    backoff,
-    follow,
-    retry_after_seconds,
-)
+from streamlab.client.follow import MAX_RETRY_SECONDS, Pause, backoff, follow
+from streamlab.client.http import Lost, Refused, retry_after_seconds
+from streamlab.client.sse import MAX_BYTES, Event, Parser
 
 
 def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002

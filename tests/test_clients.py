@@ -29,7 +29,7 @@ FROM_THE_BEGINNING = f"{PATH}?last_event_id=0-0"
 """What clients ask for: the first time there is no header, and afterwards the header wins."""
 
 # Heartbeats come every ten seconds, which is more than a test has: here they stand between all events.
-HEARTBEATS = "import streamlab.events\n\nstreamlab.events.HEARTBEAT_SECONDS = 0.02\n"
+HEARTBEATS = "import streamlab.events.channel\n\nstreamlab.events.channel.HEARTBEAT_SECONDS = 0.02\n"
 
 FINITE = '''
     """A channel that ends."""

@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from streamlab.coding import IN_THREAD, GzipEncoder, ZstdEncoder, choose_encoder
+from streamlab.streaming.compression import IN_THREAD, GzipEncoder, ZstdEncoder, choose_encoder
 from streamlab.threads import Threads
 
 

@@ -11,8 +11,8 @@ from conftest import REPOSITORY, write_plugins
 from pydantic import ValidationError
 
 from streamlab.config import Config, ConfigError, EventLog, Fault, Plugins, Server, nearest
-from streamlab.registry import Registry
 from streamlab.scenario import Scenario
+from streamlab.server.registry import Registry
 
 NO_DEFAULT = {
     ("server", "tls_certificate"),

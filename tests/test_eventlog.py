@@ -13,11 +13,12 @@ import pytest
 import redis.asyncio
 from conftest import Valkey
 
-from streamlab import eventlog_sqlite
-from streamlab.eventlog import (
+from streamlab.events import sqlite as eventlog_sqlite
+from streamlab.events.append_queue import PENDING_BYTES
+from streamlab.events.channel import open_log
+from streamlab.events.log import (
     LATEST,
     ORIGIN,
-    PENDING_BYTES,
     Append,
     Draft,
     Event,
@@ -27,7 +28,6 @@ from streamlab.eventlog import (
     Position,
     Retention,
 )
-from streamlab.events import open_log
 
 KEEP = Retention(1000, 3600)
 
@@ -619,7 +619,7 @@ async def test_redis_server_remembers_no_append_that_was_acknowledged(valkey: Va
 async def test_redis_rejects_what_a_holder_publishes_after_it_has_lost_its_lease(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamlab import eventlog_redis
+    from streamlab.events import redis as eventlog_redis
 
     monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
     append = Append("c", [Draft(b"stale")], KEEP, ("place", "old"), lease="l")
@@ -720,7 +720,7 @@ async def test_a_lease_leaves_no_file_behind(tmp_path: Path) -> None:
 
 
 async def test_redis_lease_moves_when_its_holder_is_gone(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamlab import eventlog_redis
+    from streamlab.events import redis as eventlog_redis
 
     monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
     async with opened(valkey.url) as one, opened(valkey.url) as two:

@@ -433,9 +433,9 @@ def test_a_stream_without_an_id_begins_with_the_last_events_or_those_since_a_tim
 
 
 HASTY = """
-    import streamlab.events
+    import streamlab.events.channel
 
-    streamlab.events.HEARTBEAT_SECONDS = 0.05
+    streamlab.events.channel.HEARTBEAT_SECONDS = 0.05
 """
 
 

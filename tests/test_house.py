@@ -1,6 +1,7 @@
 """The house as a whole: who imports whom, and README's table of what every module owns."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,36 +13,20 @@ import streamlab
 CORE = REPOSITORY / "streamlab"
 PLUGINS = REPOSITORY / "plugins"
 
-# From the outermost layer to the innermost. A module imports only from layers that stand below its own; beside that,
-# the server and the clients know nothing of each other but what goes over the wire.
-LAYERS = {
-    "The command line": (
-        ("__main__",),
-        ("cli",),
-        ("scaffold",),
-    ),
-    "The server": (
-        ("__init__", "app"),
-        ("site", "lifespans"),
-        ("registry", "observe", "edge"),
-        ("hookspecs", "events"),
-        ("tasks", "replay"),
-        ("hub",),
-        ("openapi", "validation", "streaming", "views"),
-        ("scenario", "config", "coding", "eventlog_redis", "eventlog_sqlite"),
-        ("eventlog", "leases", "watchdog"),
-    ),
-    "The clients": (
-        ("menu",),
-        ("chat", "doctor", "longtask", "transfer"),
-        ("terminal",),
-        ("client",),
-    ),
-    "What both use": (("problems", "sse", "threads"),),
+# What each part of the core may import besides itself; the server and the clients meet only on the wire.
+CONTRACT = ("hookspecs", "scenario", "tasks")
+WORDS = ("config", "problems", "sse", "threads")
+COMMAND_LINE = ("__main__", "cli", "scaffold")
+PARTS = {
+    "command line": {"server", "events", "client", "contract", "words"},
+    "public names": {"server", "events", "streaming", "contract", "words"},
+    "server": {"events", "streaming", "contract", "words"},
+    "client": {"words"},
+    "events": {"streaming", "words"},
+    "contract": {"streaming", "words"},
+    "streaming": {"words"},
+    "words": set[str](),
 }
-STOREYS = {name: storey for storey, layers in LAYERS.items() for layer in layers for name in layer}
-ORDER = [layer for layers in LAYERS.values() for layer in layers]
-HEIGHT = {name: -depth for depth, layer in enumerate(ORDER) for name in layer}
 
 SOURCES = [*CORE.rglob("*.py"), *PLUGINS.rglob("*.py")]
 
@@ -62,27 +47,50 @@ def imports(path: Path, package: str) -> Iterator[tuple[str, str]]:
             yield from ((module, alias.name) for alias in node.names)
 
 
+def part_of(module: str) -> str:
+    """The part of the core that a module of streamlab belongs to, given by its dotted name below `streamlab`."""
+    root = module.partition(".")[0]
+    if root in PARTS:
+        return root
+    for part, modules in (("contract", CONTRACT), ("words", WORDS), ("command line", COMMAND_LINE)):
+        if root in modules:
+            return part
+    return {"": "public names", "testing": "testing"}[root]
+
+
 def core_imports(path: Path) -> set[str]:
-    """The modules of the core that one of them imports, wherever in it, for its types alone too."""
+    """The modules of the core that one of them imports, wherever in it, as dotted names below `streamlab`."""
+    package = ".".join(("streamlab", *path.relative_to(CORE).parts[:-1]))
     found = set()
-    for module, name in imports(path, "streamlab"):
-        if module == "streamlab":
-            found.add(name if (CORE / name).with_suffix(".py").exists() or (CORE / name).is_dir() else "__init__")
-        elif module.startswith("streamlab."):
-            found.add(module.split(".")[1])
+    for module, name in imports(path, package):
+        if module.partition(".")[0] == "streamlab":
+            inner = module.removeprefix("streamlab").removeprefix(".")
+            below = ".".join(filter(None, [inner, name]))
+            file = CORE.joinpath(*below.split("."))
+            found.add(below if file.with_suffix(".py").exists() or file.is_dir() else inner)
     return found
 
 
-def test_every_module_of_the_core_has_a_layer() -> None:
-    assert sorted(STOREYS) == sorted(path.stem for path in CORE.glob("*.py"))
+def core_modules() -> dict[str, Path]:
+    """Every module of the core but those of `testing`, which may import anything, by its dotted name."""
+    paths = [path for path in CORE.rglob("*.py") if path.relative_to(CORE).parts[0] != "testing"]
+    return {
+        ".".join(path.relative_to(CORE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+        for path in paths
+    }
 
 
 def test_the_core_imports_only_downward() -> None:
-    pairs = [(name, imported) for name in STOREYS for imported in sorted(core_imports(CORE / f"{name}.py"))]
-    assert ("cli", "app") in pairs
-    assert [(name, other) for name, other in pairs if HEIGHT.get(other, 1) >= HEIGHT[name]] == []
-    across = {"The server", "The clients"}
-    assert [(name, other) for name, other in pairs if {STOREYS[name], STOREYS.get(other)} == across] == []
+    pairs = [(name, other) for name, path in core_modules().items() for other in sorted(core_imports(path))]
+    assert ("server.app", "streaming.drain") in pairs
+    parts = [(name, other, part_of(name), part_of(other)) for name, other in pairs]
+    assert [pair for *pair, part, other in parts if part != other and other not in PARTS[part]] == []
+
+
+def test_no_modules_of_one_part_import_each_other_in_a_circle() -> None:
+    graph = {name: core_imports(path) & core_modules().keys() - {name} for name, path in core_modules().items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("streaming.drain") < order.index("server.app")
 
 
 def test_the_server_names_no_plugin() -> None:
@@ -96,11 +104,11 @@ def test_the_server_names_no_plugin() -> None:
     }
     assert "/stream/stock-ticker" in routes
     names = {path.stem for path in PLUGINS.iterdir() if not path.name.startswith(("_", "."))}
-    server = [name for name, storey in STOREYS.items() if storey in ("The server", "What both use")]
+    server = [path for name, path in core_modules().items() if part_of(name) not in ("client", "command line")]
     said = {
-        (name, node.value)
-        for name in server
-        for node in ast.walk(tree(CORE / f"{name}.py"))
+        (path.name, node.value)
+        for path in server
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert len(said) > 1000
@@ -166,11 +174,11 @@ def table(title: str, paths: list[Path]) -> str:
 
 
 def tables() -> str:
-    """Every module of the core, in the order of its layers, and of each plugin."""
-    groups = {storey: [CORE / f"{name}.py" for layer in layers for name in layer] for storey, layers in LAYERS.items()}
-    groups["The lab page"] = sorted(CORE.glob("web/*.js"))
+    """Every module of the core, by folder, and of each plugin."""
+    groups = {"The contract, and what all parts use": sorted(CORE.glob("*.py"))}
     for folder in sorted(path.parent for path in CORE.glob("*/__init__.py")):
         groups[f"`streamlab.{folder.name}`"] = sorted(folder.rglob("*.py"))
+    groups["The lab page"] = sorted(CORE.glob("web/*.js"))
     groups["The plugins that ship"] = sorted(PLUGINS.rglob("*.py"))
     return "\n\n".join(table(title, paths) for title, paths in groups.items())
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from streamlab import hub
-from streamlab.eventlog import Event, Position
-from streamlab.hub import Follower, Hub
-from streamlab.views import EVERYTHING, Filters
+from streamlab.events import hub
+from streamlab.events.hub import Follower, Hub
+from streamlab.events.log import Event, Position
+from streamlab.events.views import EVERYTHING, Filters
 
 
 class Kept:

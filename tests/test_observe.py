@@ -6,7 +6,7 @@ import queue
 import sys
 from pathlib import Path
 
-from streamlab.observe import BoundedQueueHandler, LineFormatter, logging_to
+from streamlab.server.logging import BoundedQueueHandler, LineFormatter, logging_to
 
 
 def record(message: str, *arguments: object, **fields: object) -> logging.LogRecord:

@@ -15,11 +15,12 @@ from conftest import Running, write_plugins
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel, ConfigDict, Field
 
-from streamlab import Scenario, endpoint, openapi
-from streamlab.app import create_app
+from streamlab import Scenario, endpoint
 from streamlab.config import Config
-from streamlab.registry import find
-from streamlab.site import ROUTES, version
+from streamlab.server import openapi
+from streamlab.server.app import create_app
+from streamlab.server.registry import find
+from streamlab.server.site import ROUTES, version
 
 Client = Callable[..., Awaitable[TestClient[Any, Any]]]
 

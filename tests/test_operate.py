@@ -31,8 +31,8 @@ from conftest import (
 )
 from packaging.requirements import Requirement
 
-from streamlab.app import create_app
 from streamlab.config import Config, Server
+from streamlab.server.app import create_app
 
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import pytest
 from conftest import Running, read_all, read_until, starting_in
 
-from streamlab.edge import HEAD_SECONDS
 from streamlab.problems import phrase
+from streamlab.server.edge import HEAD_SECONDS
 
 PLUGIN = '''
     from aiohttp import web

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, EventStream, Running, write_plugins
 
-from streamlab.app import create_app
 from streamlab.config import Config
+from streamlab.server.app import create_app
 
 README = (REPOSITORY / "README.md").read_text()
 THUMBNAILS, COUNTDOWN, VOTES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -126,7 +126,7 @@ def test_every_exported_name_and_metric_is_in_readme() -> None:
 
     for name in streamlab.__all__:
         assert f"`{name}" in README, name
-    sources = [REPOSITORY / "streamlab" / "observe.py", *(REPOSITORY / "plugins").rglob("*.py")]
+    sources = [*(REPOSITORY / "streamlab").rglob("*.py"), *(REPOSITORY / "plugins").rglob("*.py")]
     source = "".join(path.read_text() for path in sources)
     metrics = re.findall(r'(?:Counter|Gauge|Histogram|Family)\(\s*"(streamlab_\w+)"', source)
     assert len(metrics) == len(re.findall(r"^\| `streamlab_\w+` \|", README, re.MULTILINE))

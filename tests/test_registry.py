@@ -15,12 +15,12 @@ from aiohttp.test_utils import TestClient, TestServer
 from conftest import disabled, write_plugins
 
 from streamlab import hookspecs
-from streamlab.app import create_app
 from streamlab.config import Config, ConfigError
-from streamlab.observe import LineFormatter
-from streamlab.registry import HOOKS, find
-from streamlab.site import REGISTRY, ROUTES
-from streamlab.streaming import STREAMS
+from streamlab.server.app import create_app
+from streamlab.server.logging import LineFormatter
+from streamlab.server.registry import HOOKS, find
+from streamlab.server.site import REGISTRY, ROUTES
+from streamlab.streaming.drain import STREAMS
 from streamlab.tasks import TASKS
 
 Client = Callable[..., Awaitable[TestClient[Any, Any]]]

@@ -19,12 +19,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from streamlab import openapi
-from streamlab.app import create_app
 from streamlab.config import Config
-from streamlab.observe import METRICS, LineFormatter, logging_to
-from streamlab.site import ROUTES, version
-from streamlab.streaming import STREAMS
+from streamlab.server import openapi
+from streamlab.server.app import create_app
+from streamlab.server.logging import LineFormatter, logging_to
+from streamlab.server.metrics import METRICS
+from streamlab.server.site import ROUTES, version
+from streamlab.streaming.drain import STREAMS
 
 Client = TestClient[Any, Any]
 

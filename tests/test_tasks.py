@@ -13,9 +13,9 @@ from conftest import write_plugins
 from pydantic import Field
 
 from streamlab import TASKS, Problem, Progress, Task
-from streamlab.app import create_app
 from streamlab.config import Config, ConfigError
-from streamlab.site import REGISTRY
+from streamlab.server.app import create_app
+from streamlab.server.site import REGISTRY
 from streamlab.tasks import MESSAGES
 
 

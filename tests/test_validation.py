@@ -12,9 +12,9 @@ import pytest
 from aiohttp.test_utils import TestClient
 from conftest import Running, disabled, write_plugins
 
-from streamlab import validation
-from streamlab.app import create_app
 from streamlab.config import Config
+from streamlab.server import validation
+from streamlab.server.app import create_app
 
 Client = TestClient[Any, Any]
 

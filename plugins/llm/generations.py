@@ -12,19 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from aiohttp import web
 
-from streamlab import (
-    END,
-    ORIGIN,
-    Channel,
-    EventLogError,
-    Events,
-    Problem,
-    Retention,
-    draft,
-    follow,
-    frame,
-    open_stream,
-)
+from streamlab import END, ORIGIN, Channel, EventLogError, Events, Problem, Retention, draft, follow, frame, open_stream
 
 from .answer import Answer
 

@@ -11,19 +11,7 @@ from aiohttp import web
 from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from streamlab import (
-    CONFIG,
-    EVENTS,
-    METRICS,
-    TASKS,
-    Problem,
-    Progress,
-    Scenario,
-    Task,
-    endpoint,
-    follow,
-    hookimpl,
-)
+from streamlab import CONFIG, EVENTS, METRICS, TASKS, Problem, Progress, Scenario, Task, endpoint, follow, hookimpl
 
 from .embedded import Embedded
 from .engine import Engine, QueueLimits

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from streamlab import openapi
-from streamlab.app import create_app
 from streamlab.config import Config, ConfigError
-from streamlab.site import REGISTRY, ROUTES
+from streamlab.server import openapi
+from streamlab.server.app import create_app
+from streamlab.server.site import REGISTRY, ROUTES
 
 from .answers import Answers
 from .downloads import Downloads

@@ -14,7 +14,7 @@ from aiohttp import web
 from pydantic import PrivateAttr
 
 from streamlab import Scenario, StreamSummary, endpoint, hookimpl
-from streamlab.streaming import STREAMS
+from streamlab.streaming.drain import STREAMS
 
 
 class ConformanceProbe(Scenario):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from streamlab.config import Config, nearest
-from streamlab.registry import find
+from streamlab.server.registry import find
 
 START_SECONDS = 30.0
 """What a server may take until it serves."""

@@ -18,8 +18,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from conftest import EventStream, Running, plugin_module, read_all, read_until
 
-from streamlab.app import create_app
 from streamlab.config import Config
+from streamlab.server.app import create_app
 
 ways = plugin_module("comparison", "ways")
 memory = plugin_module("comparison", "memory")

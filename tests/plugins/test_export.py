@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from conftest import Running, plugin_module, read_all, read_until, run_streamlab, starting_in
 
-from streamlab.app import create_app
 from streamlab.config import Config
-from streamlab.site import REGISTRY
+from streamlab.server.app import create_app
+from streamlab.server.site import REGISTRY
 
 ROWS = 20_000
 

@@ -27,8 +27,8 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
 from conftest import Running, disabled, plugin_module, read_all, read_until
 
-from streamlab.app import create_app
 from streamlab.config import Config
+from streamlab.server.app import create_app
 
 BODY = bytes(range(256)) * 1000
 MODIFIED = 1_700_000_000

@@ -261,7 +261,7 @@ def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
 ) -> None:
     gate = Gate()
     often = (
-        "import sys\n\nimport streamlab.events\n\nstreamlab.events.HEARTBEAT_SECONDS = 0.02\n"
+        "import sys\n\nimport streamlab.events.channel\n\nstreamlab.events.channel.HEARTBEAT_SECONDS = 0.02\n"
         "sys.modules['streamlab.plugins.llm.upstream'].HEARTBEAT_SECONDS = 0.02\n"
     )
     server, _ = gateway({"default": gate}, zz_often=often)

@@ -24,7 +24,7 @@ from conftest import REPOSITORY, EventStream, Received, Running, Valkey, begin, 
 from fork_server import ForkedProcess
 
 from streamlab import Problem
-from streamlab.events import Events, open_log
+from streamlab.events.channel import Events, open_log
 
 TOIL = '''
     """Tasks that do what a test wants: they wait for files, and note each run."""

@@ -1,0 +1,739 @@
+"""Events kept in a SQLite file that the processes of one machine share, or in memory."""
+
+import asyncio
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from streamlab.threads import Threads
+
+from .append_queue import AppendQueue
+from .leases import Leases
+from .log import (
+    BATCH_BYTES,
+    ORIGIN,
+    Append,
+    Batch,
+    Deliver,
+    Event,
+    EventLogError,
+    LeaseLost,
+    Position,
+    Retention,
+    is_replaced,
+    within,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.02
+"""How often a process looks for what other processes of the machine have committed."""
+
+HOUSEKEEPING_SECONDS = 2.0
+"""How often the write-ahead log goes into the file, and what is too old goes out of it."""
+
+BUSY_SECONDS = 10.0
+"""How long a commit waits for another process's."""
+
+TAIL_EVENTS = 1000
+"""Events that are read at once to catch up with another process."""
+
+SUFFIXES = ("", "-wal", "-shm")
+"""Names of the files of a database, after its own: itself, its write-ahead log, and that log's index."""
+
+MOVED = "moved"
+"""How the triggers are named, and what they say, that keep events out of a file whose copy has taken its place."""
+
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+"""Error codes of a file whose content is not what SQLite has written."""
+
+_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS channels (
+        id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, epoch INTEGER NOT NULL, last INTEGER NOT NULL,
+        keep_events INTEGER NOT NULL, keep_seconds REAL NOT NULL, expires INTEGER
+    );
+    CREATE INDEX IF NOT EXISTS expiring ON channels (expires) WHERE expires IS NOT NULL;
+    CREATE TABLE IF NOT EXISTS events (
+        channel INTEGER NOT NULL, epoch INTEGER NOT NULL, offset INTEGER NOT NULL,
+        time INTEGER NOT NULL, event TEXT NOT NULL, key TEXT NOT NULL, data BLOB NOT NULL,
+        PRIMARY KEY (channel, epoch, offset)
+    ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS checkpoints (
+        channel INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (channel, name)
+    ) WITHOUT ROWID;
+"""
+
+
+_Identity = tuple[int, int] | None
+"""Device and inode of a file; None where there is none."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    position: Position
+    deliver: Deliver
+    behind: bool = False
+    """Whether something was committed that cannot be delivered before it has been read from the file."""
+
+
+class _Replaced(Exception):
+    """Another file was put in place of the one that a commit went into."""
+
+
+class SqliteLog:
+    """An event log in one file in WAL mode. `path` None keeps it in memory, for one process and its life.
+
+    A commit is safe when the process dies (SIGKILL). When the machine dies, the last seconds may be lost: every
+    channel then begins a new epoch at the next start, so that clients hear of it.
+
+    No commit is acknowledged before both names, the database's and its write-ahead log's, have been found to stand for
+    the files that are open. Where one was deleted, all that the open files hold is copied into a new database in its
+    place, and nothing is lost. Where another database was put there, it is the log from then on, with new epochs. A
+    damaged file rejects all events until it is moved away or replaced. Source: sqlite.org/howtocorrupt.html, section 2.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._files = () if path is None else tuple(path.with_name(path.name + suffix) for suffix in SUFFIXES)
+        self._opened: tuple[_Identity, ...] = ()
+        """The identities of these files as they were opened."""
+        self._problems: dict[str, str] = {}
+        """Why events cannot be written or read (`database`), or leases be held (`leases`), for clients."""
+        self._damaged = False
+        self._keeping = threading.Lock()
+        """Held while a thread uses or closes the connection that housekeeping has."""
+        self._filled = False
+        """Whether the database has been seen with a schema: a new one has it in its write-ahead log alone at first."""
+        self._seen = 0
+        """The greatest epoch that this process has committed to or read."""
+        self._queue = AppendQueue(self._keep)
+        self._watches: dict[str, _Watch] = {}
+        self._watched = asyncio.Event()
+        self._behind = asyncio.Event()
+        # One thread writes and one reads, each with its connection; in memory there is one of both.
+        self._writing = Threads("eventlog-write", 1)
+        self._reading = self._writing if path is None else Threads("eventlog-read", 1)
+        self._beside = Threads("eventlog-beside", 1)
+        """Takes leases and moves the write-ahead log into the file, so that no event waits for either."""
+        self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"), self._beside)
+        self._dirty = False
+
+    # -- life
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Open the file, making it if need be, and keep house until the block ends."""
+        async with AsyncExitStack() as stack:
+            for threads in dict.fromkeys((self._beside, self._writing, self._reading)):
+                await stack.enter_async_context(threads)
+            try:
+                await self._writing.run(self._open, discard=self._undo_open)
+            except (OSError, sqlite3.Error) as error:
+                reason = f"{self._path}: {_reason(error)} (`url` of [events] names the file)"
+                raise EventLogError(f"cannot keep events there: {reason}") from None
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(work()) for work in (self._queue.run, self._tail, self._keep_house)]
+                    try:
+                        yield
+                    finally:
+                        for task in tasks:
+                            task.cancel()
+            finally:
+                if self._leases is not None:
+                    self._leases.close()
+                # Each on its own thread: what was asked for last may still be read there.
+                try:
+                    await self._reading.finish(self._close_reader)
+                finally:
+                    await self._writing.finish(self._close)
+
+    def _connect(self, how: str = "mode=rw") -> sqlite3.Connection:
+        target = ":memory:" if self._path is None else f"{self._path.absolute().as_uri()}?{how}"
+        connection = sqlite3.connect(
+            target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+        )
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            # Housekeeping moves the log into the file, so that no commit waits for a disk.
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            connection.execute("PRAGMA journal_size_limit = 16777216")
+            connection.execute("PRAGMA cache_size = -16384")
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens the write-ahead log
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _open(self) -> None:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = self._connect("mode=rwc")
+        try:
+            self._db.executescript(_SCHEMA)
+            with self._transaction():
+                self._count_opening()
+            self._opened = self._found()
+            self._version = self._data_version()
+            self._readers, self._read_from = (self._db if self._path is None else self._connect()), self._db
+            self._keeper = self._db if self._path is None else self._connect()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _undo_open(self, _: None) -> None:
+        self._close_reader()
+        self._close()
+
+    def _close_reader(self) -> None:
+        if self._readers is not self._db:
+            self._readers.close()
+
+    def _close(self) -> None:
+        try:
+            with self._durably(), self._transaction():
+                self._db.execute("UPDATE meta SET value = value - 1 WHERE name = 'open'")
+        except sqlite3.Error as error:
+            log.warning("the event log could not be closed in good order: %s", error)
+        with self._keeping:
+            self._keeper.close()
+        self._db.close()
+
+    def _count_opening(self) -> None:
+        """Begin new epochs where the machine has been started anew while somebody had this file open.
+
+        With `synchronous = NORMAL`, commits of the last seconds are lost if the machine stops without warning. A
+        client may have seen them, and must not take what is published now for what comes after them.
+        """
+        boot, meta = _boot_id(), dict(self._db.execute("SELECT name, value FROM meta"))
+        opened = int(meta.get("open", "0"))
+        if meta.get("boot", boot) != boot:
+            if opened > 0:
+                log.warning("the machine stopped while %s was in use: every channel begins a new epoch", self._path)
+                self._renew_epochs()
+            opened = 0
+        self._set_meta("boot", boot)
+        self._set_meta("open", str(opened + 1))
+        self._set_meta("inode", _inode(self._path))
+
+    def _renew_epochs(self) -> None:
+        for (channel,) in self._db.execute("SELECT id FROM channels ORDER BY id").fetchall():
+            fresh = (self._new_epoch(), channel)
+            self._db.execute("UPDATE channels SET epoch = ?, last = 0 WHERE id = ?", fresh)
+
+    def _set_meta(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _durably(self) -> Iterator[None]:
+        """Make commits of the block safe from a machine that stops."""
+        self._db.execute("PRAGMA synchronous = FULL")
+        try:
+            yield
+        finally:
+            self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def _data_version(self) -> int:
+        """A number that changes when another process commits. (The reading connection never does.)"""
+        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    def _new_epoch(self) -> int:
+        """An epoch later than every other of this file, whatever the clock says."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
+        epoch = max(_now(), int(row[0]) + 1 if row else 0)
+        self._set_meta("epoch", str(epoch))
+        return epoch
+
+    # -- files that are deleted, replaced or damaged
+
+    def _found(self, count: int = len(SUFFIXES)) -> tuple[_Identity, ...]:
+        """Return which files the first `count` names stand for now: a system call each."""
+        return tuple(_identity(file) for file in self._files[:count])
+
+    def _ensure_in_place(self, count: int = len(SUFFIXES)) -> bool:
+        """Return whether all that was committed is in the files that the first `count` names stand for.
+
+        Where they stand for others, the log goes on in those. Raises OSError or sqlite3.Error where it cannot, now.
+        """
+        if not self._damaged and self._found(count) == self._opened[:count]:
+            return True
+        assert self._leases is not None, "a log in memory has no files"
+        with self._leases.locked("files"):  # one process mends, and the others find that it has
+            (database, *others), (opened, *others_opened) = self._found(), self._opened
+            if database in (None, opened) and not self._damaged:
+                self._copy()
+            elif database == opened:
+                raise sqlite3.DatabaseError("the file is damaged; move it away, or a backup into its place")
+            else:  # what belongs to the old database must not be applied to the new one
+                for file, identity, before in zip(self._files[1:], others, others_opened, strict=True):
+                    if identity == before:
+                        file.unlink(missing_ok=True)
+            complete = self._open_again()
+        outcome = "all that it held is in a new file" if complete else "what the present file does not hold is lost"
+        log.warning("the event log's file %s was deleted or replaced while in use; %s", self._path, outcome)
+        return complete
+
+    def _copy(self) -> None:
+        """Put a copy of all that the open files hold in the place of those that were deleted.
+
+        Other processes that have the old files open cannot commit meanwhile, and no events after it.
+        """
+        database, log_file, index = self._files
+        copy = database.with_name(f"{database.name}-copy")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)
+        with self._transaction():
+            log_file.unlink(missing_ok=True)
+            with self._keeping:
+                self._keeper.execute("VACUUM INTO ?", (str(copy),))  # the connection of a transaction cannot
+            with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
+                # Each process that has the old file open will count itself in the new one.
+                connection.execute("UPDATE meta SET value = '0' WHERE name = 'open'")
+                connection.execute("UPDATE meta SET value = ? WHERE name = 'inode'", (_inode(copy),))
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
+            index.unlink(missing_ok=True)
+            copy.replace(database)
+            for change in ("INSERT", "UPDATE"):
+                self._db.execute(
+                    f"CREATE TRIGGER {MOVED}_{change} BEFORE {change} ON channels "
+                    f"BEGIN SELECT RAISE(ABORT, '{MOVED}'); END"
+                )
+
+    def _open_again(self) -> bool:
+        """Open what the name stands for now, and return whether it holds all that was committed to the old file.
+
+        Every channel of a file that no streamlab put there begins a new epoch.
+
+        The old connections can be closed: SQLite deletes no write-ahead log of a database that has moved.
+        """
+        old, self._db = self._db, self._connect("mode=rwc")
+        try:
+            self._db.executescript(_SCHEMA)
+            keeper = self._connect()
+            with self._transaction():
+                meta = dict(self._db.execute("SELECT name, value FROM meta"))
+                self._set_meta("epoch", str(max(self._seen, int(meta.get("epoch", "0")))))
+                if foreign := meta.get("inode") != _inode(self._path):
+                    self._renew_epochs()
+                self._count_opening()
+            self._opened = self._found()
+        except BaseException:
+            self._db.close()
+            self._db = old
+            raise
+        self._damaged, self._filled, self._version = False, False, -1  # every watch has to look
+        with self._keeping:
+            self._keeper.close()
+            self._keeper = keeper
+        with suppress(sqlite3.Error), closing(old):
+            marks = old.execute("SELECT count(*) FROM sqlite_schema WHERE name LIKE ?", (f"{MOVED}%",)).fetchone()
+            return not foreign and marks != (0,)
+        return False
+
+    def _reader(self) -> sqlite3.Connection:
+        """Return the reading thread's connection to the file that is in use."""
+        if self._read_from is not (db := self._db):
+            readers = self._connect()
+            with suppress(sqlite3.Error):
+                self._readers.close()
+            self._readers, self._read_from = readers, db
+        return self._readers
+
+    def _failed(self, error: OSError | sqlite3.Error | _Replaced, part: str = "database") -> EventLogError:
+        """Note what failed, for /health, and return the error for the caller."""
+        self._damaged = self._damaged or getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE
+        if (reason := _reason(error)) != self._problems.get(part):
+            log.error("the event log %s fails (%s): %s", self._path or "in memory", part, reason)
+        self._problems[part] = reason
+        return EventLogError(f"The event log fails: {reason}.")
+
+    def _works(self, part: str = "database") -> None:
+        if self._problems.pop(part, ""):
+            log.warning("the event log %s works again (%s)", self._path or "in memory", part)
+
+    # -- appending
+
+    async def append(self, append: Append) -> Position:
+        """Add events; they are in the file's write-ahead log when this returns.
+
+        A process that is stopped keeps the locks of its leases, so that nothing has to be compared at the commit.
+        """
+        if append.lease and self._leases is not None and not self._leases.holds(append.lease):
+            raise LeaseLost
+        return await self._queue.append(append)
+
+    async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
+        try:
+            now, positions = await self._writing.run(self._commit, appends)
+        except (OSError, sqlite3.Error, _Replaced) as error:
+            failure = self._failed(error)
+            return [failure for _ in appends]
+        self._dirty = True
+        self._seen = max(self._seen, *(position.epoch for position in positions))
+        for append, last in zip(appends, positions, strict=True):
+            if watch := self._watches.get(append.channel):
+                self._pass_on(watch, append, last, now)
+        return positions
+
+    def _commit(self, appends: Sequence[Append]) -> tuple[int, list[Position]]:
+        if self._damaged:
+            self._ensure_in_place()
+        now = _now()
+        try:
+            positions = self._commit_once(appends, now)
+        except sqlite3.IntegrityError:  # another process has copied this file into a new one
+            self._ensure_in_place(2)
+            positions = self._commit_once(appends, now)
+        if not self._ensure_in_place(2):
+            raise _Replaced("its file was replaced while this was written")
+        return now, positions
+
+    def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position]:
+        with self._transaction():
+            return [self._add(append, now) for append in appends]
+
+    def _add(self, append: Append, now: int) -> Position:
+        db, keep = self._db, append.retention
+        expires = None if keep.idle_seconds is None else now + int(keep.idle_seconds * 1000)
+        row = db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (append.channel,)).fetchone()
+        if row is None:
+            epoch, last = self._new_epoch(), 0
+            (channel,) = db.execute(
+                "INSERT INTO channels (name, epoch, last, keep_events, keep_seconds) "
+                "VALUES (?, ?, 0, ?, ?) RETURNING id",
+                (append.channel, epoch, keep.events, keep.seconds),
+            ).fetchone()
+        else:
+            channel, epoch, last = row
+        db.executemany(
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                (channel, epoch, offset, now, draft.event, draft.key, draft.data)
+                for offset, draft in enumerate(append.drafts, last + 1)
+            ),
+        )
+        end = last + len(append.drafts)
+        db.execute(
+            "UPDATE channels SET last = ?, expires = ?, keep_events = ?, keep_seconds = ? WHERE id = ?",
+            (end, expires, keep.events, keep.seconds, channel),
+        )
+        if append.checkpoint is not None:
+            db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", (channel, *append.checkpoint))
+        step = max(1, keep.events // 8)
+        if end // step != last // step:  # now and then, and then many
+            self._forget_surplus(channel, epoch, end - keep.events)
+        return Position(epoch, end)
+
+    def _forget_surplus(self, channel: int, epoch: int, until: int) -> None:
+        if until > 0:
+            forgotten = (channel, epoch, until)
+            self._db.execute("DELETE FROM events WHERE channel = ? AND (epoch, offset) <= (?, ?)", forgotten)
+
+    # -- passing on
+
+    def _pass_on(self, watch: _Watch, append: Append, last: Position, now: int) -> None:
+        """Deliver what was just committed, unless another process's events come before it."""
+        if not append.drafts:
+            return
+        first = Position(last.epoch, last.offset - len(append.drafts) + 1)
+        if watch.behind or not watch.position.precedes(first):
+            watch.behind = True
+            self._behind.set()
+            return
+        watch.position = last
+        watch.deliver(
+            [
+                Event(Position(last.epoch, offset), now, draft.data, draft.event, draft.key)
+                for offset, draft in enumerate(append.drafts, first.offset)
+            ]
+        )
+
+    def watch(self, channel: str, after: Position, deliver: Deliver) -> None:
+        """Deliver what follows a position: this process's commits at once, those of others within POLL_SECONDS."""
+        self._watches[channel] = _Watch(after, deliver, behind=True)
+        self._watched.set()
+        self._behind.set()
+
+    def unwatch(self, channel: str) -> None:
+        """End a watch."""
+        self._watches.pop(channel, None)
+
+    async def _tail(self) -> None:
+        """Read, for every watch that is behind, what it lacks; look for what other processes commit."""
+        while True:
+            if not self._watches:
+                self._watched.clear()
+                await self._watched.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if self._path is None else POLL_SECONDS):
+                    await self._behind.wait()
+            self._behind.clear()
+            try:
+                version = await self._writing.run(self._look)
+                if version != self._version:
+                    self._version = version
+                    for watch in self._watches.values():
+                        watch.behind = True
+                for channel, watch in tuple(self._watches.items()):
+                    if watch.behind:
+                        await self._catch_up(channel, watch)
+            except EventLogError:
+                await asyncio.sleep(1)
+            except (OSError, sqlite3.Error) as error:
+                self._failed(error)
+                await asyncio.sleep(1)
+
+    def _look(self) -> int:
+        """Return the data version of the file that the name stands for."""
+        if not self._damaged:
+            self._ensure_in_place(2)
+        return self._data_version()
+
+    async def _catch_up(self, channel: str, watch: _Watch) -> None:
+        watch.behind = False  # what is committed from here on sets it again
+        while self._watches.get(channel) is watch:
+            batch = await self.read(channel, watch.position, TAIL_EVENTS)
+            replaced = is_replaced(watch.position, batch.last)
+            events = [event for event in batch.events if replaced or event.position > watch.position]
+            if not events:
+                return
+            if self._watches.get(channel) is watch:
+                watch.position = events[-1].position
+                watch.deliver(events)
+
+    # -- reading
+
+    async def _asked(self, work: Callable[..., T], *arguments: object) -> T:
+        try:
+            return await self._reading.run(work, *arguments)
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
+        """Return up to `limit` events that follow a position, and about `size` bytes."""
+        batch = await self._asked(self._read, channel, after, limit, size)
+        self._seen = max(self._seen, batch.last.epoch)
+        return batch
+
+    def _read(self, channel: str, after: Position, limit: int, size: int) -> Batch:
+        db = self._reader()
+        db.execute("BEGIN")  # one snapshot for both questions
+        try:
+            row = db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (channel,)).fetchone()
+            if row is None:
+                return Batch((), ORIGIN)
+            number, epoch, last = row
+            if is_replaced(after, Position(epoch, last)):
+                after = ORIGIN
+            rows = db.execute(
+                "SELECT epoch, offset, time, data, event, key FROM events "
+                "WHERE channel = ? AND (epoch, offset) > (?, ?) ORDER BY epoch, offset LIMIT ?",
+                (number, *after, limit),
+            )
+            events = (Event(Position(row[0], row[1]), *row[2:]) for row in rows)
+            return Batch(within(events, size), Position(epoch, last))
+        finally:
+            db.execute("COMMIT")
+
+    async def checkpoint(self, channel: str, name: str) -> str | None:
+        """Return the text that was last appended under a name."""
+        return await self._asked(self._read_checkpoint, channel, name)
+
+    def _read_checkpoint(self, channel: str, name: str) -> str | None:
+        row = (
+            self._reader()
+            .execute(
+                "SELECT value FROM checkpoints WHERE name = ? AND channel = (SELECT id FROM channels WHERE name = ?)",
+                (name, channel),
+            )
+            .fetchone()
+        )
+        return row[0] if row else None
+
+    async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        """Return the texts last appended under a name, by the names of their channels, which begin with a prefix."""
+        return await self._asked(self._read_checkpoints, prefix, name)
+
+    def _read_checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
+        rows = self._reader().execute(
+            "SELECT channels.name, value FROM channels JOIN checkpoints ON channel = id "
+            "WHERE channels.name >= ? AND channels.name < ? AND checkpoints.name = ?",
+            (prefix, prefix + "\U0010ffff", name),
+        )
+        return dict(rows.fetchall())
+
+    # -- forgetting
+
+    async def _changed(self, work: Callable[..., T], *arguments: object) -> T:
+        try:
+            return await self._writing.run(work, *arguments)
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    async def trim(self, channel: str, retention: Retention) -> None:
+        """Forget what retention does not keep."""
+        await self._changed(self._trim, channel, retention)
+
+    def _trim(self, channel: str, retention: Retention) -> None:
+        with self._transaction():
+            row = self._db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (channel,)).fetchone()
+            if row is not None:
+                number, epoch, last = row
+                self._forget_surplus(number, epoch, last - retention.events)
+                self._forget_aged(number, _now() - int(retention.seconds * 1000))
+
+    def _forget_aged(self, channel: int, before: int) -> None:
+        # Events are in the order of their times, so this reads only what it deletes, and one more.
+        kept = self._db.execute(
+            "SELECT epoch, offset FROM events WHERE channel = ? AND time >= ? ORDER BY epoch, offset LIMIT 1",
+            (channel, before),
+        ).fetchone()
+        if kept is None:
+            self._db.execute("DELETE FROM events WHERE channel = ?", (channel,))
+        else:
+            self._db.execute("DELETE FROM events WHERE channel = ? AND (epoch, offset) < (?, ?)", (channel, *kept))
+
+    async def delete(self, channel: str) -> None:
+        """Forget a channel and all that belongs to it."""
+        await self._changed(self._delete, "name = ?", channel)
+
+    def _delete(self, condition: str, value: object) -> None:
+        with self._transaction():
+            found = self._db.execute(f"SELECT id FROM channels WHERE {condition}", (value,)).fetchall()  # noqa: S608
+            for channel in found:
+                for table, column in (("events", "channel"), ("checkpoints", "channel"), ("channels", "id")):
+                    self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", channel)  # noqa: S608
+
+    async def _keep_house(self) -> None:
+        turn = 0
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            try:
+                await self._writing.run(self._tidy, turn % 10 == 0)
+                if self._path is not None:
+                    dirty, self._dirty = self._dirty, False
+                    await self._beside.run(self._visit_file, dirty)
+            except (OSError, sqlite3.Error) as error:
+                self._failed(error)
+            else:
+                self._works()
+            turn += 1
+
+    def _tidy(self, aged_too: bool) -> None:
+        """Mend what can be mended, see whether events can be written if they could not, and forget what is too old."""
+        self._ensure_in_place()
+        if "database" in self._problems:
+            with self._transaction():
+                self._set_meta("probe", str(_now()))
+        now = _now()
+        expired = self._db.execute("SELECT 1 FROM channels WHERE expires < ? LIMIT 1", (now,)).fetchone()
+        if expired:
+            self._delete("expires < ?", now)
+        if aged_too:
+            for channel, seconds in self._db.execute("SELECT id, keep_seconds FROM channels").fetchall():
+                oldest = self._db.execute(
+                    "SELECT time FROM events WHERE channel = ? ORDER BY epoch, offset LIMIT 1", (channel,)
+                ).fetchone()
+                if oldest and oldest[0] < (before := now - int(seconds * 1000)):
+                    with self._transaction():
+                        self._forget_aged(channel, before)
+
+    def _visit_file(self, dirty: bool) -> None:
+        """See whether the file is still a database, and move the write-ahead log into it if `dirty`.
+
+        On connections of its own, while others read and write: theirs hold in memory, or in the write-ahead log, what
+        the file may not hold any more.
+        """
+        assert self._path is not None
+        name = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(name, uri=True)) as connection:
+            try:
+                (version,) = connection.execute("PRAGMA schema_version").fetchone()
+            except sqlite3.DatabaseError as error:
+                if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+                    raise
+            else:  # other errors may come of pages that another process moves into the file just now
+                if self._filled and not version:
+                    empty = sqlite3.DatabaseError("file is empty")
+                    empty.sqlite_errorcode = sqlite3.SQLITE_NOTADB
+                    raise empty
+                self._filled = bool(version)
+        if dirty:
+            with self._keeping:
+                self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    # -- leases
+
+    async def hold(self, lease: str) -> bool:
+        """Take a lease; in memory there is nobody else who could. Raises EventLogError where it has no file."""
+        try:
+            held = self._leases is None or await self._leases.hold(lease)
+        except OSError as error:
+            raise self._failed(error, "leases") from error
+        self._works("leases")
+        return held
+
+    async def release(self, lease: str) -> None:
+        """Give a lease back."""
+        if self._leases is not None:
+            self._leases.release(lease)
+
+    def state(self) -> Mapping[str, object]:
+        """Report whether events can be written and read, and what keeps them from it."""
+        engine = "sqlite" if self._path else "memory"
+        for reason in self._problems.values():
+            return {"engine": engine, "state": "degraded", "reason": f"The event log fails: {reason}."}
+        return {"engine": engine, "state": "ok"}
+
+
+def _identity(path: Path) -> _Identity:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _inode(path: Path | None) -> str:
+    """Return what names a file in its own table `meta`, so that a copy of it does not pass for it."""
+    return "" if path is None else str(path.stat().st_ino)
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, for clients: no path."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _boot_id() -> str:
+    """What changes when the machine is started anew; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,147 @@
+"""Views: which events of a channel a follower gets, decided in threads where a plugin's code decides."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from streamlab.problems import Problem
+from streamlab.threads import Threads
+
+from .log import END, Event
+
+FILTER_THREADS = 2
+"""Threads for filters that are quick, and as many for those that are not."""
+
+SLICE_SECONDS = 0.05
+"""Time after which a filter lets others have its thread, in seconds; it has looked at one event at least."""
+
+SLOW_SECONDS = 0.01
+"""Time for one event, in seconds, above which a filter counts as slow: slow ones wait for each other alone."""
+
+MAX_FILTERS = 100
+"""Default of the maximum number of distinct filters that followers of one channel have at the same time."""
+
+RETRY_SECONDS = 5
+"""Retry-After of a request with one filter too many, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which events of a channel a follower gets. Followers with equal views share the work.
+
+    Raises TypeError for `keys` that are one str, or `accepts` that is not hashable.
+    """
+
+    keys: Collection[str] | None = None
+    """Only events with one of these keys; None for all. Kept as a frozenset."""
+    accepts: Callable[[Event], bool] | None = None
+    """Only events for which it returns True. It must be hashable, and equal to another that accepts the same events.
+
+    It runs in a thread, so that it may take its time, but must be safe to call from several threads at once.
+    """
+    conflate: float = 0.0
+    """Seconds in which at most one event of a key, the latest, is sent; 0 sends every event."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, str):
+            raise TypeError(f"keys must be a collection of keys, not the str {self.keys!r}")
+        if self.keys is not None:
+            object.__setattr__(self, "keys", frozenset(self.keys))
+        hash(self.accepts)
+
+    def wants(self, event: Event) -> bool:
+        """Return whether an event belongs to the view; the end of a channel belongs to every view."""
+        return event.event == END or (
+            (self.keys is None or event.key in self.keys) and (self.accepts is None or self.accepts(event))
+        )
+
+
+EVERYTHING = View()
+
+
+@dataclass(slots=True)
+class _Use:
+    """What is known of a filter while streams use it."""
+
+    followers: int = 0
+    slow: bool = False
+
+
+class Filters:
+    """The filters (`accepts`) of all views of one server: where they run, and how many there may be.
+
+    An async context manager. What a filter costs may be up to a client (a regular expression, say), so none runs on
+    the event loop: they share a few threads, in turns of SLICE_SECONDS. A filter that turned out to be slow moves to
+    threads that only slow ones share.
+    """
+
+    def __init__(self, max_filters: int = MAX_FILTERS) -> None:
+        self.max_filters = max_filters
+        self._quick = Threads("filters", FILTER_THREADS)
+        self._slow = Threads("slow-filters", FILTER_THREADS)
+        self._used: dict[str, dict[View, _Use]] = {}
+        """By channel."""
+
+    async def __aenter__(self) -> Self:
+        """Start to accept work."""
+        await self._quick.__aenter__()
+        await self._slow.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Accept no more work."""
+        await self._slow.__aexit__(kind, error, trace)
+        await self._quick.__aexit__(kind, error, trace)
+
+    @contextmanager
+    def admitted(self, channel: str, view: View) -> Iterator[None]:
+        """Count a follower's filter in the block; raises Problem 429 where its channel has too many others."""
+        if view.accepts is None:
+            yield
+            return
+        used = self._used.get(channel, {})
+        if view not in used and len(used) >= self.max_filters:
+            detail = f"The streams of this channel use {self.max_filters} different filters, the maximum; try again."
+            raise Problem(429, detail, headers={"Retry-After": str(RETRY_SECONDS)})
+        use = self._used.setdefault(channel, used).setdefault(view, _Use())
+        use.followers += 1
+        try:
+            yield
+        finally:
+            use.followers -= 1
+            if not use.followers:
+                del used[view]
+            if not used:
+                del self._used[channel]
+
+    async def chosen(self, channel: str, view: View, events: Sequence[Event]) -> list[Event]:
+        """Return the events of a channel that belong to a view, in order; raises what its filter raises."""
+        if view.accepts is None:
+            return [event for event in events if view.wants(event)]
+        use = self._used.get(channel, {}).get(view) or _Use()
+        chosen: list[Event] = []
+        start = 0
+        while start < len(events):
+            some, end, seconds = await (self._slow if use.slow else self._quick).run(_slice, view, events, start)
+            use.slow = use.slow or seconds > SLOW_SECONDS * (end - start)
+            chosen += some
+            start = end
+        return chosen
+
+
+def _slice(view: View, events: Sequence[Event], start: int) -> tuple[list[Event], int, float]:
+    """Filter events from an index on, for SLICE_SECONDS or one event; return them, where it ended, and the seconds."""
+    began = time.monotonic()
+    chosen: list[Event] = []
+    end, seconds = start, 0.0
+    while end < len(events) and seconds < SLICE_SECONDS:
+        if view.wants(events[end]):
+            chosen.append(events[end])
+        end += 1
+        seconds = time.monotonic() - began
+    return chosen, end, seconds

@@ -1,0 +1,1 @@
+"""The server: routes, plugins, limits and logs around what scenarios write."""

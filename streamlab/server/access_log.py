@@ -1,0 +1,46 @@
+"""One log line for each stream and request."""
+
+import logging
+import logging.handlers
+
+from aiohttp import web
+
+from streamlab.hookspecs import hookimpl
+from streamlab.streaming.outcome import StreamSummary
+
+access_log = logging.getLogger("streamlab.access")
+
+
+class AccessLog:
+    """One log line a stream, and one a request that needed none. Neither holds a query: prompts stay private."""
+
+    @hookimpl
+    def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
+        """Write the line of a stream that is over."""
+        first_byte = summary.first_byte_seconds
+        fields = {
+            "scenario": summary.scenario,
+            "method": summary.method,
+            "path": request.path,
+            "route": summary.route,
+            "status": summary.status,
+            "outcome": summary.outcome.value,
+            "seconds": round(summary.seconds, 3),
+            "first_byte_ms": None if first_byte is None else round(first_byte * 1000, 1),
+            "bytes": summary.bytes,
+            "client": request.remote,
+        }
+        access_log.info("stream", extra={"fields": fields})
+
+    @staticmethod
+    def request(request: web.Request, route: str, status: int, seconds: float) -> None:
+        """Write the line of a request that was answered without a stream; probes only at DEBUG."""
+        level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
+        fields = {
+            "method": request.method,
+            "path": request.path,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "client": request.remote,
+        }
+        access_log.log(level, "request", extra={"fields": fields})

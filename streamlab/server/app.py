@@ -1,0 +1,383 @@
+"""The aiohttp application, put together and taken down."""
+
+import asyncio
+import errno
+import gc
+import logging
+import os
+import re
+import socket
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from aiohttp import HttpVersion11, web
+
+from streamlab import sse
+from streamlab.config import CONFIG, Config, ConfigError, Fault
+from streamlab.events.channel import EVENTS, Events, open_log
+from streamlab.events.log import EventLogError, Retention
+from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
+from streamlab.scenario import Endpoint, Handler, Route
+from streamlab.streaming.drain import STREAMS, Streams
+from streamlab.streaming.stream import SCENARIO, STREAM, HeadersOnly, Stream, open_stream
+from streamlab.tasks import TASKS
+
+from .access_log import AccessLog
+from .edge import (
+    BODY_LIMIT,
+    SAFE_METHODS,
+    EdgeConnection,
+    accept_body,
+    reject_other_host,
+    reject_other_origin,
+    reject_unspoken,
+    sign,
+)
+from .lifespans import lifespans
+from .metrics import METRICS, Metrics
+from .registry import Plugin, Registry
+from .site import REGISTRY, ROUTES, STARTED_AT, Site
+from .validation import read_parameters
+from .watchdog import Stopped, Watchdog
+
+log = logging.getLogger(__name__)
+
+ACCEPTS = 64
+"""Connections accepted in one turn of the loop, so that a crowd that comes at once delays the others by some
+milliseconds; asyncio takes it from its `backlog`, which is how many the kernel lets wait, too."""
+
+BACKLOG = 1024
+"""Connections that wait in the kernel to be accepted; one more is tried again by its client's TCP a second later."""
+
+SWITCH_SECONDS = 0.0001
+"""How long a thread that computes, as an export does, keeps the interpreter while the event loop wants it."""
+
+YOUNG_OBJECTS = 10_000
+"""How many more objects are made than dropped before the collector looks at the young ones."""
+
+STOP_SECONDS = 1.0
+"""Maximum time from the end of the drain to the end of the process, in seconds."""
+
+CLOSE_SECONDS = 0.6
+"""Maximum time from the end of the drain until every plugin must have closed, in seconds."""
+
+
+def create_app(config: Config) -> web.Application:
+    """Build the application; twice gives two independent servers. Raises ConfigError with every fault at once."""
+    registry = Registry.load(config)
+    streams = Streams(
+        limit=config.server.max_streams,
+        stall_seconds=config.server.stall_seconds,
+        on_end=registry.on_stream_end,
+    )
+    events = _events(config)
+    metrics = Metrics(streams, events)
+    registry.add("streamlab:metrics", metrics)
+    registry.add("streamlab:access-log", AccessLog())
+
+    app = web.Application(middlewares=[_frontier], client_max_size=BODY_LIMIT)
+    app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
+    app[EVENTS], app[TASKS] = events, registry.tasks()
+    app[STARTED_AT] = time.monotonic()
+    app[ROUTES] = _add_routes(app, registry, config)
+    app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
+    app.on_response_prepare.append(_sign)
+    app.cleanup_ctx.append(_hold_threads)
+    app.cleanup_ctx.append(_hold_events)
+    app.cleanup_ctx.append(_hold_lifespans)
+    app.on_shutdown.append(_drain)
+    return app
+
+
+async def serve(config: Config, *, on_ready: Callable[[web.Application, str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts what is still open.
+
+    `on_ready` is called with the application and the address once connections are accepted. Raises ConfigError, also
+    for an address that cannot be listened on. The process is expected to end afterwards: where it hangs for
+    STOP_SECONDS longer than it may drain, it is ended (see Watchdog).
+    """
+    server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
+    streams = app[STREAMS]
+
+    # handler_cancellation: without it an idle handler never learns that its client has left.
+    # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait for ever.
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    tls = _tls(config)
+    with Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut) as watchdog:
+        try:
+            async with watchdog.starting():
+                await runner.setup()
+                manager = runner.server
+                assert manager is not None
+                try:
+                    listener = await loop.create_server(
+                        lambda: EdgeConnection(manager, loop=loop),
+                        server.host,
+                        server.port,
+                        ssl=tls,
+                        backlog=ACCEPTS,
+                    )
+                except OSError as error:
+                    raise _cannot_listen(config, error) from None
+            for accepting in listener.sockets:
+                with socket.socket(fileno=os.dup(accepting.fileno())) as same:
+                    same.listen(BACKLOG)
+            address, port = listener.sockets[0].getsockname()[:2]
+            host = f"[{address}]" if ":" in address else address
+            _keep_pauses_short()
+            on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
+            await watchdog.stopping.wait()
+            listener.close()
+            log.info("stopping: no new connections; %d streams may go on for %g s", len(streams), server.drain_seconds)
+            await streams.drain(server.drain_seconds)
+        except Stopped:
+            log.info("stopped before everything had started")
+        finally:
+            await runner.cleanup()
+
+
+async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -> None:
+    """Do what plugins leave to workers, and serve nobody, until SIGTERM or SIGINT.
+
+    `on_ready` is called once work is taken. Raises ConfigError, also where there is nothing that workers do.
+    """
+    app = create_app(config)
+    works = app[REGISTRY].works(app)
+    if not works:
+        reason = "no scenario of this configuration leaves its work to workers"
+        raise ConfigError([Fault(config.source, "", reason)])
+    with Watchdog(stop_seconds=config.server.drain_seconds + STOP_SECONDS) as watchdog:
+        try:
+            async with AsyncExitStack() as stack:
+                async with watchdog.starting():
+                    await stack.enter_async_context(_events_opened(app))
+                    for context in works:
+                        await stack.enter_async_context(context)
+                on_ready(app)
+                await watchdog.stopping.wait()
+        except Stopped:
+            log.info("stopped before everything had started")
+
+
+def _keep_pauses_short() -> None:
+    """Let neither the garbage collector nor a thread that computes keep the event loop waiting for long.
+
+    What has been imported by now lives as long as the process: a full collection need not look at it each time (40 ms
+    and more). Young objects are collected less often, since most die by themselves.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, 20, 20)
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    if certificate is None or key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or "is not a certificate with its key"
+        raise ConfigError([config.fault(("server", "tls_certificate"), reason, str(certificate))]) from None
+    return context
+
+
+def _cannot_listen(config: Config, error: OSError) -> ConfigError:
+    host, port = config.server.host, config.server.port
+    if error.errno == errno.EADDRINUSE:
+        free = port + 1 if port < 65535 else 8000
+        reason = f"another program listens on {host}:{port}; stop it, or take another port (--port {free})"
+        return ConfigError([config.fault(("server", "port"), reason, port)])
+    return ConfigError([config.fault(("server", "host"), f"cannot listen there: {error.strerror or error}", host)])
+
+
+# -- routes
+
+
+def _add_routes(app: web.Application, registry: Registry, config: Config) -> list[Route]:
+    """Give the router every route of the site and of the plugins; a path that two of them claim is a fault."""
+    site = Plugin("site", "streamlab", scenarios=[Site()])
+    owners: dict[tuple[str, str], str] = {}
+    routes: list[Route] = []
+    faults: list[Fault] = []
+    for plugin in (site, *registry.plugins):
+        claims: list[tuple[str, str, Route | None]] = [(r.endpoint.method, r.endpoint.path, r) for r in plugin.routes]
+        for method, path, route in claims or [(method, path, None) for method, path in plugin.lost_routes]:
+            # Two paths that differ in the names of their parameters alone match the same requests.
+            shape = re.sub(r"\{\w+", "{", path)
+            if owner := owners.get((method, shape)):
+                faults.append(Fault(plugin.origin, "", f"{method} {path} belongs to {owner} already"))
+                continue
+            owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
+            handler = _bind(route, plugin) if route else _out_of_service(plugin)
+            try:
+                for taken in (method, "HEAD") if method == "GET" else (method,):
+                    app.router.add_route(taken, path, handler, expect_handler=_continue_later)
+            except ValueError as error:
+                faults.append(Fault(plugin.origin, "", f"{method} {path} is no path: {error}"))
+            routes += [route] if route else []
+    if faults:
+        raise ConfigError(faults)
+    return routes
+
+
+def _bind(route: Route, plugin: Plugin) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if plugin.state == "failed":
+            return await _out_of_service(plugin)(request)
+        endpoint = route.endpoint
+        request[SCENARIO] = route.scenario
+        if endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers:
+            reject_other_origin(request)
+        accept_body(request, endpoint.body_limit or BODY_LIMIT)
+        await _continue(request)
+        parameters = await read_parameters(request, endpoint)
+        if endpoint.starts_work and request.method == "HEAD":
+            return await _headers_alone(request, endpoint)
+        return await route.handler(request, **parameters)
+
+    return handle
+
+
+async def _continue(request: web.Request) -> None:
+    """Let a client that waits for it send its body, now that nothing speaks against it (RFC 9110, 10.1.1)."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # of the response, which has not begun
+
+
+async def _continue_later(request: web.Request) -> None:
+    """Do not continue before a request has been let in; raises HTTPExpectationFailed for what is not 100-continue."""
+    if request.headers["Expect"].lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+
+
+async def _headers_alone(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    """Answer HEAD for an endpoint that starts work: the header fields of GET known without it (RFC 9110, 9.3.2)."""
+    accept = request.headers.get("Accept", "")
+    media = next((media for media in endpoint.sends if media in accept), endpoint.sends[0])
+    if media.startswith("text/") and media != sse.MEDIA_TYPE:
+        media += "; charset=utf-8"
+    headers = {"Vary": "Accept"} if len(endpoint.sends) > 1 else {}
+    async with open_stream(request, media, headers=headers) as stream:
+        pass
+    return stream
+
+
+def _out_of_service(plugin: Plugin) -> Handler:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        raise Problem(503, f"The plugin {plugin.name} is out of service: {plugin.reason}")
+
+    return refuse
+
+
+# -- what every request passes
+
+
+@web.middleware
+async def _frontier(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Let a request in, and every answer and refusal out: nothing else leaves the server."""
+    started = time.monotonic()
+    answer: web.StreamResponse | web.HTTPException
+    with request.config_dict[STREAMS].request():
+        try:
+            reject_unspoken(request)
+            reject_other_host(request)
+            answer = await handler(request)
+            if not isinstance(answer, web.StreamResponse):
+                raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
+        except HeadersOnly:
+            answer = request[STREAM]
+        except Exception as error:
+            answer = _answer_to(error, request)
+    if STREAM not in request:
+        resource = request.match_info.route.resource
+        route, seconds = resource.canonical if resource else "none", time.monotonic() - started
+        request.config_dict[METRICS].observe_request(route, answer.status, seconds)
+        AccessLog.request(request, route, answer.status, seconds)
+    if isinstance(answer, web.HTTPException):
+        raise answer
+    return answer
+
+
+def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:
+    """Turn what a handler raised into what its client gets; a fault of the server is logged, once, here."""
+    stream: Stream | None = request.get(STREAM)
+    if stream is not None and stream.client_gone and stream.error is None:
+        return stream
+    if isinstance(error, web.HTTPException) and error.status < 400:
+        return error
+    problem = error if isinstance(error, Problem) else from_aiohttp(error)
+    if isinstance(error, EventLogError):
+        problem = Problem(503, str(error), headers={"Retry-After": "5"})
+    if problem is None:
+        log.error("%s %s failed", request.method, request.path, exc_info=error)
+        problem = Problem(500, "The server failed to answer this request; its log says why.")
+    if error_format := error_format_of(request.path, request.config_dict[ERROR_FORMATS]):
+        problem = error_format.convert(problem)
+    return stream if stream is not None and stream.headers_sent else problem.response()
+
+
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    """Complete the header fields of a response, and see to it that a connection that says it closes does."""
+    sign(response.headers)
+    # Only the end of the connection ends a body of unknown length on HTTP/1.0 (RFC 9112, 6.3).
+    endless = request.version < HttpVersion11 and response.content_length is None
+    if endless or request.config_dict[STREAMS].draining:
+        response.headers["Connection"] = "close"
+    if response.headers.get("Connection", "").lower() == "close":
+        response.force_close()
+
+
+# -- life
+
+
+def _events(config: Config) -> Events:
+    keep = Retention(config.events.keep_events, config.events.keep_seconds)
+    try:
+        return Events(open_log(config.events.url), keep=keep, max_filters=config.events.max_filters)
+    except EventLogError as error:
+        raise ConfigError([config.fault(("events", "url"), str(error))]) from None
+
+
+async def _hold_threads(app: web.Application) -> AsyncIterator[None]:
+    """Hold the threads of the streams open around all that may stream."""
+    async with app[STREAMS].compressing:
+        yield
+
+
+async def _hold_events(app: web.Application) -> AsyncIterator[None]:
+    """Hold the event log open around all plugins: they publish until they are closed."""
+    async with _events_opened(app):
+        yield
+
+
+@asynccontextmanager
+async def _events_opened(app: web.Application) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(app[EVENTS].opened())
+        except EventLogError as error:
+            raise ConfigError([app[CONFIG].fault(("events", "url"), str(error))]) from None
+        yield
+
+
+async def _hold_lifespans(app: web.Application) -> AsyncIterator[None]:
+    start_seconds, streams = app[CONFIG].server.start_seconds, app[STREAMS]
+
+    def stop_at() -> float | None:
+        return None if streams.drained_at is None else streams.drained_at + CLOSE_SECONDS
+
+    async with lifespans(app, app[REGISTRY], start_seconds=start_seconds, stop_at=stop_at):
+        yield
+
+
+async def _drain(app: web.Application) -> None:
+    await app[STREAMS].drain(app[CONFIG].server.drain_seconds)

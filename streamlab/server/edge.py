@@ -1,0 +1,259 @@
+"""What is let in: HTTP as it is spoken here, for a host of this server, from its own pages or from programs."""
+
+import asyncio
+import ipaddress
+import logging
+import re
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import Any
+
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
+from multidict import CIMultiDict
+from yarl import URL
+
+from streamlab.config import CONFIG, Server
+from streamlab.problems import Problem, from_aiohttp
+from streamlab.streaming.connection import Connection
+
+log = logging.getLogger(__name__)
+
+SERVER_NAME = "streamlab"
+
+BODY_LIMIT = 1024 * 1024
+"""Maximum request body, in bytes, unless an endpoint declares another `body_limit`; a larger one gets 413."""
+
+LINE_LIMIT = 8190
+"""Maximum request target (414), and maximum header field (431), in bytes."""
+
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open."""
+
+HEAD_SECONDS = 10
+"""How long the request line and the header fields of a request may take to arrive, from its first packet on."""
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing (RFC 9110, 9.2.1), unless an endpoint declares `starts_work`."""
+
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{0,5}))?")
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
+"""Methods that get 405 where no route of a path has them, and not 501."""
+
+_TOKEN_AND_TARGET = re.compile(r"b['\"][!#$%&*+.^_`|~0-9A-Za-z-]+ (/|\*|https?:)")
+"""How aiohttp quotes a request line that is well-formed, but for its method being unknown."""
+
+_ACCEPTED_BODY = web.RequestKey("accepted_body", int)
+
+
+# -- a connection
+
+
+class EdgeConnection(Connection):
+    """A connection that rejects what is not HTTP as everything else is rejected, and in one log line.
+
+    A client has `HEAD_SECONDS` for the head of a request, and `accept_body` bytes for its body, however it is read.
+    """
+
+    __slots__ = ("_head_timer",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(
+            *args,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            max_line_size=LINE_LIMIT,
+            max_field_size=LINE_LIMIT,
+            access_log=None,
+            **kwargs,
+        )
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has arrived, and bound what the client may still owe or send."""
+        super().data_received(data)
+        if (request := self._current_request) is not None:
+            self._bound_body(request)
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            self._forget_head()
+        elif self._head_timer is None:  # it waits for a request whose head has begun
+            self._head_timer = self._loop.call_later(HEAD_SECONDS, self.force_close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the timer."""
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _forget_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _bound_body(self, request: web.BaseRequest) -> None:
+        """Let the handler that reads the body of a request fail where that is too large, or its framing is broken."""
+        body, limit = request.content, request.get(_ACCEPTED_BODY)
+        if body.exception() is not None:
+            return
+        if limit is not None and body.total_bytes > limit:
+            body.set_exception(_too_large(limit))
+        elif not body.is_eof() and self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):
+            body.set_exception(web.RequestPayloadError("the framing is broken"))
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answer a request that could not be parsed; what a handler raised has been answered before it comes here."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        log.info("not HTTP from %s: %s", request.remote, type(exc).__name__)
+        response = _unparsed(exc).response()
+        sign(response.headers)
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send a response; what aiohttp rejects before any middleware (an Expect, 417) is a problem as well."""
+        if isinstance(resp, web.HTTPException) and (problem := from_aiohttp(resp)) is not None and resp.status >= 400:
+            resp = problem.response()
+        return await super().finish_response(request, resp, start_time)
+
+    def log_exception(self, *args: object, **kwargs: Any) -> None:
+        """Write down what went wrong outside any handler; a body that is broken or too large is no fault of ours."""
+        error = kwargs.get("exc_info")
+        if isinstance(error, web.RequestPayloadError | Problem):
+            log.info("broken body from %s: %s", self.peername, type(error).__name__)
+        else:
+            super().log_exception(*args, **kwargs)
+
+
+def _unparsed(error: HttpProcessingError) -> Problem:
+    """Return what a client is told of a request that aiohttp's parser rejects."""
+    if isinstance(error, LineTooLong):
+        # Of the two that it measures, aiohttp reads the target alone into a bytearray.
+        if isinstance(error.args[0], bytearray):
+            return Problem(414, f"The request target is longer than {LINE_LIMIT} bytes.")
+        return Problem(431, f"A header field is longer than {LINE_LIMIT} bytes.")
+    if error.message == "Too many headers received":
+        return Problem(431, "The request has more than 128 header fields.")
+    if isinstance(error, BadHttpMethod) and _TOKEN_AND_TARGET.search(error.message):
+        return Problem(501, "This server does not know the method of this request.")
+    return Problem(400, "This is not a request as RFC 9112 describes it.")
+
+
+def sign(headers: CIMultiDict[str]) -> None:
+    """Add the header fields that every response has."""
+    headers["Server"] = SERVER_NAME
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    headers.setdefault("Cache-Control", "no-store")
+
+
+# -- a request
+
+
+def reject_unspoken(request: web.Request) -> None:
+    """Reject what is HTTP, but not as it is spoken here: another version, framing, form of target, or method.
+
+    Source: RFC 9110, 9.1, 9.3.6 and 15.6; RFC 9112, 3.2, 6.1 and 6.3.
+    """
+    version, close = request._version, {"Connection": "close"}
+    if version not in (HttpVersion10, HttpVersion11):
+        request._version = HttpVersion11  # the status line repeats it, and is to name a version that is spoken
+        raise Problem(505, "This server speaks HTTP/1.1 and HTTP/1.0.", headers=close)
+    if codings := request.headers.getall("Transfer-Encoding", ()):
+        if version == HttpVersion10:
+            raise Problem(400, "HTTP/1.0 has no Transfer-Encoding.", headers=close)
+        if ", ".join(codings).lower().strip(" \t") != "chunked":
+            raise Problem(501, "The only transfer coding of this server is chunked.", headers=close)
+    if "#" in request.raw_path:
+        raise Problem(400, "The target of a request has no fragment.")
+    if request.method == "OPTIONS" and request.raw_path == "*":
+        raise Problem(405, "This server has options of a path alone, and none of its own.", headers={"Allow": ""})
+    if request.method not in _METHODS and request.match_info.http_exception is not None:
+        raise Problem(501, "This server does not implement the method of this request.", headers=close)
+
+
+def accept_body(request: web.Request, limit: int) -> None:
+    """Bound the body of a request, in bytes; raises Problem 413 where its Content-Length is more.
+
+    A body of unknown length fails its reader with the same Problem once it is more than `limit`.
+    """
+    if max(request.content_length or 0, request.content.total_bytes) > limit:
+        raise _too_large(limit)
+    request[_ACCEPTED_BODY] = limit
+    request._client_max_size = limit  # what read() and post() go by
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, f"The body is larger than {limit} bytes, which is what this route takes.")
+
+
+def reject_other_host(request: web.Request) -> None:
+    """Reject a host that is not ours: a page of another site must not reach a server on loopback (DNS rebinding).
+
+    The host is that of an absolute target, and of the Host field otherwise (RFC 9112, 3.2.2).
+    """
+    server = request.config_dict[CONFIG].server
+    host, target = request.headers.get("Host"), request._message.url  # rel_url has lost the host
+    if host is None and request.version >= HttpVersion11:
+        raise Problem(400, "A request of HTTP/1.1 needs a Host (RFC 9112 section 3.2).")
+    if target.absolute:
+        host = target.raw_authority
+    if host is None:
+        return
+    match = _HOST.fullmatch(host)
+    if match is None or int(match["port"] or 0) > 65535:
+        raise Problem(400, "This Host is not a host name with an optional port (RFC 9110 section 7.2).")
+    if target.absolute and target.scheme != (scheme := "https" if request.get_extra_info("sslcontext") else "http"):
+        raise Problem(421, f"This server answers to targets of the scheme {scheme} here.")
+    if not _is_allowed(match["name"].strip("[]").rstrip(".").lower(), server):
+        raise Problem(421, "This server does not answer to that Host; `server.allowed_hosts` names those it does.")
+
+
+def reject_other_origin(request: web.Request) -> None:
+    """Reject with 403 a request that a page of another origin caused (CSRF), for what starts work or changes something.
+
+    Browsers send `Sec-Fetch-Site` to https and to loopback, and `Origin` with every unsafe method. A client without
+    both, as curl, is not a page.
+    """
+    if not _is_from_own_origin(request):
+        raise Problem(403, "A page of another origin may not do this (Sec-Fetch-Site, Origin).")
+
+
+def _is_from_own_origin(request: web.Request) -> bool:
+    """Return whether a page of this server, its user, or a program sent a request. The one place that decides it.
+
+    `Sec-Fetch-Site` comes first, since no page can forge it and it is right behind a proxy that ends TLS, where the
+    scheme of `Origin` is not that of the request. Source: W3C Fetch Metadata, 2.3 and 5; RFC 6454, 7.
+    """
+    site = request.headers.get("Sec-Fetch-Site", "")
+    if site in ("same-origin", "none"):
+        return True
+    if site in ("same-site", "cross-site"):
+        return False
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return True
+    with suppress(ValueError):  # no URL with a scheme and a host, as `null`
+        return URL(origin).origin() == request.url.origin()
+    return False
+
+
+def _is_allowed(name: str, server: Server) -> bool:
+    listens_locally = _is_local(server.host)
+    if listens_locally and _is_local(name):
+        return True
+    if not server.allowed_hosts:
+        return not listens_locally
+    return any(fnmatchcase(name, allowed.lower()) for allowed in server.allowed_hosts)
+
+
+def _is_local(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False

@@ -1,0 +1,227 @@
+"""The routes that every streamlab serves: index, lab page, health, metrics, the API document and its page."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Iterable
+from functools import cache
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from aiohttp import web
+from pydantic import BaseModel, Field
+
+from streamlab.events.channel import EVENTS
+from streamlab.problems import Problem
+from streamlab.scenario import Route, Scenario, endpoint
+from streamlab.streaming.drain import STREAMS
+
+from . import openapi
+from .metrics import METRICS
+from .registry import Plugin, Registry
+
+REGISTRY = web.AppKey("registry", Registry)
+ROUTES = web.AppKey("routes", list[Route])
+STARTED_AT = web.AppKey("started_at", float)
+
+WEB = Path(__file__).parent.parent / "web"
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# Swagger UI writes style attributes into its page.
+DOCS_POLICY = CONTENT_SECURITY_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png", ".svg": "image/svg+xml"}
+
+
+def version() -> str:
+    """The installed version of streamlab; `0` in a checkout that is run without being installed."""
+    try:
+        return importlib.metadata.version("streamlab")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+class Asset(BaseModel):
+    """Which file of a page is meant."""
+
+    name: str = Field(
+        pattern=r"^[\w-]+\.(css|js|png|svg)$", max_length=100, description="The file's name.", examples=["site.css"]
+    )
+
+
+class Site(Scenario):
+    """The server itself: what it serves, how it is, and what it has measured."""
+
+    @endpoint("GET", "/", sends=("text/plain", "text/html"), curl="{url}")
+    async def index(self, request: web.Request) -> web.Response:
+        """List every route with one line and a curl command that tries it; the lab page for a browser."""
+        vary = {"Vary": "Accept"}
+        if "text/html" in request.headers.get("Accept", ""):
+            return self._lab(request, vary)
+        serving, failed = self._offers(request)
+        blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in serving]
+        blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
+        text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
+        return _revalidated(request, text, "text/plain", vary)
+
+    @endpoint("GET", "/lab", sends="text/html", curl="{url}")
+    async def lab(self, request: web.Request) -> web.Response:
+        """Run every route in a browser: watch what arrives, cut the connection, resume."""
+        return self._lab(request)
+
+    @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
+    async def health(self, request: web.Request) -> web.Response:
+        """Report the state of the server: its scenarios and its event log with reasons, open streams, seconds up.
+
+        `status` is `ok`, `degraded` (a plugin is out of service, or a scenario or the event log works only in part)
+        or, with 503, `draining`. The states of a scenario are `ready`, `degraded`, `failed` and `disabled`.
+        """
+        streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
+        events, reasons = request.app[EVENTS].state(), request.app[REGISTRY].degraded()
+        degraded = events["state"] != "ok" or bool(reasons) or any(plugin.state == "failed" for plugin in plugins)
+        status = "draining" if streams.draining else "degraded" if degraded else "ok"
+        report = {
+            "status": status,
+            "version": version(),
+            "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
+            "open_streams": len(streams),
+            "events": events,
+            "scenarios": {
+                name: _state(plugin, name, reasons.get(name, ""))
+                for plugin in plugins
+                for name in (plugin.scenario_names or [plugin.name])
+            },
+        }
+        return web.json_response(report, status=503 if streams.draining else 200, headers={"Cache-Control": "no-store"})
+
+    @endpoint("GET", "/metrics", sends=("text/plain", "application/openmetrics-text"), curl="{url}")
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Show what was measured, for Prometheus."""
+        body, content_type = request.app[METRICS].exposition(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+
+    @endpoint("GET", "/openapi.json", sends="application/json", curl="{url}")
+    async def openapi(self, request: web.Request) -> web.Response:
+        """Describe every route as an OpenAPI 3.1 document."""
+        routes = request.app[ROUTES]
+        document = openapi.document(routes, version=version(), described=self._described(request))
+        return _revalidated(request, json.dumps(document), "application/json", {})
+
+    @endpoint("GET", "/docs", sends="text/html", curl="{url}")
+    async def docs(self, request: web.Request) -> web.Response:
+        """Try every route in a browser (Swagger UI, served from this machine)."""
+        return _page(request, _template("docs.html"), {"Content-Security-Policy": DOCS_POLICY})
+
+    @endpoint(
+        "GET",
+        "/assets/{name}",
+        path_model=Asset,
+        sends=tuple(MEDIA_TYPES.values()),
+        curl="{url}",
+    )
+    async def asset(self, request: web.Request, path: Asset) -> web.StreamResponse:
+        """Serve a file that the pages need."""
+        for folder in (WEB, _swagger_ui()):
+            if (file := folder / path.name).is_file():
+                headers = {"Content-Type": MEDIA_TYPES[file.suffix], "Cache-Control": "no-cache"}
+                return web.FileResponse(file, headers=headers)
+        raise Problem(404, "No page needs a file of this name.")
+
+    def _offers(self, request: web.Request) -> tuple[list[tuple[Route, str]], list[Plugin]]:
+        """The routes in service, each with a command that tries it, and the plugins that are out of service."""
+        failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
+        lost = {name for plugin in failed for name in plugin.scenario_names}
+        origin = str(request.url.origin())
+        serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
+        serving.sort(key=lambda route: route.scenario == self.name)  # what plugins bring comes first
+        return [(route, openapi.curl(route.endpoint, origin)) for route in serving], failed
+
+    def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
+        """The lab page. Its list of routes is whole without JavaScript; what can be done with one is web/lab.js."""
+        serving, failed = self._offers(request)
+        described = self._described(request)
+        sections = [
+            _section(scenario, described.get(scenario, ""), (_item(route, command) for route, command in offers))
+            for scenario, offers in groupby(serving, key=lambda offer: offer[0].scenario)
+        ]
+        sections += [
+            _section(
+                plugin.name,
+                f"Out of service: {plugin.reason}",
+                (f"<li>{_name(method, path)}</li>" for method, path in plugin.lost_routes),
+                style=' class="failed"',
+            )
+            for plugin in failed
+        ]
+        page = _template("lab.html").replace("{{version}}", escape(version()))
+        return _page(request, page.replace("{{routes}}", "\n".join(sections)), headers)
+
+    def _described(self, request: web.Request) -> dict[str, str]:
+        """A sentence on each scenario."""
+        scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
+        return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
+
+
+def _state(plugin: Plugin, scenario: str, reason: str) -> dict[str, str]:
+    """Return what /health reports of a scenario, with the reason why it works only in part, if it does."""
+    if scenario in plugin.switched_off:
+        return {"state": "disabled"}
+    if reason:
+        return {"state": "degraded", "reason": reason}
+    return {"state": plugin.state, **({"reason": plugin.reason} if plugin.reason else {})}
+
+
+def _section(title: str, told: str, items: Iterable[str], style: str = "") -> str:
+    listed = "\n".join(items)
+    return f"<section{style}><h2>{escape(title)}</h2>\n<p>{escape(told)}</p>\n<ul>\n{listed}\n</ul></section>"
+
+
+def _item(route: Route, command: str) -> str:
+    method, path = route.endpoint.method, route.endpoint.template
+    key = escape(method + path)  # as web/routes.js names it
+    return (
+        f'<li id="{key}"><a href="#{key}">{_name(method, path)}</a>\n'
+        f"<p>{escape(route.endpoint.summary)}</p><pre>{escape(command)}</pre></li>"
+    )
+
+
+def _name(method: str, path: str) -> str:
+    return f'<span class="method">{escape(method)}</span> <code>{escape(path)}</code>'
+
+
+def _sentence(scenario: Scenario) -> str:
+    return (type(scenario).__doc__ or scenario.name).strip().partition("\n")[0]
+
+
+@cache
+def _template(name: str) -> str:
+    return (WEB / name).read_text(encoding="utf-8")
+
+
+@cache
+def _swagger_ui() -> Path:
+    """The folder of Swagger UI's files; the package around it is not imported."""
+    spec = importlib.util.find_spec("swagger_ui")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "static"
+
+
+def _page(request: web.Request, text: str, headers: dict[str, str] | None = None) -> web.Response:
+    policy = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    return _revalidated(request, text, "text/html", policy | (headers or {}))
+
+
+def _revalidated(request: web.Request, text: str, content_type: str, headers: dict[str, str]) -> web.Response:
+    """Return a text with its validator, or 304 where the client has it already (RFC 9110, 13.1.2)."""
+    tag = hashlib.sha256(text.encode()).hexdigest()[:32]
+    headers = {**headers, "Cache-Control": "no-cache", "ETag": f'"{tag}"'}
+    if any(known.value in (tag, "*") for known in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    return web.Response(text=text, content_type=content_type, headers=headers)

@@ -1,0 +1,1 @@
+"""One response body, and all of those that are open."""
