@@ -1,4 +1,9 @@
-"""Real servers for the tests: a process as `make run` starts it, and an application on a socket of this process."""
+"""Real servers for the tests: a process as `make run` starts it, and an application on a socket of this process.
+
+`start` is for a test that changes its server, or ends it. Tests that only read share one for each module: a fixture
+`shared`, which enters `starting_in`. An application of this process does without the plugins that it is not about:
+`disabled`. Whatever ends by a configured time, as a drain, gets a short one; a test waits for events, and never sleeps.
+"""
 
 import asyncio
 import contextlib
