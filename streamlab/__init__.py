@@ -1,15 +1,15 @@
 """The names a plugin author needs, and no others."""
 
 from .config import CONFIG, ConfigPath
-from .events.channel import EVENTS, Channel, Events, draft
+from .events.channel import EVENTS, Channel, Events, encode_event
 from .events.follow import follow
-from .events.log import END, ORIGIN, Draft, Event, EventLogError, LeaseLost, Position, Retention
+from .events.log import END, ORIGIN, EncodedEvent, Event, EventLogError, LeaseLost, Position, Retention
 from .events.views import View
 from .hookspecs import hookimpl
 from .problems import ErrorFormat, Problem
 from .scenario import Scenario, endpoint
 from .server.metrics import METRICS
-from .sse import frame
+from .sse import sse_event
 from .streaming.compression import weights
 from .streaming.outcome import Outcome, StreamSummary
 from .streaming.stream import Stream, open_stream
@@ -25,7 +25,7 @@ __all__ = [
     "TASKS",
     "Channel",
     "ConfigPath",
-    "Draft",
+    "EncodedEvent",
     "ErrorFormat",
     "Event",
     "EventLogError",
@@ -42,12 +42,12 @@ __all__ = [
     "Task",
     "Threads",
     "View",
-    "draft",
+    "encode_event",
     "endpoint",
     "follow",
-    "frame",
     "hookimpl",
     "open_stream",
     "shielded",
+    "sse_event",
     "weights",
 ]

@@ -35,7 +35,7 @@ def lifespan(app: web.Application) -> AbstractAsyncContextManager[None]:
 
 
 @hookspec
-def work(app: web.Application) -> AbstractAsyncContextManager[None] | None:
+def worker_lifespan(app: web.Application) -> AbstractAsyncContextManager[None] | None:
     """Return what `streamlab worker` holds open, which serves nobody; None where all work is the server's own.
 
     It is not entered by a server, nor `lifespan` by a worker.

@@ -13,7 +13,7 @@ HEARTBEAT = b":\n"
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
-def frame(data: Any, event: str = "", *, id: str = "", retry: int | None = None) -> bytes:  # noqa: A002
+def sse_event(data: Any, event: str = "", *, id: str = "", retry: int | None = None) -> bytes:  # noqa: A002
     """Return one event as bytes, its empty line included; `data` as `encode` has it, `event` is its name.
 
     Line breaks in the data cannot forge a field. Raises ValueError where one in id or event, or a NUL, would, and for
@@ -54,4 +54,4 @@ def encode(data: Any) -> bytes:
 def farewell(id: str) -> bytes:  # noqa: A002
     """The last event of a server that stops: clients wait unlike times, and do not come back all at once."""
     wait = random.randint(1000, 5000)  # noqa: S311 - spreads load, keeps no secret
-    return frame({"reason": "The server stops."}, "stop", id=id, retry=wait)
+    return sse_event({"reason": "The server stops."}, "stop", id=id, retry=wait)

@@ -20,7 +20,7 @@ from streamlab.events.log import (
     LATEST,
     ORIGIN,
     Append,
-    Draft,
+    EncodedEvent,
     Event,
     EventLog,
     EventLogError,
@@ -62,7 +62,7 @@ def texts(events: Sequence[Event]) -> list[str]:
 
 
 async def publish(log: EventLog, *data: str, channel: str = "c", keep: Retention = KEEP) -> Position:
-    return await log.append(Append(channel, [Draft(text.encode()) for text in data], keep))
+    return await log.append(Append(channel, [EncodedEvent(text.encode()) for text in data], keep))
 
 
 class Watcher:
@@ -102,7 +102,7 @@ async def test_an_event_comes_back_as_it_went_in(url: str) -> None:
     data = b'\x00 {"a": "\xe2\x82\xac\\n"}\r\n' + bytes(range(1, 255))
     async with opened(url) as log:
         before = time.time() * 1000
-        await log.append(Append("c", [Draft(data, "näme", "ke y"), Draft(b"")], KEEP))
+        await log.append(Append("c", [EncodedEvent(data, "näme", "ke y"), EncodedEvent(b"")], KEEP))
         first, second = (await log.read("c", ORIGIN, 10)).events
         assert (first.data, first.event, first.key) == (data, "näme", "ke y")
         assert (second.data, second.event, second.key) == (b"", "", "")
@@ -166,9 +166,9 @@ async def test_a_publisher_that_goes_away_takes_no_other_along(url: str) -> None
 async def test_a_checkpoint_is_kept_with_the_events_it_came_with(url: str) -> None:
     async with opened(url) as log:
         assert await log.checkpoint("c", "file") is None
-        await log.append(Append("c", [Draft(b"a")], KEEP, ("file", "10")))
-        await log.append(Append("c", [Draft(b"b")], KEEP, ("file", "20")))
-        await log.append(Append("c", [Draft(b"c")], KEEP, ("other", "é")))
+        await log.append(Append("c", [EncodedEvent(b"a")], KEEP, ("file", "10")))
+        await log.append(Append("c", [EncodedEvent(b"b")], KEEP, ("file", "20")))
+        await log.append(Append("c", [EncodedEvent(b"c")], KEEP, ("other", "é")))
         assert [await log.checkpoint("c", name) for name in ("file", "other")] == ["20", "é"]
         assert await log.checkpoint("d", "file") is None
 
@@ -281,7 +281,7 @@ async def test_appending_forgets_what_is_too_much(url: str) -> None:
 
 async def test_a_channel_that_is_deleted_leaves_nothing_and_begins_a_new_epoch(url: str) -> None:
     async with opened(url) as log:
-        last = await log.append(Append("c", [Draft(b"a")], KEEP, ("file", "10")))
+        last = await log.append(Append("c", [EncodedEvent(b"a")], KEEP, ("file", "10")))
         await log.delete("c")
         assert await log.read("c", ORIGIN, 10) == ([] if "sqlite" not in url else (), ORIGIN)
         assert await log.checkpoint("c", "file") is None
@@ -308,8 +308,8 @@ async def test_a_channel_that_is_idle_for_too_long_vanishes(url: str, monkeypatc
 async def test_checkpoints_are_found_by_the_beginning_of_their_channels_names(url: str) -> None:
     async with opened(url) as log:
         for channel in ("task/a", "task/b", "task", "tasks/c", "ta*/d"):
-            await log.append(Append(channel, [Draft(b"x")], KEEP, ("state", f"of {channel}")))
-        await log.append(Append("task/e", [Draft(b"x")], KEEP, ("other", "text")))
+            await log.append(Append(channel, [EncodedEvent(b"x")], KEEP, ("state", f"of {channel}")))
+        await log.append(Append("task/e", [EncodedEvent(b"x")], KEEP, ("other", "text")))
         assert dict(await log.checkpoints("task/", "state")) == {"task/a": "of task/a", "task/b": "of task/b"}
         assert dict(await log.checkpoints("ta*/", "state")) == {"ta*/d": "of ta*/d"}
         assert dict(await log.checkpoints("none/", "state")) == {}
@@ -332,9 +332,9 @@ async def test_a_lease_is_held_by_one_and_moves_when_it_is_given_back(shared: st
     async with opened(shared) as one, opened(shared) as two:
         assert [await one.hold("l"), await one.hold("l"), await two.hold("l")] == [True, True, False]
         assert await two.hold("another/ü")
-        await one.append(Append("c", [Draft(b"a")], KEEP, lease="l"))
+        await one.append(Append("c", [EncodedEvent(b"a")], KEEP, lease="l"))
         with pytest.raises(LeaseLost):
-            await two.append(Append("c", [Draft(b"b")], KEEP, lease="l"))
+            await two.append(Append("c", [EncodedEvent(b"b")], KEEP, lease="l"))
         assert texts((await two.read("c", ORIGIN, 10)).events) == ["a"]
         await two.release("l")  # what one does not hold, one cannot give back
         assert not await two.hold("l")
@@ -622,7 +622,7 @@ async def test_redis_rejects_what_a_holder_publishes_after_it_has_lost_its_lease
     from streamlab.events import redis as eventlog_redis
 
     monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
-    append = Append("c", [Draft(b"stale")], KEEP, ("place", "old"), lease="l")
+    append = Append("c", [EncodedEvent(b"stale")], KEEP, ("place", "old"), lease="l")
     async with opened(valkey.url) as one, opened(valkey.url) as two:
         with pytest.raises(LeaseLost):
             await one.append(append)  # which it has never held
@@ -633,7 +633,7 @@ async def test_redis_rejects_what_a_holder_publishes_after_it_has_lost_its_lease
                 await asyncio.sleep(0.02)
         monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 60)
         assert await two.hold("l")
-        await two.append(Append("c", [Draft(b"new")], KEEP, ("place", "new"), lease="l"))
+        await two.append(Append("c", [EncodedEvent(b"new")], KEEP, ("place", "new"), lease="l"))
         with pytest.raises(LeaseLost):
             await one.append(append)
         await two.release("l")

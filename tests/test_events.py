@@ -41,7 +41,7 @@ BOARD = '''
 
     from aiohttp import web
     from pydantic import BaseModel, Field
-    from streamlab import EVENTS, Retention, Scenario, View, draft, endpoint, follow, hookimpl
+    from streamlab import EVENTS, Retention, Scenario, View, encode_event, endpoint, follow, hookimpl
 
     log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ BOARD = '''
                     await asyncio.sleep(0.02)
 
             async with asyncio.TaskGroup() as group:
-                task = group.create_task(app[EVENTS].exclusively("board", produce)) if self.producer else None
+                task = group.create_task(app[EVENTS].run_as_leader("board", produce)) if self.producer else None
                 yield
                 if task:
                     task.cancel()
@@ -123,7 +123,7 @@ BOARD = '''
 
         @endpoint("POST", "/board/{name}", path_model=Name, takes="application/json")
         async def write(self, request, path):
-            drafts = [draft(data, event, key=key) for data, event, key in await request.json()]
+            drafts = [encode_event(data, event, key=key) for data, event, key in await request.json()]
             checkpoint = None if drafts else ("place", "here")
             return web.json_response(await self.channel(request, path.name).publish_all(drafts, checkpoint=checkpoint))
 

@@ -713,7 +713,10 @@ def events(tmp_path: Path) -> list[str]:
 
 
 def test_every_hook_has_a_test_named_after_it() -> None:
-    assert frozenset({"register_scenarios", "register_tasks", "lifespan", "work", "health", "on_stream_end"}) == HOOKS
+    assert (
+        frozenset({"register_scenarios", "register_tasks", "lifespan", "worker_lifespan", "health", "on_stream_end"})
+        == HOOKS
+    )
     assert all((getattr(hookspecs, hook).__doc__ or "").strip() for hook in HOOKS)
     assert [hook for hook in HOOKS if not any(name.startswith(f"test_{hook}_") for name in globals())] == []
 
@@ -738,7 +741,7 @@ WORKING = """
 
 
     @hookimpl
-    def work(app):
+    def worker_lifespan(app):
         return {answer}
 """
 
@@ -751,11 +754,11 @@ async def test_register_tasks_names_what_clients_may_start(tmp_path: Path, aioht
         assert "nap" in [kind["kind"] for kind in (await response.json())["kinds"]]
 
 
-def test_work_is_what_workers_hold_open_where_there_is_some(tmp_path: Path) -> None:
+def test_worker_lifespan_is_what_workers_hold_open_where_there_is_some(tmp_path: Path) -> None:
     alone = {"scenarios": {"file": {"enabled": False}}}
     for answer, count in (("None", 0), ("working()", 1)):
         app = create_app(config(tmp_path, {"working": WORKING.format(answer=answer)}, **alone))
-        assert len(app[REGISTRY].works(app)) == count
+        assert len(app[REGISTRY].worker_lifespans(app)) == count
 
 
 def test_register_scenarios_is_asked_once_of_each_plugin_before_a_socket_is_bound(

@@ -11,7 +11,7 @@ from pathlib import Path
 from aiohttp import web
 from pydantic import BaseModel, Field, PrivateAttr
 
-from streamlab import Problem, Scenario, Stream, endpoint, frame, hookimpl, open_stream
+from streamlab import Problem, Scenario, Stream, endpoint, hookimpl, open_stream, sse_event
 
 from . import memory, ways
 from .measure import Failed, measure
@@ -116,7 +116,7 @@ class Comparison(Scenario):
                 stream.event_id = events.place
                 if last:
                     gap = {"reason": "that report ended when its reader left; this is a new one", "missing": None}
-                    await stream.write(frame(gap, "gap", id=events.place("gap")))
+                    await stream.write(sse_event(gap, "gap", id=events.place("gap")))
                 await self._tell(stream, teller, query)
         return stream
 

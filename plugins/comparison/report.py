@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Protocol
 
-from streamlab import frame
+from streamlab import sse_event
 
 from .measure import Run
 from .ways import Way
@@ -237,8 +237,8 @@ class EventLines:
             return b":\n"
         self._count += 1
         if isinstance(moment, End):
-            return frame(asdict(moment), "end", id=self.place("end"))
-        return frame(asdict(moment), type(moment).__name__.lower(), id=f"{self._report}-{self._count}")
+            return sse_event(asdict(moment), "end", id=self.place("end"))
+        return sse_event(asdict(moment), type(moment).__name__.lower(), id=f"{self._report}-{self._count}")
 
     def fail(self, reason: str) -> bytes:
         """Nothing: the stream says `error` by itself."""

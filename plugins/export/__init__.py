@@ -24,9 +24,9 @@ from streamlab import (
     Task,
     Threads,
     endpoint,
-    frame,
     hookimpl,
     open_stream,
+    sse_event,
     weights,
 )
 
@@ -257,7 +257,7 @@ class Exports(Scenario):
             yield
 
     @hookimpl
-    def work(self, app: web.Application) -> AbstractAsyncContextManager[None]:
+    def worker_lifespan(self, app: web.Application) -> AbstractAsyncContextManager[None]:
         """Keep the same while a worker runs tasks."""
         return self.lifespan(app)
 
@@ -375,13 +375,13 @@ class Exports(Scenario):
             stream.event_id = lambda kind: f"{place}.{kind}"
             if changed:
                 gap = {"reason": "the data may have changed since", "missing": None}
-                await stream.write(frame(gap, "gap", id=f"{place}.gap"))
+                await stream.write(sse_event(gap, "gap", id=f"{place}.gap"))
             async for count, rows in _batches(export.chunks(), skip):
                 identity = f"{export.version}-{count}"
-                await stream.write(frame(b'{"count":%d,"rows":[%b]}' % (count, rows), "rows", id=identity))
+                await stream.write(sse_event(b'{"count":%d,"rows":[%b]}' % (count, rows), "rows", id=identity))
                 place = identity  # not before the write, which may be interrupted
             total = {"count": skip + export.rows, "altered": self.report_altered(name, export)}
-            await stream.write(frame(total, "end", id=f"{place}.end"))
+            await stream.write(sse_event(total, "end", id=f"{place}.end"))
         return stream
 
     @staticmethod

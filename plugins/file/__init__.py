@@ -116,7 +116,7 @@ class File(Scenario):
             yield
 
     @hookimpl
-    def work(self, app: web.Application) -> AbstractAsyncContextManager[None]:
+    def worker_lifespan(self, app: web.Application) -> AbstractAsyncContextManager[None]:
         """Keep the same while a worker runs tasks."""
         return self.lifespan(app)
 

@@ -12,7 +12,19 @@ from typing import Any, Literal, NamedTuple
 
 from aiohttp import web
 
-from streamlab import END, ORIGIN, Channel, EventLogError, Events, Problem, Retention, draft, follow, frame, open_stream
+from streamlab import (
+    END,
+    ORIGIN,
+    Channel,
+    EventLogError,
+    Events,
+    Problem,
+    Retention,
+    encode_event,
+    follow,
+    open_stream,
+    sse_event,
+)
 
 from .answer import Answer
 
@@ -100,7 +112,7 @@ class Generations:
         """Let generations run while the block does; those that still do are broken off."""
         async with asyncio.TaskGroup() as self._group:
             # Whoever gets this lease knows that this process is gone.
-            living = self._group.create_task(self.events.exclusively(_lease(self._process), _for_ever))
+            living = self._group.create_task(self.events.run_as_leader(_lease(self._process), _for_ever))
             heeding = self._group.create_task(self._heed())
             try:
                 yield
@@ -119,7 +131,7 @@ class Generations:
     def channel(self, id: str) -> Channel:  # noqa: A002
         """The channel of a generation."""
         keep = Retention(events=MAX_EVENTS, seconds=self.keep_seconds, idle_seconds=self.keep_seconds)
-        return self.events.channel(f"llm/{id}", keep=keep, finite=True, stem=f"{id}:")
+        return self.events.channel(f"llm/{id}", keep=keep, finite=True, id_prefix=f"{id}:")
 
     # -- running
 
@@ -145,18 +157,18 @@ class Generations:
         answer: Answer | None = None
         refused = False
         try:
-            first = draft({"id": generation.id, "model": body["model"]}, "generation")
+            first = encode_event({"id": generation.id, "model": body["model"]}, "generation")
             await generation.channel.publish_all([first], checkpoint=("process", self._process))
             async with self.ask(body) as answer, aclosing(answer.texts()) as pieces:
                 generation.begin()
                 index = 0
                 async for texts in pieces:
-                    tokens = [draft({"text": t, "index": index + n}, "token") for n, t in enumerate(texts)]
+                    tokens = [encode_event({"text": t, "index": index + n}, "token") for n, t in enumerate(texts)]
                     await generation.channel.publish_all(tokens)
                     index += len(texts)
             last = [_end(answer.finish_reason or "stop", answer)]
         except Problem as problem:
-            last = [draft(problem.document(), "error"), _end("error", answer)]
+            last = [encode_event(problem.document(), "error"), _end("error", answer)]
             refused = generation.begin(problem)
         except asyncio.CancelledError:
             last = [_end(generation.reason or "server stopped", answer)]
@@ -165,7 +177,7 @@ class Generations:
             if not isinstance(error, EventLogError):
                 log.exception("a generation failed")
             failure = Problem(500, "The server failed to generate this answer; its log says why.")
-            last = [draft(failure.document(), "error"), _end("error", answer)]
+            last = [encode_event(failure.document(), "error"), _end("error", answer)]
             refused = generation.begin(error)
         generation.reason = generation.reason or "over"
         try:
@@ -280,7 +292,7 @@ class Generations:
         try:
             async with asyncio.TaskGroup() as group:
                 telling = group.create_task(self._tell(id))
-                await self.events.exclusively(_lease(process or id), lambda: self._bury(id))
+                await self.events.run_as_leader(_lease(process or id), lambda: self._bury(id))
                 telling.cancel()
         except* EventLogError as errors:
             log.warning("a generation of another process is followed, but not attended: %s", errors.exceptions[0])
@@ -293,7 +305,7 @@ class Generations:
     async def _bury(self, id: str) -> None:  # noqa: A002
         if await self.state(id) == "running":
             problem = Problem(502, "The server that generated this answer is gone.")
-            await self.channel(id).publish_all([draft(problem.document(), "error"), _end("error", None)])
+            await self.channel(id).publish_all([encode_event(problem.document(), "error"), _end("error", None)])
 
 
 async def _lost(request: web.Request, id: str, after: str, headers: Mapping[str, str] | None) -> web.StreamResponse:  # noqa: A002
@@ -303,8 +315,8 @@ async def _lost(request: web.Request, id: str, after: str, headers: Mapping[str,
         return web.Response(status=204, headers={"Cache-Control": "no-store"})
     gap = {"reason": "the history of that id is lost", "missing": None, "after": after, "until": last}
     async with open_stream(request, "text/event-stream", headers=headers) as stream:
-        end = frame({"finish_reason": "lost"}, END, id=last)
-        await stream.write(frame(gap, "gap", id=f"{last}.gap") + end)
+        end = sse_event({"finish_reason": "lost"}, END, id=last)
+        await stream.write(sse_event(gap, "gap", id=f"{last}.gap") + end)
     return stream
 
 
@@ -321,4 +333,4 @@ def _end(reason: str, answer: Answer | None) -> Any:
     told: dict[str, Any] = {"finish_reason": reason}
     if answer is not None:
         told |= {"usage": answer.usage, "ttft_ms": answer.ttft_ms, "tokens_per_second": answer.tokens_per_second}
-    return draft(told, END)
+    return encode_event(told, END)

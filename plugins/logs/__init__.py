@@ -21,14 +21,14 @@ from streamlab import (
     EVENTS,
     Channel,
     ConfigPath,
-    Draft,
+    EncodedEvent,
     Event,
     Problem,
     Retention,
     Scenario,
     Threads,
     View,
-    draft,
+    encode_event,
     endpoint,
     follow,
     hookimpl,
@@ -172,10 +172,10 @@ class Logs(Scenario):
             for name, source in served.items():
                 producer = f"{host}:{source.path or shlex.join(source.command)}"
                 read = partial(self._produce, name, source, host, producer)
-                tasks.append(group.create_task(events.exclusively(f"logs/{producer}", read)))
+                tasks.append(group.create_task(events.run_as_leader(f"logs/{producer}", read)))
             if self.demo:
                 write = partial(demo.serve, demo_log)
-                tasks.append(group.create_task(events.exclusively(f"logs/{host}:{demo_log}:writer", write)))
+                tasks.append(group.create_task(events.run_as_leader(f"logs/{host}:{demo_log}:writer", write)))
             yield
             for task in tasks:
                 task.cancel()
@@ -305,11 +305,11 @@ class Logs(Scenario):
             return
         self._reported[name] = reason
         told = (
-            draft({"source": name, "reason": reason, "host": host}, "unreadable")
+            encode_event({"source": name, "reason": reason, "host": host}, "unreadable")
             if reason
-            else draft({"source": name, "host": host}, "readable")
+            else encode_event({"source": name, "host": host}, "readable")
         )
-        await self._channels[name].publish_all([told], insist=True)
+        await self._channels[name].publish_all([told], retry_forever=True)
 
     async def _keep_reporting(self, name: str, host: str) -> None:
         while True:
@@ -339,7 +339,7 @@ class Logs(Scenario):
                     await self._report(name, host)
                 drafts = [_draft(name, host, item, readers) for item in batch.items]
                 checkpoint = (producer, json.dumps(batch.cursors))
-                await channel.publish_all(drafts, checkpoint=checkpoint, insist=True)
+                await channel.publish_all(drafts, checkpoint=checkpoint, retry_forever=True)
 
     async def _run(self, name: str, source: Source, host: str, producer: str) -> None:
         """Publish what a command prints."""
@@ -348,19 +348,19 @@ class Logs(Scenario):
         async with aclosing(command.output(source.command)) as output:
             async for batch in output:
                 drafts = [
-                    draft({"source": name, "command": program, "status": item, "host": host}, "exited")
+                    encode_event({"source": name, "command": program, "status": item, "host": host}, "exited")
                     if isinstance(item, int)
                     else _draft(name, host, Line(item.text, program, item.continued), readers)
                     for item in batch
                 ]
-                await channel.publish_all(drafts, insist=True)
+                await channel.publish_all(drafts, retry_forever=True)
 
 
-def _draft(source: str, host: str, item: Line | Turn, readers: dict[str, Reader]) -> Draft:
+def _draft(source: str, host: str, item: Line | Turn, readers: dict[str, Reader]) -> EncodedEvent:
     """What happened in a log, as an event; a line's key is its level."""
     if isinstance(item, Turn):
         told = {"source": source, "file": item.file, "complete": item.complete, "host": host}
-        return draft(told, item.kind)
+        return encode_event(told, item.kind)
     level, when = readers.setdefault(item.file, Reader()).read(item.text)
     fields: dict[str, Any] = {"source": source, "file": item.file, "level": level or None, "time": None}
     if when is not None:
@@ -368,7 +368,7 @@ def _draft(source: str, host: str, item: Line | Turn, readers: dict[str, Reader]
     fields |= {"line": item.text, "host": host}
     if item.continued:
         fields["continued"] = True
-    return draft(fields, key=level)
+    return encode_event(fields, key=level)
 
 
 def _chooser(query: Which) -> Chooser:

@@ -110,7 +110,7 @@ class Tasks(Scenario):
             yield
 
     @hookimpl
-    def work(self, app: web.Application) -> AbstractAsyncContextManager[None]:
+    def worker_lifespan(self, app: web.Application) -> AbstractAsyncContextManager[None]:
         """Run tasks in a worker; raises Problem where the server does that itself."""
         self._engine = self._made(app)
         return self._engine.serving(self.max_running)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from streamlab import EventLogError, Events, Problem, draft
+from streamlab import EventLogError, Events, Problem, encode_event
 
 from .engine import Engine, QueueLimits
 from .line import Line
@@ -45,7 +45,7 @@ class Embedded(Engine):
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Run tasks while the block lasts; those that are not over then, the next process finds."""
-        living = self.events.exclusively(_lease(self.process), self._serve)
+        living = self.events.run_as_leader(_lease(self.process), self._serve)
         async with self.working(living, self._look_after()):
             yield
 
@@ -62,7 +62,7 @@ class Embedded(Engine):
     async def _enter(self, record: Record) -> None:
         record.owner = self.process
         try:
-            await self.store.keep(record, draft(record.news(), "progress"))
+            await self.store.keep(record, encode_event(record.news(), "progress"))
         except BaseException:
             self._waiting.pop(record.id, None)
             raise
@@ -128,7 +128,7 @@ class Embedded(Engine):
 
     async def _inherit(self, owner: str) -> None:
         """Wait until a process is gone, and take its tasks on, unless another one does."""
-        await self.events.exclusively(_lease(owner), lambda: self._adopt(owner))
+        await self.events.run_as_leader(_lease(owner), lambda: self._adopt(owner))
         self._attended.discard(owner)
 
     async def _adopt(self, owner: str) -> None:
@@ -153,8 +153,8 @@ class Embedded(Engine):
         before = record.state
         if await self.runner.pick_up(record):
             record.owner = self.process
-            news = [draft(record.news(), "progress")] if record.state != before else []
-            await self.store.keep(record, *news, insist=True)
+            news = [encode_event(record.news(), "progress")] if record.state != before else []
+            await self.store.keep(record, *news, retry_forever=True)
 
 
 def _lease(process: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from streamlab import Draft, Problem, Progress, Task, draft
+from streamlab import EncodedEvent, Problem, Progress, Task, encode_event
 
 from .store import Record, State, Store, now
 
@@ -148,7 +148,7 @@ class Runner:
         if record is None or record.over or record.owner != owner or not await self.pick_up(record):
             return None
         record.state, record.attempts, record.started = "running", record.attempts + 1, record.started or now()
-        await self._store.keep(record, draft(record.news(), "progress"), insist=True)
+        await self._store.keep(record, encode_event(record.news(), "progress"), retry_forever=True)
         return record
 
     async def pick_up(self, record: Record) -> bool:
@@ -220,9 +220,11 @@ class Runner:
             return
         record.state, record.message = "queued", "The server stopped; it goes on when one starts."
         record.rate = record.eta_seconds = None
-        await self._store.keep(record, *drafts, draft(record.news(), "progress"), insist=True)
+        await self._store.keep(record, *drafts, encode_event(record.news(), "progress"), retry_forever=True)
 
-    async def _end(self, record: Record, state: State, reason: str = "", *, drafts: list[Draft] | None = None) -> None:
+    async def _end(
+        self, record: Record, state: State, reason: str = "", *, drafts: list[EncodedEvent] | None = None
+    ) -> None:
         record.state = state
         if reason:
             record.error = Problem(500, reason).document()
@@ -263,21 +265,21 @@ class _Teller:
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._progress.changed.wait()
-            await self._store.keep(self._record, *self.news(), insist=True)
+            await self._store.keep(self._record, *self.news(), retry_forever=True)
             await asyncio.sleep(TELL_SECONDS)
 
-    def news(self) -> list[Draft]:
+    def news(self) -> list[EncodedEvent]:
         """Bring the record up to date; return the events that tell what is new, at most one of them `progress`."""
         progress, record = self._progress, self._record
         record.ran_seconds = round(asyncio.get_running_loop().time() - self._begun, 3)
         messages, progress.messages = progress.messages, []
-        drafts = [draft({"message": message, "done": progress.done}, "message") for message in messages]
+        drafts = [encode_event({"message": message, "done": progress.done}, "message") for message in messages]
         if progress.changed.is_set():
             progress.changed.clear()
             record.done, record.total, record.message = progress.done, progress.total, progress.message
             record.checkpoint = msgspec.Raw(progress.saved or b"null")
             self._estimate()
-            drafts.append(draft(record.news(), "progress"))
+            drafts.append(encode_event(record.news(), "progress"))
         progress.told.set()
         return drafts
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from streamlab import END, Channel, Draft, Events, Problem, Retention, draft
+from streamlab import END, Channel, EncodedEvent, Events, Problem, Retention, encode_event
 
 State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 
@@ -132,21 +132,21 @@ class Store:
         """The channel of a task; what is published once it is over lets it expire."""
         idle = self._keep_seconds if over else None
         keep = Retention(events=MAX_EVENTS, seconds=FOR_EVER, idle_seconds=idle)
-        return self._events.channel(f"progress/{id}", keep=keep, finite=True, stem=f"{id}:")
+        return self._events.channel(f"progress/{id}", keep=keep, finite=True, id_prefix=f"{id}:")
 
-    async def keep(self, record: Record, *drafts: Draft, insist: bool = False) -> None:
+    async def keep(self, record: Record, *drafts: EncodedEvent, retry_forever: bool = False) -> None:
         """Publish events of a task together with where it stands now; raises EventLogError where that fails."""
         record.told = now()
         text = msgspec.json.encode(record).decode()
         channel = self.channel(record.id, over=record.over)
-        await channel.publish_all(drafts, checkpoint=("task", text), insist=insist)
+        await channel.publish_all(drafts, checkpoint=("task", text), retry_forever=retry_forever)
 
-    async def end(self, record: Record, *drafts: Draft) -> None:
+    async def end(self, record: Record, *drafts: EncodedEvent) -> None:
         """Publish the last events of a task, whose record says that it is over."""
         record.ended, record.rate, record.eta_seconds = now(), None, None
         if record.error is not None:
-            drafts = (*drafts, draft(record.error, "error"))
-        await self.keep(record, *drafts, draft(record.document(), END), insist=True)
+            drafts = (*drafts, encode_event(record.error, "error"))
+        await self.keep(record, *drafts, encode_event(record.document(), END), retry_forever=True)
 
     async def find(self, id: str) -> Record | None:  # noqa: A002
         """Return a task; None where nothing is kept of it."""

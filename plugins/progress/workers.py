@@ -18,7 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from streamlab import EventLogError, Events, draft
+from streamlab import EventLogError, Events, encode_event
 
 from .engine import Engine, QueueLimits
 from .line import in_turn
@@ -95,7 +95,7 @@ class Workers(Engine):
         await self.surely(self._enter(record))
 
     async def _enter(self, record: Record) -> None:
-        await self.store.keep(record, draft(record.news(), "progress"))
+        await self.store.keep(record, encode_event(record.news(), "progress"))
         await self._add(record)
 
     async def _add(self, record: Record) -> None:

@@ -19,7 +19,7 @@ from streamlab import (
     Problem,
     Scenario,
     View,
-    draft,
+    encode_event,
     endpoint,
     follow,
     hookimpl,
@@ -102,7 +102,7 @@ class Ticker(Scenario):
             if self.source == "push":
                 task = group.create_task(self._remember())
             else:
-                task = group.create_task(events.exclusively("ticker", self._produce))
+                task = group.create_task(events.run_as_leader("ticker", self._produce))
             yield
             task.cancel()
 
@@ -161,16 +161,16 @@ class Ticker(Scenario):
             source = Simulation(self.symbols, interval=self.interval, seed=self.seed, stands=stands)
         async with aclosing(source.prices()) as made:
             async for prices, stands in made:
-                await self._publish(prices, checkpoint=(name, stands), insist=True)
+                await self._publish(prices, checkpoint=(name, stands), retry_forever=True)
 
     async def _publish(
-        self, prices: Sequence[Price], *, checkpoint: tuple[str, str] | None = None, insist: bool = False
+        self, prices: Sequence[Price], *, checkpoint: tuple[str, str] | None = None, retry_forever: bool = False
     ) -> list[str]:
         """Publish prices, each with its change against the one before, and return their ids."""
         last, kept = self._last, None
-        drafts = [draft(data, key=price.symbol) for price, data in zip(prices, last.tell(prices), strict=True)]
+        drafts = [encode_event(data, key=price.symbol) for price, data in zip(prices, last.tell(prices), strict=True)]
         try:
-            ids = await self._channel.publish_all(drafts, checkpoint=checkpoint, insist=insist)
+            ids = await self._channel.publish_all(drafts, checkpoint=checkpoint, retry_forever=retry_forever)
             kept = Position.parse(ids[-1])
             return ids
         finally:

@@ -20,7 +20,7 @@ from .log import (
     ORIGIN,
     RENEW_SECONDS,
     Append,
-    Draft,
+    EncodedEvent,
     Event,
     EventLog,
     EventLogError,
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
 """How often every follower gets a comment; proxies and clients give up after 15 s and more of silence."""
 
-INSIST_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 """How long a producer that insists waits before it tries again."""
 
 EVENT_BYTES = 8 * 1024 * 1024
@@ -52,23 +52,23 @@ class Channel:
     """A named, ordered stream of events that any number of clients follow, from any id.
 
     A value: making one costs nothing, and what it names exists from the first event on. `finite` says that it is to
-    end with an event `end`, after which a client that comes back is told 204. `stem` stands before the ids of its
+    end with an event `end`, after which a client that comes back is told 204. `id_prefix` stands before the ids of its
     events, always the same for a name: where one route serves many channels, the id that a client comes back with says
     which it means.
     """
 
     def __init__(
-        self, events: "Events", name: str, retention: Retention, *, finite: bool = False, stem: str = ""
+        self, events: "Events", name: str, retention: Retention, *, finite: bool = False, id_prefix: str = ""
     ) -> None:
         self.events = events
         self.name = name
         self.retention = retention
         self.finite = finite
-        self.stem = stem
+        self.id_prefix = id_prefix
 
     def position(self, id: str) -> Position | None:  # noqa: A002
         """Read the place in this channel that an event's id means; None where it means none."""
-        return Position.parse(id.removeprefix(self.stem)) if id.startswith(self.stem) else None
+        return Position.parse(id.removeprefix(self.id_prefix)) if id.startswith(self.id_prefix) else None
 
     async def publish(self, data: Any, event: str = "", *, key: str = "") -> str:
         """Publish an event and return its id, once the log has it; followers get it after that, never before.
@@ -77,15 +77,15 @@ class Channel:
         choose by it). Waits while the log's server is away. Raises ValueError for data that is no JSON or larger than
         EVENT_BYTES, EventLogError where the event is not kept.
         """
-        return (await self.publish_all([draft(data, event, key=key)]))[0]
+        return (await self.publish_all([encode_event(data, event, key=key)]))[0]
 
     async def publish_all(
-        self, drafts: Sequence[Draft], *, checkpoint: tuple[str, str] | None = None, insist: bool = False
+        self, drafts: Sequence[EncodedEvent], *, checkpoint: tuple[str, str] | None = None, retry_forever: bool = False
     ) -> list[str]:
         """Publish events together, or none of them, and return their ids.
 
         `checkpoint`, a name and a text, is kept with them: where their producer stands, for `checkpoint` to find after
-        a crash. With `insist` a refusal of the log is not raised, but waited out: a producer does not give up.
+        a crash. With `retry_forever` a refusal of the log is not raised, but waited out: a producer does not give up.
         """
         if not drafts and checkpoint is None:
             return []
@@ -95,13 +95,13 @@ class Channel:
                 last = await self.events.log.append(append)
                 break
             except EventLogError as error:
-                if not insist or isinstance(error, LeaseLost):
+                if not retry_forever or isinstance(error, LeaseLost):
                     raise
                 log.warning("what is published on %s waits: %s", self.name, error)
-                await asyncio.sleep(INSIST_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
         await self.events.room(self.name)
         first = last.offset - len(drafts) + 1
-        return [f"{self.stem}{Position(last.epoch, first + number)}" for number in range(len(drafts))]
+        return [f"{self.id_prefix}{Position(last.epoch, first + number)}" for number in range(len(drafts))]
 
     async def checkpoint(self, name: str) -> str | None:
         """Return the text that was last published under a name; None where there is none."""
@@ -135,14 +135,14 @@ class Channel:
         await self.events.log.delete(self.name)
 
 
-def draft(data: Any, event: str = "", *, key: str = "") -> Draft:
+def encode_event(data: Any, event: str = "", *, key: str = "") -> EncodedEvent:
     """Make an event to be published; raises ValueError where it cannot be one."""
     encoded = sse.encode(data)
     if len(encoded) > EVENT_BYTES:
         raise ValueError(f"an event of {len(encoded)} bytes is larger than {EVENT_BYTES}")
     if any(character in event for character in "\r\n\0"):
         raise ValueError(f"the name of an event holds a line break or NUL: {event!r}")
-    return Draft(encoded, event, key)
+    return EncodedEvent(encoded, event, key)
 
 
 class Events:
@@ -158,9 +158,11 @@ class Events:
         """Who follows a channel, and gets heartbeats."""
         self._group: asyncio.TaskGroup | None = None
 
-    def channel(self, name: str, *, keep: Retention | None = None, finite: bool = False, stem: str = "") -> Channel:
+    def channel(
+        self, name: str, *, keep: Retention | None = None, finite: bool = False, id_prefix: str = ""
+    ) -> Channel:
         """Name a channel; without `keep` it keeps what config.toml says under [events]."""
-        return Channel(self, name, keep or self._keep, finite=finite, stem=stem)
+        return Channel(self, name, keep or self._keep, finite=finite, id_prefix=id_prefix)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -194,7 +196,7 @@ class Events:
         """Lend the hub of a channel until `leave`; the first who needs it makes it at its own position."""
         if channel.name not in self._hubs:
             assert self._group is not None, "the server has not started, or is over"
-            hub = Hub(channel.name, position, channel.stem, self.filters)
+            hub = Hub(channel.name, position, channel.id_prefix, self.filters)
             self._hubs[channel.name] = hub, self._group.create_task(hub.run())
             self.log.watch(channel.name, position, hub.deliver)
         hub, _ = self._hubs[channel.name]
@@ -220,7 +222,7 @@ class Events:
                 if number % SLICE == 0:
                     await asyncio.sleep(0)
 
-    async def exclusively(self, lease: str, produce: Callable[[], Awaitable[None]]) -> None:
+    async def run_as_leader(self, lease: str, produce: Callable[[], Awaitable[None]]) -> None:
         """Run `produce` in one process of all that share the log, for as long as it takes; wait while another runs it.
 
         When the process that runs it dies, another begins within LEASE_SECONDS and a little more. `produce` is
@@ -236,7 +238,7 @@ class Events:
                 await self.log.release(lease)
 
     async def if_free(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
-        """Run `produce` as `exclusively` does, unless another process has the lease; whether it was run to its end.
+        """Run `produce` as `run_as_leader` does, unless another process has the lease; whether it was run to its end.
 
         Raises EventLogError where the log cannot tell.
         """

@@ -52,7 +52,7 @@ async def follow(
     view = view or EVERYTHING
     with channel.events.filters.admitted(channel.name, view):
         async with open_stream(request, sse.MEDIA_TYPE, headers=headers) as stream:
-            follower = Follower(stream, view, position or ORIGIN, limit, channel.stem)
+            follower = Follower(stream, view, position or ORIGIN, limit, channel.id_prefix)
             stream.event_id = follower.event_id
             channel.events.followers.add(follower)
             try:
@@ -185,7 +185,7 @@ class _Session:
 
     async def _read(self, after: Position, size: int = CATCH_UP_BYTES) -> Past:
         channel = self._channel
-        return await channel.events.reads.read(channel.name, channel.stem, after, self._follower.view, size)
+        return await channel.events.reads.read(channel.name, channel.id_prefix, after, self._follower.view, size)
 
     async def _send_some(self, items: Sequence[Framed], after: Position) -> bool:
         """Write as many frames as the client wants; True when it has all that it wanted."""
@@ -217,10 +217,10 @@ class _Session:
         data = {
             "reason": reason,
             "missing": missing,
-            "after": None if before is None else f"{self._channel.stem}{before}",
-            "until": f"{self._channel.stem}{after}",
+            "after": None if before is None else f"{self._channel.id_prefix}{before}",
+            "until": f"{self._channel.id_prefix}{after}",
         }
-        await self._write(sse.frame(data, "gap", id=f"{self._channel.stem}{after}.gap"), after)
+        await self._write(sse.sse_event(data, "gap", id=f"{self._channel.id_prefix}{after}.gap"), after)
 
     async def _write(self, body: bytes, after: Position) -> None:
         """Write whole events; a large one in steps, so that a slow client does not fill this process with it."""

@@ -40,9 +40,9 @@ class Framed(NamedTuple):
     frame: bytes
 
 
-def framed(event: Event, stem: str) -> Framed:
-    """Frame an event of the log, `stem` before its id; the same bytes whenever and wherever it is sent."""
-    return Framed(event, sse.frame(event.data, event.event, id=f"{stem}{event.position}"))
+def framed(event: Event, id_prefix: str) -> Framed:
+    """Frame an event of the log, `id_prefix` before its id; the same bytes whenever and wherever it is sent."""
+    return Framed(event, sse.sse_event(event.data, event.event, id=f"{id_prefix}{event.position}"))
 
 
 def latest(items: Sequence[Framed]) -> list[Framed]:
@@ -64,13 +64,13 @@ class Follower(Pusher):
     event costs is memory that is not in the processor's cache.
     """
 
-    __slots__ = ("chunked", "live", "position", "released", "remaining", "stem", "stream", "transport", "view")
+    __slots__ = ("chunked", "id_prefix", "live", "position", "released", "remaining", "stream", "transport", "view")
 
     def __init__(
-        self, stream: Stream, view: View, position: Position, remaining: int | None = None, stem: str = ""
+        self, stream: Stream, view: View, position: Position, remaining: int | None = None, id_prefix: str = ""
     ) -> None:
         super().__init__()
-        self.stem = stem
+        self.id_prefix = id_prefix
         self.stream = stream
         self.view = view
         self.position = position
@@ -90,7 +90,7 @@ class Follower(Pusher):
 
     def event_id(self, name: str) -> str:
         """The id of an event that is not in the log: it tells where the follower stands."""
-        return f"{self.stem}{self.position}.{name}"
+        return f"{self.id_prefix}{self.position}.{name}"
 
     def fall_behind(self) -> None:
         """Let its task take over, which waits for the client."""
@@ -213,9 +213,9 @@ class Pushed(NamedTuple):
 class Hub:
     """The followers of one channel in this process."""
 
-    def __init__(self, channel: str, position: Position, stem: str, filters: Filters) -> None:
+    def __init__(self, channel: str, position: Position, id_prefix: str, filters: Filters) -> None:
         self._channel = channel
-        self._stem = stem
+        self._id_prefix = id_prefix
         self._filters = filters
         self._group = asyncio.TaskGroup()
         """What filters; open while the hub runs."""
@@ -314,7 +314,7 @@ class Hub:
                 moved.set_result(None)
         # What is missing, each follower's own task finds in the log, and says so.
         gap = overrun is not None or bool(events and not before.precedes(events[0].position))
-        items = [] if gap else [framed(event, self._stem) for event in events]
+        items = [] if gap else [framed(event, self._id_prefix) for event in events]
         # Who joins from here on stands after these events already, so all audiences are noted before the first await.
         noted = [(audience, tuple(audience.followers)) for audience in self._audiences.values()]
         joins, began = self._joins, time.monotonic()
@@ -369,7 +369,7 @@ class Hub:
                 log.exception("a filter of the channel %s failed", self._channel)
                 audience.release()  # each follower fails by itself
                 break
-            chosen = audience.select([framed(event, self._stem) for event in wanted], self._news.set)
+            chosen = audience.select([framed(event, self._id_prefix) for event in wanted], self._news.set)
             after = events[-1].position if events else audience.filtered
             audience.filtered = after
             followers = [follower for follower in audience.followers if follower.position < after]

@@ -55,7 +55,7 @@ def is_replaced(position: Position, last: Position) -> bool:
     return position.epoch > last.epoch > 0 and position != LATEST
 
 
-class Draft(NamedTuple):
+class EncodedEvent(NamedTuple):
     """An event that is not in the log yet."""
 
     data: bytes
@@ -98,7 +98,7 @@ class Append(NamedTuple):
     """Events to be added to a channel together, in order, or not at all."""
 
     channel: str
-    drafts: Sequence[Draft]
+    drafts: Sequence[EncodedEvent]
     retention: Retention
     checkpoint: tuple[str, str] | None = None
     """A name and a text kept beside the events, stored with them or not at all: where their producer stands."""

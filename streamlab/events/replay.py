@@ -25,7 +25,7 @@ what waits in its connection, and not what would come next."""
 class Past:
     """What one read brought, for all followers that stand at the same position and have equal views."""
 
-    stem: str
+    id_prefix: str
     """What stands before the ids."""
     first: Position | None
     """Of the events that were read, whether the view wants them or not; None where there were none."""
@@ -39,7 +39,7 @@ class Past:
     @cached_property
     def frames(self) -> list[Framed]:
         """The events with their bytes."""
-        return [framed(event, self.stem) for event in self.events]
+        return [framed(event, self.id_prefix) for event in self.events]
 
     @cached_property
     def cuts(self) -> list[Cut]:
@@ -60,7 +60,7 @@ class Reads:
         self._shared: dict[_Key, list[asyncio.Future[Past | None]]] = {}
         """Who waits for a read that is under way."""
 
-    async def read(self, channel: str, stem: str, after: Position, view: View, size: int = CATCH_UP_BYTES) -> Past:
+    async def read(self, channel: str, id_prefix: str, after: Position, view: View, size: int = CATCH_UP_BYTES) -> Past:
         """Return the events after a position, up to BATCH_EVENTS or `size` bytes, and which of them a view wants.
 
         Raises EventLogError, and what the view's filter raises.
@@ -80,7 +80,7 @@ class Reads:
             end = next((number for number, event in enumerate(wanted, 1) if event.event == END), None)
             if end is not None:
                 wanted, until = wanted[:end], wanted[end - 1].position
-            past = Past(stem, first, until, batch.last, wanted)
+            past = Past(id_prefix, first, until, batch.last, wanted)
             return past
         finally:
             del self._shared[key]

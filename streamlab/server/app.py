@@ -145,7 +145,7 @@ async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -
     `on_ready` is called once work is taken. Raises ConfigError, also where there is nothing that workers do.
     """
     app = create_app(config)
-    works = app[REGISTRY].works(app)
+    works = app[REGISTRY].worker_lifespans(app)
     if not works:
         reason = "no scenario of this configuration leaves its work to workers"
         raise ConfigError([Fault(config.source, "", reason)])

@@ -211,9 +211,9 @@ class Registry:
             raise ConfigError(faults)
         return tasks
 
-    def works(self, app: web.Application) -> list[AbstractAsyncContextManager[None]]:
+    def worker_lifespans(self, app: web.Application) -> list[AbstractAsyncContextManager[None]]:
         """What plugins in force hold open in a process that only works."""
-        answers = [next(iter(ask(app=app)), None) for _, ask in reversed(self._implementations("work"))]
+        answers = [next(iter(ask(app=app)), None) for _, ask in reversed(self._implementations("worker_lifespan"))]
         return [answer for answer in answers if answer is not None]
 
     def lifespans(self, app: web.Application) -> Iterator[tuple[str, Callable[[], AbstractAsyncContextManager[None]]]]:

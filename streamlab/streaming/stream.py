@@ -403,7 +403,7 @@ class Stream(web.StreamResponse):
             if self._carries_events and not self.torn:
                 detail = error.document() if isinstance(error, Problem) else Problem(500, SOURCE_FAILED).document()
                 with suppress(ConnectionError, asyncio.CancelledError):
-                    await self.write(sse.frame(detail, "error", id=self._event_id("error")))
+                    await self.write(sse.sse_event(detail, "error", id=self._event_id("error")))
             self.cut()
         self.outcome = Outcome.FAILED
         return False

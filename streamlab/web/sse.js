@@ -73,7 +73,7 @@ function lineEnd(text, from) {
 }
 
 /**
- * The place of an event in its channel, from an id `<epoch>-<offset>` or `<stem>:<epoch>-<offset>`; null for other ids.
+ * The place of an event in its channel, from an id `<epoch>-<offset>` or `<prefix>:<epoch>-<offset>`; null for other ids.
  * What the server says between events (`gap`, `stop`, `end` of a query) has an id with a suffix, and no place.
  */
 export function place(id) {

@@ -979,12 +979,12 @@ def test_one_too_many_is_429_at_once_and_the_official_client_succeeds_by_its_own
 
         answer: list[str] = []
 
-        def insist() -> None:
+        def retry() -> None:
             with client(server, max_retries=5) as patient:
                 chunks = patient.chat.completions.create(model=MODEL, messages=said("x"), stream=True)
                 answer.extend(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
-        thread = threading.Thread(target=insist)
+        thread = threading.Thread(target=retry)
         thread.start()
         gates["0"].finish()
         assert list(first)[-1].event == "end"
