@@ -51,7 +51,8 @@ async def rows(session: aiohttp.ClientSession, path: str) -> AsyncIterator[dict[
         async for line in response.content:
             row = json.loads(line)
             if "@end" in row:
-                if row["@end"] != {"rows": count, "sha256": digest.hexdigest()}:
+                end = row["@end"]
+                if (end["rows"], end["sha256"]) != (count, digest.hexdigest()):
                     raise ValueError("these are not the rows that were sent")
                 return
             count += 1

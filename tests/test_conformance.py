@@ -80,7 +80,8 @@ class TestLlm(Conformance):
             (
                 "first_byte_comes_before_the_end",
                 "POST /v1/chat/completions as application/json",
-            ): "one document of it all"
+            ): "one document of it all",
+            ("numbers_have_bounds", "POST /v1/chat/completions"): "max_tokens is bounded by what the server is set to",
         }
     )
 

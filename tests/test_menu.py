@@ -368,10 +368,10 @@ def test_what_a_stream_says_beside_its_prices_is_said_on_stderr(start: Start, fo
     )
 
 
-def test_logs_are_filtered_and_show_no_control_character(start: Start, folder: Path) -> None:
-    server = start('[scenarios.logs.sources.app]\npath = "app.log"')
+def test_logs_are_filtered_and_show_no_control_character(start: Start, folder: Path, tmp_path: Path) -> None:
     lines = ["INFO begin a", "ERROR a \x1b[2Jfire", "WARNING b", "ERROR b", "CRITICAL a end"]
-    (server.base / "app.log").write_text("".join(f"2026-01-01T00:00:0{n}Z {line}\n" for n, line in enumerate(lines)))
+    (tmp_path / "app.log").write_text("".join(f"2026-01-01T00:00:0{n}Z {line}\n" for n, line in enumerate(lines)))
+    server = start('[scenarios.logs.sources.app]\npath = "app.log"')
     status, out, err = run(server, folder, "logs|app|error|ERROR a|1", "logs|app|error| a|2", "logs|app|loud||")
     assert (status, out.pop(0)) == (1, r"2026-01-01T00:00:01Z ERROR a \x1b[2Jfire")
     assert out == [r"2026-01-01T00:00:01Z ERROR a \x1b[2Jfire", "2026-01-01T00:00:04Z CRITICAL a end"]

@@ -97,11 +97,11 @@ PLUGIN = '''
 
 @pytest.fixture
 def lab(tmp_path: Path, aiohttp_client: Callable[..., Awaitable[Client]]) -> Callable[..., Awaitable[Client]]:
-    """A client of a server with the plugin above, and what ships if `shipped`; keywords are its table `[server]`."""
+    """A client of a server with the plugin above and `file`; all that ships if `shipped`; keywords are `[server]`."""
 
     async def making(*, shipped: bool = False, **server: Any) -> Client:
         write_plugins(tmp_path, {"lab": PLUGIN})
-        tables = {"server": server, "scenarios": {} if shipped else disabled()}
+        tables = {"server": server, "scenarios": {} if shipped else disabled(but="file")}
         return await aiohttp_client(create_app(Config.of(tables, base=tmp_path)))
 
     return making
@@ -231,7 +231,7 @@ async def test_a_host_that_is_none_is_never_a_fault_of_the_server(host: str, lab
 
 
 async def test_health_tells_status_version_scenarios_streams_and_seconds(lab: Lab) -> None:
-    client = await lab(shipped=True)
+    client = await lab()
     async with client.get("/health") as response:
         assert (response.status, response.content_type) == (200, "application/json")
         assert response.headers["Cache-Control"] == "no-store"
