@@ -6,11 +6,13 @@ from .events.follow import follow
 from .events.log import END, ORIGIN, EncodedEvent, Event, EventLogError, LeaseLost, Position, Retention
 from .events.views import View
 from .hookspecs import hookimpl
+from .negotiation import wants_events, weights
 from .problems import ErrorFormat, Problem
+from .request_body import read_body, read_json
 from .scenario import Scenario, endpoint
 from .server.metrics import METRICS
+from .slots import Slots
 from .sse import sse_event
-from .streaming.compression import weights
 from .streaming.outcome import Outcome, StreamSummary
 from .streaming.stream import Stream, open_stream
 from .tasks import TASKS, Progress, Task
@@ -37,6 +39,7 @@ __all__ = [
     "Progress",
     "Retention",
     "Scenario",
+    "Slots",
     "Stream",
     "StreamSummary",
     "Task",
@@ -47,7 +50,10 @@ __all__ = [
     "follow",
     "hookimpl",
     "open_stream",
+    "read_body",
+    "read_json",
     "shielded",
     "sse_event",
+    "wants_events",
     "weights",
 ]

@@ -1,4 +1,4 @@
-"""Every refusal as `application/problem+json` (RFC 9457)."""
+"""Every error response as `application/problem+json` (RFC 9457)."""
 
 import json
 import re
@@ -21,11 +21,11 @@ _PHRASES = {
 """The phrases of RFC 9110, section 15, where a supported Python has older ones."""
 
 MAX_ERRORS = 50
-"""A refusal lists no more than so many faults; a request with more of them is no honest mistake."""
+"""Maximum number of faults that an error response lists."""
 
 
 class Problem(Exception):
-    """A refusal to be raised by a handler: an HTTP status from 400 on, what was wrong, and what would be right.
+    """An error response, raised by a handler: an HTTP status from 400 on, what is wrong, and what is allowed.
 
     `errors` lists every bad parameter as `{"in": "query", "name": "start", "detail": "..."}`. `detail` is read by
     clients: no path of this machine, no traceback, no secret.
@@ -46,15 +46,20 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     @staticmethod
-    def of_parameters(errors: Sequence[Mapping[str, Any]]) -> "Problem":
-        """The refusal (422) of a request for its parameters, which `errors` name; an endpoint's models refuse so."""
+    def parameter(name: str, detail: str, where: str = "query", status: int = 422) -> "Problem":
+        """Return the Problem of a request with one bad parameter; `where` is `query`, `path` or `body`."""
+        return Problem.of_parameters([{"in": where, "name": name, "detail": detail}], status)
+
+    @staticmethod
+    def of_parameters(errors: Sequence[Mapping[str, Any]], status: int = 422) -> "Problem":
+        """Return the Problem of a request with bad parameters, as for those that an endpoint's models reject."""
         listed = errors[:MAX_ERRORS]
         names = ", ".join(dict.fromkeys(str(error["name"]) for error in listed))
         more = f" and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
-        return Problem(422, f"This request has parameters that will not do: {names}{more}.", errors=listed)
+        return Problem(status, f"Invalid parameters: {names}{more}.", errors=listed)
 
     def document(self) -> dict[str, Any]:
-        """The members of the problem document: type, title, status, detail and, where there are any, errors."""
+        """Return the members of the problem document: type, title, status, detail and, if there are any, errors."""
         members: dict[str, Any] = {
             "type": "about:blank",
             "title": phrase(self.status),
@@ -66,7 +71,7 @@ class Problem(Exception):
         return members
 
     def response(self) -> web.Response:
-        """The whole answer; never cached."""
+        """Return the complete response; it is never cached."""
         text = json.dumps(self.document(), ensure_ascii=False) + "\n"
         headers = {"Cache-Control": "no-store", **self.headers}
         reason = phrase(self.status)
@@ -83,16 +88,16 @@ class ErrorFormat:
     """The form of error responses under a path, where another protocol than problem documents prescribes one.
 
     It holds for every response with 400 or more whose path begins with `prefix`, also where no route or no handler
-    is reached: unknown paths, wrong methods, rejected hosts, bodies that do not fit.
+    is reached: unknown paths, wrong methods, rejected hosts, bodies that are too large.
     """
 
     prefix: str
-    """As `/v1/`."""
+    """The beginning of the paths, as `/v1/`."""
     media_type: str
     model: type[BaseModel]
-    """Describes the body, for the OpenAPI document."""
+    """The model of the body, for the OpenAPI document."""
     convert: Callable[[Problem], Problem]
-    """Returns a problem in this form; it overrides `response`."""
+    """A function that returns a problem in this form, whose `response` is overridden."""
 
 
 ERROR_FORMATS = web.AppKey("error_formats", Sequence[ErrorFormat])
@@ -104,40 +109,43 @@ def error_format_of(path: str, formats: Sequence[ErrorFormat]) -> ErrorFormat | 
 
 
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")
-"""An absolute path in the words of an exception: quoted, with spaces and all, or bare."""
+"""An absolute path in the message of an exception: quoted, spaces included, or bare."""
 
 
-def in_words(error: BaseException) -> str:
-    """What an exception says, for people who may not see this machine: no path, no traceback."""
+def public_message(error: BaseException) -> str:
+    """Return the message of an exception for clients: without absolute paths or traceback."""
     detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return _PATH.sub("...", detail)
 
 
 _DETAILS = {
     404: "Nothing is served at this path. GET / lists every route.",
-    413: "The body is larger than this server takes.",
+    413: "The body is too large.",
 }
 
 
 def from_aiohttp(error: Exception) -> Problem | None:
-    """What aiohttp itself refuses (no such route, wrong method, a body too large or broken), in our words."""
+    """Return the Problem of what aiohttp itself rejects (no such route, wrong method, a broken or too large body).
+
+    Returns None for other exceptions.
+    """
     if isinstance(error, web.RequestPayloadError):
-        detail = "The body cannot be read: it is not what its Content-Encoding or its framing says."
+        detail = "The body cannot be read: it does not match its Content-Encoding or its framing."
         return Problem(400, detail, headers={"Connection": "close"})
     if not isinstance(error, web.HTTPException):
         return None
     headers = {name: value for name, value in error.headers.items() if name in ("Allow", "Retry-After", "Location")}
     detail = _DETAILS.get(error.status, error.reason)
     if isinstance(error, web.HTTPMethodNotAllowed):
-        detail = f"This path takes {', '.join(sorted(error.allowed_methods))}."
+        detail = f"Allowed methods: {', '.join(sorted(error.allowed_methods))}."
     return Problem(error.status, detail, headers=headers)
 
 
-def faults(error: ValidationError, place: str) -> list[dict[str, Any]]:
-    """Return what a model rejects, as the `errors` of a problem document: where, which parameter, and why."""
+def faults(error: ValidationError, where: str) -> list[dict[str, Any]]:
+    """Return what a model rejects, as the `errors` of a problem document; `where` is `query`, `path` or `body`."""
     found = []
     for detail in error.errors(include_url=False, include_input=False):
-        name = ".".join(str(part) for part in detail["loc"])[:100] or place
+        name = ".".join(str(part) for part in detail["loc"])[:100] or where
         message = detail["msg"].removeprefix("Value error, ")
-        found.append({"in": place, "name": name, "detail": message[:1].lower() + message[1:]})
+        found.append({"in": where, "name": name, "detail": message[:1].lower() + message[1:]})
     return found

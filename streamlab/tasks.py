@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from .problems import Problem, faults, in_words
+from .problems import Problem, faults, public_message
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Task:
             found = faults(error, place)
         for fault in found:
             if fault["name"] in given and fault["name"] not in self.parameters.model_fields:
-                known = ", ".join(self.parameters.model_fields) or "it takes none"
+                known = ", ".join(self.parameters.model_fields) or "it has none"
                 fault["detail"] = f"unknown parameter of the task {self.name}; known: {known}"
             fault["name"] = prefix + fault["name"]
         raise Problem.of_parameters(found)
@@ -185,7 +185,7 @@ class Task:
             raise
         except (Exception, SystemExit) as error:
             log.exception("a task %s failed", self.name)
-            raise Problem(500, f"{type(error).__name__}: {in_words(error)}".rstrip(": ")) from None
+            raise Problem(500, f"{type(error).__name__}: {public_message(error)}".rstrip(": ")) from None
         if len(encoded) > RESULT_BYTES:
             raise Problem(500, f"The result has {len(encoded)} bytes; {RESULT_BYTES} is what a task may return.")
         return msgspec.json.decode(encoded)

@@ -572,7 +572,7 @@ async def test_what_is_no_event_stream_is_refused_for_good(lab: Running) -> None
         "/away": "redirects to what is no URL of http or https: ftp://example.org/",
         "/page": "answered with text/html; charset=utf-8, not with an event stream (text/event-stream)",
         "/none": "answered 404: Nothing is served at this path. GET / lists every route.",
-        "/held?count=x": "answered 422: This request has parameters that will not do: count. - "
+        "/held?count=x": "answered 422: Invalid parameters: count. - "
         "count: input should be a valid integer, unable to parse string as an integer",
     }.items():
         with pytest.raises(Refused) as refused:
@@ -715,7 +715,7 @@ def test_the_command_is_refused_in_one_line_with_status_1(lab: Running) -> None:
     assert run(f"{lab.url}/held?count=-1") == (
         1,
         b"",
-        f"streamlab: {lab.url}/held?count=-1 answered 422: This request has parameters that will not do: count. - "
+        f"streamlab: {lab.url}/held?count=-1 answered 422: Invalid parameters: count. - "
         "count: input should be greater than or equal to 0\n",
     )
     assert run(f"{lab.url}/malice") == (

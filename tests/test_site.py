@@ -542,7 +542,7 @@ async def test_a_wrong_method_is_405_with_allow(method: str, lab: Lab) -> None:
     client = await lab()
     document, headers = await problem(client, method, "/health", 405)
     assert {name.strip() for name in headers["Allow"].split(",")} == {"GET", "HEAD"}
-    assert (document["title"], document["detail"]) == ("Method Not Allowed", "This path takes GET, HEAD.")
+    assert (document["title"], document["detail"]) == ("Method Not Allowed", "Allowed methods: GET, HEAD.")
 
 
 async def test_allow_names_every_method_of_a_path(lab: Lab) -> None:

@@ -12,8 +12,8 @@ import pytest
 from aiohttp.test_utils import TestClient
 from conftest import Running, disabled, write_plugins
 
+from streamlab import request_body
 from streamlab.config import Config
-from streamlab.server import validation
 from streamlab.server.app import create_app
 
 Client = TestClient[Any, Any]
@@ -157,8 +157,7 @@ async def test_every_bad_parameter_is_listed_at_once(client: Client) -> None:
         "type": "about:blank",
         "title": document["title"],
         "status": 422,
-        "detail": "This request has parameters that will not do: "
-        "room, door, lmit, limit, ratio, word, loud, colour, tag, size.0.",
+        "detail": "Invalid parameters: room, door, lmit, limit, ratio, word, loud, colour, tag, size.0.",
         "errors": [
             {"in": "path", "name": "room", "detail": "input should be less than or equal to 9"},
             {"in": "path", "name": "door", "detail": "string should match pattern '^[a-z]+$'"},
@@ -218,14 +217,14 @@ async def test_a_field_is_not_known_by_its_python_name_where_it_has_an_alias(cli
 
 
 async def test_a_route_without_a_query_takes_no_parameter(client: Client) -> None:
-    assert await errors(client, "/plain?x=1") == [("query", "x", "unknown parameter; this route takes none")]
+    assert await errors(client, "/plain?x=1") == [("query", "x", "unknown parameter; this route has none")]
     async with client.get("/plain?") as response:
         assert response.status == 200
 
 
 async def test_a_single_value_that_is_repeated_is_refused(client: Client) -> None:
-    assert await errors(client, "/search?limit=1&limit=2") == [("query", "limit", "is given 2 times; once is right")]
-    assert await errors(client, "/search?limit=1&limit=1") == [("query", "limit", "is given 2 times; once is right")]
+    assert await errors(client, "/search?limit=1&limit=2") == [("query", "limit", "given 2 times, expected once")]
+    assert await errors(client, "/search?limit=1&limit=1") == [("query", "limit", "given 2 times, expected once")]
 
 
 async def test_a_bad_value_in_a_list_is_refused_by_its_place(client: Client) -> None:
@@ -343,7 +342,7 @@ async def test_a_body_that_is_not_json_is_400(body: bytes, client: Client) -> No
 
 async def test_half_a_surrogate_pair_in_a_body_is_400(client: Client) -> None:
     document = await problem(client, "POST", "/orders", 400, data=rb'{"amount": "\ud83d"}', headers=JSON)
-    assert document["detail"] == "The body has half a surrogate pair, which is no character."
+    assert document["detail"] == "The body has half a surrogate pair, which is not a character."
     await problem(client, "POST", "/orders", 422, data=rb'{"amount": "\ud83d\ude00"}', headers=JSON)
 
 
@@ -431,7 +430,7 @@ async def test_a_body_without_a_type_is_415(client: Client) -> None:
 
 
 async def test_a_body_that_does_not_arrive_in_time_is_408(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(request_body, "BODY_SECONDS", 0.05)
 
     async def half() -> Any:
         yield b'{"amount":'

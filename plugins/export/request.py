@@ -124,7 +124,7 @@ class Wanted(BaseModel):
             if not match and name not in parameters:
                 refuse(name, f"unknown parameter; known: {', '.join(known_names(parameters))}")
             elif len(given) > 1:
-                refuse(name, f"is given {len(given)} times; once is right")
+                refuse(name, f"given {len(given)} times, expected once")
             elif match:
                 where[match["dotted"] or match["bracketed"]] = given[0]
             else:

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from streamlab import hookspecs
 from streamlab.config import Config, ConfigError, Fault, nearest
-from streamlab.problems import Problem, in_words
+from streamlab.problems import Problem, public_message
 from streamlab.scenario import Route, Scenario
 from streamlab.streaming.outcome import StreamSummary
 from streamlab.tasks import Task
@@ -406,4 +406,4 @@ def _reason(plugin: str, error: BaseException) -> str:
         return f"{error.msg} (line {error.lineno} of {Path(error.filename or plugin).name})"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
-    return f"{type(error).__name__}{where}: {in_words(error)}".rstrip(": ")
+    return f"{type(error).__name__}{where}: {public_message(error)}".rstrip(": ")

@@ -1,17 +1,13 @@
 """A request, read into the models its endpoint declared, or one refusal that names everything wrong with it."""
 
-import asyncio
-import json
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from streamlab.problems import Problem, faults
+from streamlab.request_body import read_json
 from streamlab.scenario import Endpoint
-
-BODY_SECONDS = 60.0
-"""Maximum time for a JSON body to arrive, in seconds."""
 
 
 async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
@@ -30,7 +26,7 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
     if endpoint.query is not None:
         _decode("query", endpoint.query, query, found, errors)
     if endpoint.body is not None:
-        _decode("body", endpoint.body, await _json(request), found, errors)
+        _decode("body", endpoint.body, await read_json(request), found, errors)
     if errors:
         raise Problem.of_parameters(errors)
     return found
@@ -46,12 +42,12 @@ def _query(request: web.Request, model: type[BaseModel] | None) -> tuple[dict[st
         if name not in fields and takes_others:
             values[name] = given
         elif name not in fields:
-            known = f"known: {', '.join(sorted(fields))}" if fields else "this route takes none"
+            known = f"known: {', '.join(sorted(fields))}" if fields else "this route has none"
             errors.append({"in": "query", "name": name[:100], "detail": f"unknown parameter; {known}"})
         elif _takes_many(fields[name].annotation):
             values[name] = given
         elif len(given) > 1:
-            errors.append({"in": "query", "name": name, "detail": f"is given {len(given)} times; once is right"})
+            errors.append({"in": "query", "name": name, "detail": f"given {len(given)} times, expected once"})
         else:
             values[name] = given[0]
     return values, errors
@@ -74,29 +70,3 @@ def _decode(
         found[place] = model.model_validate(values, extra=None if model.model_config.get("extra") else "forbid")
     except ValidationError as error:
         errors += [fault for fault in faults(error, place) if fault["name"] not in refused]
-
-
-async def _json(request: web.Request) -> Any:
-    # Without a Content-Type as well: a page of another site can send that without a preflight (WHATWG Fetch, 4.10).
-    if request.content_type != "application/json" and not request.content_type.endswith("+json"):
-        raise Problem(415, "The body must be application/json.", headers={"Accept": "application/json"})
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            text = await request.read()
-    except TimeoutError:
-        detail = f"The body did not arrive within {BODY_SECONDS:g} s."
-        raise Problem(408, detail, headers={"Connection": "close"}) from None
-    try:
-        document = json.loads(text, parse_constant=_refuse_constant)
-        if b"\\u" in text:  # half a surrogate pair is no character, and nothing could write it down (RFC 8259, 8.2)
-            json.dumps(document, ensure_ascii=False).encode()
-        return document
-    except UnicodeEncodeError:
-        raise Problem(400, "The body has half a surrogate pair, which is no character.") from None
-    except (ValueError, RecursionError) as error:
-        where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise Problem(400, f"The body is not JSON{where}.") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

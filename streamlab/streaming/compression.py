@@ -1,12 +1,12 @@
 """Which content coding a client likes, and bytes in it that never wait for more bytes."""
 
 import importlib
-import re
 from abc import ABC, abstractmethod
 from typing import Any
 
 from isal import isal_zlib
 
+from streamlab.negotiation import weights
 from streamlab.threads import Threads
 
 IN_THREAD = 128 * 1024
@@ -73,28 +73,6 @@ def _zstd() -> Any:
 
 
 _ZSTD = _zstd()
-
-
-_WEIGHT = re.compile(r"0(?:\.[0-9]*)?|1(?:\.0*)?")
-"""A weight of RFC 9110 section 12.4.2, with any number of decimals; `float` takes more, as the digits of any script."""
-
-
-def weights(field: str) -> dict[str, float]:
-    """Return the members of an Accept or Accept-Encoding in lower case, each with its weight, 0 to 1.
-
-    Parameters other than `q` are left out; a weight that is not valid counts as 0. Source: RFC 9110 section 12.4.2.
-    """
-    found: dict[str, float] = {}
-    for member in field.lower().split(","):
-        name, *parameters = (part.strip() for part in member.split(";"))
-        weight = 1.0
-        for parameter in parameters:
-            key, _, value = parameter.partition("=")
-            if key.strip() == "q":
-                weight = float(value) if _WEIGHT.fullmatch(value) else 0.0
-        if name:
-            found[name] = weight
-    return found
 
 
 def choose_encoder(accept_encoding: str) -> Encoder | None:
