@@ -31,8 +31,10 @@ from streamlab import (
 )
 
 from . import sample
+from .arrow_formats import unavailable
+from .encoder import Encoder, MissingLibrary
 from .files import Files
-from .formats import FORMATS, Encoder, Format, MissingLibrary, missing
+from .formats import FORMATS, Format
 from .jobs import Jobs
 from .request import RESERVED, Parameter, Wanted
 from .source import (
@@ -274,7 +276,7 @@ class Exports(Scenario):
     async def index(self, request: web.Request) -> web.Response:
         """List every export with its columns, their types, its parameters and the formats that are installed."""
         listed = [await self._listed(name, query) for name, query in sorted(self.exports.items())]
-        lacking = {form: reason for form, kind in FORMATS.items() if (reason := missing(kind))}
+        lacking = {form: reason for form, kind in FORMATS.items() if (reason := unavailable(kind))}
         text = json.dumps({"exports": listed, "unavailable_formats": lacking}, ensure_ascii=False, indent=1) + "\n"
         return web.Response(text=text, content_type="application/json")
 
@@ -505,7 +507,7 @@ def _example(query: Configured) -> Query:
 
 def _installed() -> Mapping[str, str]:
     """Return the formats that this server can write, with their media types."""
-    return {name: form.media_type.partition(";")[0] for name, form in FORMATS.items() if not missing(form)}
+    return {name: form.media_type.partition(";")[0] for name, form in FORMATS.items() if not unavailable(form)}
 
 
 def _preferred(accept: str) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .formats import FORMULA_MARKS, IGNORED_RANGES, Column, unique
+from .csv_format import FORMULA_MARKS, IGNORED_RANGES
+from .encoder import Column, unique
 
 if TYPE_CHECKING:
     from asyncpg import Attribute

@@ -20,7 +20,8 @@ from uuid import UUID
 
 from streamlab import Threads, shielded
 
-from .formats import Column, Encoder, MissingLibrary, make
+from .encoder import Column, Encoder, MissingLibrary
+from .formats import make
 from .postgres_fields import NOT_FINITE, Field, fields_of
 from .postgres_statement import Statement
 from .source import (

@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .formats import Column, Encoder
+from .encoder import Column, Encoder
 
 
 class BadQuery(Exception):

@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 from streamlab import Threads
 
-from .formats import Column, Encoder, make, unique
+from .encoder import Column, Encoder, unique
+from .formats import make
 from .request import integer, real, truth
 from .source import (
     BadQuery,

@@ -457,7 +457,7 @@ def test_numbers_that_json_does_not_have_are_counted_or_refused(serve: Callable[
     assert server.get("/export/numbers/csv?strict=true")[2] == b"a,b\r\n1.5,\r\nInfinity,\r\n-Infinity,x\r\n"
     for form in ("jsonl", "json"):
         status, _, body = server.get(f"/export/numbers/{form}?strict=true")
-        assert (status, "row 2 of column 'a' holds inf, which JSON does not have" in body.decode()) == (422, True)
+        assert (status, "row 2 of column 'a' holds inf, which JSON cannot represent" in body.decode()) == (422, True)
 
 
 def test_a_cell_that_is_too_large_is_refused_or_cut_and_costs_no_memory(

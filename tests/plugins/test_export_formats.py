@@ -20,6 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 formats = plugin_module("export", "formats")
+vocabulary = plugin_module("export", "encoder")
+Column, MissingLibrary, unique = vocabulary.Column, vocabulary.MissingLibrary, vocabulary.unique
+IGNORED_RANGES = plugin_module("export", "csv_format").IGNORED_RANGES
 
 UUID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 NOON = datetime(2026, 11, 1, 12, 0, 0, 250, tzinfo=UTC)
@@ -28,7 +31,7 @@ MARKS = "=+-@\t\r＝＋－＠"  # noqa: RUF001
 
 def columns(*declared: str) -> list[Any]:
     """Columns "a:integer" and so on; a name alone is of type any."""
-    return [formats.Column(name, kind or "any") for name, _, kind in (text.partition(":") for text in declared)]
+    return [Column(name, kind or "any") for name, _, kind in (text.partition(":") for text in declared)]
 
 
 def write(target: str, declared: Sequence[Any], *batches: Sequence[tuple[Any, ...]], **options: bool) -> bytes:
@@ -68,21 +71,21 @@ def line(value: Any, kind: str = "any") -> str:
     ],
 )
 def test_duplicate_names_are_numbered_and_given_names_kept(given_names: list[str], expected: list[str]) -> None:
-    assert formats.unique(given_names) == expected
+    assert unique(given_names) == expected
 
 
 @settings(deadline=None, database=None)
 @given(st.lists(st.sampled_from(["", "a", "a_2", "a_3", "a_2_2", "column", "column_2"]), max_size=12))
 def test_names_are_unique_whatever_is_given(given_names: list[str]) -> None:
-    result = formats.unique(given_names)
+    result = unique(given_names)
     assert len(set(result)) == len(result) == len(given_names)
-    assert formats.unique(result) == result
+    assert unique(result) == result
     firsts = {name: index for index, name in reversed(list(enumerate(given_names))) if name}
     assert all(result[index] == name for name, index in firsts.items() if name != "column")
 
 
 def test_many_duplicates_take_no_quadratic_time() -> None:
-    assert formats.unique(["a"] * 100_000)[-1] == "a_100000"
+    assert unique(["a"] * 100_000)[-1] == "a_100000"
 
 
 @pytest.mark.parametrize("target", ["csv", "jsonl", "json", "arrow", "parquet"])
@@ -93,16 +96,16 @@ def test_a_result_with_equal_names_keeps_all_its_columns(target: str) -> None:
 
 
 def test_an_unknown_format_and_an_unknown_type_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown format 'xls'; there are csv, jsonl, json, arrow, parquet"):
+    with pytest.raises(ValueError, match="unknown format 'xls'; known: csv, jsonl, json, arrow, parquet"):
         formats.make("xls", columns("a"))
     with pytest.raises(ValueError, match="column 'a' has the unknown type 'varchar'"):
-        formats.Column("a", "varchar")
+        Column("a", "varchar")
 
 
 @pytest.mark.parametrize("target", ["arrow", "parquet"])
 def test_a_missing_library_is_named_with_its_installation(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(formats.MissingLibrary, match=r"pip install 'streamlab\[arrow\]'"):
+    with pytest.raises(MissingLibrary, match=r"pip install 'streamlab\[arrow\]'"):
         formats.make(target, columns("a"))
 
 
@@ -204,7 +207,7 @@ def test_each_cell_that_another_separator_makes_of_a_text_is_guarded(text: str, 
 
 
 def test_what_may_be_before_a_formula_is_what_unicode_calls_invisible() -> None:
-    listed = {code for first, last in formats.IGNORED_RANGES for code in range(first, last + 1)} - {0x22}
+    listed = {code for first, last in IGNORED_RANGES for code in range(first, last + 1)} - {0x22}
     known = {code for code in range(1, 0x110000) if unicodedata.category(chr(code)) in ("Cc", "Zs", "Zl", "Zp")}
     assert known - listed == {0x09}, "a tab separates"
     visible = {"Cf", "Mn", "Lo", "Cn"}  # of these, those that Unicode lists as ignorable by default
@@ -284,7 +287,7 @@ def tables(draw: st.DrawFn) -> list[tuple[Any, ...]]:
     return list(zip(*drawn, strict=True))
 
 
-IGNORED = "\0" + "".join(chr(code) for first, last in formats.IGNORED_RANGES for code in range(first, last + 1))
+IGNORED = "\0" + "".join(chr(code) for first, last in IGNORED_RANGES for code in range(first, last + 1))
 
 
 def guarded(text: str) -> str:
@@ -446,7 +449,7 @@ def test_json_nested_too_deep_is_a_string() -> None:
     [["a", "b"], ['a"', "b\\"], ["a\n", "\x1f"], ["", "é\u2028"], ["\ud800", "?"], ["self", "__init__"], ["f1", "f0"]],
 )
 def test_any_column_name_is_a_member(names: list[str]) -> None:
-    declared = [formats.Column(name, "any") for name in names]
+    declared = [Column(name, "any") for name in names]
     text = write("jsonl", declared, [(1, 2)])
     clean = [name.encode("utf-8", "replace").decode() or "column" for name in names]
     clean = clean if clean[0] != clean[1] else [clean[0], clean[0] + "_2"]

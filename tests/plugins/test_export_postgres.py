@@ -31,6 +31,8 @@ postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_
 
 module = plugin_module("export", "postgres_source")
 formats = plugin_module("export", "formats")
+Column = plugin_module("export", "encoder").Column
+IGNORED_RANGES = plugin_module("export", "csv_format").IGNORED_RANGES
 PostgresSource, Query, Selection, Statement = module.PostgresSource, module.Query, module.Selection, module.Statement
 BadQuery, BadValue, Interrupted = module.BadQuery, module.BadValue, module.Interrupted
 Unavailable, UnknownColumn = module.Unavailable, module.UnknownColumn
@@ -364,7 +366,7 @@ async def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_and_numbers_
 
 
 async def test_the_guard_is_that_of_the_encoder(source: Any, admin: Any) -> None:
-    ignored = [chr(code) for first, last in formats.IGNORED_RANGES for code in (first, last)]
+    ignored = [chr(code) for first, last in IGNORED_RANGES for code in (first, last)]
     marks = "=+-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
     texts = [
         f"{before}{mark}1" for before in ("", "\t", ";", "a;", "a\t", "a; \u200b", "a", *ignored) for mark in marks
@@ -383,7 +385,7 @@ async def test_the_guard_is_that_of_the_encoder(source: Any, admin: Any) -> None
     await admin.execute("CREATE TABLE t (id int, text text)")
     await admin.copy_records_to_table("t", records=list(enumerate(texts)))
     result = await read(source, "SELECT text, 1 AS one FROM t ORDER BY id", guard=True)
-    encoder = formats.make("csv", [formats.Column("text", "text"), formats.Column("one", "integer")])
+    encoder = formats.make("csv", [Column("text", "text"), Column("one", "integer")])
     expected = encoder.rows([(text, 1) for text in texts]).decode()
     assert [cell for cell, _ in result.cells] == [
         cell for cell, _ in csv.reader(io.StringIO(expected, newline=""), strict=True)
