@@ -1,8 +1,8 @@
-"""Serve prices as server-sent events: simulated, replayed from a file, or pushed by whoever has them."""
+"""Serve prices as server-sent events: simulated, replayed from a file, or pushed by clients."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Literal
 
@@ -25,7 +25,7 @@ from streamlab import (
     hookimpl,
 )
 
-from .prices import LastPrices, Price, Unreadable, read_prices
+from .prices import InvalidPrices, LastPrices, Price, read_prices
 from .sources import Replay, Simulation
 
 log = logging.getLogger(__name__)
@@ -34,60 +34,62 @@ SYMBOL = r"^[A-Za-z0-9][A-Za-z0-9.:/=^_-]{0,31}$"
 
 Symbol = Annotated[str, StringConstraints(pattern=SYMBOL)]
 
-KNOWN_PRICES = 10_000
-"""Symbols whose last price is remembered, to tell the change of the next."""
+MAX_LAST_PRICES = 10_000
+"""Maximum number of symbols whose last price is remembered."""
 
 JSON_TYPES = ("application/json", "application/x-ndjson", "application/jsonl")
 
 
-def _split(symbols: object) -> object:
-    """`symbols=A,B` and `symbols=A&symbols=B` say the same."""
+def _split_at_commas(symbols: object) -> object:
+    """Accept `symbols=A,B` as well as `symbols=A&symbols=B`."""
     if isinstance(symbols, list):
-        return [symbol for given in symbols for symbol in (given.split(",") if isinstance(given, str) else [given])]
+        return [symbol for value in symbols for symbol in (value.split(",") if isinstance(value, str) else [value])]
     return symbols
 
 
-class Following(BaseModel):
-    """What part of the ticker to follow, and from where."""
+class TickerQuery(BaseModel):
+    """Which prices to follow, and from which event on."""
 
-    symbols: Annotated[list[Symbol], BeforeValidator(_split)] = Field(
-        [], max_length=100, description="Only these, as `A,B` or repeated; none for all.", examples=["AAPL,MSFT"]
+    symbols: Annotated[list[Symbol], BeforeValidator(_split_at_commas)] = Field(
+        [],
+        max_length=100,
+        description="Only these symbols, as `A,B` or repeated. Default: all.",
+        examples=["AAPL,MSFT"],
     )
-    limit: int | None = Field(
-        None, ge=1, le=1_000_000, description="End the stream after so many events.", examples=[10]
-    )
+    limit: int | None = Field(None, ge=1, le=1_000_000, description="End the stream after N events.", examples=[10])
     conflate: float = Field(
-        0.0, ge=0, le=3600, description="Seconds in which at most one event of a symbol, the latest, is sent."
+        0.0, ge=0, le=3600, description="Send at most one event per symbol, the latest, every N seconds."
     )
     last_event_id: str = Field(
-        "", max_length=200, description="Go on after this id; the header Last-Event-ID says the same, and wins."
+        "", max_length=200, description="Resume after this id. The header Last-Event-ID takes precedence."
     )
 
 
 class Ticker(Scenario):
-    """Prices as server-sent events, published once for everybody, to be resumed from any id."""
+    """Prices as server-sent events, published once for all followers, resumable from any id."""
 
     source: Literal["simulate", "replay", "push"] = "simulate"
     """Where prices come from: a simulation, a CSV file, or POST /stream/stock-ticker."""
     symbols: tuple[Symbol, ...] = Field(("AAPL", "AMZN", "GOOGL", "MSFT", "TSLA"), min_length=1, max_length=10_000)
-    """What is simulated."""
+    """Symbols that are simulated."""
     interval: float = Field(1.0, ge=0.001, le=3600)
-    """Seconds between two simulated prices of a symbol."""
+    """Time between two simulated prices of a symbol, in seconds."""
     seed: int = 1
-    """The same seed gives the same prices."""
+    """Seed of the simulation: the same seed gives the same prices."""
     file: ConfigPath | None = None
-    """What is replayed: a CSV file with the columns time, symbol and price; others are carried along."""
+    """CSV file to replay, with the columns time, symbol and price; other columns are published too."""
     speed: PositiveFloat = 1.0
-    """How many times faster than its own times a file is replayed."""
+    """Speed of a replay; 2 is twice as fast as the times in the file."""
     repeat: bool = True
-    """Whether a file begins anew when it is over."""
+    """Whether a replay starts again at the end of the file."""
 
     _channel: Channel = PrivateAttr()
-    _last: LastPrices = PrivateAttr(default_factory=lambda: LastPrices(KNOWN_PRICES))
-    _learnt: asyncio.Event = PrivateAttr(default_factory=asyncio.Event)
+    _last_prices: LastPrices = PrivateAttr(default_factory=lambda: LastPrices(MAX_LAST_PRICES))
+    _loaded: asyncio.Event = PrivateAttr(default_factory=asyncio.Event)
+    """Set once the last prices have been read from the event log."""
 
     @model_validator(mode="after")
-    def _replay_needs_a_file(self) -> "Ticker":
+    def _require_file(self) -> "Ticker":
         if self.source == "replay" and self.file is None:
             raise ValueError('source = "replay" needs a file')
         return self
@@ -95,27 +97,25 @@ class Ticker(Scenario):
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """Produce prices while the server serves, in one process of all that share the event log."""
+        """Publish prices while the server runs, in one of the processes that share the event log."""
         events = app[EVENTS]
         self._channel = events.channel("ticker")
         async with asyncio.TaskGroup() as group:
             if self.source == "push":
-                task = group.create_task(self._remember())
+                task = group.create_task(self._track_last_prices())
             else:
-                task = group.create_task(events.run_as_leader("ticker", self._produce))
+                task = group.create_task(events.run_as_leader("ticker", self._publish_source))
             yield
             task.cancel()
 
-    @endpoint("GET", "/stream/stock-ticker", query=Following, sends="text/event-stream")
-    def prices(self, request: web.Request, query: Following) -> Awaitable[web.StreamResponse]:
-        """Follow prices as they are made; an id resumes without a gap."""
-        # No coroutine of its own, so that neither it nor the query is kept for as long as a client follows.
+    @endpoint("GET", "/stream/stock-ticker", query=TickerQuery, sends="text/event-stream")
+    async def prices(self, request: web.Request, query: TickerQuery) -> web.StreamResponse:
+        """Follow prices as they are published. An id resumes without a gap."""
         if self.source == "simulate" and (unknown := sorted(set(query.symbols) - set(self.symbols))):
-            known = f"unknown: {', '.join(unknown)}; known: {', '.join(self.symbols[:100])}"
-            refusal = {"in": "query", "name": "symbols", "detail": known}
-            raise Problem(422, "This ticker does not have every symbol asked for.", errors=[refusal])
+            detail = f"unknown: {', '.join(unknown)}; known: {', '.join(self.symbols[:100])}"
+            raise Problem.of_parameters([{"in": "query", "name": "symbols", "detail": detail}])
         view = View(keys=frozenset(query.symbols) or None, conflate=query.conflate)
-        return follow(request, self._channel, view=view, after=query.last_event_id, limit=query.limit)
+        return await follow(request, self._channel, view=view, after=query.last_event_id, limit=query.limit)
 
     @endpoint(
         "POST",
@@ -123,8 +123,8 @@ class Ticker(Scenario):
         takes=JSON_TYPES,
         sends="application/json",
         responses={
-            202: "The events are kept, and have these ids.",
-            409: "Prices of this ticker do not come by POST.",
+            202: "The prices are stored. The body has their event ids.",
+            409: "This ticker does not accept prices by POST.",
             413: "The body is larger than 1 MiB.",
         },
         curl='--json \'{"symbol": "ACME", "price": 12.5}\' {url}',
@@ -132,8 +132,8 @@ class Ticker(Scenario):
     async def push(self, request: web.Request) -> web.StreamResponse:
         """Publish prices: one JSON object with `symbol` and `price`, or JSON lines of them.
 
-        `change` and `time` are added where they are missing; every other field is carried through unchanged. All are
-        published, in order, or none.
+        `change` and `time` are added where they are missing; every other field is published unchanged. Either all
+        prices are published, in order, or none.
         """
         if self.source != "push":
             raise Problem(409, f'The prices of this ticker come from source = "{self.source}", not by POST.')
@@ -141,64 +141,63 @@ class Ticker(Scenario):
             raise Problem(415, f"The body must be one of {', '.join(JSON_TYPES)}.", headers={"Accept": JSON_TYPES[0]})
         try:
             prices = read_prices(await request.read(), SYMBOL)
-        except Unreadable as error:
+        except InvalidPrices as error:
             raise Problem(422 if error.errors else 400, str(error), errors=error.errors) from None
-        await self._learnt.wait()
+        await self._loaded.wait()
         return web.json_response({"ids": await self._publish(prices)}, status=202)
 
-    # -- where prices come from
-
-    async def _produce(self) -> None:
-        """Publish what the source makes, going on where the last producer stopped."""
-        # Where one file was left says nothing about another.
+    async def _publish_source(self) -> None:
+        """Publish the prices of the source, from the checkpoint of the last leader on."""
+        # Each file has its own checkpoint: a row number of one file means nothing in another.
         name = f"replay {self.file}" if self.source == "replay" else self.source
-        stands = await self._channel.checkpoint(name)
+        checkpoint = await self._channel.checkpoint(name)
         source: Replay | Simulation
         if self.source == "replay" and self.file is not None:
-            await self._learn()
-            source = Replay(self.file, speed=self.speed, repeat=self.repeat, stands=stands)
+            await self._load_last_prices()
+            source = Replay(self.file, speed=self.speed, repeat=self.repeat, checkpoint=checkpoint)
         else:
-            source = Simulation(self.symbols, interval=self.interval, seed=self.seed, stands=stands)
-        async with aclosing(source.prices()) as made:
-            async for prices, stands in made:
-                await self._publish(prices, checkpoint=(name, stands), retry_forever=True)
+            source = Simulation(self.symbols, interval=self.interval, seed=self.seed, checkpoint=checkpoint)
+        async with aclosing(source.prices()) as batches:
+            async for prices, checkpoint in batches:
+                await self._publish(prices, checkpoint=(name, checkpoint), retry_forever=True)
 
     async def _publish(
         self, prices: Sequence[Price], *, checkpoint: tuple[str, str] | None = None, retry_forever: bool = False
     ) -> list[str]:
-        """Publish prices, each with its change against the one before, and return their ids."""
-        last, kept = self._last, None
-        drafts = [encode_event(data, key=price.symbol) for price, data in zip(prices, last.tell(prices), strict=True)]
+        """Publish prices, each with its change since the previous one, and return their ids."""
+        last_prices, stored = self._last_prices, None
+        texts = last_prices.add_changes(prices)
+        events = [encode_event(text, key=price.symbol) for price, text in zip(prices, texts, strict=True)]
         try:
-            ids = await self._channel.publish_all(drafts, checkpoint=checkpoint, retry_forever=retry_forever)
-            kept = Position.parse(ids[-1])
+            ids = await self._channel.publish_all(events, checkpoint=checkpoint, retry_forever=retry_forever)
+            stored = Position.parse(ids[-1])
             return ids
         finally:
-            last.settle(prices, kept)
+            last_prices.settle(prices, stored)
 
-    async def _remember(self) -> None:
-        """Learn the last price of each symbol, whichever process it was pushed to."""
+    async def _track_last_prices(self) -> None:
+        """Follow the channel to know the last price of each symbol, whichever process it was pushed to."""
         while True:
             try:
-                after = await self._learn()
-                self._learnt.set()
-                async for event in self._channel.listen(after):
-                    self._last.note(event.key, event.position, event.data)
+                position = await self._load_last_prices()
+                self._loaded.set()
+                async for event in self._channel.listen(position):
+                    self._last_prices.record(event.key, event.position, event.data)
             except EventLogError as error:
-                log.warning("the last prices are not known: %s", error)
-                self._learnt.set()  # a price can be pushed without: its change is null
+                log.warning("the last prices are unknown: %s", error)
+                self._loaded.set()  # prices can be pushed without them: their change is null
                 await asyncio.sleep(1)
 
-    async def _learn(self) -> Position:
-        """Note the last prices that the log has, and return where it ends."""
-        after = ORIGIN
+    async def _load_last_prices(self) -> Position:
+        """Read the last prices from the event log, and return the position of its last event."""
+        position = ORIGIN
         async for event in self._channel.read():
-            self._last.note(event.key, event.position, event.data)
-            after = event.position
-        return after
+            self._last_prices.record(event.key, event.position, event.data)
+            position = event.position
+        return position
 
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the ticker."""
+    """Return the ticker."""
     return [Ticker]

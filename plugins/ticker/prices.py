@@ -1,4 +1,4 @@
-"""A price as it is told: which fields it has, and how one that was pushed is read."""
+"""A price: the fields of its event, and how pushed prices are read."""
 
 import json
 import math
@@ -11,12 +11,15 @@ from typing import Any
 
 from streamlab import Position
 
-_SPACE = " \t\r\n"
-"""What JSON calls white space."""
+_WHITE_SPACE = " \t\r\n"
+"""White space of JSON (RFC 8259, section 2)."""
+
+MAX_ERRORS = 50
+"""Maximum number of invalid fields that are reported."""
 
 
-class Unreadable(ValueError):
-    """What was pushed cannot be published. `errors` names every bad field; empty where it is not JSON."""
+class InvalidPrices(ValueError):
+    """A body that cannot be published. `errors` lists every invalid field; it is empty if the body is not JSON."""
 
     def __init__(self, message: str, errors: list[dict[str, str]] | None = None) -> None:
         super().__init__(message)
@@ -25,7 +28,7 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """A price of a symbol. `text` is the JSON object it was pushed as; it is carried through as it is written."""
+    """A price of a symbol. `text` is the JSON object as it was pushed; it is published byte for byte."""
 
     symbol: str
     price: float
@@ -35,130 +38,136 @@ class Price:
 
     @classmethod
     def of(cls, symbol: str, price: float, **others: Any) -> "Price":
-        """Make a price of values."""
+        """Return a price made of values."""
         fields = {"symbol": symbol, "price": price, **others}
         text = json.dumps(fields, ensure_ascii=False)
         return cls(symbol, price, text, has_change="change" in others, has_time="time" in others)
 
-    def data(self, before: float | None) -> str:
-        """The event's data: `change` against the price before (null where none is known) and `time`, if missing."""
+    def with_change(self, previous: float | None) -> str:
+        """Return the JSON of the event; adds `time`, and `change` (null if `previous` is unknown), if missing."""
         added = []
         if not self.has_change:
-            change = None if before is None else round(self.price - before, 10)
-            if change is not None and not math.isfinite(change):  # of two prices at the ends of what floats can say
+            change = None if previous is None else round(self.price - previous, 10)
+            if change is not None and not math.isfinite(change):  # the difference overflows a float
                 change = None
             added.append(f'"change": {json.dumps(change)}')
         if not self.has_time:
             added.append(f'"time": "{now()}"')
         text = self.text
-        if "\n" in text or "\r" in text:  # between two words of JSON, where a space says the same
+        if "\n" in text or "\r" in text:  # only between JSON tokens, where a space means the same
             text = text.replace("\r", " ").replace("\n", " ")
         return ", ".join([text[:-1].rstrip(), *added]) + "}" if added else text
 
 
 def now() -> str:
-    """The time in UTC, as ISO 8601 to the millisecond."""
+    """Return the time in UTC, as ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class LastPrices:
-    """The last price of each symbol, of so many symbols at most: what the next one is a change against.
+    """The last price of each symbol, to compute the change of the next one. At most `limit` symbols are remembered.
 
-    Prices of the log are noted as they are seen there, and may be seen late; one that is on its way into the log is
-    newer than all of them.
+    A price is pending while it is being published, then it has a position in the event log. A pending price is newer
+    than any stored one.
     """
 
-    def __init__(self, symbols: int) -> None:
-        self._most = symbols
-        self._kept: OrderedDict[str, tuple[Position, float | bytes]] = OrderedDict()
-        self._coming: dict[str, Price] = {}
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._stored: OrderedDict[str, tuple[Position, float | bytes]] = OrderedDict()
+        self._pending: dict[str, Price] = {}
 
-    def note(self, symbol: str, position: Position, price: float | bytes) -> None:
-        """Remember a price of the log unless a newer one is known; an event's data is read when it is asked for."""
-        known = self._kept.get(symbol)
+    def record(self, symbol: str, position: Position, price: float | bytes) -> None:
+        """Remember a stored price unless a newer one is known; `price` may be the data of its event, parsed later."""
+        known = self._stored.get(symbol)
         if known is not None and known[0] >= position:
             return
-        self._kept[symbol] = position, price
-        self._kept.move_to_end(symbol)
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+        self._stored[symbol] = position, price
+        self._stored.move_to_end(symbol)
+        if len(self._stored) > self._limit:
+            self._stored.popitem(last=False)
 
-    def tell(self, prices: Sequence[Price]) -> list[str]:
-        """The data of new prices, which are on their way into the log until they are settled."""
-        told: list[str] = []
+    def add_changes(self, prices: Sequence[Price]) -> list[str]:
+        """Return the JSON of each new price. The prices are pending until they are settled."""
+        texts: list[str] = []
         for price in prices:
-            told.append(price.data(None if price.has_change else self._before(price.symbol)))
-            self._coming[price.symbol] = price
-        return told
+            texts.append(price.with_change(None if price.has_change else self._previous(price.symbol)))
+            self._pending[price.symbol] = price
+        return texts
 
     def settle(self, prices: Sequence[Price], last: Position | None) -> None:
-        """Say where the last of some prices was kept; None where they were not."""
+        """Record pending prices as stored; `last` is the position of the last one, or None if publishing failed."""
         for symbol, price in {price.symbol: price for price in prices}.items():
-            if self._coming.get(symbol) is price:
-                del self._coming[symbol]
+            if self._pending.get(symbol) is price:
+                del self._pending[symbol]
             if last is not None:
-                self.note(symbol, last, price.price)
+                self.record(symbol, last, price.price)
 
-    def _before(self, symbol: str) -> float | None:
-        if symbol in self._coming:
-            return self._coming[symbol].price
-        price = self._kept[symbol][1] if symbol in self._kept else None
+    def _previous(self, symbol: str) -> float | None:
+        if symbol in self._pending:
+            return self._pending[symbol].price
+        price = self._stored[symbol][1] if symbol in self._stored else None
         if not isinstance(price, bytes):
             return price
         try:
             return float(json.loads(price)["price"])
-        except RecursionError:  # whoever took it stood less deep in calls than this
+        except RecursionError:  # it was accepted at a lower call depth than this one
             return None
 
 
-def read_prices(body: bytes, symbol: str) -> list[Price]:
-    """Read one JSON object, or JSON lines; raises Unreadable, naming everything that is wrong.
-
-    `symbol` is the pattern that symbols match.
-    """
+def read_prices(body: bytes, symbol_pattern: str) -> list[Price]:
+    """Parse one JSON object, or JSON lines. Raise InvalidPrices, which lists everything that is wrong."""
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise Unreadable(f"The body is not UTF-8 (at byte {error.start}).") from None
-    lines = [(number, stripped) for number, line in enumerate(text.split("\n"), 1) if (stripped := line.strip(_SPACE))]
-    if not lines:
-        raise Unreadable("The body is empty: it must be a JSON object, or one a line.")
-    objects: list[tuple[int, str, Any]] = []
-    try:
-        objects = [(0, text.strip(_SPACE), _loads(text))]
-    except ValueError as whole:
-        for number, line in lines:
-            try:
-                objects.append((number, line, _loads(line)))
-            except ValueError as error:
-                # Where not even the first line is JSON, it is one object over many lines.
-                where, reason = (f"Line {number} of the body", error) if objects else ("The body", whole)
-                raise Unreadable(f"{where} is not JSON: {reason}.") from None
+        raise InvalidPrices(f"The body is not UTF-8 (at byte {error.start}).") from None
     prices: list[Price] = []
     errors: list[dict[str, str]] = []
-    for number, line, found in objects:
-        price = _price(number, line, found, symbol, errors)
+    for number, line, value in _parse(text):
+        price = _price(number, line, value, symbol_pattern, errors)
         prices += [price] if price else []
     if errors:
-        raise Unreadable("Nothing was published: some prices will not do.", errors[:50])
+        raise InvalidPrices("Nothing was published: some prices are invalid.", errors[:MAX_ERRORS])
     return prices
 
 
-def _price(number: int, text: str, found: Any, symbol: str, errors: list[dict[str, str]]) -> Price | None:
+def _parse(text: str) -> list[tuple[int, str, Any]]:
+    """Return each JSON value with its line number and its text. The number is 0 if the whole text is one value."""
+    lines = [
+        (number, stripped) for number, line in enumerate(text.split("\n"), 1) if (stripped := line.strip(_WHITE_SPACE))
+    ]
+    if not lines:
+        raise InvalidPrices("The body is empty: it must be a JSON object, or one object per line.")
+    try:
+        return [(0, text.strip(_WHITE_SPACE), _decode(text))]
+    except ValueError as error:
+        whole = error
+    values: list[tuple[int, str, Any]] = []
+    for number, line in lines:
+        try:
+            values.append((number, line, _decode(line)))
+        except ValueError as error:
+            # If the first line is not JSON, the body was meant as one object that spans lines.
+            where, reason = (f"Line {number} of the body", error) if values else ("The body", whole)
+            raise InvalidPrices(f"{where} is not JSON: {reason}.") from None
+    return values
+
+
+def _price(number: int, text: str, value: Any, symbol_pattern: str, errors: list[dict[str, str]]) -> Price | None:
+    """Return the price of a JSON value, or None after adding what is invalid to `errors`."""
     where = f"line {number}: " if number else ""
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         errors.append({"in": "body", "name": f"{where}body", "detail": "must be a JSON object"})
         return None
-    named, price = found.get("symbol"), _number(found.get("price"))
-    good_name = isinstance(named, str) and re.fullmatch(symbol, named)
-    if not good_name:
-        rule = "must be 1 to 32 letters, digits and .:/=^_- that begin with a letter or digit"
+    symbol, price = value.get("symbol"), _number(value.get("price"))
+    is_symbol = isinstance(symbol, str) and re.fullmatch(symbol_pattern, symbol)
+    if not is_symbol:
+        rule = "must be 1 to 32 letters, digits and .:/=^_- starting with a letter or digit"
         errors.append({"in": "body", "name": f"{where}symbol", "detail": rule})
     if price is None:
         errors.append({"in": "body", "name": f"{where}price", "detail": "must be a number"})
-    if price is None or not good_name:
+    if price is None or not is_symbol:
         return None
-    return Price(str(named), price, text, has_change="change" in found, has_time="time" in found)
+    return Price(str(symbol), price, text, has_change="change" in value, has_time="time" in value)
 
 
 def _number(value: Any) -> float | None:
@@ -170,21 +179,21 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("an object has a field twice")
     return fields
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once_each)
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
 
 
-def _loads(text: str) -> Any:
+def _decode(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except RecursionError:

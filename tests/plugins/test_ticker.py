@@ -1,4 +1,4 @@
-"""The ticker on the process that `make run` starts: simulated, pushed and replayed prices, and who may ask for what."""
+"""The ticker in the process that `make run` starts: simulated, pushed and replayed prices, and its parameters."""
 
 import asyncio
 import http.client
@@ -54,8 +54,8 @@ def serve(start: Serve) -> Serve:
     return serving
 
 
-def kept(server: Running, count: int, query: str = "") -> list[Received]:
-    """The first events of the channel, from its very beginning; the gap that such an id is told is left out."""
+def first_events(server: Running, count: int, query: str = "") -> list[Received]:
+    """Return the first `count` events of the channel, without the gap that the id 0-0 causes."""
     with EventStream(server, f"{PATH}?limit={count}{query}", after="0-0") as stream:
         return [event for event in stream if event.event != "gap"]
 
@@ -79,7 +79,7 @@ def publish(server: Running, *prices: Any) -> list[str]:
 
 
 def health_of_ticker(server: Running, state: str) -> dict[str, Any]:
-    """What /health says of the ticker, once it says this state."""
+    """Return the scenarios of /health, once the ticker has this state."""
     deadline = time.monotonic() + 10
     while True:
         found: dict[str, Any] = json.loads(server.get("/health")[2])["scenarios"]
@@ -93,8 +93,8 @@ def health_of_ticker(server: Running, state: str) -> dict[str, Any]:
 
 
 def simulated(steps: int, *, seed: int, interval: float, symbols: tuple[str, ...] = FIVE) -> list[dict[str, Any]]:
-    """What a simulation that never stops makes, without the time."""
-    simulation = sources.Simulation(symbols, interval=interval, seed=seed, stands=None)
+    """Return the prices of a simulation that never stops, without their time."""
+    simulation = sources.Simulation(symbols, interval=interval, seed=seed, checkpoint=None)
     return [json.loads(price.text) for _ in range(steps) for price in simulation.step()]
 
 
@@ -104,7 +104,7 @@ def without_time(events: list[Received]) -> list[dict[str, Any]]:
 
 def test_a_simulated_price_has_a_symbol_a_price_a_change_and_a_time(serve: Serve) -> None:
     server = serve("interval = 0.01")
-    events = kept(server, 500)
+    events = first_events(server, 500)
     assert [event.json["symbol"] for event in events] == list(FIVE) * 100
     for event in events:
         assert re.fullmatch(
@@ -122,13 +122,13 @@ def test_a_simulated_price_has_a_symbol_a_price_a_change_and_a_time(serve: Serve
 def test_the_same_seed_gives_the_same_prices_and_another_seed_others(serve: Serve) -> None:
     fresh = '[events]\nurl = "sqlite://"\n'
     one, same, other = (serve(f"interval = 0.01\nseed = {seed}", fresh) for seed in (7, 7, 8))
-    prices = without_time(kept(one, 100))
-    assert prices == without_time(kept(same, 100)) == simulated(20, seed=7, interval=0.01)
-    assert not any(price in prices for price in without_time(kept(other, 100)))
+    prices = without_time(first_events(one, 100))
+    assert prices == without_time(first_events(same, 100)) == simulated(20, seed=7, interval=0.01)
+    assert not any(price in prices for price in without_time(first_events(other, 100)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_after_a_restart_the_simulation_goes_on_as_if_it_had_never_stopped(
+def test_after_a_restart_the_simulation_goes_on_as_if_it_had_uninterrupted(
     serve: Serve, number: signal.Signals
 ) -> None:
     server = serve("interval = 0.005")
@@ -136,7 +136,7 @@ def test_after_a_restart_the_simulation_goes_on_as_if_it_had_never_stopped(
         stream.take(50)
         server.terminate(number)
     server = serve("interval = 0.005")
-    events = kept(server, 500)
+    events = first_events(server, 500)
     assert offsets(events) == list(range(1, 501))
     assert without_time(events) == simulated(100, seed=1, interval=0.005)
 
@@ -148,7 +148,7 @@ def test_two_processes_with_one_log_make_each_step_once_and_one_takes_over_from_
         beside = one.take(5)
         first.terminate(signal.SIGKILL)
         seen += other.take(200)
-    events = kept(second, offsets(seen)[-1])
+    events = first_events(second, offsets(seen)[-1])
     assert events[-400:] == seen
     assert set(beside) <= set(events)
     assert offsets(events) == list(range(1, len(events) + 1))
@@ -156,7 +156,7 @@ def test_two_processes_with_one_log_make_each_step_once_and_one_takes_over_from_
 
 
 def test_prices_stay_positive_and_changes_exact_over_100_000_steps() -> None:
-    simulation = sources.Simulation(["ACME"], interval=3600, seed=3, stands=None)
+    simulation = sources.Simulation(["ACME"], interval=3600, seed=3, checkpoint=None)
     before: float | None = None
     for _ in range(100_000):
         (price,) = simulation.step()
@@ -166,14 +166,14 @@ def test_prices_stay_positive_and_changes_exact_over_100_000_steps() -> None:
         before = price.price
 
 
-def test_a_simulation_goes_on_from_any_step_to_the_last_digit() -> None:
-    never_stopped = simulated(50, seed=5, interval=1)
-    stands, made = None, []
+def test_a_simulation_resumes_from_any_step_to_the_last_digit() -> None:
+    uninterrupted = simulated(50, seed=5, interval=1)
+    checkpoint, made = None, []
     for _ in range(50):
-        simulation = sources.Simulation(FIVE, interval=1, seed=5, stands=stands)
+        simulation = sources.Simulation(FIVE, interval=1, seed=5, checkpoint=checkpoint)
         made += [json.loads(price.text) for price in simulation.step()]
-        stands = simulation.stands
-    assert made == never_stopped
+        checkpoint = simulation.checkpoint
+    assert made == uninterrupted
 
 
 def test_a_price_cannot_be_pushed_into_a_simulation(serve: Serve) -> None:
@@ -183,21 +183,21 @@ def test_a_price_cannot_be_pushed_into_a_simulation(serve: Serve) -> None:
     assert problem["detail"] == 'The prices of this ticker come from source = "simulate", not by POST.'
 
 
-# -- what may be asked for
+# -- parameters
 
 
 def test_symbols_are_chosen_by_a_list_or_by_repetition(serve: Serve) -> None:
     server = serve("interval = 0.01")
-    chosen = kept(server, 20, "&symbols=AAPL,MSFT")
+    chosen = first_events(server, 20, "&symbols=AAPL,MSFT")
     assert [event.json["symbol"] for event in chosen] == ["AAPL", "MSFT"] * 10
-    assert kept(server, 20, "&symbols=MSFT&symbols=AAPL") == chosen
-    assert kept(server, 20, "&symbols=MSFT,AAPL&symbols=AAPL") == chosen
-    everything = kept(server, 50)
+    assert first_events(server, 20, "&symbols=MSFT&symbols=AAPL") == chosen
+    assert first_events(server, 20, "&symbols=MSFT,AAPL&symbols=AAPL") == chosen
+    everything = first_events(server, 50)
     assert [event for event in everything if event.json["symbol"] in ("AAPL", "MSFT")] == chosen
-    assert [event.json["symbol"] for event in kept(server, 3, "&symbols=TSLA")] == ["TSLA"] * 3
+    assert [event.json["symbol"] for event in first_events(server, 3, "&symbols=TSLA")] == ["TSLA"] * 3
 
 
-def test_a_symbol_that_is_not_simulated_is_named_beside_those_that_are(serve: Serve) -> None:
+def test_an_unknown_symbol_is_reported_with_the_known_ones(serve: Serve) -> None:
     status, _, body = serve("").get(f"{PATH}?symbols=NOPE,AAPL,ACME")
     assert status == 422
     assert json.loads(body)["errors"] == [
@@ -205,14 +205,14 @@ def test_a_symbol_that_is_not_simulated_is_named_beside_those_that_are(serve: Se
     ]
 
 
-def test_a_symbol_that_nobody_pushed_yet_can_be_waited_for(serve: Serve) -> None:
+def test_a_symbol_that_was_not_pushed_yet_can_be_followed(serve: Serve) -> None:
     server = serve('source = "push"')
     with EventStream(server, f"{PATH}?symbols=ACME&limit=1", after="0-0") as stream:
         publish(server, {"symbol": "OTHER", "price": 1}, {"symbol": "ACME", "price": 2})
         assert [event.json["symbol"] for event in stream] == ["ACME"]
 
 
-def test_what_cannot_be_meant_is_refused_by_name(serve: Serve) -> None:
+def test_invalid_parameters_are_rejected_by_name(serve: Serve) -> None:
     server = serve("")
     wrong = {
         "limit": ["0", "-1", "1000001", "x", "", "1.5", "9" * 400],
@@ -235,7 +235,7 @@ def test_what_cannot_be_meant_is_refused_by_name(serve: Serve) -> None:
     assert {error["detail"] for error in json.loads(body)["errors"]} == {known}
 
 
-def test_an_id_may_stand_in_the_query_and_the_header_wins(serve: Serve) -> None:
+def test_an_id_may_be_in_the_query_and_the_header_takes_precedence(serve: Serve) -> None:
     server = serve('source = "push"')
     ids = publish(server, *({"symbol": "ACME", "price": number} for number in range(5)))
     with EventStream(server, f"{PATH}?limit=3&last_event_id={ids[1]}") as stream:
@@ -247,7 +247,7 @@ def test_an_id_may_stand_in_the_query_and_the_header_wins(serve: Serve) -> None:
 # -- pushed prices
 
 
-def test_a_pushed_price_is_carried_through_byte_for_byte(serve: Serve) -> None:
+def test_a_pushed_price_is_published_byte_for_byte(serve: Serve) -> None:
     server = serve('source = "push"')
     texts = [
         '{"symbol":"ACME","price":1.10,"change":0.00,"time":"now"}',
@@ -285,7 +285,7 @@ def test_change_and_time_are_added_at_the_end_where_they_are_missing(serve: Serv
         '{"symbol":"ACME","price":7,"change":"kept", "time": "TIME"}',
         '{"symbol":"ACME","price":6.5, "change": -0.5, "time": "TIME"}',
     ]
-    events = kept(server, 6)
+    events = first_events(server, 6)
     assert [re.sub(rf'"{TIME}"', '"TIME"', event.data) for event in events] == expected
     assert abs(datetime.fromisoformat(events[0].json["time"]).timestamp() - time.time()) < 60
 
@@ -300,12 +300,12 @@ def test_each_change_is_against_the_price_before_however_fast_they_are_pushed(se
             with connection.getresponse() as response:
                 assert response.status == 202
                 response.read()
-    assert [event.json["change"] for event in kept(server, 500)][1:] == [2 * n - 1 for n in range(1, 500)]
+    assert [event.json["change"] for event in first_events(server, 500)][1:] == [2 * n - 1 for n in range(1, 500)]
 
 
 def test_the_first_price_after_a_restart_changes_against_the_last_before_it(serve: Serve) -> None:
     server = serve('source = "push"')
-    publish(server, *({"symbol": f"S{n % 9000}", "price": n} for n in range(9990)))  # so many that reading takes time
+    publish(server, *({"symbol": f"S{n % 9000}", "price": n} for n in range(9990)))  # enough that reading takes time
     server.terminate(signal.SIGKILL)
     server = serve('source = "push"')
     ids = publish(server, {"symbol": "S8999", "price": 9000}, {"symbol": "S0", "price": 9001})
@@ -318,7 +318,7 @@ def test_a_process_learns_the_prices_that_were_pushed_to_another(serve: Serve) -
     deadline = time.monotonic() + 10
     with EventStream(other, PATH, after="0-0") as stream:
         events = iter(stream)
-        for number in range(1000):  # nothing tells when the other process knows: it need not be the first time
+        for number in range(1000):  # the other process learns it at an unknown time, so not always in the first round
             publish(one, {"symbol": f"S{number}", "price": 1})
             assert next(events).json["change"] is None
             publish(other, {"symbol": f"S{number}", "price": 3})
@@ -327,13 +327,13 @@ def test_a_process_learns_the_prices_that_were_pushed_to_another(serve: Serve) -
             assert time.monotonic() < deadline
 
 
-def test_a_change_that_no_json_number_can_say_is_null(serve: Serve) -> None:
+def test_a_change_that_overflows_is_null(serve: Serve) -> None:
     server = serve('source = "push"')
     publish(server, '{"symbol":"ACME","price":1e308}', '{"symbol":"ACME","price":-1e308}')
-    assert [event.json["change"] for event in kept(server, 2)] == [None, None]
+    assert [event.json["change"] for event in first_events(server, 2)] == [None, None]
 
 
-def test_one_object_may_stand_on_many_lines_and_many_objects_on_one_each(serve: Serve) -> None:
+def test_one_object_may_span_lines_and_many_objects_have_one_line_each(serve: Serve) -> None:
     server = serve('source = "push"')
     pretty = '\n\n{\r\n  "symbol": "ACME",\n\n  "price": 1.10,\r  "change": 0, "time": [\n1\n]\n}\n'
     lines = '{"symbol":"A","price":1,"change":0,"time":0}\r\n\n \t\n{"symbol":"B","price":2,"change":0,"time":0}'
@@ -341,7 +341,7 @@ def test_one_object_may_stand_on_many_lines_and_many_objects_on_one_each(serve: 
         assert post(server, pretty, content_type)[0] == 202
         status, answer = post(server, lines, content_type)
         assert (status, len(answer["ids"])) == (202, 2)
-    events = kept(server, 9)
+    events = first_events(server, 9)
     assert [event.data for event in events] == 3 * [
         '{    "symbol": "ACME",    "price": 1.10,   "change": 0, "time": [ 1 ] }',
         '{"symbol":"A","price":1,"change":0,"time":0}',
@@ -389,7 +389,7 @@ def test_a_body_that_is_not_json_is_400_and_nothing_is_published(serve: Serve) -
     assert_nothing_was_published(server)
 
 
-def test_every_price_that_will_not_do_is_named_by_line_and_field_and_nothing_is_published(serve: Serve) -> None:
+def test_every_invalid_price_is_reported_by_line_and_field_and_nothing_is_published(serve: Serve) -> None:
     server = serve('source = "push"')
     wrong = ["true", '"1"', "null", "1e999", "-1e999", "1" + "0" * 400, "[]", "{}"]
     lines = [GOOD, *(f'{{"symbol":"ACME","price":{price}}}' for price in wrong), '{"symbol":"ACME"}', '{"price":1}']
@@ -427,26 +427,26 @@ def test_an_object_as_deep_as_can_be_read_does_no_harm_to_the_next(serve: Serve)
         publish(server, {"symbol": f"S{depth}", "price": 2})
         return statuses[depth]
 
-    taken, refused = 100, 100_000
-    while refused - taken > 1:  # how deep Python reads differs from version to version
-        depth = (taken + refused) // 2
-        taken, refused = (depth, refused) if push(depth) == 202 else (taken, depth)
-    for depth in range(taken - 40, taken + 10):
+    accepted, rejected = 100, 100_000
+    while rejected - accepted > 1:  # how deep Python reads differs from version to version
+        depth = (accepted + rejected) // 2
+        accepted, rejected = (depth, rejected) if push(depth) == 202 else (accepted, depth)
+    for depth in range(accepted - 40, accepted + 10):
         if depth not in statuses:
             push(depth)
     assert set(statuses.values()) == {202, 400}
     count = len(statuses) + sum(status == 202 for status in statuses.values())
-    changes = {re.search(r'"change": ([^,]+)', event.data)[1] for event in kept(server, count)}  # type: ignore[index]
+    changes = {re.search(r'"change": ([^,]+)', event.data)[1] for event in first_events(server, count)}  # type: ignore[index]
     assert changes == {"null", "1.0"}
 
 
-def test_a_body_of_1_mib_is_taken_and_of_one_byte_more_is_413(serve: Serve) -> None:
+def test_a_body_of_1_mib_is_accepted_and_of_one_byte_more_is_413(serve: Serve) -> None:
     server = serve('source = "push"')
     head, tail = '{"symbol":"ACME","price":1,"x":"', '"}'
     body = head + "x" * (1024 * 1024 - len(head) - len(tail)) + tail
     assert post(server, body.replace("xx", "xxx", 1))[0] == 413
     assert post(server, body)[0] == 202
-    (event,) = kept(server, 1)
+    (event,) = first_events(server, 1)
     assert event.data.startswith(body[:-1] + ", ")
 
 
@@ -477,7 +477,7 @@ def test_a_file_is_replayed_with_its_own_times_and_further_columns(serve: Serve,
         b"8,2026-01-01T00:03:00,1.25,ACME,x,surplus,cells\r\n"
     )
     server = serve(REPLAY + "speed = 10000\nrepeat = false")
-    events = kept(server, 4)
+    events = first_events(server, 4)
     assert [event.data for event in events] == [
         '{"symbol": "ACME", "price": 1.5, "volume": "10", "time": "2026-01-01T00:00:00Z", "note": "", "change": null}',
         '{"symbol": "ACME", "price": 2.0, "volume": "1,000", "time": "1767225660", '
@@ -486,18 +486,18 @@ def test_a_file_is_replayed_with_its_own_times_and_further_columns(serve: Serve,
         '"note": null, "change": null}',
         '{"symbol": "ACME", "price": 1.25, "volume": "8", "time": "2026-01-01T00:03:00", "note": "x", "change": -0.75}',
     ]
-    assert [event.json["symbol"] for event in kept(server, 1, "&symbols=BRK.B")] == ["BRK.B"]
+    assert [event.json["symbol"] for event in first_events(server, 1, "&symbols=BRK.B")] == ["BRK.B"]
 
 
 async def replayed(path: Path, count: int, *, speed: float, repeat: bool) -> list[tuple[float, list[str], str]]:
-    """When so many batches came, which symbols they have, and where they say the replay stands."""
+    """Return for each of the first `count` batches its time, its symbols and its checkpoint."""
     loop, made = asyncio.get_running_loop(), list[tuple[float, list[str], str]]()
     async with (
         asyncio.timeout(10),
-        aclosing(sources.Replay(path, speed=speed, repeat=repeat, stands=None).prices()) as it,
+        aclosing(sources.Replay(path, speed=speed, repeat=repeat, checkpoint=None).prices()) as it,
     ):
-        async for prices, stands in it:
-            made.append((loop.time(), [price.symbol for price in prices], stands))
+        async for prices, checkpoint in it:
+            made.append((loop.time(), [price.symbol for price in prices], checkpoint))
             if len(made) == count:
                 break
     return made
@@ -510,7 +510,11 @@ async def test_rows_come_at_their_own_pace_times_the_speed_and_those_of_one_mome
         "2026-01-01T00:01:40.000,D,1\n1767225800.5,E,1\n"
     )
     made = await replayed(path, 3, speed=1000, repeat=False)
-    assert [(symbols, stands) for _, symbols, stands in made] == [(["A"], "1"), (["B", "C", "D"], "4"), (["E"], "5")]
+    assert [(symbols, checkpoint) for _, symbols, checkpoint in made] == [
+        (["A"], "1"),
+        (["B", "C", "D"], "4"),
+        (["E"], "5"),
+    ]
     first, second, third = (moment for moment, _, _ in made)
     assert 0.099 < second - first < 2
     assert 0.199 < third - first < 4
@@ -523,7 +527,7 @@ async def test_a_file_of_one_moment_is_not_repeated_without_a_pause(tmp_path: Pa
     assert second - first > 0.199
 
 
-def test_rows_that_cannot_be_read_are_left_out_and_logged(serve: Serve, tmp_path: Path) -> None:
+def test_invalid_rows_are_skipped_and_logged(serve: Serve, tmp_path: Path) -> None:
     wrong = [
         "x,1,A",
         "1,x,A",
@@ -539,10 +543,10 @@ def test_rows_that_cannot_be_read_are_left_out_and_logged(serve: Serve, tmp_path
     ]
     (tmp_path / "prices.csv").write_text("\n".join(["time,price,symbol", "1,1,FIRST", *wrong, "1,1,LAST", ""]))
     server = serve(REPLAY + "repeat = false")
-    assert [event.json["symbol"] for event in kept(server, 2)] == ["FIRST", "LAST"]
+    assert [event.json["symbol"] for event in first_events(server, 2)] == ["FIRST", "LAST"]
     log = server.wait_for_log(f"row {len(wrong) + 1} of prices.csv")
-    left_out = re.findall(r"WARNING \S+ row (\d+) of prices\.csv is left out: \S", log)
-    assert [int(number) for number in left_out] == list(range(2, 2 + len(wrong)))
+    skipped = re.findall(r"WARNING \S+ row (\d+) of prices\.csv is skipped: \S", log)
+    assert [int(number) for number in skipped] == list(range(2, 2 + len(wrong)))
 
 
 @pytest.mark.parametrize(
@@ -551,8 +555,8 @@ def test_rows_that_cannot_be_read_are_left_out_and_logged(serve: Serve, tmp_path
         (None, r"prices\.csv cannot be read: No such file or directory"),
         (b"time,symbol\n1,A\n", r"prices\.csv has no column price"),
         (b"", r"prices\.csv has no column price, symbol, time"),
-        (b"time,symbol,price\n", r"prices\.csv has no row that can be replayed"),
-        (b"time,symbol,price\nx,A,1\n", r"prices\.csv has no row that can be replayed"),
+        (b"time,symbol,price\n", r"prices\.csv has no valid row"),
+        (b"time,symbol,price\nx,A,1\n", r"prices\.csv has no valid row"),
         (b"time,symbol,price\n1,\xff,1\n", r"prices\.csv cannot be read: 'utf-8' codec can't decode byte 0xff.*"),
     ],
 )
@@ -578,21 +582,21 @@ def test_a_file_that_cannot_be_replayed_takes_the_ticker_out_of_service_and_noth
 async def test_without_repeat_a_replay_stops_after_the_last_row(tmp_path: Path) -> None:
     path = tmp_path / "prices.csv"
     path.write_text("time,symbol,price\n1,A,1\n2,B,2\n")
-    for stands, expected in ((None, ["A", "B"]), ("1", ["B"]), ("2", [])):
-        replay, made = sources.Replay(path, speed=1e9, repeat=False, stands=stands), list[str]()
+    for checkpoint, expected in ((None, ["A", "B"]), ("1", ["B"]), ("2", [])):
+        replay, made = sources.Replay(path, speed=1e9, repeat=False, checkpoint=checkpoint), list[str]()
         async with aclosing(replay.prices()) as batches:
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.3):
                     async for prices, _ in batches:
                         made += [price.symbol for price in prices]
-                    pytest.fail("it is over and does not wait: another process would begin anew")
+                    pytest.fail("it ended instead of waiting: another process would replay the file again")
         assert made == expected
 
 
-def test_with_repeat_a_replay_begins_anew_after_the_last_row(serve: Serve, tmp_path: Path) -> None:
+def test_with_repeat_a_replay_starts_again_after_the_last_row(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "prices.csv").write_text("time,symbol,price\n1,A,1\n2,B,10\n3,A,4\n")
     server = serve(REPLAY + "speed = 100")
-    events = kept(server, 10)
+    events = first_events(server, 10)
     assert [(event.json["time"], event.json["symbol"], event.json["change"]) for event in events] == [
         ("1", "A", None),
         ("2", "B", None),
@@ -607,7 +611,7 @@ def test_with_repeat_a_replay_begins_anew_after_the_last_row(serve: Serve, tmp_p
     ]
 
 
-def test_a_replay_that_is_killed_goes_on_and_every_row_comes_exactly_once(serve: Serve, tmp_path: Path) -> None:
+def test_a_replay_that_is_killed_resumes_and_every_row_comes_exactly_once(serve: Serve, tmp_path: Path) -> None:
     rows = 300
     symbols = [f"S{number % 7}" for number in range(rows)]
     table = [f"{number * 5},{symbols[number]},{number}" for number in range(rows)]
@@ -619,7 +623,7 @@ def test_a_replay_that_is_killed_goes_on_and_every_row_comes_exactly_once(serve:
             stream.take(seen)
             server.terminate(signal.SIGKILL)
         server = serve(config)
-    events = kept(server, rows)
+    events = first_events(server, rows)
     assert offsets(events) == list(range(1, rows + 1))
     assert [(event.json["symbol"], event.json["price"]) for event in events] == list(
         zip(symbols, range(rows), strict=True)
@@ -636,10 +640,10 @@ def test_another_file_begins_with_its_first_row(serve: Serve, tmp_path: Path) ->
     (tmp_path / "prices.csv").write_text("time,symbol,price\n1,A,1\n1,A,2\n1,A,3\n")
     (tmp_path / "more.csv").write_text("time,symbol,price\n1,B,1\n1,B,2\n")
     server = serve(REPLAY + "repeat = false")
-    kept(server, 3)
+    first_events(server, 3)
     server.terminate()
     server = serve('source = "replay"\nfile = "more.csv"\nrepeat = false')
-    assert [event.json["symbol"] for event in kept(server, 5)] == ["A", "A", "A", "B", "B"]
+    assert [event.json["symbol"] for event in first_events(server, 5)] == ["A", "A", "A", "B", "B"]
 
 
 # -- conflation
@@ -652,7 +656,7 @@ def test_conflation_sends_a_symbol_once_a_window_and_then_its_latest_price(serve
     with EventStream(server, f"{PATH}?conflate={window}&limit=12") as stream:
         for event in stream:
             received.append((time.time(), event))
-    every = {event.id: event for event in kept(server, max(offsets([event for _, event in received])))}
+    every = {event.id: event for event in first_events(server, max(offsets([event for _, event in received])))}
     assert all(event == every[event.id] for _, event in received)
     made = {symbol: [e for _, e in received if e.json["symbol"] == symbol] for symbol in "AB"}
     for events in made.values():
