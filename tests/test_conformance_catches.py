@@ -379,7 +379,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from streamlab import Problem
-from streamlab.streaming import STREAMS
+from streamlab.streaming.drain import STREAMS
 """
 
 TEST = """
