@@ -1,4 +1,4 @@
-"""The command line and its exit codes: 0 done, 1 failed, 2 the configuration or the call is wrong."""
+"""The command line and its exit codes: 0 success, 1 failure, 2 invalid configuration or arguments."""
 
 import asyncio
 import dataclasses
@@ -23,7 +23,7 @@ from .client import chat as conversation
 from .client import doctor as examination
 from .client import tasks
 from .client.follow import follow as follow_events
-from .client.terminal import leaving, printable, say
+from .client.terminal import exit_on_error, print_error, printable
 from .config import Config, ConfigError, Fault
 from .problems import Problem
 from .scaffold import write_plugin
@@ -48,7 +48,7 @@ cli.add_typer(tasks.task, name="task")
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="The configuration file; config.toml of this folder, if there is one."),
+    typer.Option("--config", "-c", help="Configuration file; default: ./config.toml, if it exists."),
 ]
 
 
@@ -58,8 +58,8 @@ def main() -> None:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Say everything that is wrong, a line each, and leave with status 2."""
+def _exit_on_config_error() -> Iterator[None]:
+    """Print every fault of the configuration, a line each, and exit with status 2."""
     try:
         yield
     except ConfigError as error:
@@ -70,7 +70,7 @@ def _refusing() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _read(path: Path | None) -> Config:
+def _read_config(path: Path | None) -> Config:
     return Config.read(path if path is not None else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
 
 
@@ -85,17 +85,17 @@ def run(
         bool, typer.Option("--reload", help="Restart when the configuration or a plugin changes.")
     ] = False,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Run the server until SIGTERM or Ctrl-C."""
     if reload:
         _run_reloading(config, host, port)
         return
-    with _refusing():
-        settings = _read(config)
-        given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    with _exit_on_config_error():
+        settings = _read_config(config)
+        overrides = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         settings = dataclasses.replace(
             settings,
-            server=settings.server.model_copy(update=given),
-            variables={**settings.variables, **{("server", name): f"--{name}" for name in given}},
+            server=settings.server.model_copy(update=overrides),
+            variables={**settings.variables, **{("server", name): f"--{name}" for name in overrides}},
         )
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
@@ -104,12 +104,12 @@ def run(
 
 
 def _run_reloading(config: Path | None, host: str | None, port: int | None) -> None:
-    """Run the server as a child that is replaced when a watched file changes; Ctrl-C or SIGTERM ends both."""
+    """Run the server as a child process that is restarted when a watched file changes; Ctrl-C or SIGTERM ends both."""
     watched = (config or DEFAULT_CONFIG).absolute()
-    with _refusing():
-        folders = _read(config).plugins.path
+    with _exit_on_config_error():
+        folders = _read_config(config).plugins.path
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)  # what does not exist cannot be watched
+        folder.mkdir(parents=True, exist_ok=True)  # only existing folders can be watched
     words = [sys.executable, "-m", "streamlab", "run"]
     for option, value in (("--config", config), ("--host", host), ("--port", port)):
         words += [] if value is None else [option, str(value)]
@@ -125,7 +125,7 @@ def _run_reloading(config: Path | None, host: str | None, port: int | None) -> N
 
 
 def _raise_file_limit(streams: int) -> None:
-    """Allow this process as many open files as its streams may need, as far as the system lets it."""
+    """Raise the limit of open files to what the streams need, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * streams + 256
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -149,9 +149,9 @@ def _announce(app: web.Application, address: str) -> None:
 
 @cli.command()
 def worker(config: ConfigOption = None) -> None:
-    """Run long tasks that servers leave to workers, until SIGTERM or Ctrl-C; those of a moment ago go on elsewhere."""
-    with _refusing():
-        settings = _read(config)
+    """Run queued tasks until SIGTERM or Ctrl-C; unfinished tasks are handed to another worker."""
+    with _exit_on_config_error():
+        settings = _read_config(config)
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=None):
             try:
@@ -161,14 +161,14 @@ def worker(config: ConfigOption = None) -> None:
 
 
 def _announce_worker(app: web.Application) -> None:
-    print(f"streamlab {version()} works at: {', '.join(sorted(app[TASKS].keys()))}", flush=True)
+    print(f"streamlab {version()} runs tasks: {', '.join(sorted(app[TASKS].keys()))}", flush=True)
 
 
 @cli.command()
 def routes(config: ConfigOption = None) -> None:
-    """List every route with a curl command that tries it."""
-    with _refusing():
-        settings = _read(config)
+    """List every route with an example curl command."""
+    with _exit_on_config_error():
+        settings = _read_config(config)
         app = create_app(settings)
         origin = f"http://{settings.server.host}:{settings.server.port}"
         for route in app[ROUTES]:
@@ -180,13 +180,13 @@ def routes(config: ConfigOption = None) -> None:
 
 @cli.command()
 def check(config: ConfigOption = None) -> None:
-    """Validate configuration and plugins; exit with 2 if anything is wrong.
+    """Validate configuration and plugins; exit with 2 on any error.
 
-    A scenario that would work only in part (a file that it reads is missing, say) is reported, and is no error: what
-    it lacks may come while it serves.
+    A degraded scenario (a file that it reads is missing, for example) is reported and is not an error: the cause may
+    be removed while the server runs.
     """
-    with _refusing():
-        app = create_app(_read(config))
+    with _exit_on_config_error():
+        app = create_app(_read_config(config))
     failed = [plugin for plugin in app[REGISTRY].plugins if plugin.state == "failed"]
     for plugin in app[REGISTRY].plugins:
         typer.echo(
@@ -200,12 +200,12 @@ def check(config: ConfigOption = None) -> None:
 
 @cli.command()
 def new(name: str, config: ConfigOption = None) -> None:
-    """Write a working plugin called NAME, and the test that asks it for every promise of a stream."""
-    with _refusing():
-        settings = _read(config)
-    taken = next((plugin.origin for plugin in find(settings) if plugin.name == name), None)
-    if taken:
-        typer.echo(f"streamlab: a plugin {name!r} exists already: {taken}", err=True)
+    """Write a working plugin called NAME, and its conformance test."""
+    with _exit_on_config_error():
+        settings = _read_config(config)
+    existing = next((plugin.origin for plugin in find(settings) if plugin.name == name), None)
+    if existing:
+        typer.echo(f"streamlab: a plugin {name!r} already exists: {existing}", err=True)
         raise typer.Exit(2)
     folder = next(iter(settings.plugins.path), settings.base / "plugins")
     try:
@@ -223,27 +223,27 @@ def new(name: str, config: ConfigOption = None) -> None:
 
 @cli.command()
 def follow(
-    url: Annotated[str, typer.Argument(help="The event stream; http:// may be left out.", metavar="URL")],
-    last_event_id: Annotated[str, typer.Option(help="Begin after this event.", metavar="ID", show_default=False)] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Leave after so many events.", metavar="N")] = None,
-    no_reconnect: Annotated[bool, typer.Option("--no-reconnect", help="Leave when the connection ends.")] = False,
+    url: Annotated[str, typer.Argument(help="The event stream; http:// is optional.", metavar="URL")],
+    last_event_id: Annotated[str, typer.Option(help="Start after this event.", metavar="ID", show_default=False)] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Exit after N events.", metavar="N")] = None,
+    no_reconnect: Annotated[bool, typer.Option("--no-reconnect", help="Exit when the connection ends.")] = False,
 ) -> None:
-    """Print an event stream, and go on after its last event when the connection is lost."""
-    # Who reads this may have what it wanted, as `head` does: its pipe is closed then.
-    with leaving(), suppress(asyncio.CancelledError, BrokenPipeError):
+    """Print an event stream, and resume after its last event when the connection is lost."""
+    # The reader of the pipe may exit first, as `head` does.
+    with exit_on_error(), suppress(asyncio.CancelledError, BrokenPipeError):
         asyncio.run(_print_events(url, last_event_id, limit, reconnect=not no_reconnect))
 
 
 async def _print_events(url: str, last_event_id: str, limit: int | None, *, reconnect: bool) -> None:
-    """Print each event as it comes: its data, behind its name where it has one; cancels itself when nobody reads it."""
+    """Print the data of each event, after its name if any; cancel this task when the reader of the pipe exits."""
     output, terminal = sys.stdout.fileno(), sys.stdout.isatty()
     task, access = asyncio.current_task(), fcntl.fcntl(output, fcntl.F_GETFL) & os.O_ACCMODE
     if task is not None and access == os.O_WRONLY and stat.S_ISFIFO(os.fstat(output).st_mode):
-        # The writing end of a pipe is reported when its reader is gone: no event has to come to find that out.
+        # The write end of a pipe becomes readable when its reader exits: detected without an event to write.
         asyncio.get_running_loop().add_reader(output, task.cancel)
     count = 0
     events = follow_events(
-        url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: say(str(pause))
+        url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: print_error(str(pause))
     )
     async with aclosing(events):
         async for event in events:
@@ -253,7 +253,9 @@ async def _print_events(url: str, last_event_id: str, limit: int | None, *, reco
             else:
                 line = text.encode() + b"\n"
             while line:
-                line = line[os.write(output, line) :]  # past sys.stdout: nothing is left in a buffer of a broken pipe
+                line = line[
+                    os.write(output, line) :
+                ]  # not sys.stdout: its buffer would be flushed into a broken pipe at exit
             count += 1
             if count == limit:
                 break
@@ -261,28 +263,28 @@ async def _print_events(url: str, last_event_id: str, limit: int | None, *, reco
 
 @cli.command()
 def doctor(
-    url: Annotated[str, typer.Argument(help="What is to be looked at; http:// may be left out.", metavar="URL")],
-    seconds: Annotated[float, typer.Option(min=0.5, max=600, help="How long it is watched.")] = 5.0,
+    url: Annotated[str, typer.Argument(help="The URL to examine; http:// is optional.", metavar="URL")],
+    seconds: Annotated[float, typer.Option(min=0.5, max=600, help="How long to observe it.")] = 5.0,
 ) -> None:
-    """Say whether a URL streams, of any server, through any proxy, and what keeps it from that; exit with 1 if not."""
-    with leaving():
+    """Diagnose whether a URL of any server streams, through any proxy, and what prevents it; exit with 1 if not."""
+    with exit_on_error():
         report = asyncio.run(examination.examine(url, seconds=seconds))
     for line in report.lines():
         typer.echo(printable(line))
-    if not report.streams:
+    if not report.is_streaming:
         raise typer.Exit(1)
 
 
 @cli.command()
 def chat(
     url: Annotated[
-        str, typer.Argument(help="A server with /v1/chat/completions; http:// may be left out.", metavar="URL")
+        str, typer.Argument(help="A server with /v1/chat/completions; http:// is optional.", metavar="URL")
     ] = "http://127.0.0.1:8000",
-    model: Annotated[str, typer.Option(help="The model, where the server has several.", show_default=False)] = "",
-    system: Annotated[str, typer.Option(help="What the model is told first.", show_default=False)] = "",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
+    model: Annotated[str, typer.Option(help="The model, if the server has several.", show_default=False)] = "",
+    system: Annotated[str, typer.Option(help="The system prompt.", show_default=False)] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a response.")] = None,
 ) -> None:
-    """Talk with a model: tokens as they come. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    """Chat with a model, token by token. Ctrl-C stops a response, Ctrl-D ends the chat."""
     interactive = sys.stdin.isatty()
     talk = conversation.Conversation(url, model=model, system=system, max_tokens=max_tokens)
     while (line := _read_line("> " if interactive else "")) is not None:
@@ -291,13 +293,13 @@ def chat(
         try:
             talk.tell(line)
         except (conversation.ChatError, ValueError) as error:
-            say(f"streamlab: {error}")
+            print_error(f"streamlab: {error}")
             if not interactive:
                 raise typer.Exit(1) from None
 
 
 def _read_line(prompt: str) -> str | None:
-    """A line that somebody types, or None at the end of the input."""
+    """Return a line of input, or None at its end."""
     try:
         return input(prompt)
     except EOFError:
@@ -310,11 +312,12 @@ def _read_line(prompt: str) -> str | None:
 @cli.command("client")
 def open_menu(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Open these views, one after another, not the menu.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Open these views, one after another, instead of the menu."),
     ] = None,
     url: tasks.Url = tasks.LOCAL,
 ) -> None:
-    """Choose from a menu what to see of a server: downloads, prices, logs, exports, a chat, tasks, a comparison."""
-    from .client import menu  # what it draws with is not loaded for other commands
+    """Choose from a menu of live views of a server: downloads, prices, logs, exports, chat, tasks, a comparison."""
+    from .client import menu  # not imported by other commands
 
     raise typer.Exit(menu.run(url, names or ()))

@@ -279,7 +279,7 @@ def test_new_refuses_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
     assert streamlab(tmp_path, "new", "hello") == (
         2,
         "",
-        f"streamlab: a plugin 'hello' exists already: {tmp_path}/plugins/hello.py\n",
+        f"streamlab: a plugin 'hello' already exists: {tmp_path}/plugins/hello.py\n",
     )
     assert (tmp_path / "plugins" / "hello.py").read_text() == before
     assert not (tmp_path / "tests").exists()
@@ -288,7 +288,7 @@ def test_new_refuses_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
 def test_new_refuses_the_name_of_a_plugin_that_ships(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "new", "file")
     assert status == 2
-    assert errors.startswith("streamlab: a plugin 'file' exists already: ")
+    assert errors.startswith("streamlab: a plugin 'file' already exists: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -177,7 +177,7 @@ def test_streamlab_is_found_in_good_health(start: Callable[..., Running]) -> Non
     )
     status, found = doctor(server.port, "/download/large-file?rate=2000000", 1)
     assert status == 0, found
-    assert has(found, "yes It streams", "yes It resumes: a range brings the same bytes, and If-Range guards")
+    assert has(found, "yes It streams", "yes It resumes: a range has the same bytes, and If-Range guards")
 
 
 def test_a_stranger_is_told_what_it_lacks(stranger: int) -> None:
@@ -193,7 +193,7 @@ def test_a_stranger_is_told_what_it_lacks(stranger: int) -> None:
     assert status == 1, found
     assert has(
         found,
-        "no  All 14,891 bytes came at once",
+        "no  All 14,891 bytes arrived at once",
         "    It cannot be resumed: it has neither event ids nor ranges.",
     )
     status, found = doctor(stranger, "/lines")
@@ -207,7 +207,7 @@ def test_a_proxy_that_holds_back_is_found(stranger: int, nginx: Callable[..., in
     assert status == 1, found
     assert has(found, "no  "), found
     assert any("bursts end in the middle of an event" in finding for finding in found), found
-    assert has(found, "    A proxy or nginx answers: nginx")
+    assert has(found, "    Served by a proxy or nginx: nginx")
     status, found = doctor(nginx(stranger, RIGHT), "/events")
     assert (status, has(found, "yes It streams")) == (0, True), found
 
@@ -215,7 +215,7 @@ def test_a_proxy_that_holds_back_is_found(stranger: int, nginx: Callable[..., in
 def test_a_proxy_that_does_not_wait_is_found(stranger: int, nginx: Callable[..., int]) -> None:
     status, found = doctor(nginx(stranger, f"{RIGHT} proxy_read_timeout 2s;"), "/silent", 8)
     assert status == 1, found
-    assert has(found, "no  It was ended after "), found
+    assert has(found, "no  It was closed after "), found
 
 
 def test_a_proxy_that_compresses_is_found(stranger: int, nginx: Callable[..., int]) -> None:
@@ -236,10 +236,10 @@ def test_what_cannot_be_looked_at_is_said(stranger: int) -> None:
         done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=50, check=False)
         return done.returncode, done.stderr
 
-    assert asked("ftp://x") == (2, "streamlab: 'ftp://x' is no URL of http or https\n")
+    assert asked("ftp://x") == (2, "streamlab: 'ftp://x' is not an http(s) URL\n")
     assert asked(f"127.0.0.1:{stranger}/nothing") == (
         1,
-        f"streamlab: http://127.0.0.1:{stranger}/nothing answered 404\n",
+        f"streamlab: http://127.0.0.1:{stranger}/nothing returned 404\n",
     )
     status, error = asked(f"127.0.0.1:{free_port()}/")
-    assert (status, ": no answer: " in error) == (1, True)
+    assert (status, ": no response: " in error) == (1, True)

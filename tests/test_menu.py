@@ -200,7 +200,7 @@ def test_the_menu_lists_every_view_and_leaves_with_0(start: Start, folder: Path)
 
 
 def test_what_is_no_url_or_no_view_leaves_with_2(tmp_path: Path) -> None:
-    assert end(begin("ftp://x", cwd=tmp_path)) == (2, [], ["streamlab: 'ftp://x/health' is no URL of http or https"])
+    assert end(begin("ftp://x", cwd=tmp_path)) == (2, [], ["streamlab: 'ftp://x/health' is not an http(s) URL"])
     status, _, err = end(begin("127.0.0.1:1", "tikcer", cwd=tmp_path))
     assert (status, err) == (
         2,
@@ -224,7 +224,7 @@ def test_a_download_is_proven_and_replaces_nothing_unasked(start: Start, folder:
     ) == (
         1,
         [f"{name}: 2,000,000 bytes, whole by its SHA-256" for name in ("other.bin", "third", "third")],
-        [f"streamlab: {server.url}/files/none answered 404: There is no such file."],
+        [f"streamlab: {server.url}/files/none returned 404: There is no such file."],
     )
     sample = (server.base / "var/files/large-file.bin").read_bytes()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -247,7 +247,7 @@ def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Pa
     at = re.fullmatch(r"goes on at byte ([\d,]+) of 4,000,000", err[-1])
     assert at is not None
     assert int(at[1].replace(",", "")) > 1_000_000
-    assert all(" again in " in line for line in err[:-1])
+    assert all(" retrying in " in line for line in err[:-1])
     assert re.findall(r"method=GET path=/download/large-file .*?status=(\d+)", server.log) == ["206"]
     assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
     assert names(folder) == ["four"]
@@ -291,7 +291,7 @@ def test_a_part_is_gone_on_with_only_where_it_is_of_the_same_file(start: Start, 
         [
             "goes on at byte 4,000,000",
             "goes on at byte 100 of 4,000,000",
-            f"streamlab: {fourth}: its SHA-256 is not the one that the server tells; nothing of it is kept",
+            f"streamlab: {fourth}: the SHA-256 does not match the server's; the file was deleted",
         ],
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -303,7 +303,7 @@ def test_a_part_is_gone_on_with_only_where_it_is_of_the_same_file(start: Start, 
 
 def test_what_is_not_what_the_server_says_is_not_kept(start: Start, folder: Path) -> None:
     server = start("[scenarios.export]\nenabled = false", tracebacks=True, liar=LIAR)
-    digest = "its SHA-256 is not the one that the server tells; nothing of it is kept"
+    digest = "the SHA-256 does not match the server's; the file was deleted"
     status, out, err = run(
         server, folder, "download|lie|", "export|||", "export|other||", "export|broken||", "export|none||"
     )
@@ -311,7 +311,7 @@ def test_what_is_not_what_the_server_says_is_not_kept(start: Start, folder: Path
         1,
         [
             f"streamlab: lie: {digest}",
-            "streamlab: few.jsonl: 2 rows came, and 3 were sent; nothing of it is kept",
+            "streamlab: few.jsonl: received 2 rows, expected 3; the file was deleted",
             f"streamlab: other.jsonl: {digest}",
             f"streamlab: {server.url}/export/broken/jsonl?end=true: connection lost",
         ],
@@ -352,7 +352,7 @@ def test_the_ticker_comes_back_after_the_server_was_killed(start: Start, folder:
     assert status == 0
     assert shown[2:] == [f"ACME 12.5 - {at}\n", "ACME 12.25 -0.25 \\x1b[31m\\x9bred\n"]
     assert out == [f"BOLT 3 - {at}", f"BOLT 4 +1 {at}"]
-    assert all(" again in " in line for line in err)
+    assert all(" retrying in " in line for line in err)
 
 
 def test_what_a_stream_says_beside_its_prices_is_said_on_stderr(start: Start, folder: Path) -> None:
@@ -375,7 +375,7 @@ def test_logs_are_filtered_and_show_no_control_character(start: Start, folder: P
     status, out, err = run(server, folder, "logs|app|error|ERROR a|1", "logs|app|error| a|2", "logs|app|loud||")
     assert (status, out.pop(0)) == (1, r"2026-01-01T00:00:01Z ERROR a \x1b[2Jfire")
     assert out == [r"2026-01-01T00:00:01Z ERROR a \x1b[2Jfire", "2026-01-01T00:00:04Z CRITICAL a end"]
-    assert err[0].startswith(f"streamlab: {server.url}/stream/live-logs?source=app&level=LOUD answered 422: ")
+    assert err[0].startswith(f"streamlab: {server.url}/stream/live-logs?source=app&level=LOUD returned 422: ")
 
 
 # -- exports, a chat, tasks, the comparison
@@ -405,7 +405,7 @@ def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> N
     }
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
     said = [
-        ("users.jsonl", "3,000", "rows and SHA-256"),
+        ("users.jsonl", "3,000", "row count and SHA-256"),
         ("some.csv", "70", "last chunk"),
         ("notes.csv", "2", "last chunk"),  # a line break in quotes ends no row
     ]
@@ -440,7 +440,7 @@ def test_a_task_is_run_and_says_why_it_fails(start: Start, folder: Path) -> None
     )
     failure = "streamlab: the task is failed: Step 1 failed, as it was asked to."
     assert (status, out, err[:-1]) == (1, ["{", ' "steps": 2', "}"], ["rehearsing", "rehearsing", failure])
-    assert err[-1].startswith(f"streamlab: {server.url}/process/tasks answered 422: ")
+    assert err[-1].startswith(f"streamlab: {server.url}/process/tasks returned 422: ")
 
 
 def test_the_comparison_is_drawn_as_bars(start: Start, folder: Path) -> None:
@@ -542,7 +542,7 @@ def test_views_are_drawn_live_and_ctrl_c_leads_back_to_the_menu(
     assert "\x1b]0;" not in shown.shown
     server.terminate(signal.SIGKILL)
     server = start(config, port=port)
-    shown.wait_for("again in")
+    shown.wait_for("retrying in")
     wait_for_followers(server, 1)
     push(server, {"symbol": "BOLT", "price": 7})
     shown.wait_for("2 symbols.*BOLT")

@@ -11,7 +11,7 @@ import typer
 
 from .http import CONNECT_SECONDS
 from .sse import Parser
-from .terminal import printable, say
+from .terminal import print_error, printable
 
 SILENCE_SECONDS = 300.0
 """A server that says nothing for so long, not even a comment, is lost."""
@@ -46,7 +46,7 @@ class Conversation:
         try:
             asyncio.run(self._print(said))
         except KeyboardInterrupt:
-            say(" [stopped]")
+            print_error(" [stopped]")
         finally:
             if said:
                 self._messages.append({"role": "assistant", "content": "".join(said)})

@@ -1,15 +1,17 @@
-"""Whether a URL streams, and what keeps it from that: probed as a client, told in plain words.
+"""Diagnose whether a URL streams, and what prevents it: probed as a client, reported in plain words.
 
-It looks at the answer from outside, so it works for any server, behind any proxy: when each part of a body arrived,
-what the headers promise, and what the server does with a client that comes back.
+The response is observed from outside, so this works for any server, behind any proxy: when each chunk of the body
+arrived, what the headers promise, and what the server does with a client that resumes.
 """
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import aiohttp
@@ -17,31 +19,33 @@ from yarl import URL
 
 from streamlab.sse import MEDIA_TYPE
 
-from .http import CONNECT_SECONDS, Lost, Refused, target_of
+from .http import CONNECT_SECONDS, ConnectionLost, RequestRejected, parse_url
 from .sse import Parser
 
-ANSWER_SECONDS = 60.0
-"""What a server may take to begin its answer."""
+HEADERS_SECONDS = 60.0
+"""Timeout for the response headers, in seconds."""
 
 BURST_SECONDS = 0.02
-"""Parts that come closer together than this arrived together."""
+"""Maximum time between two chunks of one burst, in seconds."""
 
 EARLY = 0.5
-"""A body streams when its first byte comes in the first half of its time (and a buffer gives it away all at once)."""
+"""Latest first byte of a body that streams, as a fraction of its duration; a buffer sends everything at the end."""
 
 IDLE_SECONDS = 1.0
-"""A silence of so long before the end of an event stream is what ended it."""
+"""Silence before the end of an event stream that indicates an idle timeout, in seconds."""
 
 QUICK_SECONDS = 0.5
-"""A body that is over so soon does not tell whether it was held back."""
+"""Minimum duration of a body that can be classified as streamed or buffered, in seconds."""
 
-KEPT_BYTES = 4 * 1024 * 1024
-"""What is kept of a body, to compare it with what a resumed request brings."""
+SAMPLE_BYTES = 4 * 1024 * 1024
+"""Maximum size of the body that is stored to compare it with a resumed response, in bytes."""
 
 PROOF_BYTES = 4096
-"""How much of a download is asked for twice."""
+"""Size of the range of a download that is requested again, in bytes."""
 
 CELLS = 60
+"""Width of the chart, in characters."""
+
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Mark = Literal["good", "bad", "note"]
@@ -49,14 +53,17 @@ Mark = Literal["good", "bad", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was found: a good one, a bad one, or a remark."""
+    """One result of the examination: good, bad, or a note."""
 
     mark: Mark
     text: str
 
 
+_good, _bad, _note = partial(Finding, "good"), partial(Finding, "bad"), partial(Finding, "note")
+
+
 @dataclass(slots=True)
-class Answer:
+class Response:
     """A response as it arrived."""
 
     url: URL
@@ -68,31 +75,31 @@ class Answer:
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     """Seconds from the request, and bytes, of each read."""
     seconds: float = 0.0
-    """How long it was watched."""
-    whole: bool = False
-    """Whether it came to its end meanwhile."""
-    broken: str = ""
-    """Why it broke off, if it did."""
+    """Seconds from the request to the end of the observation."""
+    complete: bool = False
+    """Whether the body ended within that time."""
+    error: str = ""
+    """Why the body broke off, if it did."""
     body: bytearray = field(default_factory=bytearray)
-    """Its first KEPT_BYTES."""
+    """The first SAMPLE_BYTES of the body."""
 
     @property
     def size(self) -> int:
-        """Bytes that came."""
+        """Number of bytes received."""
         return sum(count for _, count in self.arrivals)
 
     @property
     def media_type(self) -> str:
-        """Its Content-Type without parameters."""
+        """The Content-Type without parameters."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     @property
-    def is_events(self) -> bool:
-        """Whether it is an event stream."""
+    def is_event_stream(self) -> bool:
+        """Whether this is an event stream."""
         return self.media_type == MEDIA_TYPE
 
     def bursts(self) -> list[tuple[float, int]]:
-        """The reads, joined where they came together: when each burst began, and its bytes."""
+        """Return the reads, joined into bursts: the start of each in seconds, and its bytes."""
         joined: list[tuple[float, int]] = []
         last = float("-inf")
         for at, count in self.arrivals:
@@ -104,7 +111,7 @@ class Answer:
         return joined
 
     def chart(self) -> str:
-        """When bytes arrived, over the time it was watched: a cell is a sixtieth of it."""
+        """Return when bytes arrived, as a bar chart of CELLS characters over the observed time."""
         cells = [0] * CELLS
         for at, count in self.arrivals:
             cells[min(CELLS - 1, int(at / max(self.seconds, 1e-9) * CELLS))] += count
@@ -114,26 +121,26 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a visit has found."""
+    """The results of an examination."""
 
-    answer: Answer
+    response: Response
     findings: Sequence[Finding]
 
     @property
-    def streams(self) -> bool:
-        """Whether nothing bad was found."""
+    def is_streaming(self) -> bool:
+        """Whether no finding is bad."""
         return all(finding.mark != "bad" for finding in self.findings)
 
     def lines(self) -> list[str]:
-        """The report for a terminal: what answered, when its bytes came, and the findings, the bad ones first."""
-        answer, marks = self.answer, {"bad": "no  ", "good": "yes ", "note": "    "}
-        framing = "chunked" if "chunked" in answer.headers.get("transfer-encoding", "") else "until it closes"
-        length = answer.headers.get("content-length")
-        kind = answer.media_type or "no content type"
+        """Return the report for a terminal: the response, when its bytes arrived, and the findings, bad ones first."""
+        response, marks = self.response, {"bad": "no  ", "good": "yes ", "note": "    "}
+        framing = "chunked" if "chunked" in response.headers.get("transfer-encoding", "") else "until close"
+        length = response.headers.get("content-length")
+        kind = response.media_type or "no content type"
         return [
-            f"{answer.url}",
+            f"{response.url}",
             f"{kind}, {f'{int(length):,} bytes' if length and length.isascii() and length.isdigit() else framing}",
-            f"|{answer.chart()}| {answer.size:,} bytes in {answer.seconds:.2f} s",
+            f"|{response.chart()}| {response.size:,} bytes in {response.seconds:.2f} s",
             *(f"{marks[mark]}{text}" for mark in ("bad", "good", "note") for text in self._texts(mark)),
         ]
 
@@ -142,19 +149,20 @@ class Report:
 
 
 async def examine(url: str, *, seconds: float = 5.0) -> Report:
-    """Watch a URL for so many seconds at most, then ask again in other ways, and tell what that shows.
+    """Observe a URL for up to `seconds`, request it again in other variants, and report the findings.
 
-    Raises ValueError for what is no URL, Lost where nobody answers, Refused for an answer without success.
+    Raises ValueError for an invalid URL, ConnectionLost where there is no response, RequestRejected for a status other
+    than 200.
     """
-    target = target_of(url)
+    target = parse_url(url)
     async with _session() as session:
-        answer = await _watched(session, target, seconds)
-        if answer.status != 200:
-            raise Refused(target, f"answered {answer.status}", status=answer.status)
-        findings = [*_delivery(answer), *_promises(answer)]
-        findings += await _compression(session, answer, seconds)
-        findings += await _resumption(session, answer, seconds)
-    return Report(answer, findings)
+        response = await _observe(session, target, seconds)
+        if response.status != 200:
+            raise RequestRejected(target, f"returned {response.status}", status=response.status)
+        findings = [*_timing(response), *_header_findings(response)]
+        findings += await _compression(session, response, seconds)
+        findings += await _resumption(session, response, seconds)
+    return Report(response, findings)
 
 
 @asynccontextmanager
@@ -165,164 +173,162 @@ async def _session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def _watched(
+async def _observe(
     session: aiohttp.ClientSession,
     url: URL,
     seconds: float,
     headers: Mapping[str, str] | None = None,
     *,
-    enough: int | None = None,
-) -> Answer:
-    """Ask, and watch the answer until it ends, has brought `enough` bytes, or so many seconds are over."""
-    asked = {"Accept": f"{MEDIA_TYPE}, */*;q=0.5", "Accept-Encoding": "identity", **(headers or {})}
-    begun = time.perf_counter()
+    max_bytes: int | None = None,
+) -> Response:
+    """Send a request, and read the response until it ends, `max_bytes` have arrived, or `seconds` are over."""
+    sent = {"Accept": f"{MEDIA_TYPE}, */*;q=0.5", "Accept-Encoding": "identity", **(headers or {})}
+    started = time.perf_counter()
     try:
-        async with asyncio.timeout(max(seconds, ANSWER_SECONDS)):
-            response = await session.get(url, headers=asked)
+        async with asyncio.timeout(max(seconds, HEADERS_SECONDS)):
+            received = await session.get(url, headers=sent)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise Lost(url, f"no answer: {str(error) or type(error).__name__}") from error
+        raise ConnectionLost(url, f"no response: {str(error) or type(error).__name__}") from error
     try:
-        lower = {name.lower(): value for name, value in response.headers.items()}
-        answer = Answer(response.url, response.status, lower, time.perf_counter() - begun)
+        lower = {name.lower(): value for name, value in received.headers.items()}
+        response = Response(received.url, received.status, lower, time.perf_counter() - started)
         try:
-            async with asyncio.timeout(max(0.0, seconds - answer.headers_at)):
-                async for part in response.content.iter_any():
-                    answer.arrivals.append((time.perf_counter() - begun, len(part)))
-                    answer.body += part[: KEPT_BYTES - len(answer.body)]
-                    if enough is not None and answer.size >= enough:
+            async with asyncio.timeout(max(0.0, seconds - response.headers_at)):
+                async for chunk in received.content.iter_any():
+                    response.arrivals.append((time.perf_counter() - started, len(chunk)))
+                    response.body += chunk[: SAMPLE_BYTES - len(response.body)]
+                    if max_bytes is not None and response.size >= max_bytes:
                         break
                 else:
-                    answer.whole = True
+                    response.complete = True
         except TimeoutError:
             pass
         except aiohttp.ClientError as error:
-            answer.broken = type(error).__name__
-        answer.seconds = time.perf_counter() - begun
-        return answer
+            response.error = type(error).__name__
+        response.seconds = time.perf_counter() - started
+        return response
     finally:
-        response.close()
+        received.close()
 
 
-# -- what one answer shows
+# -- findings of one response
 
 
-def _delivery(answer: Answer) -> list[Finding]:
-    """When things arrived, and what that means."""
-    last = answer.arrivals[-1][0] if answer.arrivals else answer.headers_at
-    if (answer.broken or answer.whole) and answer.is_events and answer.seconds - last > IDLE_SECONDS:
-        silence = f"It was ended after {answer.seconds - last:.1f} s of silence"
-        return [Finding("bad", f"{silence}: somebody's idle time-out. A comment every 15 s would keep it open.")]
-    if answer.broken:
-        return [Finding("bad", f"It broke off after {answer.size:,} bytes: what came is a part, and says so.")]
-    if not answer.arrivals:
-        if answer.whole:
-            return [Finding("note", "The body is empty.")]
-        heard = f"Nothing but headers came in {answer.seconds:.1f} s"
-        return [Finding("note", f"{heard}: it is silent, or somebody holds it back. Watch it for longer (--seconds).")]
-    first, bursts = answer.arrivals[0][0], answer.bursts()
-    if answer.whole and answer.seconds < QUICK_SECONDS:
-        return [Finding("note", f"All of it came within {answer.seconds * 1000:.0f} ms: too soon to tell a stream.")]
-    if answer.whole and first > EARLY * answer.seconds and len(bursts) == 1:
-        text = f"All {answer.size:,} bytes came at once, after {first:.2f} s: it is collected before it is sent."
-        return [Finding("bad", text)]
-    if answer.is_events and (torn := _torn(answer)):
-        text = f"{torn} of {len(bursts)} bursts end in the middle of an event: a buffer on the way is filled first."
-        return [Finding("bad", text)]
-    if answer.whole and first > EARLY * answer.seconds:
-        return [
-            Finding("bad", f"The first byte came after {first:.2f} s of {answer.seconds:.2f}: half of it was waiting.")
-        ]
+def _timing(response: Response) -> list[Finding]:
+    """Classify when the bytes arrived."""
+    last = response.arrivals[-1][0] if response.arrivals else response.headers_at
+    if (response.error or response.complete) and response.is_event_stream and response.seconds - last > IDLE_SECONDS:
+        silence = f"It was closed after {response.seconds - last:.1f} s of silence"
+        return [_bad(f"{silence}: an idle timeout. A comment every 15 s would keep it open.")]
+    if response.error:
+        return [_bad(f"It broke off after {response.size:,} bytes: the body is incomplete, and clients can tell.")]
+    if not response.arrivals:
+        if response.complete:
+            return [_note("The body is empty.")]
+        received = f"Only headers arrived in {response.seconds:.1f} s"
+        return [_note(f"{received}: it is idle, or a proxy buffers it. Observe it for longer (--seconds).")]
+    first, bursts = response.arrivals[0][0], response.bursts()
+    if response.complete and response.seconds < QUICK_SECONDS:
+        return [_note(f"The whole body arrived within {response.seconds * 1000:.0f} ms: too fast to classify.")]
+    if response.complete and first > EARLY * response.seconds and len(bursts) == 1:
+        at_once = f"All {response.size:,} bytes arrived at once, after {first:.2f} s"
+        return [_bad(f"{at_once}: the body is buffered before it is sent.")]
+    if response.is_event_stream and (torn := _torn(response)):
+        split = f"{torn} of {len(bursts)} bursts end in the middle of an event"
+        return [_bad(f"{split}: a proxy fills a buffer before it forwards.")]
+    if response.complete and first > EARLY * response.seconds:
+        return [_bad(f"The first byte arrived after {first:.2f} of {response.seconds:.2f} s: more than half of them.")]
     texts = [f"It streams: the first byte after {first * 1000:.0f} ms, then "]
     texts.append(f"{len(bursts)} bursts" if len(bursts) > 1 else "without a pause")
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(bursts)]
     if gaps:
         texts.append(f", {min(gaps):.2f} to {max(gaps):.2f} s apart")
-    return [Finding("good", "".join(texts) + ".")]
+    return [_good("".join(texts) + ".")]
 
 
-def _torn(answer: Answer) -> int:
-    """How many bursts, of two at least, end within an event, if most do: servers send whole ones."""
-    ends = list(itertools.accumulate(count for _, count in answer.bursts()))
-    inner = [end for end in ends[: None if not answer.whole else -1] if 0 < end <= len(answer.body)]
-    torn = sum(not answer.body[:end].endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) for end in inner)
+def _torn(response: Response) -> int:
+    """Return how many bursts (of at least two) end within an event, 0 unless most do: servers send whole events."""
+    ends = list(itertools.accumulate(count for _, count in response.bursts()))
+    inner = [end for end in ends[: None if not response.complete else -1] if 0 < end <= len(response.body)]
+    torn = sum(not response.body[:end].endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) for end in inner)
     return torn if len(inner) > 1 and torn * 2 > len(inner) else 0
 
 
-def _promises(answer: Answer) -> list[Finding]:
-    """What the headers say to whoever is on the way."""
-    headers, found = answer.headers, list[Finding]()
-    if answer.is_events and "content-length" in headers:
-        found.append(Finding("bad", "An event stream has a Content-Length: it was collected before it was sent."))
-    if answer.is_events and "no-store" not in (said := headers.get("cache-control", "")) and "no-cache" not in said:
-        found.append(Finding("note", "No Cache-Control: a cache on the way may keep an event stream."))
+def _header_findings(response: Response) -> list[Finding]:
+    """Check what the headers tell proxies and caches."""
+    headers, found = response.headers, list[Finding]()
+    if response.is_event_stream and "content-length" in headers:
+        found.append(_bad("An event stream has a Content-Length: it was buffered before it was sent."))
+    if response.is_event_stream and not re.search("no-store|no-cache", headers.get("cache-control", "")):
+        found.append(_note("No Cache-Control: a cache may store an event stream."))
     if headers.get("x-accel-buffering", "").lower() == "no":
-        found.append(Finding("good", "X-Accel-Buffering: no - nginx passes it on as it comes."))
-    elif answer.is_events:
-        found.append(Finding("note", "No X-Accel-Buffering: no - behind an unchanged nginx it would be held back."))
+        found.append(_good("X-Accel-Buffering: no - nginx forwards it without buffering."))
+    elif response.is_event_stream:
+        found.append(_note("No X-Accel-Buffering: no - nginx with default settings would buffer it."))
     if via := headers.get("via") or (headers.get("server") if headers.get("server", "").startswith("nginx") else None):
-        found.append(Finding("note", f"A proxy or nginx answers: {via}."))
+        found.append(_note(f"Served by a proxy or nginx: {via}."))
     return found
 
 
-# -- asked again
+# -- findings of further requests
 
 
-async def _compression(session: aiohttp.ClientSession, answer: Answer, seconds: float) -> list[Finding]:
-    """Whether somebody compresses, and whether that holds the first byte back."""
-    again = await _watched(session, answer.url, seconds, {"Accept-Encoding": "gzip, deflate, br, zstd"}, enough=1)
+async def _compression(session: aiohttp.ClientSession, response: Response, seconds: float) -> list[Finding]:
+    """Check whether the response is compressed, and whether that delays its first byte."""
+    again = await _observe(session, response.url, seconds, {"Accept-Encoding": "gzip, deflate, br, zstd"}, max_bytes=1)
     coding = again.headers.get("content-encoding", "identity")
     if coding == "identity":
         return []
-    if not again.arrivals and answer.arrivals:
-        return [Finding("bad", f"With compression ({coding}) nothing came in {again.seconds:.1f} s: it is held back.")]
-    if answer.is_events:
-        return [Finding("note", f"Event streams are compressed ({coding}): whoever does must flush after each event.")]
-    return [Finding("note", f"It is compressed ({coding}) for clients that take it.")]
+    if not again.arrivals and response.arrivals:
+        return [_bad(f"With compression ({coding}) nothing arrived in {again.seconds:.1f} s: it is buffered.")]
+    if response.is_event_stream:
+        return [_note(f"Event streams are compressed ({coding}): the compressor must flush after each event.")]
+    return [_note(f"It is compressed ({coding}) for clients that accept that.")]
 
 
-async def _resumption(session: aiohttp.ClientSession, answer: Answer, seconds: float) -> list[Finding]:
-    if answer.is_events:
-        return await _resumed_events(session, answer, seconds)
-    if answer.media_type and "accept-ranges" in answer.headers:
-        return await _resumed_bytes(session, answer, seconds)
-    return [Finding("note", "It cannot be resumed: it has neither event ids nor ranges.")]
+async def _resumption(session: aiohttp.ClientSession, response: Response, seconds: float) -> list[Finding]:
+    if response.is_event_stream:
+        return await _resumed_events(session, response, seconds)
+    if response.media_type and "accept-ranges" in response.headers:
+        return await _resumed_bytes(session, response, seconds)
+    return [_note("It cannot be resumed: it has neither event ids nor ranges.")]
 
 
-async def _resumed_events(session: aiohttp.ClientSession, answer: Answer, seconds: float) -> list[Finding]:
-    """Come back with the id of an event that is followed by another, and see whether that comes next."""
-    events = [event for event in Parser().feed(bytes(answer.body)) if event.id]
+async def _resumed_events(session: aiohttp.ClientSession, response: Response, seconds: float) -> list[Finding]:
+    """Resume after the second last event, and check that the last one follows."""
+    events = [event for event in Parser().feed(bytes(response.body)) if event.id]
     if len(events) < 2:
-        return [Finding("note", "Its events have no ids: a client that comes back has missed what was sent meanwhile.")]
+        return [_note("Its events have no ids: a client that reconnects misses the events in between.")]
     last, expected = events[-2], events[-1]
-    again = await _watched(session, answer.url, seconds, {"Last-Event-ID": last.id}, enough=KEPT_BYTES)
+    again = await _observe(session, response.url, seconds, {"Last-Event-ID": last.id}, max_bytes=SAMPLE_BYTES)
     if again.status == 204:
-        return [Finding("good", "It resumes: after its last id, 204 tells clients to stay away.")]
-    came = Parser().feed(bytes(again.body))
-    if not came:
-        return [Finding("note", f"After Last-Event-ID: {last.id} nothing came in {again.seconds:.1f} s.")]
-    if (came[0].id, came[0].data) == (expected.id, expected.data):
-        return [Finding("good", f"It resumes: after Last-Event-ID: {last.id} came {expected.id}, the same as before.")]
-    if came[0].id == last.id:
-        return [Finding("bad", f"It repeats: after Last-Event-ID: {last.id} that event came again.")]
-    if any(event.event == "gap" for event in came[:2]):
-        return [Finding("note", "It resumes with a gap, and says so.")]
-    what = f"{came[0].id or 'an event without an id'}"
-    return [Finding("bad", f"It does not resume: after Last-Event-ID: {last.id} came {what}, not {expected.id}.")]
+        return [_good("It resumes: 204 after the last id, which stops reconnects.")]
+    received = Parser().feed(bytes(again.body))
+    if not received:
+        return [_note(f"After Last-Event-ID: {last.id} nothing arrived in {again.seconds:.1f} s.")]
+    if (received[0].id, received[0].data) == (expected.id, expected.data):
+        return [_good(f"It resumes: after Last-Event-ID: {last.id} follows {expected.id}, as in the first response.")]
+    if received[0].id == last.id:
+        return [_bad(f"It repeats: after Last-Event-ID: {last.id} that event is repeated.")]
+    if any(event.event == "gap" for event in received[:2]):
+        return [_note("It resumes with a gap, and reports it.")]
+    what = f"{received[0].id or 'an event without an id'}"
+    return [_bad(f"It does not resume: after Last-Event-ID: {last.id} follows {what}, not {expected.id}.")]
 
 
-async def _resumed_bytes(session: aiohttp.ClientSession, answer: Answer, seconds: float) -> list[Finding]:
-    """Ask for a part that is known already, on the condition that the file is the same."""
-    validator = answer.headers.get("etag") or answer.headers.get("last-modified", "")
-    if answer.headers["accept-ranges"] == "none" or not answer.body:
-        return [Finding("note", "It cannot be resumed: Accept-Ranges: none.")]
+async def _resumed_bytes(session: aiohttp.ClientSession, response: Response, seconds: float) -> list[Finding]:
+    """Request a known range again, on the condition that the file is unchanged, and compare it."""
+    validator = response.headers.get("etag") or response.headers.get("last-modified", "")
+    if response.headers["accept-ranges"] == "none" or not response.body:
+        return [_note("It cannot be resumed: Accept-Ranges: none.")]
     if not validator or validator.startswith("W/"):
-        return [Finding("note", "Ranges, but no strong ETag and no date: a resumed download may mix two versions.")]
-    start = len(answer.body) // 2
-    end = min(len(answer.body), start + PROOF_BYTES) - 1
-    asked = {"Range": f"bytes={start}-{end}", "If-Range": validator}
-    again = await _watched(session, answer.url, seconds, asked, enough=end - start + 1)
+        return [_note("Ranges, but no strong ETag and no date: a resumed download may mix two versions.")]
+    start = len(response.body) // 2
+    end = min(len(response.body), start + PROOF_BYTES) - 1
+    headers = {"Range": f"bytes={start}-{end}", "If-Range": validator}
+    again = await _observe(session, response.url, seconds, headers, max_bytes=end - start + 1)
     if again.status != 206:
-        return [Finding("bad", f"It does not resume: a range that exists was answered {again.status}.")]
-    if bytes(again.body) != bytes(answer.body[start : end + 1]):
-        return [Finding("bad", "It resumes wrongly: the bytes of a range differ from those that came before.")]
-    return [Finding("good", "It resumes: a range brings the same bytes, and If-Range guards against another version.")]
+        return [_bad(f"It does not resume: a request for a satisfiable range returned {again.status}.")]
+    if bytes(again.body) != bytes(response.body[start : end + 1]):
+        return [_bad("It resumes wrongly: the bytes of a range differ from the first response.")]
+    return [_good("It resumes: a range has the same bytes, and If-Range guards against another version.")]

@@ -1,4 +1,4 @@
-"""Follow an event stream through reconnects."""
+"""Follow an event stream across reconnects."""
 
 import asyncio
 import random
@@ -12,78 +12,78 @@ from yarl import URL
 from streamlab.sse import MEDIA_TYPE
 
 from .http import (
-    _UNSENDABLE,
     CONNECT_SECONDS,
     MAX_REDIRECTS,
-    SILENCE_SECONDS,
-    Lost,
-    Refused,
-    _check,
-    _read,
-    _reason,
-    _shown,
-    target_of,
+    READ_SECONDS,
+    UNSENDABLE,
+    ConnectionLost,
+    RequestRejected,
+    connect_error,
+    display_url,
+    parse_url,
+    read_chunk,
+    require_event_stream,
 )
 from .sse import Event, Parser
 
 RETRY_SECONDS = 1.0
-"""The pause before a reconnect while the server has not said another in `retry:`."""
+"""Pause before a reconnect until the server has sent a `retry:`, in seconds."""
 
 MAX_RETRY_SECONDS = 60.0
-"""The longest such pause, whatever the server and the number of failures say."""
+"""Longest pause before a reconnect, in seconds, whatever the server and the number of failures."""
 
-FAREWELL_SECONDS = 0.5
-"""What a server has after `event: end` to end its response, so that it counts a finished stream."""
+CLOSE_SECONDS = 0.5
+"""Timeout for the server to end its response after `event: end`, in seconds, so that it counts a finished stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """What `follow` does between two connections; as a string, a line for people."""
+    """The pause of `follow` between two connections; as a string, one line to show."""
 
     reason: str
-    """Why the connection before is over, as `connection lost`."""
+    """Why the previous connection ended, for example `connection lost`."""
     seconds: float
-    """How long it waits."""
+    """Length of the pause, in seconds."""
     last_event_id: str
-    """The id it will go on after."""
+    """The id that the next connection resumes after."""
 
     def __str__(self) -> str:
-        place = f" from id {self.last_event_id}" if self.last_event_id else ""
-        return f"{self.reason}; again in {self.seconds:.1f} s{place}"
+        position = f" after id {self.last_event_id}" if self.last_event_id else ""
+        return f"{self.reason}; retrying in {self.seconds:.1f} s{position}"
 
 
 @dataclass(slots=True)
-class _Place:
-    """Where a stream is followed from, and how its connections went."""
+class _Cursor:
+    """The position in the stream that is followed, and the state of its connections."""
 
     last_event_id: str
     retry_seconds: float = RETRY_SECONDS
     failures: int = 0
-    """Connections in a row that brought not a byte of a stream."""
-    over: bool = False
+    """Consecutive connections without a byte of the stream."""
+    ended: bool = False
 
-    def pause(self, retry_after: float | None) -> float:
-        """Seconds until the next connection."""
+    def pause_seconds(self, retry_after: float | None) -> float:
+        """Return the seconds until the next connection."""
         if retry_after is None:
             return backoff(self.failures, self.retry_seconds)
         if self.failures == 1:
             return retry_after
-        # Who answers `Retry-After: 0` again and again is not asked without end and without a breath.
+        # A server that repeats `Retry-After: 0` must not be requested in a tight loop.
         return max(retry_after, backoff(self.failures, self.retry_seconds))
 
 
 def backoff(failures: int, retry_seconds: float) -> float:
-    """Seconds to wait after so many failed connections in a row: as the server says, then twice as long each time.
+    """Return the seconds to wait after a number of consecutive failures: exponential, with jitter.
 
-    0 failures are exactly `retry_seconds`; from 1 on it is a random value in the upper half of what may be waited, so
-    that the clients of a server that fell do not come back as one. Never more than `MAX_RETRY_SECONDS`, otherwise
+    0 failures are exactly `retry_seconds`; from 1 on it is a random value in the upper half of the interval, so that
+    the clients of a server that crashed do not reconnect at once. Never more than `MAX_RETRY_SECONDS`, otherwise
     never less than the server says (WHATWG HTML 9.2.3).
     """
     shortest = min(retry_seconds, MAX_RETRY_SECONDS)
     if not failures:
         return shortest
     longest = min(max(shortest, 0.1) * 2.0 ** min(failures, 16), MAX_RETRY_SECONDS)
-    return random.uniform(max(shortest, longest / 2), longest)  # noqa: S311 - a spread, not a secret
+    return random.uniform(max(shortest, longest / 2), longest)  # noqa: S311 - jitter, not a secret
 
 
 async def follow(
@@ -92,101 +92,101 @@ async def follow(
     last_event_id: str = "",
     reconnect: bool = True,
     on_pause: Callable[[Pause], None] | None = None,
-    silence_seconds: float = SILENCE_SECONDS,
+    read_seconds: float = READ_SECONDS,
 ) -> AsyncGenerator[Event, None]:
-    """Every event of the stream at `url`, after the one called `last_event_id`, across as many connections as it takes.
+    """Yield every event of the stream at `url` after `last_event_id`, across any number of connections.
 
     A `url` without a scheme gets `http://`. Ends when the stream is over: after `event: end`, or a 204. When a
-    connection breaks, falls silent for `silence_seconds` or is ended by the server, or answers 429, 502, 503 or 504,
-    `on_pause` is told, and after a pause (see `Pause`, `backoff`) the next one asks for what follows the last id. With
-    `reconnect=False` there is one connection, and an end of any kind that is tidy is the end.
+    connection breaks, sends nothing for `read_seconds`, is ended by the server, or returns 429, 502, 503 or 504,
+    `on_pause` is called, and after a pause (see `Pause`, `backoff`) the next one resumes after the last id. With
+    `reconnect=False` there is one connection, and its regular end is the end.
 
-    Raises ValueError for a URL or an id that cannot be asked for, Refused for an answer that is no event stream and
-    would be none the next time either, and Lost only where it is told not to reconnect. A loop that may leave early
-    wraps it in `contextlib.aclosing`, so that the connection is closed at once.
+    Raises ValueError for an invalid URL or id, RequestRejected for a response that is not an event stream and that a
+    retry would not change, and ConnectionLost only with `reconnect=False`. A loop that may leave early wraps the
+    generator in `contextlib.aclosing`, so that the connection is closed at once.
     Source: WHATWG HTML 9.2.3 and 9.2.5; RFC 9110 section 10.2.3.
     """
-    target = target_of(url)
-    if _UNSENDABLE.search(last_event_id):
-        raise ValueError(f"{last_event_id!r} cannot be an id: it has characters that no header can carry")
-    place = _Place(last_event_id)
+    target = parse_url(url)
+    if UNSENDABLE.search(last_event_id):
+        raise ValueError(f"invalid event id {last_event_id!r}: it contains characters that no header can carry")
+    cursor = _Cursor(last_event_id)
     async with aiohttp.ClientSession(
-        # A connection serves one stream, and none is left over that the server may have closed meanwhile.
+        # Each connection serves one stream: no connection is reused that the server may have closed meanwhile.
         connector=aiohttp.TCPConnector(force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=silence_seconds),
+        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=read_seconds),
     ) as session:
         while True:
             retry_after = None
             try:
-                async with aclosing(_connection(session, target, place)) as events:
+                async with aclosing(_read_connection(session, target, cursor)) as events:
                     async for event in events:
                         yield event
                 reason = "stream ended"
-            except Lost as lost:
+            except ConnectionLost as lost:
                 if not reconnect:
                     raise
                 reason = lost.reason
-            except Refused as refused:
-                if not reconnect or not refused.transient:
+            except RequestRejected as rejected:
+                if not reconnect or not rejected.is_transient:
                     raise
-                reason, retry_after = refused.what, refused.retry_after
-            if place.over or not reconnect:
+                reason, retry_after = rejected.reason, rejected.retry_after
+            if cursor.ended or not reconnect:
                 return
-            pause = Pause(reason, place.pause(retry_after), place.last_event_id)
+            pause = Pause(reason, cursor.pause_seconds(retry_after), cursor.last_event_id)
             if on_pause is not None:
                 on_pause(pause)
             await asyncio.sleep(pause.seconds)
 
 
-async def _connection(session: aiohttp.ClientSession, target: URL, place: _Place) -> AsyncGenerator[Event, None]:
-    """The events of one connection; keeps `place` up to date, and marks it when the stream is over."""
-    place.failures += 1
-    response = await _ask(session, target, place)
+async def _read_connection(session: aiohttp.ClientSession, target: URL, cursor: _Cursor) -> AsyncGenerator[Event, None]:
+    """Yield the events of one connection; update `cursor`, and mark it when the stream has ended."""
+    cursor.failures += 1
+    response = await _connect(session, target, cursor)
     try:
         if response.status == 204:
-            place.over = True
+            cursor.ended = True
             return
-        await _check(response)
-        parser = Parser(place.last_event_id)
-        while chunk := await _read(response):
-            place.failures = 0
+        await require_event_stream(response)
+        parser = Parser(cursor.last_event_id)
+        while chunk := await read_chunk(response):
+            cursor.failures = 0
             try:
                 events = parser.feed(chunk)
             except ValueError as error:
-                raise Refused(response.url, f"sent {error}") from None
-            place.last_event_id = parser.last_event_id
+                raise RequestRejected(response.url, f"sent {error}") from None
+            cursor.last_event_id = parser.last_event_id
             if parser.retry is not None:
-                place.retry_seconds = min(parser.retry / 1000, MAX_RETRY_SECONDS)
+                cursor.retry_seconds = min(parser.retry / 1000, MAX_RETRY_SECONDS)
             for event in events:
                 yield event
                 if event.event == "end":
-                    place.over = True
-                    with suppress(Lost, TimeoutError):
-                        async with asyncio.timeout(FAREWELL_SECONDS):
-                            while await _read(response):
+                    cursor.ended = True
+                    with suppress(ConnectionLost, TimeoutError):
+                        async with asyncio.timeout(CLOSE_SECONDS):
+                            while await read_chunk(response):
                                 pass
                     return
     finally:
         response.close()
 
 
-async def _ask(session: aiohttp.ClientSession, target: URL, place: _Place) -> aiohttp.ClientResponse:
-    # Nothing is won by compression here, and a proxy that compresses may hold an event back.
+async def _connect(session: aiohttp.ClientSession, target: URL, cursor: _Cursor) -> aiohttp.ClientResponse:
+    # Compression gains nothing here, and a proxy that compresses may buffer events.
     headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity", "Cache-Control": "no-cache"}
-    if place.last_event_id:
-        if _UNSENDABLE.search(place.last_event_id):
-            raise Refused(target, f"sent the id {place.last_event_id!r}, which no header can carry back")
-        headers["Last-Event-ID"] = place.last_event_id
+    if cursor.last_event_id:
+        if UNSENDABLE.search(cursor.last_event_id):
+            raise RequestRejected(target, f"sent the event id {cursor.last_event_id!r}, which no header can carry")
+        headers["Last-Event-ID"] = cursor.last_event_id
     try:
-        # aiohttp counts the redirect that is too many.
+        # aiohttp counts the redirect that exceeds the limit.
         return await session.get(target, headers=headers, max_redirects=MAX_REDIRECTS + 1)
     except aiohttp.TooManyRedirects:
-        raise Refused(target, f"redirects more than {MAX_REDIRECTS} times") from None
+        raise RequestRejected(target, f"redirects more than {MAX_REDIRECTS} times") from None
     except aiohttp.RedirectClientError as error:
-        raise Refused(target, f"redirects to what is no URL of http or https: {error}") from None
+        raise RequestRejected(target, f"redirects to a URL that is not http(s): {error}") from None
     except aiohttp.ClientConnectorCertificateError as error:
-        raise Refused(target, f"has a certificate that will not do: {error.certificate_error}") from None
+        raise RequestRejected(target, f"has an invalid TLS certificate: {error.certificate_error}") from None
     except aiohttp.InvalidURL as error:
-        raise ValueError(f"{_shown(target)} is no URL of http or https: {error}") from None
+        raise ValueError(f"{display_url(target)!r} is not an http(s) URL: {error}") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise Lost(target, f"cannot connect: {_reason(error)}") from error
+        raise ConnectionLost(target, f"cannot connect: {connect_error(error)}") from error

@@ -36,8 +36,8 @@ from rich.text import Text
 from . import http, tasks
 from .chat import ChatError, Conversation
 from .follow import Pause, follow
-from .terminal import one_line, printable, say
-from .transfer import Damaged, Moving, download, export
+from .terminal import one_line, print_error, printable
+from .transfer import IntegrityError, TransferProgress, download, export
 
 DRAWINGS_PER_SECOND = 8
 
@@ -60,7 +60,7 @@ class _Failed(Exception):
     """What a view says when it cannot go on."""
 
 
-FAILURES = (_Failed, Damaged, ChatError, http.Refused, ValueError, OSError)
+FAILURES = (_Failed, IntegrityError, ChatError, http.RequestRejected, ValueError, OSError)
 """Everything that ends a view with one line."""
 
 
@@ -74,7 +74,7 @@ def run(url: str, names: Sequence[str] = ()) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show what servers send
     menu = _Menu(url.rstrip("/"))
     if unknown := [name for name in names if name not in VIEWS]:
-        say(f"streamlab: there is no view {unknown[0]!r}; there are {', '.join(VIEWS)}")
+        print_error(f"streamlab: there is no view {unknown[0]!r}; there are {', '.join(VIEWS)}")
         return 2
     try:
         menu.reach()
@@ -88,10 +88,10 @@ def run(url: str, names: Sequence[str] = ()) -> int:
         print()
         return 130
     except ValueError as error:
-        say(f"streamlab: {error}")
+        print_error(f"streamlab: {error}")
         return 2
-    except http.Lost as lost:
-        say(f"streamlab: {lost}")
+    except http.ConnectionLost as lost:
+        print_error(f"streamlab: {lost}")
         return 1
     return 0
 
@@ -119,7 +119,7 @@ def ask_number(question: str, default: int | None, shown: str = "") -> int | Non
     while answer := ask(question, "" if default is None else str(default), shown):
         if answer.isascii() and answer.isdigit() and 0 < int(answer) < 10**12:
             return int(answer)
-        say("a whole number from 1 on, please")
+        print_error("a whole number from 1 on, please")
     return default
 
 
@@ -128,7 +128,7 @@ def ask_file(default: str) -> Path:
     while True:
         path = Path(ask("into the file", default)).expanduser()
         if path.is_dir():
-            say(f"{path} is a folder")
+            print_error(f"{path} is a folder")
         elif not path.exists() or ask(f"{path} is there already; replace it", "no").lower() in ("y", "yes"):
             return path
 
@@ -147,8 +147,8 @@ class _Menu:
 
     def reach(self) -> None:
         """Raise Lost where there is no server, and ValueError where the URL is none."""
-        with suppress(http.Refused):  # one that is not well, or has no such route, is there
-            asyncio.run(http.ask("GET", f"{self.url}/health"))
+        with suppress(http.RequestRejected):  # one that is not well, or has no such route, is there
+            asyncio.run(http.request_json("GET", f"{self.url}/health"))
 
     def choose(self) -> None:
         """Ask for a view and open it, until that is to leave."""
@@ -166,7 +166,7 @@ class _Menu:
                 if len(meant) == 1:
                     break
                 if answer:
-                    say(f"there is no {answer!r} here")
+                    print_error(f"there is no {answer!r} here")
             if meant[0] == "quit":
                 return
             self.open(meant[0])
@@ -181,7 +181,7 @@ class _Menu:
         except typer.Exit as left:  # of a command that says itself what is wrong
             return left.exit_code in (0, 130)
         except FAILURES as error:
-            say(f"streamlab: {error}")
+            print_error(f"streamlab: {error}")
             return False
         return True
 
@@ -196,7 +196,7 @@ class _Menu:
         if self.console.is_terminal:
             self.print(one_line(str(what)), style="dim")
         else:
-            say(str(what))
+            print_error(str(what))
 
     @asynccontextmanager
     async def drawing(self, draw: Callable[[], Table]) -> AsyncGenerator[None, None]:
@@ -230,7 +230,7 @@ class _Menu:
 
     def listed(self, path: str, key: str, name: str) -> list[str]:
         """What the server offers at `path`: of each member of the list `key`, its `name`."""
-        document = asyncio.run(http.ask("GET", f"{self.url}{path}", seconds=LISTING_SECONDS))
+        document = asyncio.run(http.request_json("GET", f"{self.url}{path}", timeout=LISTING_SECONDS))
         try:
             return [one_line(str(member[name])) for member in document[key]]
         except (KeyError, TypeError):
@@ -274,7 +274,7 @@ def show_download(menu: _Menu) -> None:
     begun: list[float] = []
     with menu.moving(target.name, *counted) as move:
 
-        def show(moving: Moving) -> None:
+        def show(moving: TransferProgress) -> None:
             if not begun and moving.resumed_at:
                 of = f" of {moving.total:,}" if moving.total is not None else ""
                 menu.note(f"goes on at byte {moving.resumed_at:,}{of}")
@@ -287,7 +287,7 @@ def show_download(menu: _Menu) -> None:
             begun.clear()
 
         url = f"{menu.url}/{path.removeprefix('/')}"
-        proof = asyncio.run(download(url, target, told=show, on_pause=pause))
+        proof = asyncio.run(download(url, target, on_progress=show, on_pause=pause))
     menu.print(one_line(f"{target}: {target.stat().st_size:,} bytes, whole by its {proof}"))
 
 
@@ -385,17 +385,17 @@ def show_export(menu: _Menu) -> None:
         raise _Failed(f"{target} ends neither in .csv nor in .jsonl, which says what is written")
     proven = {"end": "true"} if target.suffix == ".jsonl" else {}
     url = _address(f"{menu.url}/export/{name}/{target.suffix.removeprefix('.')}", {"limit": limit, **proven})
-    last, began = Moving(), time.monotonic()
+    last, began = TransferProgress(), time.monotonic()
     columns = TextColumn("{task.fields[rows]}"), DownloadColumn(), TimeElapsedColumn()
     with menu.moving(target.name, *columns, total=limit) as move:
 
-        def show(moving: Moving) -> None:
+        def show(moving: TransferProgress) -> None:
             nonlocal last
             last = moving
             speed = moving.done / max(time.monotonic() - began, 0.001) / 1e6
             move(completed=moving.rows, rows=f"{moving.rows:,} rows {moving.done:,} bytes {speed:,.1f} MB/s")
 
-        proof = asyncio.run(export(url, target, told=show))
+        proof = asyncio.run(export(url, target, on_progress=show))
     seconds = time.monotonic() - began
     menu.print(
         one_line(

@@ -1,9 +1,9 @@
-"""Event streams read from bytes (WHATWG HTML 9.2)."""
+"""Parser of event streams, without I/O (WHATWG HTML 9.2)."""
 
 from dataclasses import dataclass
 
 MAX_BYTES = 16 * 1024 * 1024
-"""What a line, and what the data of an event, may hold."""
+"""Maximum size of a line, and of the data of an event, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,23 +11,23 @@ class Event:
     """One event of a stream."""
 
     event: str
-    """Its name; `message` where it has none."""
+    """Name of the event; `message` by default."""
     data: str
-    """Its data lines, joined by LF."""
+    """Data lines, joined by LF."""
     id: str
-    """The last id so far, its own or that of an event before: with it, the next request goes on after this event."""
+    """Last id so far, of this event or of an earlier one: a request with it resumes after this event."""
     retry: int | None
-    """The milliseconds of `retry:`, where it stands in this event."""
+    """Milliseconds of `retry:`, if this event has one."""
 
 
 class Parser:
-    """Turns the bytes of an event stream into events, however the network cut them (WHATWG HTML 9.2.6).
+    """Parses the bytes of an event stream into events, in chunks of any size (WHATWG HTML 9.2.6).
 
     One parser reads one response. `last_event_id` is the id to reconnect with, `retry` the milliseconds to wait
-    before that, None until the stream says them. An event without its blank line never becomes one.
+    before that, None until the stream sets them. An event without its blank line is never emitted.
 
-    Lines are told apart before they are decoded, since no byte of a longer UTF-8 character is CR or LF: so no
-    character is ever cut, and invalid bytes become U+FFFD as if the stream were decoded whole.
+    Lines are split before they are decoded, since no byte of a longer UTF-8 character is CR or LF: so no character
+    is ever split, and invalid bytes become U+FFFD as if the stream were decoded at once.
     """
 
     def __init__(self, last_event_id: str = "", *, max_bytes: int = MAX_BYTES) -> None:
@@ -39,18 +39,18 @@ class Parser:
         self._after_cr = False
         self._event = ""
         self._data = bytearray()
-        # The standard begins each response with an empty id; an event without one would then make a client that has
-        # reconnected forget its place. Browsers begin with the last id, and so does this.
+        # The standard starts each response with an empty id; an event without an id would then reset the position of
+        # a client that has reconnected. Browsers start with the last id, and so does this parser.
         self._id = last_event_id
         self._event_retry: int | None = None
 
     def feed(self, chunk: bytes) -> list[Event]:
-        """The events that are whole with these bytes, in order.
+        """Return the events that these bytes complete, in order.
 
         Raises ValueError when a line, or the data of an event, has more than `max_bytes` (default 16 MiB); the
-        parser is of no more use then.
+        parser cannot be used after that.
         """
-        if self._after_cr and chunk:  # a CR ends its line at once, without waiting for the LF that may follow
+        if self._after_cr and chunk:  # a CR ends its line at once, without waiting for an LF
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
         self._after_cr |= chunk.endswith(b"\r")
@@ -88,7 +88,7 @@ class Parser:
         elif name == b"id" and b"\0" not in value:
             self._id = value.decode("utf-8", "replace")
         elif name == b"retry" and value.isdigit():
-            # Python converts no more than 4300 digits; nobody waits longer than 18 of them.
+            # Python converts no more than 4300 digits; 18 digits are enough for any pause.
             digits = value.lstrip(b"0")
             self.retry = self._event_retry = int(digits or b"0") if len(digits) <= 18 else 10**18
         return None

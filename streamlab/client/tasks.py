@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from . import http
 from .follow import follow
-from .terminal import leaving, printable, say
+from .terminal import exit_on_error, print_error, printable
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Start a task, watch it to its end, and print its result as JSON. Ctrl-C leaves it running."""
     asked = {"kind": kind, "parameters": _parameters(param or ())}
-    started = _finished(http.ask("POST", _tasks(url), asked))
+    started = _finished(http.request_json("POST", _tasks(url), asked))
     _finished(_watch(_tasks(url, started["id"])))
 
 
@@ -48,7 +48,7 @@ def watch(id: Id, url: Url = LOCAL) -> None:  # noqa: A002
 @task.command()
 def cancel(id: Id, url: Url = LOCAL) -> None:  # noqa: A002
     """Cancel a task, and watch it end."""
-    _finished(http.ask("DELETE", _tasks(url, id)))
+    _finished(http.request_json("DELETE", _tasks(url, id)))
     _finished(_watch(_tasks(url, id), wanted="cancelled"))
 
 
@@ -62,7 +62,7 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            say(f"streamlab: {text!r} is no NAME=VALUE")
+            print_error(f"streamlab: {text!r} is no NAME=VALUE")
             raise typer.Exit(2)
         try:
             values.setdefault(name, []).append(json.loads(value))
@@ -72,11 +72,11 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _finished(work: Coroutine[Any, Any, T]) -> T:
-    """Do something with a server, and leave as `leaving` says; parameters that it refuses are the call's fault."""
-    with leaving():
+    """Run a request as `exit_on_error` does; rejected parameters count as invalid arguments."""
+    with exit_on_error():
         try:
             return asyncio.run(work)
-        except http.Refused as refused:
+        except http.RequestRejected as refused:
             if refused.status == 422:
                 raise ValueError(str(refused)) from None
             raise
@@ -110,7 +110,7 @@ async def _watch(url: str, *, wanted: str = "done") -> None:
         print(json.dumps(end["result"], ensure_ascii=False, indent=1))
     if (state := end.get("state", "lost: it was over before")) != wanted:
         error = end.get("error") or {}
-        say(f"streamlab: the task is {state}{': ' if error else ''}{error.get('detail', '')}")
+        print_error(f"streamlab: the task is {state}{': ' if error else ''}{error.get('detail', '')}")
         raise typer.Exit(1)
 
 

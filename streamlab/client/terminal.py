@@ -1,4 +1,4 @@
-"""What a command tells its terminal: a server's words, but nothing it would act upon; and why it leaves."""
+"""Terminal output of the commands: escape control characters, map errors to exit codes."""
 
 import re
 from collections.abc import Iterator
@@ -6,37 +6,38 @@ from contextlib import contextmanager
 
 import typer
 
-from .http import Refused
+from .http import RequestRejected
 
 
 def printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:
-    """A text without the control characters that a terminal would act upon; each is shown as `\\x1b`."""
+    """Return a text with the control characters that a terminal would execute escaped, as `\\x1b`."""
     return re.sub(pattern, lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def one_line(text: str) -> str:
-    """The same, with its line breaks and tabs shown as well."""
+    """Return a text with every control character escaped, line breaks and tabs included."""
     return printable(text, r"[\0-\x1f\x7f-\x9f]")
 
 
-def say(text: str) -> None:
-    """One line on stderr."""
+def print_error(text: str) -> None:
+    """Print one line on stderr."""
     typer.echo(one_line(text), err=True)
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
-    """Leave as every command does that asks a server, saying why in one line.
+def exit_on_error() -> Iterator[None]:
+    """Exit a command with one line on stderr when the block raises an error.
 
-    With 2 where the call is wrong, with 1 where a server refuses or is not there, with 130 after Ctrl-C.
+    The status is 2 for invalid arguments (ValueError), 1 for a request that is rejected or a server that is
+    unreachable (RequestRejected, OSError), 130 after Ctrl-C.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except ValueError as error:
-        say(f"streamlab: {error}")
+        print_error(f"streamlab: {error}")
         raise typer.Exit(2) from None
-    except (Refused, OSError) as error:
-        say(f"streamlab: {error}")
+    except (RequestRejected, OSError) as error:
+        print_error(f"streamlab: {error}")
         raise typer.Exit(1) from None

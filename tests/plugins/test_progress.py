@@ -210,7 +210,7 @@ class Workshop:
             worker = begin(words, environ={}, cwd=self.base, stderr=errors)
         self.workers.append(worker)
         assert worker.stdout is not None
-        assert " works at: " in worker.stdout.readline(), (
+        assert " runs tasks: " in worker.stdout.readline(), (
             self.base / f"worker-{len(self.workers) - 1}.log"
         ).read_text()
 
@@ -878,10 +878,10 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     assert run("rehearsal", "-p", "steps") == (2, "", "streamlab: 'steps' is no NAME=VALUE\n")
     status, out, err = run("nap")
     assert (status, out) == (2, "")
-    assert err.startswith(f"streamlab: {server.url}/process/tasks answered 422: This server has no task of this kind.")
+    assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: This server has no task of this kind.")
     status, out, err = said(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
     assert (status, out) == (1, "")
-    assert err.endswith("answered 404: There is no task with this id.\n")
+    assert err.endswith("returned 404: There is no task with this id.\n")
 
 
 def test_watching_goes_on_across_a_crash_of_the_server(start: Callable[..., Running]) -> None:
@@ -896,7 +896,7 @@ def test_watching_goes_on_across_a_crash_of_the_server(start: Callable[..., Runn
     embedded(start, port=port)
     status, out, err = said(watching)
     assert (status, json.loads(out)) == (0, {"counted": 10})
-    assert "again in" in err
+    assert "retrying in" in err
 
 
 def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]) -> None:
