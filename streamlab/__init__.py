@@ -13,7 +13,9 @@ from .scenario import Scenario, endpoint
 from .server.metrics import METRICS
 from .slots import Slots
 from .sse import sse_event
+from .streaming.event_stream import EventStream, open_event_stream
 from .streaming.outcome import Outcome, StreamSummary
+from .streaming.resume import ResumeQuery, no_more_events, resume_id
 from .streaming.stream import Stream, open_stream
 from .tasks import TASKS, Progress, Task
 from .threads import Threads, shielded
@@ -31,12 +33,14 @@ __all__ = [
     "ErrorFormat",
     "Event",
     "EventLogError",
+    "EventStream",
     "Events",
     "LeaseLost",
     "Outcome",
     "Position",
     "Problem",
     "Progress",
+    "ResumeQuery",
     "Retention",
     "Scenario",
     "Slots",
@@ -49,9 +53,12 @@ __all__ = [
     "endpoint",
     "follow",
     "hookimpl",
+    "no_more_events",
+    "open_event_stream",
     "open_stream",
     "read_body",
     "read_json",
+    "resume_id",
     "shielded",
     "sse_event",
     "wants_events",

@@ -57,7 +57,7 @@ import re
 from aiohttp import web
 from pydantic import BaseModel, Field
 
-from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+from streamlab import Scenario, endpoint, hookimpl, open_event_stream
 
 
 class Wanted(BaseModel):
@@ -75,7 +75,7 @@ class Events(Scenario):
         number = int(known[1]) if known else 0
         if number > query.to:
             return web.Response(status=204)
-        async with open_stream(request, "text/event-stream") as stream:
+        async with open_event_stream(request) as stream:
             stream.event_id = lambda kind: f"c-{number}.{kind}"
             if last and not known:
                 await stream.write(b'id: c-0\nevent: gap\ndata: {"missing":null}\n\n')
@@ -342,8 +342,8 @@ DEFECTS = {
     "cuts_events": Defect(
         "stop_ends_streams_truthfully",
         EVENTS,
-        'open_stream(request, "text/event-stream")',
-        'open_stream(request, "text/event-stream", on_stop="finish")',
+        "open_event_stream(request)",
+        'open_event_stream(request, on_stop="finish")',
     ),
     "part_that_looks_whole": Defect(
         "stop_ends_streams_truthfully", LINES, '(request, "text/plain")', '(request, "text/plain", on_stop="end")'

@@ -17,7 +17,7 @@ class Kept:
     def __init__(self) -> None:
         self.written: list[bytes] = []
 
-    def direct(self, pusher: object) -> tuple["Kept", bool]:
+    def attach_writer(self, pusher: object) -> tuple["Kept", bool]:
         return self, False
 
     def write(self, data: bytes) -> None:

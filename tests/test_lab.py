@@ -32,7 +32,7 @@ STRANGER = '''
 
     from aiohttp import web
     from pydantic import BaseModel, Field
-    from streamlab import Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
 
     def event(data, name="", identity=""):
@@ -73,7 +73,7 @@ STRANGER = '''
         _cuts: int = 0
 
         async def _send(self, request, *events):
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 for one in events:
                     await response.write(one)
             return response
@@ -113,7 +113,7 @@ STRANGER = '''
         @endpoint("GET", "/strange/burst", query=Wanted, sends="text/event-stream")
         async def burst(self, request, query):
             """Send prices, some 900 a second."""
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 clock = asyncio.get_running_loop()
                 started = clock.time()
                 for first in range(0, query.count, 9):
@@ -128,7 +128,7 @@ STRANGER = '''
             """Go on elsewhere than where the client was: `room` places further."""
             last = int(request.headers.get("Last-Event-ID", "1-0").partition("-")[2])
             first = last + path.room - 3 if last else 1
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 for n in range(first, first + 6):
                     await response.write(event({"n": n}, identity=f"1-{n}"))
                 await asyncio.sleep(3600)

@@ -25,7 +25,7 @@ LIAR = '''
 
     from aiohttp import web
     from pydantic import BaseModel
-    from streamlab import Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
 
     class Wanted(BaseModel):
@@ -72,7 +72,7 @@ ODD = '''
     """A ticker that says all it can say beside prices, and then something else."""
 
     from aiohttp import web
-    from streamlab import Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
     EVENTS = (
         'id: 1\\nevent: gap\\ndata: {"missing": 3}\\n\\n'
@@ -85,7 +85,7 @@ ODD = '''
     class Odd(Scenario):
         @endpoint("GET", "/stream/stock-ticker", sends="text/event-stream")
         async def tell(self, request):
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 await response.write(EVENTS.encode())
             return response
 

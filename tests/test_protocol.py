@@ -21,7 +21,7 @@ from streamlab.server.edge import HEAD_SECONDS
 PLUGIN = '''
     from aiohttp import web
     from pydantic import BaseModel
-    from streamlab import Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
 
     class Body(BaseModel):
@@ -68,7 +68,7 @@ PLUGIN = '''
         @endpoint("GET", "/events", sends="text/event-stream")
         async def events(self, request):
             """Send an event."""
-            async with open_stream(request, "text/event-stream") as stream:
+            async with open_event_stream(request) as stream:
                 await stream.write(b"id: 1\\ndata: 1\\n\\n")
             return stream
 

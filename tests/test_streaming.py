@@ -28,7 +28,7 @@ SOURCES = '''
     import logging
 
     from aiohttp import web
-    from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Problem, Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
     log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ SOURCES = '''
 
         @endpoint("GET", "/idle-events", sends="text/event-stream")
         async def idle_events(self, request):
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 await response.write(b"data: 1\\nid: 1\\n\\n")
                 await asyncio.Event().wait()
             return response
@@ -70,7 +70,7 @@ SOURCES = '''
 
         @endpoint("GET", "/endless-events", sends="text/event-stream")
         async def endless_events(self, request):
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 while True:
                     await response.write(b"data: " + b"x" * 1000 + b"\\n\\n")
             return response
@@ -97,7 +97,7 @@ SOURCES = '''
 
         @endpoint("GET", "/stubborn-events", sends="text/event-stream")
         async def stubborn_events(self, request):
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 await response.write(b"data: 1\\nid: 1\\n\\n")
                 try:
                     await asyncio.Event().wait()
@@ -172,7 +172,7 @@ SOURCES = '''
 
         @endpoint("GET", "/events-fail-later", sends="text/event-stream")
         async def events_fail_later(self, request):
-            async with open_stream(request, "text/event-stream") as response:
+            async with open_event_stream(request) as response:
                 await response.write(b"data: 1\\nid: 1\\n\\n")
                 raise Problem(502, "The upstream has gone.")
 
@@ -192,7 +192,7 @@ SOURCES = '''
 
         @endpoint("GET", "/compressed-events", sends="text/event-stream")
         async def compressed_events(self, request):
-            async with open_stream(request, "text/event-stream", compress=True) as response:
+            async with open_event_stream(request) as response:
                 await response.write(b"data: 1\\nid: 1\\n\\n")
             return response
 

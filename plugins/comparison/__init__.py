@@ -5,13 +5,23 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from pathlib import Path
 
 from aiohttp import web
 from pydantic import BaseModel, Field, PrivateAttr
 
-from streamlab import Problem, Scenario, Stream, endpoint, hookimpl, open_stream, sse_event
+from streamlab import (
+    EventStream,
+    Problem,
+    Scenario,
+    Stream,
+    endpoint,
+    hookimpl,
+    open_event_stream,
+    open_stream,
+    sse_event,
+)
 
 from . import memory, ways
 from .measure import Failed, measure
@@ -112,8 +122,15 @@ class Comparison(Scenario):
         with self._memory(query.rows), _place(self._reports, self.max_reports, "reports"):
             events = EventLines(secrets.token_hex(8))
             teller: Teller = events if wants_events else Table()
-            async with open_stream(request, teller.content_type, headers={"Vary": "Accept"}) as stream:
-                stream.event_id = events.place
+            headers = {"Vary": "Accept"}
+            opened: AbstractAsyncContextManager[Stream, bool] = (
+                open_event_stream(request, headers=headers)
+                if wants_events
+                else open_stream(request, teller.content_type, headers=headers)
+            )
+            async with opened as stream:
+                if isinstance(stream, EventStream):
+                    stream.event_id = events.place
                 if last:
                     gap = {"reason": "that report ended when its reader left; this is a new one", "missing": None}
                     await stream.write(sse_event(gap, "gap", id=events.place("gap")))

@@ -25,6 +25,7 @@ from streamlab import (
     Threads,
     endpoint,
     hookimpl,
+    open_event_stream,
     open_stream,
     sse_event,
     weights,
@@ -371,7 +372,7 @@ class Exports(Scenario):
                 await stack.aclose()
                 skip = 0
                 export, _, deadline = await stack.enter_async_context(self.opened(name, "jsonl", wanted, 0))
-            stream = await stack.enter_async_context(open_stream(request, "text/event-stream"))
+            stream = await stack.enter_async_context(open_event_stream(request))
             place = f"{export.version}-{skip}"
             await stack.enter_async_context(self.limited(name, deadline))
             stream.event_id = lambda kind: f"{place}.{kind}"

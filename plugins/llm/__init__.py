@@ -22,7 +22,17 @@ from pydantic import (
     model_validator,
 )
 
-from streamlab import EVENTS, METRICS, ErrorFormat, Problem, Scenario, endpoint, hookimpl, open_stream
+from streamlab import (
+    EVENTS,
+    METRICS,
+    ErrorFormat,
+    Problem,
+    Scenario,
+    endpoint,
+    hookimpl,
+    open_event_stream,
+    open_stream,
+)
 
 from .answer import Answer
 from .completion import ChatCompletion, LimitField, Rules, check_extra_field, prompt_bytes
@@ -391,7 +401,7 @@ class Llm(Scenario):
         async with self._asked(self._rules.upstream_body(body)) as answer:
             if not body.stream:
                 return web.Response(body=await answer.whole(), content_type="application/json")
-            async with open_stream(request, "text/event-stream") as stream:
+            async with open_event_stream(request) as stream:
                 with openai_errors():
                     async with aclosing(answer.blocks()) as blocks:
                         async for block in blocks:

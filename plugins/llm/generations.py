@@ -22,7 +22,7 @@ from streamlab import (
     Retention,
     encode_event,
     follow,
-    open_stream,
+    open_event_stream,
     sse_event,
 )
 
@@ -314,7 +314,7 @@ async def _lost(request: web.Request, id: str, after: str, headers: Mapping[str,
     if after == last:
         return web.Response(status=204, headers={"Cache-Control": "no-store"})
     gap = {"reason": "the history of that id is lost", "missing": None, "after": after, "until": last}
-    async with open_stream(request, "text/event-stream", headers=headers) as stream:
+    async with open_event_stream(request, headers=headers) as stream:
         end = sse_event({"finish_reason": "lost"}, END, id=last)
         await stream.write(sse_event(gap, "gap", id=f"{last}.gap") + end)
     return stream

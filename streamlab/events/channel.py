@@ -11,7 +11,6 @@ from typing import Any
 from aiohttp import web
 
 from streamlab import sse
-from streamlab.streaming.connection import Piece
 
 from .hub import SLICE, Follower, Hub
 from .log import (
@@ -213,12 +212,11 @@ class Events:
             task.cancel()
 
     async def _beat(self) -> None:
-        heartbeat = Piece(sse.HEARTBEAT)
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             for number, follower in enumerate(tuple(self.followers), start=1):
-                if follower in self.followers and follower.stream.headers_sent and not follower.stream.torn:
-                    follower.stream.push(heartbeat)
+                if follower in self.followers:
+                    follower.stream.beat()
                 if number % SLICE == 0:
                     await asyncio.sleep(0)
 

@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from aiohttp import web
 
-from streamlab import sse
-from streamlab.streaming.connection import Piece
-from streamlab.streaming.stream import Stream, open_stream
+from streamlab.streaming.event_stream import EventStream, open_event_stream
+from streamlab.streaming.resume import no_more_events, resume_id
 
 from .channel import Channel
-from .hub import PIECE_BYTES, Cut, Follower, Framed, cuts, latest
+from .hub import Cut, Follower, Framed, cuts, latest
 from .log import BATCH_BYTES, END, ORIGIN, Event, Position
 from .replay import CATCH_UP_BYTES, Past
 from .views import EVERYTHING, View
@@ -45,13 +44,13 @@ async def follow(
 
     Source: WHATWG HTML 9.2 (Last-Event-ID, 204 against reconnection).
     """
-    asked = request.headers.get("Last-Event-ID") or after
+    asked = resume_id(request, after)
     position = channel.position(asked) if asked else None
     if channel.finite and position and await _has_ended(channel, position):
-        return web.Response(status=204, headers={"Cache-Control": "no-store"})
+        return no_more_events()
     view = view or EVERYTHING
     with channel.events.filters.admitted(channel.name, view):
-        async with open_stream(request, sse.MEDIA_TYPE, headers=headers) as stream:
+        async with open_event_stream(request, headers=headers, heartbeat_seconds=None) as stream:
             follower = Follower(stream, view, position or ORIGIN, limit, channel.id_prefix)
             stream.event_id = follower.event_id
             channel.events.followers.add(follower)
@@ -85,7 +84,7 @@ class _Session:
     def __init__(self, channel: Channel, follower: Follower) -> None:
         self._channel = channel
         self._follower = follower
-        self._stream: Stream = follower.stream
+        self._stream: EventStream = follower.stream
         self._sure = True
         """Whether the next event must be the very next one of the log, or something is missing."""
 
@@ -214,20 +213,18 @@ class _Session:
             reason, missing = "the id is ahead of this stream", 0
         else:
             reason, missing = "the events after that id are not kept any more", after.offset - before.offset
-        data = {
-            "reason": reason,
-            "missing": missing,
-            "after": None if before is None else f"{self._channel.id_prefix}{before}",
-            "until": f"{self._channel.id_prefix}{after}",
-        }
-        await self._write(sse.sse_event(data, "gap", id=f"{self._channel.id_prefix}{after}.gap"), after)
+        self._stream.send_headers()
+        await self._stream.gap(
+            reason,
+            missing=missing,
+            id=f"{self._channel.id_prefix}{after}.gap",
+            after=None if before is None else f"{self._channel.id_prefix}{before}",
+            until=f"{self._channel.id_prefix}{after}",
+        )
+        self._follower.position = after
 
     async def _write(self, body: bytes, after: Position) -> None:
-        """Write whole events; a large one in steps, so that a slow client does not fill this process with it."""
+        """Write whole events, after which the follower is at a position."""
         self._stream.send_headers()
-        for offset in range(0, len(body), PIECE_BYTES):
-            piece = Piece(body[offset : offset + PIECE_BYTES])
-            while not self._stream.push(piece):
-                await self._stream.ready()
-            self._stream.torn = offset + PIECE_BYTES < len(body)
+        await self._stream.write(body)
         self._follower.position = after

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from streamlab import sse
 from streamlab.streaming.connection import Piece, Pusher, Writer
-from streamlab.streaming.stream import Stream
+from streamlab.streaming.event_stream import EventStream
 
 from .log import END, ORIGIN, Event, Position
 from .views import Filters, View
@@ -67,7 +67,7 @@ class Follower(Pusher):
     __slots__ = ("chunked", "id_prefix", "live", "position", "released", "remaining", "stream", "transport", "view")
 
     def __init__(
-        self, stream: Stream, view: View, position: Position, remaining: int | None = None, id_prefix: str = ""
+        self, stream: EventStream, view: View, position: Position, remaining: int | None = None, id_prefix: str = ""
     ) -> None:
         super().__init__()
         self.id_prefix = id_prefix
@@ -267,7 +267,7 @@ class Hub:
 
         What is returned is done when its task must take over: True when it has everything, False when it lags.
         """
-        follower.transport, follower.chunked = follower.stream.direct(follower)
+        follower.transport, follower.chunked = follower.stream.attach_writer(follower)
         key = follower.audience_key
         audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
         audience.followers.add(follower)

@@ -10,8 +10,8 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from aiohttp import HttpVersion11, web
 
@@ -22,6 +22,7 @@ from streamlab.events.log import EventLogError, Retention
 from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
 from streamlab.scenario import Endpoint, Handler, Route
 from streamlab.streaming.drain import STREAMS, Streams
+from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.stream import SCENARIO, STREAM, HeadersOnly, Stream, open_stream
 from streamlab.tasks import TASKS
 
@@ -264,9 +265,15 @@ async def _headers_alone(request: web.Request, endpoint: Endpoint) -> web.Stream
     if media.startswith("text/") and media != sse.MEDIA_TYPE:
         media += "; charset=utf-8"
     headers = {"Vary": "Accept"} if len(endpoint.sends) > 1 else {}
-    async with open_stream(request, media, headers=headers) as stream:
+    async with _opened(request, media, headers) as stream:
         pass
     return stream
+
+
+def _opened(request: web.Request, media: str, headers: Mapping[str, str]) -> AbstractAsyncContextManager[Stream, bool]:
+    if media == sse.MEDIA_TYPE:
+        return open_event_stream(request, headers=headers)
+    return open_stream(request, media, headers=headers)
 
 
 def _out_of_service(plugin: Plugin) -> Handler:

@@ -5,10 +5,10 @@ import errno
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Self
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -18,7 +18,7 @@ from streamlab import sse
 from streamlab.problems import Problem
 
 from .compression import Encoder, choose_encoder
-from .connection import HIGH_WATER, Connection, Piece, Pusher, Writer, _Asked
+from .connection import HIGH_WATER, Piece
 from .drain import STREAMS, Streams
 from .outcome import OnStop, Outcome, StreamSummary
 
@@ -60,12 +60,10 @@ class Stream(web.StreamResponse):
     __slots__ = (
         "_bytes_sent",
         "_cancellations",
-        "_carries_events",
         "_encoder",
         "_eof_begun",
         "_headers_timer",
         "_is_chunked",
-        "_pusher",
         "_request",
         "_since_yield_bytes",
         "_since_yield_writes",
@@ -76,14 +74,12 @@ class Stream(web.StreamResponse):
         "_transport",
         "_writer",
         "error",
-        "event_id",
         "first_byte_at",
         "headers_sent",
         "on_stop",
         "opened_at",
         "outcome",
         "scenario",
-        "torn",
     )
 
     # The headers wait for the first write or the grace time, so that a source that fails at once can still be
@@ -103,11 +99,9 @@ class Stream(web.StreamResponse):
     ) -> None:
         super().__init__(status=status, headers=headers)
         self._streams = streams
-        self._carries_events = self.content_type == sse.MEDIA_TYPE
         self.on_stop = on_stop
         self.scenario = scenario
         self._bytes_sent = 0
-        self._pusher: Pusher | None = None
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
         self.opened_at = time.monotonic()
@@ -124,10 +118,6 @@ class Stream(web.StreamResponse):
         self._encoder = encoder
         self._transport = request.transport
         self._is_chunked = request.version >= (1, 1)
-        self.event_id: Callable[[str], str] | None = None
-        """How the scenario numbers an event that the stream itself sends, as `stop` and `error`."""
-        self.torn = False
-        """Whether half an event was written, so that nothing else may follow it."""
         self._since_yield_bytes = 0
         self._since_yield_writes = 0
 
@@ -142,7 +132,11 @@ class Stream(web.StreamResponse):
         if not (len(data) <= SMALL_BYTES and self._takes_pieces and self.push(Piece(bytes(data)))):
             self._send_headers_with(data)
             await super().write(data)
-        self._since_yield_bytes += len(data)
+        await self._yield_after(len(data))
+
+    async def _yield_after(self, size: int) -> None:
+        """Give the other streams their turn, now and then, after a write of `size` bytes."""
+        self._since_yield_bytes += size
         self._since_yield_writes += 1
         if self._since_yield_bytes >= YIELD_BYTES or self._since_yield_writes >= YIELD_WRITES:
             self._since_yield_bytes = self._since_yield_writes = 0
@@ -165,23 +159,6 @@ class Stream(web.StreamResponse):
         if self._writer is not None and self.headers_sent:
             await self._writer.drain()
 
-    def direct(self, pusher: Pusher) -> tuple[Writer | None, bool]:
-        """Send the headers; hand out where to write, and whether chunks are wanted there, to one who pushes to many.
-
-        They see to it that nothing else writes meanwhile, write framed pieces until they are told that the client has
-        fallen behind, and count them. There is nowhere to write while too much waits, and when the client has left.
-        """
-        self.send_headers()
-        self.headers.clear()  # they have left, and would cost as much memory as all else that a follower keeps
-        self._pusher = pusher
-        protocol, transport = self._request.protocol, self._transport
-        if transport is None or protocol.writing_paused:
-            return None, self._is_chunked
-        if not isinstance(protocol, Connection):
-            return _Asked(transport, pusher), self._is_chunked
-        protocol.pusher = pusher
-        return transport, self._is_chunked
-
     def note_first_byte(self) -> None:
         """Remember that the body has begun."""
         if self.first_byte_at is None:
@@ -190,7 +167,7 @@ class Stream(web.StreamResponse):
     @property
     def bytes_sent(self) -> int:
         """Bytes of the body handed to the connection."""
-        return self._bytes_sent + (self._pusher.pushed if self._pusher is not None else 0)
+        return self._bytes_sent
 
     def push(self, piece: Piece) -> bool:
         """Write a piece without waiting; False, and nothing is written, where too much waits for the client already.
@@ -262,12 +239,6 @@ class Stream(web.StreamResponse):
             with suppress(ConnectionError):
                 self._writer.send_headers()
 
-    def hold_headers(self, seconds: float) -> None:
-        """Give the source more time than HEADERS_GRACE before the headers leave without a first byte."""
-        if not self.headers_sent:
-            self.forget_timer()
-            self._headers_timer = asyncio.get_running_loop().call_later(seconds, self.send_headers)
-
     def forget_timer(self) -> None:
         """Do not send headers by the clock any more."""
         if self._headers_timer is not None:
@@ -328,12 +299,13 @@ class Stream(web.StreamResponse):
         else:
             transport.close()
 
-    async def __aenter__(self) -> "Stream":
+    async def __aenter__(self) -> Self:
         """Make the headers ready, and see to it that they leave in time; HEAD ends here, with HeadersOnly."""
         request = self._request
         self._streams.admit(request, self)
         try:
-            request[STREAM] = self
+            stream: Stream = self
+            request[STREAM] = stream
             self._writer = await self.prepare(request)
             if request.method == "HEAD":
                 self.send_headers()
@@ -362,8 +334,6 @@ class Stream(web.StreamResponse):
             return False
         finally:
             self.forget_timer()
-            if self._pusher is not None and isinstance(self._request.protocol, Connection):
-                self._request.protocol.pusher = None
             self._streams.dismiss(self._request, self)
 
     async def finish(self) -> None:
@@ -400,21 +370,18 @@ class Stream(web.StreamResponse):
         if not self.headers_sent:
             self._forget_headers()
         else:
-            if self._carries_events and not self.torn:
-                detail = error.document() if isinstance(error, Problem) else Problem(500, SOURCE_FAILED).document()
-                with suppress(ConnectionError, asyncio.CancelledError):
-                    await self.write(sse.sse_event(detail, "error", id=self._event_id("error")))
+            with suppress(ConnectionError, asyncio.CancelledError):
+                await self._send_error(error)
             self.cut()
         self.outcome = Outcome.FAILED
         return False
 
     async def _settle_stop(self) -> bool:
         """End a stream that the server interrupted; False where the client has left as well."""
-        tidy = self._stopping == "end" and not self.client_gone and not self.torn
+        tidy = self._stopping == "end" and not self.client_gone and self._can_end
         if tidy:
             try:
-                if self._carries_events:
-                    await self.write(sse.farewell(self._event_id("stop")))
+                await self._send_farewell()
                 await self.write_eof()
                 await self._flush()
             except (ConnectionError, asyncio.CancelledError):
@@ -427,9 +394,16 @@ class Stream(web.StreamResponse):
             self._task.uncancel()
         return self._task.cancelling() <= self._cancellations
 
-    def _event_id(self, name: str) -> str:
-        """The id of an event of the stream itself: a place to resume from, where the scenario has such."""
-        return self.event_id(name) if self.event_id is not None else ""
+    @property
+    def _can_end(self) -> bool:
+        """Whether a last chunk may follow what has been written."""
+        return True
+
+    async def _send_error(self, error: BaseException) -> None:
+        """Report a failure in the body, in formats that have a way to: this one has none."""
+
+    async def _send_farewell(self) -> None:
+        """Report in the body that the server stops, in formats that have a way to: this one has none."""
 
     def _forget_headers(self) -> None:
         """Take back headers that have not left, so that the request can be answered with the error's own status."""
@@ -472,14 +446,14 @@ def open_stream(
     headers: Mapping[str, str] | None = None,
     length: int | None = None,
     compress: bool = False,
-    on_stop: OnStop | None = None,
+    on_stop: OnStop = "finish",
 ) -> AbstractAsyncContextManager[Stream, bool]:
     """Open a response, lend it to the block, and end it in the one way that tells the client the truth.
 
     Headers leave with the first write, at the latest after `HEADERS_GRACE`. `length` is the body's Content-Length in
     bytes, where it is known. `compress` offers gzip, and zstd where it is installed, negotiated by q-values and flushed
-    at every write; event streams are never compressed. `on_stop` says what SIGTERM does: `end` the stream at once with
-    its last chunk (the default of event streams), or let it `finish` within `drain_seconds` (that of all others).
+    at every write. `on_stop` is what SIGTERM does: let the stream `finish` within `drain_seconds`, or `end` it at once
+    with its last chunk. Event streams have `open_event_stream`.
 
     The block ends in one of these ways, and the hook `on_stream_end` hears which:
 
@@ -487,20 +461,21 @@ def open_stream(
     - the client left: the block is cancelled, or its write raises ConnectionError; `client left`
     - the server stops: the block is cancelled, and the handler goes on after it; `server stopped`
     - it raises: before the first byte the error reaches the client as a status (raise Problem to choose which);
-      after it the connection is cut without the last chunk, event streams say `event: error` first; `failed`
+      after it the connection is cut without the last chunk, event streams send `event: error` first; `failed`
 
     Raises Problem 503 when the server has too many streams or is stopping. Unwinds the handler where the request is
-    HEAD. A body of unknown length asks proxies not to collect it (`Incremental`, draft-ietf-httpbis-incremental).
+    HEAD, ValueError for an event stream. A body of unknown length asks proxies not to collect it (`Incremental`,
+    draft-ietf-httpbis-incremental).
     Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
     """
-    events = content_type.startswith(sse.MEDIA_TYPE)
-    compress = compress and not events
+    if content_type.startswith(sse.MEDIA_TYPE):
+        raise ValueError(f"open_stream does not send {content_type}: use open_event_stream(request)")
     encoder = choose_encoder(request.headers.get("Accept-Encoding", "")) if compress else None
     stream = Stream(
         request,
         status=status,
         headers=_headers(content_type, headers, encoder, compress=compress),
-        on_stop=on_stop or ("end" if events else "finish"),
+        on_stop=on_stop,
         encoder=encoder,
         scenario=request.get(SCENARIO, ""),
         streams=request.config_dict[STREAMS],
@@ -519,10 +494,15 @@ def _is_disconnect(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | asyncio.CancelledError)
 
 
+def stream_headers(content_type: str, given: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the headers that keep proxies from storing or collecting a stream, and those that are given."""
+    return {"Content-Type": content_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no", **(given or {})}
+
+
 def _headers(
     content_type: str, given: Mapping[str, str] | None, encoder: Encoder | None, *, compress: bool
 ) -> dict[str, str]:
-    headers = {"Content-Type": content_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no", **(given or {})}
+    headers = stream_headers(content_type, given)
     if compress:
         headers["Vary"] = ", ".join(filter(None, (headers.get("Vary"), "Accept-Encoding")))
     if encoder is not None:
