@@ -1,4 +1,4 @@
-"""config.toml (and `STREAMLAB_*` variables) as frozen models, or an error naming file and key."""
+"""The configuration: config.toml and `STREAMLAB_*` variables as frozen models, or an error with file and key."""
 
 import copy
 import difflib
@@ -27,48 +27,48 @@ PREFIX = "STREAMLAB_"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def _beside_config(path: Path, info: ValidationInfo) -> Path:
+def _relative_to_config(path: Path, info: ValidationInfo) -> Path:
     base: Path = (info.context or {}).get("base", Path.cwd())
     return base / path.expanduser()
 
 
-ConfigPath = Annotated[Path, AfterValidator(_beside_config)]
-"""A path in the configuration; a relative one starts at the folder of config.toml."""
+ConfigPath = Annotated[Path, AfterValidator(_relative_to_config)]
+"""A path in the configuration; a relative one is relative to the folder of config.toml."""
 
 
 class Table(BaseModel):
-    """A table of config.toml: frozen once read, and a key it does not know is an error."""
+    """A table of config.toml: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class Server(Table):
-    """`[server]`: where to listen, how long to wait, how much to allow, what to write down."""
+    """`[server]`: address, TLS, timeouts, limits and logs."""
 
     host: str = "127.0.0.1"
-    """The address to listen on. Loopback alone unless you say otherwise."""
+    """The address to listen on; by default only local clients can connect."""
     port: int = Field(8000, ge=0, le=65535)
-    """The TCP port; 0 takes any free one."""
+    """The TCP port; 0 is any free one."""
     drain_seconds: float = Field(5.0, ge=0, le=3600)
-    """How long downloads and exports may go on after SIGTERM; event streams end at once."""
+    """Maximum time for downloads and exports to end after SIGTERM, in seconds; event streams end at once."""
     start_seconds: float = Field(30.0, ge=0.1, le=3600)
-    """Maximum time for a plugin to start, in seconds; beyond it the plugin is out of service, and the others serve."""
+    """Maximum time for a plugin to start, in seconds; after it the plugin is out of service, and the others serve."""
     stall_seconds: float = Field(120.0, ge=1, le=3600)
-    """A client that takes nothing for so long, or has vanished without a word, is cut."""
+    """Maximum time that a client reads nothing or is unreachable, in seconds; then its connection is closed."""
     max_streams: int = Field(10_000, ge=1)
-    """Streams open at once; one more is answered 503 with Retry-After."""
+    """Maximum number of open streams; one more gets 503 with Retry-After."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host names requests may ask for (`*.example.org` too). Empty: local names on loopback, any name elsewhere."""
+    """Allowed names in Host (`*.example.org` too). Empty: local names on loopback, any name on other addresses."""
     tls_certificate: ConfigPath | None = None
-    """A PEM file with the certificate chain; with `tls_key`, the server speaks HTTPS."""
+    """A PEM file with the certificate chain; with `tls_key`, the server uses HTTPS."""
     tls_key: ConfigPath | None = None
     """The PEM file with the certificate's private key."""
     log_format: Literal["text", "json"] = "text"
-    """How log lines are written."""
+    """The format of log lines."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """The least severity that is written."""
+    """The lowest level of log lines that are written."""
     log_file: Annotated[ConfigPath | None, BeforeValidator(lambda value: value or None)] = Path("var/log/streamlab.log")
-    """Where log lines go besides stderr, rotated at 10 MB, five kept; "" for nowhere."""
+    """A file for log lines in addition to stderr, rotated at 10 MB, with five old files; "" for none."""
 
     @model_validator(mode="after")
     def _tls_needs_both(self) -> "Server":
@@ -78,10 +78,10 @@ class Server(Table):
 
 
 class Plugins(Table):
-    """`[plugins]`: where scenarios come from besides those that ship and those that are installed."""
+    """`[plugins]`: folders of plugins in addition to the built-in and the installed ones."""
 
     path: tuple[ConfigPath, ...] = (Path("plugins"),)
-    """Folders whose Python files are plugins; one that does not exist holds none."""
+    """Folders whose Python files are plugins; a folder that does not exist is ignored."""
 
 
 def _event_log_url(url: str, info: ValidationInfo) -> str:
@@ -91,31 +91,31 @@ def _event_log_url(url: str, info: ValidationInfo) -> str:
     if scheme != "sqlite" or not rest:
         return url
     if not rest.startswith("/") or len(rest) < 2:
-        raise ValueError("a file is named sqlite:///relative/path.db or sqlite:////absolute/path.db")
-    return f"sqlite:///{_beside_config(Path(rest[1:]), info)}"
+        raise ValueError("the URL of a file is sqlite:///relative/path.db or sqlite:////absolute/path.db")
+    return f"sqlite:///{_relative_to_config(Path(rest[1:]), info)}"
 
 
-class EventLog(Table):
-    """`[events]`: where events are kept, and for how long."""
+class EventSettings(Table):
+    """`[events]`: where events are stored, and for how long."""
 
     url: Annotated[str, AfterValidator(_event_log_url)] = "sqlite:///var/streamlab.db"
-    """A file, shared by the processes of one machine; `redis://host:port/0` for many machines; `sqlite://`: memory."""
+    """The event log: a file for one machine, `redis://host:port/0` for several, `sqlite://` for memory."""
     keep_events: int = Field(10_000, ge=1, le=10_000_000)
-    """How many events a channel keeps for clients that come back,"""
+    """Maximum number of events of a channel that are stored for clients that resume."""
     keep_seconds: float = Field(86_400.0, ge=1, le=366 * 86_400)
-    """and for how long at most."""
+    """Maximum age of a stored event, in seconds."""
     max_filters: int = Field(100, ge=1, le=10_000)
-    """Distinct filters (as `grep` of a log) on one channel at once; one more is answered 429 with Retry-After."""
+    """Maximum number of distinct filters (as `grep` of a log) of one channel; one more gets 429 with Retry-After."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong with the configuration: where, what it says, why that will not do."""
+    """One fault of the configuration: where it is, the value, and why it is invalid."""
 
     source: str
     """The file, or the environment variable."""
     key: str
-    """The TOML key path, as `server.port`; empty where the whole file is meant."""
+    """The TOML key path, as `server.port`; empty for a fault of the whole file."""
     reason: str
     value: str = ""
 
@@ -126,7 +126,7 @@ class Fault:
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; `faults` holds everything that is wrong with it, at once."""
+    """The configuration is invalid; `faults` has everything that is wrong with it."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
@@ -134,36 +134,36 @@ class ConfigError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Say what is known instead of `word`: the most similar name, or all of them."""
+    """Return a hint for an unknown `word`: the most similar known name, or all of them."""
     names = sorted(known)
     similar = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if similar:
         return f"did you mean {similar[0]!r}?"
-    return f"known: {', '.join(names)}" if names else "none is known here"
+    return f"known: {', '.join(names)}" if names else "there are none"
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The configuration as read. `scenarios` keeps its tables raw: the registry decodes each into its scenario.
+    """The configuration. The tables in `scenarios` are raw: the registry decodes each into its scenario.
 
-    `faults` is what is wrong so far; the registry adds what the scenarios find and raises everything at once.
+    `faults` are those found so far; the registry adds those of the scenarios and raises all of them together.
     """
 
     server: Server
-    events: EventLog
+    events: EventSettings
     plugins: Plugins
     scenarios: Mapping[str, Mapping[str, Any]]
     base: Path
-    """The folder that relative paths start from."""
+    """The folder that relative paths are relative to."""
     source: str
-    """The file's name for messages."""
+    """The file's name, for messages."""
     variables: Mapping[tuple[str, ...], str] = field(default_factory=dict)
-    """Which key path came from which environment variable, or option of the command line."""
+    """The environment variable, or option of the command line, by the key path that it sets."""
     faults: tuple[Fault, ...] = ()
 
     @classmethod
     def read(cls, path: Path | None, environ: Mapping[str, str] = os.environ) -> "Config":
-        """Read a TOML file and lay `STREAMLAB_*` variables over it; without a file, defaults hold.
+        """Read a TOML file and override it by `STREAMLAB_*` variables; without a file, all values are defaults.
 
         Raises ConfigError when the file cannot be read or is not TOML; every other fault is in `faults`.
         """
@@ -186,31 +186,32 @@ class Config:
         source: str = "config",
         environ: Mapping[str, str] | None = None,
     ) -> "Config":
-        """Make a configuration of tables in memory, as an embedding application or a test does."""
+        """Return the configuration of tables in memory, for embedding applications and tests."""
         base = base or Path.cwd()
         merged: dict[str, Any] = copy.deepcopy(dict(tables))
-        variables, faults = _overlay(merged, environ or {})
-        here = {"base": base}
-        defaults = EventLog.model_validate({}, context=here), Plugins.model_validate({}, context=here)
-        draft = cls(Server(), *defaults, {}, base, source, variables)
+        variables, faults = _apply_variables(merged, environ or {})
+        context = {"base": base}
+        default_events = EventSettings.model_validate({}, context=context)
+        default_plugins = Plugins.model_validate({}, context=context)
+        defaults = cls(Server(), default_events, default_plugins, {}, base, source, variables)
         known = ("server", "events", "plugins", "scenarios")
         unknown = set(merged) - set(known)
         faults += [
-            draft.fault((name,), f"unknown table; {nearest(name, known)}", merged[name]) for name in sorted(unknown)
+            defaults.fault((name,), f"unknown table; {nearest(name, known)}", merged[name]) for name in sorted(unknown)
         ]
-        server, server_faults = draft.decode(Server, merged.get("server", {}), "server")
-        events, events_faults = draft.decode(EventLog, merged.get("events", {}), "events")
-        plugins, plugins_faults = draft.decode(Plugins, merged.get("plugins", {}), "plugins")
+        server, server_faults = defaults.decode(Server, merged.get("server", {}), "server")
+        events, events_faults = defaults.decode(EventSettings, merged.get("events", {}), "events")
+        plugins, plugins_faults = defaults.decode(Plugins, merged.get("plugins", {}), "plugins")
         scenarios = merged.get("scenarios", {})
         if not isinstance(scenarios, dict):
-            faults.append(draft.fault(("scenarios",), "must be a table", scenarios))
+            faults.append(defaults.fault(("scenarios",), "must be a table", scenarios))
             scenarios = {}
         for name in [name for name, table in scenarios.items() if not isinstance(table, dict)]:
-            faults.append(draft.fault(("scenarios", name), "must be a table", scenarios.pop(name)))
+            faults.append(defaults.fault(("scenarios", name), "must be a table", scenarios.pop(name)))
         return cls(
-            server=server or draft.server,
-            events=events or draft.events,
-            plugins=plugins or draft.plugins,
+            server=server or defaults.server,
+            events=events or defaults.events,
+            plugins=plugins or defaults.plugins,
             scenarios=scenarios,
             base=base,
             source=source,
@@ -219,7 +220,7 @@ class Config:
         )
 
     def decode(self, model: type[_Model], table: Any, *key: str) -> tuple[_Model | None, list[Fault]]:
-        """Decode the table found at `key` into its model, or say everything that is wrong with it."""
+        """Decode the table at `key` into its model; return it, or None and everything that is wrong with it."""
         faults = [
             self.fault((*key, name), "must be a number", value)  # pydantic would take true for 1
             for name, value in (table.items() if isinstance(table, dict) else ())
@@ -234,9 +235,9 @@ class Config:
             return None, [self._explain(model, key, detail) for detail in error.errors(include_url=False)]
 
     def fault(self, key: tuple[str, ...], reason: str, value: Any = None) -> Fault:
-        """Name a fault at a key path, with the variable it came from if it did."""
+        """Return a fault at a key path, with the variable that set it, if one did."""
         shown = "" if value is None or isinstance(value, dict) else json.dumps(value, default=str)
-        # The variable that set this key, or a table around it; or for a table, one that set a key in it.
+        # The variable that set this key or a table around it; for a table, one that set a key in it.
         origins = [self.variables.get(key[:length]) for length in range(len(key), 0, -1)]
         origins += [variable for known, variable in self.variables.items() if known[: len(key)] == key]
         return Fault(
@@ -257,7 +258,7 @@ class Config:
 
 
 def _keys_at(model: Any, location: tuple[str, ...]) -> list[str]:
-    """The keys a model knows at a place inside it, through nested models, lists and mappings."""
+    """Return the keys that a model has at a location inside it, through nested models, lists and mappings."""
     for part in location:
         model = _without_none(model)
         if isinstance(model, type) and issubclass(model, BaseModel):
@@ -272,13 +273,15 @@ CONFIG = web.AppKey("config", Config)
 
 
 def _without_none(annotation: Any) -> Any:
-    """`X` of `X | None`; anything else as it is."""
+    """Return `X` for `X | None`, and anything else unchanged."""
     choices = [choice for choice in get_args(annotation) if choice is not type(None)]
     return choices[0] if len(choices) == 1 and type(None) in get_args(annotation) else annotation
 
 
-def _overlay(tables: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[tuple[str, ...], str], list[Fault]]:
-    """Lay `STREAMLAB_SERVER__PORT=8001` over the tables; a value that opens with [ or { is read as TOML."""
+def _apply_variables(
+    tables: dict[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[tuple[str, ...], str], list[Fault]]:
+    """Set the keys of variables as `STREAMLAB_SERVER__PORT=8001`; a value that begins with [ or { is read as TOML."""
     variables: dict[tuple[str, ...], str] = {}
     faults: list[Fault] = []
     for variable in sorted(environ):

@@ -1,4 +1,4 @@
-"""The hooks: what a plugin may be asked, and the marks on question and answer."""
+"""The hooks that a plugin may implement, and the decorators that mark specification and implementation."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ hookimpl = pluggy.HookimplMarker("streamlab")
 
 @hookspec
 def register_scenarios() -> Iterable[type[Scenario]]:
-    """Name the scenarios this plugin brings; asked once, before a socket is bound."""
+    """Return the scenario classes of this plugin; called once, before a socket is bound."""
 
 
 @hookspec
 def register_tasks() -> Iterable[Task]:
-    """Name the kinds of long tasks this plugin brings; asked once, before a socket is bound."""
+    """Return the kinds of long tasks of this plugin; called once, before a socket is bound."""
 
 
 @hookspec
 def lifespan(app: web.Application) -> AbstractAsyncContextManager[None]:
-    """Return what is held open while the server serves: entered before the first request, left last in, first out."""
+    """Return a context manager for the time in which the server serves; the last that was entered is left first."""
 
 
 @hookspec
 def worker_lifespan(app: web.Application) -> AbstractAsyncContextManager[None] | None:
-    """Return what `streamlab worker` holds open, which serves nobody; None where all work is the server's own.
+    """Return a context manager that `streamlab worker` holds open, or None if the plugin has no work for workers.
 
-    It is not entered by a server, nor `lifespan` by a worker.
+    A server does not enter it, and a worker does not enter `lifespan`.
     """
 
 
 @hookspec
 def health() -> str | None:
-    """Return why this works only in part (a source cannot be read, an upstream is down), or None while all is well.
+    """Return why this works only in part (a source cannot be read, an upstream is down), or None if it works.
 
     One sentence for /health, the table at start and `streamlab check`, which calls it without a `lifespan`: clients
-    read it, so it contains no secret and no absolute path. Called from the event loop at every /health: return what
-    the plugin has noticed at its work, look nothing up.
+    read it, so it contains no secret and no absolute path. Called from the event loop at every /health: return the
+    state that the plugin has recorded, do no I/O.
     """
 
 
 @hookspec
 def on_stream_end(request: web.Request, summary: StreamSummary) -> None:
-    """Hear that a stream is over, whatever the reason; must neither block nor raise."""
+    """React to the end of a stream, whatever the reason; must neither block nor raise."""

@@ -38,11 +38,11 @@ class {title}(Scenario):
 
 @hookimpl
 def register_scenarios():
-    """Bring this scenario."""
+    """Return the scenario of this plugin."""
     return [{title}]
 '''
 
-TEST = '''"""The scenario {name} keeps what every stream promises."""
+TEST = '''"""The scenario {name} conforms to what streamlab promises of every stream."""
 
 from streamlab.testing import Conformance
 
@@ -55,16 +55,16 @@ class Test{title}(Conformance):
 def write_plugin(name: str, *, folder: Path, tests: Path) -> list[Path]:
     """Write `folder/NAME.py` and `tests/test_NAME.py`, and return both paths.
 
-    Raises ValueError for a name that is no Python identifier in lower case, FileExistsError rather than overwrite.
+    Raises ValueError for a name that is not a lower-case Python identifier, FileExistsError rather than overwrite.
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
-        raise ValueError(f"{name!r} will not do: a plugin is named like a Python module, as in `price_feed`")
+        raise ValueError(f"{name!r} is not a valid plugin name (as `price_feed`)")
     title = "".join(part.capitalize() for part in name.split("_"))
     explicit_name = "" if snake_case(title) == name else f'\n    name = "{name}"'
     files = {folder / f"{name}.py": PLUGIN, tests / f"test_{name}.py": TEST}
     for path in (*files, folder / name):
         if path.exists():
-            raise FileExistsError(f"{path} exists already; nothing was written")
+            raise FileExistsError(f"{path} already exists; nothing was written")
     for path, template in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(template.format(name=name, title=title, explicit_name=explicit_name), encoding="utf-8")

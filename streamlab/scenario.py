@@ -1,4 +1,4 @@
-"""What a plugin contributes: a scenario, whose fields are its configuration, and its endpoints."""
+"""What a plugin author writes: a scenario, whose fields are its configuration, and its endpoints."""
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,25 +18,25 @@ _HandlerT = TypeVar("_HandlerT", bound=Handler)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One route as it was declared: what it takes, what it sends, and the words that tell of it."""
+    """The declaration of a route: its parameters, its responses, and its documentation."""
 
     method: str
     path: str
-    """In aiohttp's spelling, so `/files/{path:.*}` too."""
+    """The path in aiohttp's syntax, so `/files/{path:.*}` too."""
     path_model: type[BaseModel] | None
     query: type[BaseModel] | None
     body: type[BaseModel] | None
     body_limit: int | None
-    """Maximum body, in bytes; None for that of the server, 1 MiB."""
+    """Maximum request body, in bytes; None for that of the server, 1 MiB."""
     takes: tuple[str, ...]
     """Media types of a body that the handler reads itself."""
     starts_work: bool
-    """Whether a GET starts work, so that it is not safe as RFC 9110 (9.2.1) has it."""
+    """Whether a GET starts work, so that it is not safe in the sense of RFC 9110 (9.2.1)."""
     sends: tuple[str, ...]
     responses: Mapping[int, str]
-    """Status codes other than 200 that belong to success or to the protocol, each with its meaning."""
+    """Documented status codes other than 200, each with its meaning."""
     curl: str
-    """What follows `curl ` to try it, with `{url}` for the address of the route."""
+    """The arguments of the curl command that tries it, with `{url}` for the URL of the route."""
     summary: str
     description: str
     name: str
@@ -44,7 +44,7 @@ class Endpoint:
 
     @property
     def template(self) -> str:
-        """The path in OpenAPI's spelling: `/files/{path}`."""
+        """Return the path in OpenAPI's syntax: `/files/{path}`."""
         return re.sub(r"\{(\w+):[^{}]*(?:\{[^{}]*\}[^{}]*)*\}", r"{\1}", self.path)
 
 
@@ -64,19 +64,19 @@ def endpoint(
 ) -> Callable[[_HandlerT], _HandlerT]:
     """Declare a method of a scenario as the handler of `method path`.
 
-    The models given are validated before the handler runs and handed to it by keyword: `path_model` as `path`,
-    `query` as `query`, `body` (a JSON document) as `body`. A request that does not fit
-    is refused with 400, 413 or 422 and every fault in it; parameters that no model knows are refused by name. (A query
-    model with `extra="allow"` gets them as lists of texts, for its handler to judge.) A GET answers HEAD too.
+    The models are validated before the handler runs and passed to it by keyword: `path_model` as `path`, `query` as
+    `query`, `body` (a JSON document) as `body`. An invalid request is rejected with 400, 413 or 422 and every fault in
+    it; unknown parameters are rejected by name. (A query model with `extra="allow"` gets them as lists of strings, for
+    the handler to check.) The route of a GET serves HEAD too.
 
     `starts_work` declares that a GET starts work, as a task or a generation: HEAD validates the parameters and sends
     the headers without the handler, and pages of another origin are rejected with 403, as they are with every method
     that is not safe.
 
-    `takes` names the media types of a body that the handler reads itself, instead of `body`. Either has `body_limit`
-    bytes at most (1 MiB unless declared), however the handler reads it. `sends` names the media types of a 200; the
-    method's docstring becomes summary and description. Spell method and path as literals: they are read from the
-    source when the plugin cannot be imported.
+    `takes` lists the media types of a body that the handler reads itself (see `read_json`), instead of `body`. Either
+    has at most `body_limit` bytes (default: 1 MiB), however the handler reads it. `sends` lists the media types of a
+    200; the method's docstring becomes summary and description. Write method and path as literals: they are read from
+    the source when the plugin cannot be imported.
 
     Source: OpenAPI 3.1, Operation Object; RFC 9110 section 9 (methods).
     """
@@ -107,7 +107,7 @@ def endpoint(
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """An endpoint bound to the scenario that answers it, ready for the router."""
+    """An endpoint bound to its scenario, ready for the router."""
 
     endpoint: Endpoint
     scenario: str
@@ -117,16 +117,16 @@ class Route:
 
 
 def snake_case(class_name: str) -> str:
-    """`PriceFeed` as `price_feed`."""
+    """Return `PriceFeed` as `price_feed`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()
 
 
 class Scenario(BaseModel):
-    """Base of every scenario. Fields are its table `[scenarios.NAME]` in config.toml, decoded strictly and frozen.
+    """Base of every scenario. Fields are its table `[scenarios.NAME]` in config.toml, validated strictly and frozen.
 
-    NAME is the class name in snake case (`Countdown`: `countdown`) unless `name` says otherwise. One instance serves
-    one application. What a scenario learns while serving belongs into pydantic private attributes (`_name`); what it
-    must open and close, into a method `lifespan(self, app)` marked with `hookimpl`.
+    NAME is the class name in snake case (`Countdown`: `countdown`) unless `name` is set. One instance serves one
+    application. State that changes while serving goes into pydantic private attributes (`_name`); what must be opened
+    and closed, into a method `lifespan(self, app)` marked with `hookimpl`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -138,13 +138,13 @@ class Scenario(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Give the class its name."""
+        """Set the name of the class."""
         super().__pydantic_init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = snake_case(cls.__name__)
 
     def routes(self) -> list[Route]:
-        """The endpoints of this scenario in the order of their declaration, bound to it."""
+        """Return the endpoints of this scenario in the order of their declaration, bound to it."""
         declared = {name: attribute for base in reversed(type(self).__mro__) for name, attribute in vars(base).items()}
         return [
             Route(endpoint, self.name, getattr(self, name), error_format_of(endpoint.path, self.error_formats))

@@ -8,16 +8,16 @@ from typing import Any
 MEDIA_TYPE = "text/event-stream"
 
 HEARTBEAT = b":\n"
-"""A comment that keeps the connection alive. No empty line follows: some clients make an empty event of one."""
+"""A comment that keeps the connection alive, without an empty line, of which some clients make an empty event."""
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 def sse_event(data: Any, event: str = "", *, id: str = "", retry: int | None = None) -> bytes:  # noqa: A002
-    """Return one event as bytes, its empty line included; `data` as `encode` has it, `event` is its name.
+    """Return one event as bytes, its empty line included; `data` is encoded by `encode`, `event` is its name.
 
-    Line breaks in the data cannot forge a field. Raises ValueError where one in id or event, or a NUL, would, and for
-    data that is no JSON.
+    Line breaks in the data cannot forge a field. Raises ValueError for a line break or NUL in id or event, and for
+    data that is not JSON.
     """
     data = encode(data)
     for name, value in (("id", id), ("event", event)):
@@ -34,9 +34,9 @@ def sse_event(data: Any, event: str = "", *, id: str = "", retry: int | None = N
 
 
 def encode(data: Any) -> bytes:
-    """Return the data of an event as UTF-8: JSON on one line, but a str or bytes as they are.
+    """Return the data of an event as UTF-8: JSON on one line, but a str or bytes unchanged.
 
-    Raises ValueError for what JSON has no word for (NaN, a set).
+    Raises ValueError for what JSON cannot represent (NaN, a set).
     """
     if isinstance(data, bytes):
         return data
@@ -45,13 +45,13 @@ def encode(data: Any) -> bytes:
     try:
         text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can say but UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape but UTF-8 cannot encode
         return json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
     except TypeError as error:
         raise ValueError(str(error)) from None
 
 
 def farewell(id: str) -> bytes:  # noqa: A002
-    """The last event of a server that stops: clients wait unlike times, and do not come back all at once."""
-    wait = random.randint(1000, 5000)  # noqa: S311 - spreads load, keeps no secret
+    """Return the last event of a server that stops, with a random `retry`: clients do not reconnect all at once."""
+    wait = random.randint(1000, 5000)  # noqa: S311 - spreads load, is not a secret
     return sse_event({"reason": "The server stops."}, "stop", id=id, retry=wait)

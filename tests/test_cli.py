@@ -108,7 +108,7 @@ def test_run_on_a_port_in_use_says_so_with_status_2(tmp_path: Path) -> None:
     assert status == 2
     assert (
         f"--port: server.port = {port} - another program listens on 127.0.0.1:{port}; "
-        f"stop it, or take another port (--port {port + 1})\n"
+        f"stop it, or use another port (--port {port + 1})\n"
     ) in errors
     assert errors.endswith("streamlab: 1 fault; nothing was started\n")
 
@@ -116,7 +116,7 @@ def test_run_on_a_port_in_use_says_so_with_status_2(tmp_path: Path) -> None:
 def test_run_on_an_address_of_another_machine_says_so_with_status_2(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "run", "--host", "192.0.2.1", "--port", "0")
     assert status == 2
-    assert 'server.host = "192.0.2.1" - cannot listen there: ' in errors
+    assert 'server.host = "192.0.2.1" - cannot listen on it: ' in errors
 
 
 def test_run_with_a_certificate_that_is_none_says_so_with_status_2(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_check_leaves_with_2_when_a_plugin_is_broken_and_says_why(tmp_path: Path
     assert "hello: ready" in output.splitlines()
     assert (
         "broken: failed - needs the Python module 'no_such_module_at_all': "
-        "install what provides 'no_such_module_at_all'"
+        "install the package that contains 'no_such_module_at_all'"
     ) in errors.splitlines()
 
 
@@ -269,7 +269,7 @@ def test_new_writes_a_plugin_whose_scenario_has_its_name(name: str, tmp_path: Pa
 def test_new_refuses_a_name_that_is_none_and_writes_nothing(name: str, tmp_path: Path) -> None:
     status, output, errors = streamlab(tmp_path, "new", name)
     assert (status, output) == (2, "")
-    assert errors == f"streamlab: {name!r} will not do: a plugin is named like a Python module, as in `price_feed`\n"
+    assert errors == f"streamlab: {name!r} is not a valid plugin name (as `price_feed`)\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -296,7 +296,7 @@ def test_new_overwrites_no_test(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_hello.py").write_text("mine\n")
     status, _, errors = streamlab(tmp_path, "new", "hello")
-    assert (status, errors) == (2, f"streamlab: {tmp_path}/tests/test_hello.py exists already; nothing was written\n")
+    assert (status, errors) == (2, f"streamlab: {tmp_path}/tests/test_hello.py already exists; nothing was written\n")
     assert (tmp_path / "tests" / "test_hello.py").read_text() == "mine\n"
     assert not (tmp_path / "plugins").exists()
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY, write_plugins
 from pydantic import ValidationError
 
-from streamlab.config import Config, ConfigError, EventLog, Fault, Plugins, Server, nearest
+from streamlab.config import Config, ConfigError, EventSettings, Fault, Plugins, Server, nearest
 from streamlab.scenario import Scenario
 from streamlab.server.registry import Registry
 
@@ -203,7 +203,7 @@ def test_a_key_like_no_other_is_answered_with_all_there_are(tmp_path: Path) -> N
 def test_nearest_names_one_similar_word_or_all_words() -> None:
     assert nearest("prot", ["port", "host"]) == "did you mean 'port'?"
     assert nearest("zzz", ["port", "host"]) == "known: host, port"
-    assert nearest("zzz", []) == "none is known here"
+    assert nearest("zzz", []) == "there are none"
 
 
 def test_a_fault_reads_as_file_key_value_and_reason() -> None:
@@ -399,7 +399,7 @@ def test_the_shipped_file_is_valid_with_every_key_switched_on(tmp_path: Path) ->
     assert {plugin.state for plugin in registry.plugins} == {"ready"}
 
 
-@pytest.mark.parametrize(("table", "model"), [("server", Server), ("events", EventLog), ("plugins", Plugins)])
+@pytest.mark.parametrize(("table", "model"), [("server", Server), ("events", EventSettings), ("plugins", Plugins)])
 def test_the_shipped_file_shows_every_key_of_the_core_and_no_other(table: str, model: Any) -> None:
     assert list(uncommented()[table]) == list(model.model_fields)
 

@@ -90,4 +90,4 @@ def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
         done.stdout
         == "comparison: ready\nexport: ready\nfile: ready\nllm: ready\nlogs: ready\nprogress: ready\nticker: ready\n"
     )
-    assert "needs the Python module 'no_such_module': install what provides" in done.stderr
+    assert "needs the Python module 'no_such_module': install the package that contains" in done.stderr

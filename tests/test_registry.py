@@ -264,7 +264,7 @@ async def test_the_health_of_a_disabled_scenario_is_told(tmp_path: Path, aiohttp
 BROKEN = {
     "a module it needs is missing": (
         "import no_such_module_at_all\n" + textwrap.dedent(one("broken")),
-        "needs the Python module 'no_such_module_at_all': install what provides 'no_such_module_at_all'",
+        "needs the Python module 'no_such_module_at_all': install the package that contains 'no_such_module_at_all'",
     ),
     "a name it imports is missing": (
         "from streamlab import no_such_name\n" + textwrap.dedent(one("broken")),
@@ -535,14 +535,14 @@ def test_a_plugin_with_the_name_of_one_that_ships_is_a_fault_that_names_both(tmp
 def test_two_scenarios_of_one_name_are_a_fault(tmp_path: Path) -> None:
     other = textwrap.dedent(one("hello")).replace('"/hello"', '"/elsewhere"')
     assert faults_of(config(tmp_path, {"hello": one("hello"), "welcome": other})) == [
-        f"{tmp_path}/plugins/welcome.py: there is a scenario 'hello' already; give this another name"
+        f"{tmp_path}/plugins/welcome.py: there already is a scenario 'hello'; rename this one"
     ]
 
 
 def test_a_path_that_two_plugins_claim_is_a_fault_that_names_both(tmp_path: Path) -> None:
     other = textwrap.dedent(one("welcome")).replace('"/welcome"', '"/hello"')
     assert faults_of(config(tmp_path, {"hello": one("hello"), "welcome": other})) == [
-        f"{tmp_path}/plugins/welcome.py: GET /hello belongs to the plugin 'hello' already"
+        f"{tmp_path}/plugins/welcome.py: GET /hello already belongs to the plugin 'hello'"
     ]
 
 
@@ -550,7 +550,7 @@ def test_a_path_that_two_plugins_claim_with_parameters_of_other_names_is_a_fault
     left = textwrap.dedent(one("left")).replace('"/left"', '"/item/{left}"')
     right = textwrap.dedent(one("right")).replace('"/right"', '"/item/{right}"')
     (fault,) = faults_of(config(tmp_path, {"left": left, "right": right}))
-    assert "GET /item/{right} belongs to the plugin 'left' already" in fault
+    assert "GET /item/{right} already belongs to the plugin 'left'" in fault
 
 
 def test_a_path_that_one_plugin_claims_twice_is_a_fault(tmp_path: Path) -> None:
@@ -563,13 +563,13 @@ def test_a_path_that_one_plugin_claims_twice_is_a_fault(tmp_path: Path) -> None:
 def test_a_path_of_the_server_itself_cannot_be_claimed(tmp_path: Path) -> None:
     source = textwrap.dedent(one("hello")).replace('"/hello"', '"/health"')
     (fault,) = faults_of(config(tmp_path, {"hello": source}))
-    assert fault.startswith(f"{tmp_path}/plugins/hello.py: GET /health belongs to ")
+    assert fault.startswith(f"{tmp_path}/plugins/hello.py: GET /health already belongs to ")
 
 
 def test_a_path_of_the_server_itself_cannot_be_claimed_by_a_plugin_called_site(tmp_path: Path) -> None:
     source = textwrap.dedent(one("hello")).replace('"/hello"', '"/health"')
     (fault,) = faults_of(config(tmp_path, {"site": source}))
-    assert fault.startswith(f"{tmp_path}/plugins/site.py: GET /health belongs to ")
+    assert fault.startswith(f"{tmp_path}/plugins/site.py: GET /health already belongs to ")
 
 
 @pytest.mark.parametrize("path", ["hello", "/hello/{name", "/hello/{na-me}"])

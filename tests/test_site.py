@@ -594,7 +594,7 @@ async def test_a_failing_handler_is_500_and_tells_nothing(lab: Lab, caplog: pyte
         "type": "about:blank",
         "title": "Internal Server Error",
         "status": 500,
-        "detail": "The server failed to answer this request; its log says why.",
+        "detail": "Internal error; the server's log has the reason.",
     }
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
     assert [record.getMessage() for record in errors] == ["GET /lab/fails failed"]
@@ -865,4 +865,4 @@ async def test_a_log_file_that_cannot_be_written_is_said_and_no_hindrance(
         pass
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"{tmp_path / 'taken' / 'streamlab.log'} cannot be written (")
-    assert message.endswith("): log lines go to stderr alone")
+    assert message.endswith("): log lines go only to stderr")

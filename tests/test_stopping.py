@@ -122,7 +122,7 @@ def test_a_signal_during_the_start_ends_the_server(tmp_path: Path, number: int) 
         finally:
             process.kill()
     lines = (tmp_path / "log").read_text()
-    assert "stopped before everything had started" in lines
+    assert "stopped before the start was complete" in lines
     assert "Traceback" not in lines
 
 
@@ -156,10 +156,10 @@ def test_a_handler_that_blocks_the_event_loop_is_reported_with_its_stack(start: 
     server = start(f"[server]\ndrain_seconds = 0.2\n{ALONE}", tracebacks=True, serves=SERVES)
     with server.send("GET /computes HTTP/1.1\nHost: localhost"):
         report = server.wait_for_log("in computes")
-        assert "WARNING streamlab.watchdog the event loop is blocked for" in report
+        assert "WARNING streamlab.server.watchdog the event loop is blocked for" in report
         status, _ = server.terminate()
     assert status == 1
-    assert "CRITICAL streamlab.watchdog not stopped 1.2 s after the signal: ending the process" in server.log
+    assert "CRITICAL streamlab.server.watchdog not stopped 1.2 s after the signal: killing the process" in server.log
 
 
 @pytest.mark.parametrize("what", ["computes", "sleeps", "thread"])

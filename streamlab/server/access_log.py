@@ -12,11 +12,11 @@ access_log = logging.getLogger("streamlab.access")
 
 
 class AccessLog:
-    """One log line a stream, and one a request that needed none. Neither holds a query: prompts stay private."""
+    """One log line per stream, and one per request without a stream, both without the query: prompts stay private."""
 
     @hookimpl
     def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
-        """Write the line of a stream that is over."""
+        """Write the line of a stream that has ended."""
         first_byte = summary.first_byte_seconds
         fields = {
             "scenario": summary.scenario,
@@ -34,7 +34,7 @@ class AccessLog:
 
     @staticmethod
     def request(request: web.Request, route: str, status: int, seconds: float) -> None:
-        """Write the line of a request that was answered without a stream; probes only at DEBUG."""
+        """Write the line of a request whose response was not a stream; probes only at DEBUG."""
         level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
         fields = {
             "method": request.method,

@@ -1,4 +1,4 @@
-"""The aiohttp application, put together and taken down."""
+"""The aiohttp application: how it is built, served, drained and closed."""
 
 import asyncio
 import errno
@@ -34,8 +34,8 @@ from .edge import (
     accept_body,
     reject_other_host,
     reject_other_origin,
-    reject_unspoken,
-    sign,
+    reject_unsupported,
+    set_common_headers,
 )
 from .lifespans import lifespans
 from .metrics import METRICS, Metrics
@@ -47,17 +47,19 @@ from .watchdog import Stopped, Watchdog
 log = logging.getLogger(__name__)
 
 ACCEPTS = 64
-"""Connections accepted in one turn of the loop, so that a crowd that comes at once delays the others by some
-milliseconds; asyncio takes it from its `backlog`, which is how many the kernel lets wait, too."""
+"""Maximum number of connections accepted in one iteration of the event loop: a burst delays others by milliseconds.
+
+asyncio takes it from `backlog`, which also is the length of the kernel's queue until it is set to BACKLOG.
+"""
 
 BACKLOG = 1024
-"""Connections that wait in the kernel to be accepted; one more is tried again by its client's TCP a second later."""
+"""Maximum number of connections that wait in the kernel to be accepted; TCP of another client retries after 1 s."""
 
 SWITCH_SECONDS = 0.0001
-"""How long a thread that computes, as an export does, keeps the interpreter while the event loop wants it."""
+"""Time that a computing thread, as that of an export, holds the interpreter while the event loop waits, in seconds."""
 
 YOUNG_OBJECTS = 10_000
-"""How many more objects are made than dropped before the collector looks at the young ones."""
+"""Net number of new objects after which the garbage collector examines the youngest generation."""
 
 STOP_SECONDS = 1.0
 """Maximum time from the end of the drain to the end of the process, in seconds."""
@@ -67,7 +69,7 @@ CLOSE_SECONDS = 0.6
 
 
 def create_app(config: Config) -> web.Application:
-    """Build the application; twice gives two independent servers. Raises ConfigError with every fault at once."""
+    """Build the application; two calls return independent servers. Raises ConfigError with every fault at once."""
     registry = Registry.load(config)
     streams = Streams(
         limit=config.server.max_streams,
@@ -79,32 +81,32 @@ def create_app(config: Config) -> web.Application:
     registry.add("streamlab:metrics", metrics)
     registry.add("streamlab:access-log", AccessLog())
 
-    app = web.Application(middlewares=[_frontier], client_max_size=BODY_LIMIT)
+    app = web.Application(middlewares=[_error_middleware], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
     app[EVENTS], app[TASKS] = events, registry.tasks()
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
-    app.on_response_prepare.append(_sign)
-    app.cleanup_ctx.append(_hold_threads)
-    app.cleanup_ctx.append(_hold_events)
-    app.cleanup_ctx.append(_hold_lifespans)
+    app.on_response_prepare.append(_complete_headers)
+    app.cleanup_ctx.append(_compression_threads)
+    app.cleanup_ctx.append(_event_log)
+    app.cleanup_ctx.append(_plugin_lifespans)
     app.on_shutdown.append(_drain)
     return app
 
 
 async def serve(config: Config, *, on_ready: Callable[[web.Application, str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts what is still open.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the streams that are still open.
 
     `on_ready` is called with the application and the address once connections are accepted. Raises ConfigError, also
-    for an address that cannot be listened on. The process is expected to end afterwards: where it hangs for
-    STOP_SECONDS longer than it may drain, it is ended (see Watchdog).
+    for an address that cannot be bound. The process is expected to exit afterwards: if it hangs for STOP_SECONDS
+    longer than it may drain, it is killed (see Watchdog).
     """
     server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
     streams = app[STREAMS]
 
-    # handler_cancellation: without it an idle handler never learns that its client has left.
-    # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait for ever.
+    # handler_cancellation: without it an idle handler does not notice that its client has disconnected.
+    # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait forever.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     tls = _tls(config)
     with Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut) as watchdog:
@@ -123,51 +125,51 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
                     )
                 except OSError as error:
                     raise _cannot_listen(config, error) from None
-            for accepting in listener.sockets:
-                with socket.socket(fileno=os.dup(accepting.fileno())) as same:
-                    same.listen(BACKLOG)
+            for listening in listener.sockets:
+                with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
+                    duplicate.listen(BACKLOG)
             address, port = listener.sockets[0].getsockname()[:2]
             host = f"[{address}]" if ":" in address else address
-            _keep_pauses_short()
+            _shorten_pauses()
             on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
             await watchdog.stopping.wait()
             listener.close()
-            log.info("stopping: no new connections; %d streams may go on for %g s", len(streams), server.drain_seconds)
+            log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
             await streams.drain(server.drain_seconds)
         except Stopped:
-            log.info("stopped before everything had started")
+            log.info("stopped before the start was complete")
         finally:
             await runner.cleanup()
 
 
 async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -> None:
-    """Do what plugins leave to workers, and serve nobody, until SIGTERM or SIGINT.
+    """Run the worker lifespans of all plugins, without serving, until SIGTERM or SIGINT.
 
-    `on_ready` is called once work is taken. Raises ConfigError, also where there is nothing that workers do.
+    `on_ready` is called once they have started. Raises ConfigError, also where no plugin has one.
     """
     app = create_app(config)
-    works = app[REGISTRY].worker_lifespans(app)
-    if not works:
-        reason = "no scenario of this configuration leaves its work to workers"
+    worker_lifespans = app[REGISTRY].worker_lifespans(app)
+    if not worker_lifespans:
+        reason = "no scenario of this configuration has work for workers"
         raise ConfigError([Fault(config.source, "", reason)])
     with Watchdog(stop_seconds=config.server.drain_seconds + STOP_SECONDS) as watchdog:
         try:
             async with AsyncExitStack() as stack:
                 async with watchdog.starting():
-                    await stack.enter_async_context(_events_opened(app))
-                    for context in works:
-                        await stack.enter_async_context(context)
+                    await stack.enter_async_context(_open_events(app))
+                    for lifespan in worker_lifespans:
+                        await stack.enter_async_context(lifespan)
                 on_ready(app)
                 await watchdog.stopping.wait()
         except Stopped:
-            log.info("stopped before everything had started")
+            log.info("stopped before the start was complete")
 
 
-def _keep_pauses_short() -> None:
-    """Let neither the garbage collector nor a thread that computes keep the event loop waiting for long.
+def _shorten_pauses() -> None:
+    """Shorten the time for which the garbage collector and computing threads block the event loop.
 
-    What has been imported by now lives as long as the process: a full collection need not look at it each time (40 ms
-    and more). Young objects are collected less often, since most die by themselves.
+    What has been imported by now lives as long as the process: a full collection does not examine it each time (40 ms
+    and more). Young objects are collected less often, since reference counting frees most of them.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
@@ -183,7 +185,7 @@ def _tls(config: Config) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or "is not a certificate with its key"
+        reason = error.strerror or "is not a PEM certificate that matches tls_key"
         raise ConfigError([config.fault(("server", "tls_certificate"), reason, str(certificate))]) from None
     return context
 
@@ -192,35 +194,35 @@ def _cannot_listen(config: Config, error: OSError) -> ConfigError:
     host, port = config.server.host, config.server.port
     if error.errno == errno.EADDRINUSE:
         free = port + 1 if port < 65535 else 8000
-        reason = f"another program listens on {host}:{port}; stop it, or take another port (--port {free})"
+        reason = f"another program listens on {host}:{port}; stop it, or use another port (--port {free})"
         return ConfigError([config.fault(("server", "port"), reason, port)])
-    return ConfigError([config.fault(("server", "host"), f"cannot listen there: {error.strerror or error}", host)])
+    return ConfigError([config.fault(("server", "host"), f"cannot listen on it: {error.strerror or error}", host)])
 
 
 # -- routes
 
 
 def _add_routes(app: web.Application, registry: Registry, config: Config) -> list[Route]:
-    """Give the router every route of the site and of the plugins; a path that two of them claim is a fault."""
+    """Add the routes of the site and of the plugins to the router; a path that two of them declare is a fault."""
     site = Plugin("site", "streamlab", scenarios=[Site()])
     owners: dict[tuple[str, str], str] = {}
     routes: list[Route] = []
     faults: list[Fault] = []
     for plugin in (site, *registry.plugins):
-        claims: list[tuple[str, str, Route | None]] = [(r.endpoint.method, r.endpoint.path, r) for r in plugin.routes]
-        for method, path, route in claims or [(method, path, None) for method, path in plugin.lost_routes]:
-            # Two paths that differ in the names of their parameters alone match the same requests.
+        declared: list[tuple[str, str, Route | None]] = [(r.endpoint.method, r.endpoint.path, r) for r in plugin.routes]
+        for method, path, route in declared or [(method, path, None) for method, path in plugin.lost_routes]:
+            # Two paths that differ only in the names of their parameters match the same requests.
             shape = re.sub(r"\{\w+", "{", path)
             if owner := owners.get((method, shape)):
-                faults.append(Fault(plugin.origin, "", f"{method} {path} belongs to {owner} already"))
+                faults.append(Fault(plugin.origin, "", f"{method} {path} already belongs to {owner}"))
                 continue
             owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
             handler = _bind(route, plugin) if route else _out_of_service(plugin)
             try:
-                for taken in (method, "HEAD") if method == "GET" else (method,):
-                    app.router.add_route(taken, path, handler, expect_handler=_continue_later)
+                for verb in (method, "HEAD") if method == "GET" else (method,):
+                    app.router.add_route(verb, path, handler, expect_handler=_check_expect)
             except ValueError as error:
-                faults.append(Fault(plugin.origin, "", f"{method} {path} is no path: {error}"))
+                faults.append(Fault(plugin.origin, "", f"{method} {path} is not a valid path: {error}"))
             routes += [route] if route else []
     if faults:
         raise ConfigError(faults)
@@ -236,30 +238,30 @@ def _bind(route: Route, plugin: Plugin) -> Handler:
         if endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers:
             reject_other_origin(request)
         accept_body(request, endpoint.body_limit or BODY_LIMIT)
-        await _continue(request)
+        await _send_continue(request)
         parameters = await read_parameters(request, endpoint)
         if endpoint.starts_work and request.method == "HEAD":
-            return await _headers_alone(request, endpoint)
+            return await _send_headers_only(request, endpoint)
         return await route.handler(request, **parameters)
 
     return handle
 
 
-async def _continue(request: web.Request) -> None:
-    """Let a client that waits for it send its body, now that nothing speaks against it (RFC 9110, 10.1.1)."""
+async def _send_continue(request: web.Request) -> None:
+    """Send 100 to a client that waits for it, after all checks that need no body (RFC 9110, 10.1.1)."""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # of the response, which has not begun
 
 
-async def _continue_later(request: web.Request) -> None:
-    """Do not continue before a request has been let in; raises HTTPExpectationFailed for what is not 100-continue."""
+async def _check_expect(request: web.Request) -> None:
+    """Raise HTTPExpectationFailed for what is not 100-continue; `_send_continue` sends 100 after the checks."""
     if request.headers["Expect"].lower() != "100-continue":
         raise web.HTTPExpectationFailed
 
 
-async def _headers_alone(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
-    """Answer HEAD for an endpoint that starts work: the header fields of GET known without it (RFC 9110, 9.3.2)."""
+async def _send_headers_only(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    """Respond to HEAD for an endpoint that starts work: the header fields of GET known without it (RFC 9110, 9.3.2)."""
     accept = request.headers.get("Accept", "")
     media = next((media for media in endpoint.sends if media in accept), endpoint.sends[0])
     if media.startswith("text/") and media != sse.MEDIA_TYPE:
@@ -277,45 +279,45 @@ def _opened(request: web.Request, media: str, headers: Mapping[str, str]) -> Abs
 
 
 def _out_of_service(plugin: Plugin) -> Handler:
-    async def refuse(request: web.Request) -> web.StreamResponse:
+    async def reject(request: web.Request) -> web.StreamResponse:
         raise Problem(503, f"The plugin {plugin.name} is out of service: {plugin.reason}")
 
-    return refuse
+    return reject
 
 
-# -- what every request passes
+# -- every request and response
 
 
 @web.middleware
-async def _frontier(
+async def _error_middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Let a request in, and every answer and refusal out: nothing else leaves the server."""
+    """Check a request, turn whatever its handler raises into a response, and count and log it."""
     started = time.monotonic()
-    answer: web.StreamResponse | web.HTTPException
+    response: web.StreamResponse | web.HTTPException
     with request.config_dict[STREAMS].request():
         try:
-            reject_unspoken(request)
+            reject_unsupported(request)
             reject_other_host(request)
-            answer = await handler(request)
-            if not isinstance(answer, web.StreamResponse):
-                raise TypeError(f"the handler of {request.path} returned {type(answer).__name__}, not a response")
+            response = await handler(request)
+            if not isinstance(response, web.StreamResponse):
+                raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
         except HeadersOnly:
-            answer = request[STREAM]
+            response = request[STREAM]
         except Exception as error:
-            answer = _answer_to(error, request)
+            response = _error_response(error, request)
     if STREAM not in request:
         resource = request.match_info.route.resource
         route, seconds = resource.canonical if resource else "none", time.monotonic() - started
-        request.config_dict[METRICS].observe_request(route, answer.status, seconds)
-        AccessLog.request(request, route, answer.status, seconds)
-    if isinstance(answer, web.HTTPException):
-        raise answer
-    return answer
+        request.config_dict[METRICS].observe_request(route, response.status, seconds)
+        AccessLog.request(request, route, response.status, seconds)
+    if isinstance(response, web.HTTPException):
+        raise response
+    return response
 
 
-def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:
-    """Turn what a handler raised into what its client gets; a fault of the server is logged, once, here."""
+def _error_response(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:
+    """Return the response for what a handler raised; a fault of the server is logged here, once."""
     stream: Stream | None = request.get(STREAM)
     if stream is not None and stream.client_gone and stream.error is None:
         return stream
@@ -326,48 +328,48 @@ def _answer_to(error: Exception, request: web.Request) -> web.StreamResponse | w
         problem = Problem(503, str(error), headers={"Retry-After": "5"})
     if problem is None:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
-        problem = Problem(500, "The server failed to answer this request; its log says why.")
+        problem = Problem(500, "Internal error; the server's log has the reason.")
     if error_format := error_format_of(request.path, request.config_dict[ERROR_FORMATS]):
         problem = error_format.convert(problem)
     return stream if stream is not None and stream.headers_sent else problem.response()
 
 
-async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    """Complete the header fields of a response, and see to it that a connection that says it closes does."""
-    sign(response.headers)
+async def _complete_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Complete the header fields of a response, and close its connection afterwards where they say so."""
+    set_common_headers(response.headers)
     # Only the end of the connection ends a body of unknown length on HTTP/1.0 (RFC 9112, 6.3).
-    endless = request.version < HttpVersion11 and response.content_length is None
-    if endless or request.config_dict[STREAMS].draining:
+    ends_by_close = request.version < HttpVersion11 and response.content_length is None
+    if ends_by_close or request.config_dict[STREAMS].draining:
         response.headers["Connection"] = "close"
     if response.headers.get("Connection", "").lower() == "close":
         response.force_close()
 
 
-# -- life
+# -- lifecycle
 
 
 def _events(config: Config) -> Events:
-    keep = Retention(config.events.keep_events, config.events.keep_seconds)
+    retention = Retention(config.events.keep_events, config.events.keep_seconds)
     try:
-        return Events(open_log(config.events.url), keep=keep, max_filters=config.events.max_filters)
+        return Events(open_log(config.events.url), keep=retention, max_filters=config.events.max_filters)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
 
 
-async def _hold_threads(app: web.Application) -> AsyncIterator[None]:
-    """Hold the threads of the streams open around all that may stream."""
+async def _compression_threads(app: web.Application) -> AsyncIterator[None]:
+    """Run the threads that compress streams while anything may stream."""
     async with app[STREAMS].compressing:
         yield
 
 
-async def _hold_events(app: web.Application) -> AsyncIterator[None]:
-    """Hold the event log open around all plugins: they publish until they are closed."""
-    async with _events_opened(app):
+async def _event_log(app: web.Application) -> AsyncIterator[None]:
+    """Open the event log before all plugins and close it after them: they publish until they are closed."""
+    async with _open_events(app):
         yield
 
 
 @asynccontextmanager
-async def _events_opened(app: web.Application) -> AsyncIterator[None]:
+async def _open_events(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(app[EVENTS].opened())
@@ -376,7 +378,8 @@ async def _events_opened(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-async def _hold_lifespans(app: web.Application) -> AsyncIterator[None]:
+async def _plugin_lifespans(app: web.Application) -> AsyncIterator[None]:
+    """Enter the lifespans of all plugins, and leave them within CLOSE_SECONDS after the drain."""
     start_seconds, streams = app[CONFIG].server.start_seconds, app[STREAMS]
 
     def stop_at() -> float | None:

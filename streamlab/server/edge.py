@@ -1,4 +1,4 @@
-"""What is let in: HTTP as it is spoken here, for a host of this server, from its own pages or from programs."""
+"""The checks at the edge: HTTP syntax and versions, Host, origin of the page, size and time of a request."""
 
 import asyncio
 import ipaddress
@@ -29,10 +29,10 @@ LINE_LIMIT = 8190
 """Maximum request target (414), and maximum header field (431), in bytes."""
 
 KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection stays open."""
+"""Maximum time that an idle connection stays open, in seconds."""
 
 HEAD_SECONDS = 10
-"""How long the request line and the header fields of a request may take to arrive, from its first packet on."""
+"""Maximum time from the first packet of a request to the end of its header fields, in seconds."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110, 9.2.1), unless an endpoint declares `starts_work`."""
@@ -40,10 +40,10 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{0,5}))?")
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
-"""Methods that get 405 where no route of a path has them, and not 501."""
+"""Methods that get 405, not 501, where no route of a path has them."""
 
 _TOKEN_AND_TARGET = re.compile(r"b['\"][!#$%&*+.^_`|~0-9A-Za-z-]+ (/|\*|https?:)")
-"""How aiohttp quotes a request line that is well-formed, but for its method being unknown."""
+"""The message of aiohttp for a well-formed request line with an unknown method."""
 
 _ACCEPTED_BODY = web.RequestKey("accepted_body", int)
 
@@ -52,7 +52,7 @@ _ACCEPTED_BODY = web.RequestKey("accepted_body", int)
 
 
 class EdgeConnection(Connection):
-    """A connection that rejects what is not HTTP as everything else is rejected, and in one log line.
+    """A connection that rejects what is not HTTP with a problem document and one log line.
 
     A client has `HEAD_SECONDS` for the head of a request, and `accept_body` bytes for its body, however it is read.
     """
@@ -71,28 +71,28 @@ class EdgeConnection(Connection):
         self._head_timer: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Take what has arrived, and bound what the client may still owe or send."""
+        """Parse what has arrived, and limit the time and size of what follows."""
         super().data_received(data)
         if (request := self._current_request) is not None:
-            self._bound_body(request)
+            self._limit_body(request)
         waiter = self._waiter
         if waiter is None or waiter.done():
-            self._forget_head()
+            self._cancel_head_timer()
         elif self._head_timer is None:  # it waits for a request whose head has begun
             self._head_timer = self._loop.call_later(HEAD_SECONDS, self.force_close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Forget the timer."""
-        self._forget_head()
+        """Cancel the timer."""
+        self._cancel_head_timer()
         super().connection_lost(exc)
 
-    def _forget_head(self) -> None:
+    def _cancel_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _bound_body(self, request: web.BaseRequest) -> None:
-        """Let the handler that reads the body of a request fail where that is too large, or its framing is broken."""
+    def _limit_body(self, request: web.BaseRequest) -> None:
+        """Fail the reader of a body that is too large or whose framing is broken."""
         body, limit = request.content, request.get(_ACCEPTED_BODY)
         if body.exception() is not None:
             return
@@ -104,25 +104,25 @@ class EdgeConnection(Connection):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Answer a request that could not be parsed; what a handler raised has been answered before it comes here."""
+        """Respond to a request that cannot be parsed; what a handler raises is handled by the middleware before."""
         if not isinstance(exc, HttpProcessingError):
             return super().handle_error(request, status, exc, message)
         log.info("not HTTP from %s: %s", request.remote, type(exc).__name__)
-        response = _unparsed(exc).response()
-        sign(response.headers)
+        response = _parse_problem(exc).response()
+        set_common_headers(response.headers)
         response.force_close()
         return response
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send a response; what aiohttp rejects before any middleware (an Expect, 417) is a problem as well."""
+        """Send a response; what aiohttp rejects before any middleware (an Expect, 417) is a problem document too."""
         if isinstance(resp, web.HTTPException) and (problem := from_aiohttp(resp)) is not None and resp.status >= 400:
             resp = problem.response()
         return await super().finish_response(request, resp, start_time)
 
     def log_exception(self, *args: object, **kwargs: Any) -> None:
-        """Write down what went wrong outside any handler; a body that is broken or too large is no fault of ours."""
+        """Log an error outside any handler; a body that is broken or too large is not a fault of the server."""
         error = kwargs.get("exc_info")
         if isinstance(error, web.RequestPayloadError | Problem):
             log.info("broken body from %s: %s", self.peername, type(error).__name__)
@@ -130,22 +130,22 @@ class EdgeConnection(Connection):
             super().log_exception(*args, **kwargs)
 
 
-def _unparsed(error: HttpProcessingError) -> Problem:
-    """Return what a client is told of a request that aiohttp's parser rejects."""
+def _parse_problem(error: HttpProcessingError) -> Problem:
+    """Return the Problem of a request that aiohttp's parser rejects."""
     if isinstance(error, LineTooLong):
-        # Of the two that it measures, aiohttp reads the target alone into a bytearray.
+        # aiohttp measures targets and fields, and reads only the target into a bytearray.
         if isinstance(error.args[0], bytearray):
             return Problem(414, f"The request target is longer than {LINE_LIMIT} bytes.")
         return Problem(431, f"A header field is longer than {LINE_LIMIT} bytes.")
     if error.message == "Too many headers received":
         return Problem(431, "The request has more than 128 header fields.")
     if isinstance(error, BadHttpMethod) and _TOKEN_AND_TARGET.search(error.message):
-        return Problem(501, "This server does not know the method of this request.")
-    return Problem(400, "This is not a request as RFC 9112 describes it.")
+        return Problem(501, "The method of this request is unknown.")
+    return Problem(400, "The request is malformed (RFC 9112).")
 
 
-def sign(headers: CIMultiDict[str]) -> None:
-    """Add the header fields that every response has."""
+def set_common_headers(headers: CIMultiDict[str]) -> None:
+    """Set the header fields that every response has."""
     headers["Server"] = SERVER_NAME
     headers.setdefault("X-Content-Type-Options", "nosniff")
     headers.setdefault("Cache-Control", "no-store")
@@ -154,77 +154,77 @@ def sign(headers: CIMultiDict[str]) -> None:
 # -- a request
 
 
-def reject_unspoken(request: web.Request) -> None:
-    """Reject what is HTTP, but not as it is spoken here: another version, framing, form of target, or method.
+def reject_unsupported(request: web.Request) -> None:
+    """Reject an unsupported version, framing, form of target, or method.
 
     Source: RFC 9110, 9.1, 9.3.6 and 15.6; RFC 9112, 3.2, 6.1 and 6.3.
     """
     version, close = request._version, {"Connection": "close"}
     if version not in (HttpVersion10, HttpVersion11):
-        request._version = HttpVersion11  # the status line repeats it, and is to name a version that is spoken
-        raise Problem(505, "This server speaks HTTP/1.1 and HTTP/1.0.", headers=close)
+        request._version = HttpVersion11  # the status line repeats it, and must name a supported version
+        raise Problem(505, "Supported versions: HTTP/1.1, HTTP/1.0.", headers=close)
     if codings := request.headers.getall("Transfer-Encoding", ()):
         if version == HttpVersion10:
             raise Problem(400, "HTTP/1.0 has no Transfer-Encoding.", headers=close)
         if ", ".join(codings).lower().strip(" \t") != "chunked":
-            raise Problem(501, "The only transfer coding of this server is chunked.", headers=close)
+            raise Problem(501, "The only supported transfer coding is chunked.", headers=close)
     if "#" in request.raw_path:
-        raise Problem(400, "The target of a request has no fragment.")
+        raise Problem(400, "The target of a request must not have a fragment.")
     if request.method == "OPTIONS" and request.raw_path == "*":
-        raise Problem(405, "This server has options of a path alone, and none of its own.", headers={"Allow": ""})
+        raise Problem(405, "OPTIONS needs a path; * is not supported.", headers={"Allow": ""})
     if request.method not in _METHODS and request.match_info.http_exception is not None:
-        raise Problem(501, "This server does not implement the method of this request.", headers=close)
+        raise Problem(501, "The method of this request is not implemented.", headers=close)
 
 
 def accept_body(request: web.Request, limit: int) -> None:
-    """Bound the body of a request, in bytes; raises Problem 413 where its Content-Length is more.
+    """Limit the body of a request to `limit` bytes; raises Problem 413 where its Content-Length is more.
 
-    A body of unknown length fails its reader with the same Problem once it is more than `limit`.
+    A body of unknown length fails its reader with the same Problem once it is longer.
     """
     if max(request.content_length or 0, request.content.total_bytes) > limit:
         raise _too_large(limit)
     request[_ACCEPTED_BODY] = limit
-    request._client_max_size = limit  # what read() and post() go by
+    request._client_max_size = limit  # the limit of read() and post()
 
 
 def _too_large(limit: int) -> Problem:
-    return Problem(413, f"The body is larger than {limit} bytes, which is what this route takes.")
+    return Problem(413, f"The body is larger than {limit} bytes.")
 
 
 def reject_other_host(request: web.Request) -> None:
-    """Reject a host that is not ours: a page of another site must not reach a server on loopback (DNS rebinding).
+    """Reject an unknown host: a page of another site must not reach a server on loopback (DNS rebinding).
 
     The host is that of an absolute target, and of the Host field otherwise (RFC 9112, 3.2.2).
     """
     server = request.config_dict[CONFIG].server
     host, target = request.headers.get("Host"), request._message.url  # rel_url has lost the host
     if host is None and request.version >= HttpVersion11:
-        raise Problem(400, "A request of HTTP/1.1 needs a Host (RFC 9112 section 3.2).")
+        raise Problem(400, "A request of HTTP/1.1 needs a Host field (RFC 9112 section 3.2).")
     if target.absolute:
         host = target.raw_authority
     if host is None:
         return
     match = _HOST.fullmatch(host)
     if match is None or int(match["port"] or 0) > 65535:
-        raise Problem(400, "This Host is not a host name with an optional port (RFC 9110 section 7.2).")
+        raise Problem(400, "The Host is not a host name with an optional port (RFC 9110 section 7.2).")
     if target.absolute and target.scheme != (scheme := "https" if request.get_extra_info("sslcontext") else "http"):
-        raise Problem(421, f"This server answers to targets of the scheme {scheme} here.")
+        raise Problem(421, f"Targets must have the scheme {scheme} on this port.")
     if not _is_allowed(match["name"].strip("[]").rstrip(".").lower(), server):
-        raise Problem(421, "This server does not answer to that Host; `server.allowed_hosts` names those it does.")
+        raise Problem(421, "This Host is not allowed; see `server.allowed_hosts` in the configuration.")
 
 
 def reject_other_origin(request: web.Request) -> None:
-    """Reject with 403 a request that a page of another origin caused (CSRF), for what starts work or changes something.
+    """Reject with 403 a request that a page of another origin caused (CSRF); for routes that start or change something.
 
     Browsers send `Sec-Fetch-Site` to https and to loopback, and `Origin` with every unsafe method. A client without
     both, as curl, is not a page.
     """
     if not _is_from_own_origin(request):
-        raise Problem(403, "A page of another origin may not do this (Sec-Fetch-Site, Origin).")
+        raise Problem(403, "Requests from pages of another origin are not allowed here (Sec-Fetch-Site, Origin).")
 
 
 def _is_from_own_origin(request: web.Request) -> bool:
-    """Return whether a page of this server, its user, or a program sent a request. The one place that decides it.
+    """Return whether a page of this server, its user, or a program sent a request. Nothing else decides this.
 
     `Sec-Fetch-Site` comes first, since no page can forge it and it is right behind a proxy that ends TLS, where the
     scheme of `Origin` is not that of the request. Source: W3C Fetch Metadata, 2.3 and 5; RFC 6454, 7.
@@ -237,7 +237,7 @@ def _is_from_own_origin(request: web.Request) -> bool:
     origin = request.headers.get("Origin")
     if origin is None:
         return True
-    with suppress(ValueError):  # no URL with a scheme and a host, as `null`
+    with suppress(ValueError):  # not a URL with a scheme and a host, as `null`
         return URL(origin).origin() == request.url.origin()
     return False
 

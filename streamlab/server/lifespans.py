@@ -21,7 +21,7 @@ REPORT_SECONDS = 2.0
 async def lifespans(
     app: web.Application, registry: Registry, *, start_seconds: float, stop_at: Callable[[], float | None]
 ) -> AsyncIterator[None]:
-    """Hold every plugin's lifespan open, each in a task of its own: where one fails, that plugin fails alone.
+    """Hold every plugin's lifespan open, each in its own task: where one fails, only that plugin fails.
 
     A plugin that has not started after `start_seconds` is out of service, and the others start. `stop_at` is the time
     of the loop by which all of them must have been left, once it is known; one that is not is cancelled.
@@ -38,7 +38,7 @@ async def lifespans(
 
 
 class _Lifespan:
-    """The lifespan of one plugin, in a task of its own."""
+    """The lifespan of one plugin, in its own task."""
 
     def __init__(self, registry: Registry, name: str, enter: Callable[[], AbstractAsyncContextManager[None]]) -> None:
         self._registry = registry
@@ -54,7 +54,7 @@ class _Lifespan:
         return self._name.partition(":")[0]
 
     async def start(self, group: asyncio.TaskGroup, seconds: float) -> None:
-        """Enter it, and wait until it has started or failed; report it when that takes long, give up at the limit."""
+        """Enter it, and wait until it has started or failed; log a warning when that takes long, fail at the limit."""
         self._task = group.create_task(self._run(), name=f"lifespan of {self._name}")
         if await self._has_settled(min(REPORT_SECONDS, seconds)):
             return
@@ -84,7 +84,7 @@ class _Lifespan:
             self._settled.set()
 
     async def stop(self, stop_at: float | None) -> None:
-        """Leave it; cancel it where that is not done by `stop_at`."""
+        """Leave it; cancel it if that is not done by `stop_at`."""
         assert self._task is not None
         self._closing.set()
         left = None if stop_at is None else max(0.0, stop_at - asyncio.get_running_loop().time())

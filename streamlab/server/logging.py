@@ -16,10 +16,10 @@ from typing import Any
 
 
 def _escape(text: str) -> str:
-    """Return a text with each character escaped that is not printable, so that nobody's input can forge a log line.
+    """Return a text with each character escaped that is not printable, so that no input can forge a log line.
 
     Those are controls, line separators, marks that reverse the direction of a text, and halves of surrogate pairs,
-    which could not even be written.
+    which cannot be encoded.
     """
     if text.isprintable():
         return text
@@ -29,7 +29,7 @@ def _escape(text: str) -> str:
 class LineFormatter(logging.Formatter):
     """A record as one line: `time LEVEL logger message key=value`, or a JSON object; tracebacks follow indented.
 
-    `record.fields`, if there, are its structured part; `record.stack`, if there, is text that follows as a traceback.
+    `record.fields`, if present, are its structured part; `record.stack`, if present, follows like a traceback.
     """
 
     def __init__(self, style: str) -> None:
@@ -55,12 +55,12 @@ class LineFormatter(logging.Formatter):
 
 
 class BoundedQueueHandler(logging.handlers.QueueHandler):
-    """Hands lines to the writing thread. When its queue is full, lines are dropped and counted, never waited for."""
+    """Passes lines to the writing thread. When its queue is full, lines are dropped and counted; nothing waits."""
 
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Put a line into the queue, behind a note of those that were dropped, if any were."""
+        """Put a line into the queue, after a line that reports how many were dropped, if any were."""
         try:
             if self.dropped:
                 notice = copy.copy(record)
@@ -78,10 +78,10 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
 def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
     """Write log lines to stderr, and to a file that rotates at 10 MB, while the block runs.
 
-    A thread writes; the event loop never waits for a disk.
+    A thread writes them: the event loop never waits for a disk.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    complaint = ""
+    warning = ""
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,24 +89,24 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
                 logging.handlers.RotatingFileHandler(file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
             )
         except OSError as error:
-            complaint = f"{file} cannot be written ({error.strerror}): log lines go to stderr alone"
-    entrance = BoundedQueueHandler(queue.Queue(10_000))
-    entrance.setFormatter(LineFormatter(style))
-    listener = logging.handlers.QueueListener(entrance.queue, *handlers)
-    # It tells of every change it sees: with its lines in a file that is watched, it would never fall silent.
+            warning = f"{file} cannot be written ({error.strerror}): log lines go only to stderr"
+    queue_handler = BoundedQueueHandler(queue.Queue(10_000))
+    queue_handler.setFormatter(LineFormatter(style))
+    listener = logging.handlers.QueueListener(queue_handler.queue, *handlers)
+    # It logs every change that it sees: where the log itself is watched, each line would cause another one.
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
     root = logging.getLogger()
     before = root.level
-    root.addHandler(entrance)
+    root.addHandler(queue_handler)
     root.setLevel(level)
     listener.start()
     try:
-        if complaint:
-            logging.getLogger(__name__).warning(complaint)
+        if warning:
+            logging.getLogger(__name__).warning(warning)
         yield
     finally:
         listener.stop()
-        root.removeHandler(entrance)
+        root.removeHandler(queue_handler)
         root.setLevel(before)
         for handler in handlers:
             handler.close()

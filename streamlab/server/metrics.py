@@ -18,7 +18,7 @@ from streamlab.streaming.drain import Streams
 from streamlab.streaming.outcome import StreamSummary
 
 LAG_INTERVAL = 0.25
-"""Seconds between two looks at how late the event loop is."""
+"""Interval between two measurements of the event loop's lag, in seconds."""
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -26,7 +26,7 @@ _LONG = (0.01, 0.1, 1, 10, 60, 300, 900, 3600, 14400, 86400)
 
 
 class Metrics(Collector):
-    """The server's Prometheus metrics. How long streams live is never mixed into request latency.
+    """The server's Prometheus metrics. The duration of streams is not part of the request latency.
 
     Names and labels are in README, "operate". Source: Prometheus text format 0.0.4, OpenMetrics 1.0 by Accept.
     """
@@ -36,7 +36,7 @@ class Metrics(Collector):
         self._events = events
         self._bytes_of_ended: Tally[str] = Tally()
         self.registry = registry = prometheus_client.CollectorRegistry()
-        """Where a plugin's own counters go: `Counter(..., registry=app[METRICS].registry)`."""
+        """The registry for metrics of plugins: `Counter(..., registry=app[METRICS].registry)`."""
         self._ends = prometheus_client.Counter(
             "streamlab_streams", "Streams that ended, by outcome.", ["scenario", "outcome"], registry=registry
         )
@@ -56,7 +56,7 @@ class Metrics(Collector):
         )
         self._latency = prometheus_client.Histogram(
             "streamlab_request_seconds",
-            "Requests answered without a stream, by route.",
+            "Requests without a stream, by route.",
             ["route", "status"],
             buckets=_FAST,
             registry=registry,
@@ -69,7 +69,7 @@ class Metrics(Collector):
 
     @hookimpl
     def on_stream_end(self, summary: StreamSummary) -> None:
-        """Count a stream that is over."""
+        """Count a stream that has ended."""
         self._ends.labels(summary.scenario, summary.outcome.value).inc()
         self._bytes_of_ended[summary.scenario] += summary.bytes
         self._duration.labels(summary.scenario).observe(summary.seconds)
@@ -79,24 +79,24 @@ class Metrics(Collector):
     @hookimpl
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Watch the event loop's lag while the server serves."""
+        """Measure the event loop's lag while the server serves."""
         async with asyncio.TaskGroup() as group:
-            watch = group.create_task(self._watch_lag())
+            measuring = group.create_task(self._measure_lag())
             yield
-            watch.cancel()
+            measuring.cancel()
 
-    async def _watch_lag(self) -> None:
+    async def _measure_lag(self) -> None:
         while True:
             due = time.monotonic() + LAG_INTERVAL
             await asyncio.sleep(LAG_INTERVAL)
             self._lag.observe(max(0.0, time.monotonic() - due))
 
     def observe_request(self, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered without a stream."""
+        """Count a request whose response was not a stream."""
         self._latency.labels(route, str(status)).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """Read what is open right now; called by the registry at each scrape."""
+        """Yield the metrics of what is open now; called by the registry at each scrape."""
         open_now = GaugeMetricFamily("streamlab_open_streams", "Streams open now.", labels=["scenario"])
         sent = CounterMetricFamily("streamlab_stream_bytes", "Bytes of stream bodies sent.", labels=["scenario"])
         bytes_sent, open_streams = self._bytes_of_ended.copy(), Tally[str]()
@@ -116,7 +116,7 @@ class Metrics(Collector):
         yield followers
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Everything measured, and its content type."""
+        """Return all metrics in the format that `accept` prefers, and its content type."""
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
 

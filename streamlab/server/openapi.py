@@ -1,4 +1,4 @@
-"""One declaration of an endpoint, told as an OpenAPI 3.1 document, and as a curl command that tries it."""
+"""The declarations of endpoints as an OpenAPI 3.1 document and as curl commands."""
 
 import json
 import re
@@ -18,7 +18,7 @@ _REFERENCE = "#/components/schemas/{model}"
 
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
-    "description": "A refusal, as RFC 9457 describes it.",
+    "description": "An error response (RFC 9457).",
     "required": ["type", "title", "status", "detail"],
     "properties": {
         "type": {"type": "string", "format": "uri-reference"},
@@ -44,7 +44,7 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 def document(routes: Iterable[Route], *, version: str, described: Mapping[str, str]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of all routes; `described` has a sentence for each scenario.
 
-    Parameters come from the models that validate them, bounds included. Source: OpenAPI Specification 3.1.1.
+    Parameters and their bounds come from the models that validate them. Source: OpenAPI Specification 3.1.1.
     """
     listed = list(routes)
     models = [model for r in listed for model in (r.endpoint.body, r.error_format and r.error_format.model) if model]
@@ -62,7 +62,7 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
         "info": {
             "title": "streamlab",
             "version": version,
-            "description": "A streaming server for backends. Refusals are `application/problem+json`.",
+            "description": "A streaming server for backends. Error responses are `application/problem+json`.",
         },
         "tags": [{"name": name, "description": sentence} for name, sentence in described.items()],
         "paths": paths,
@@ -71,9 +71,9 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
 
 
 def _close(schema: Mapping[str, Any], definitions: Mapping[str, dict[str, Any]]) -> None:
-    """Say of the models that a schema refers to, directly or not, that they have no other fields.
+    """Set `additionalProperties` to false in the models that a schema refers to, directly or not.
 
-    `validation` reads a body so, where its model has no rule on other fields.
+    `validation` rejects other fields of a body too, unless its model has a rule for them.
     """
     for name in re.findall(_REFERENCE.format(model='([^"]+)'), json.dumps(schema)):
         if "properties" in definitions[name] and "additionalProperties" not in definitions[name]:
@@ -91,13 +91,13 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
         "tags": [route.scenario],
         "summary": endpoint.summary,
         "description": endpoint.description,
-        # An extension, for pages that show the command with other parameters: its words, "{url}" among them.
-        "x-curl": _words(endpoint),
+        # An extension, for pages that show the command with other parameters: its arguments, with "{url}" for the URL.
+        "x-curl": _curl_arguments(endpoint),
         "parameters": [*_path_parameters(endpoint), *_parameters(endpoint.query, "query")],
         "responses": {
             "200": {"description": endpoint.summary, "content": {media: {} for media in endpoint.sends}},
             **{str(status): {"description": meaning} for status, meaning in endpoint.responses.items()},
-            "default": {"description": "What was wrong with the request, or with the server.", "content": errors},
+            "default": {"description": "An error of the request or of the server.", "content": errors},
         },
     }
     if endpoint.body is not None:
@@ -111,8 +111,8 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
 
 
 def _example(endpoint: Endpoint) -> dict[str, Any]:
-    """The body that the curl command of an endpoint sends, as the `example` of a media type; nothing without one."""
-    body = next((body for option, body in pairwise(_words(endpoint)) if option in ("--json", "-d")), None)
+    """Return the body of an endpoint's curl command as the `example` of a media type; nothing if it has none."""
+    body = next((body for option, body in pairwise(_curl_arguments(endpoint)) if option in ("--json", "-d")), None)
     if body is None:
         return {}
     try:
@@ -122,16 +122,16 @@ def _example(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def body_example(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a body that tries an endpoint: the first of the model's examples, or those of its fields put together."""
+    """Return an example of a body: the model's first example, or the first examples of its fields combined."""
     schema = model.model_json_schema()
     fields = {name: shape["examples"][0] for name, shape in schema.get("properties", {}).items() if "examples" in shape}
     return dict(next(iter(schema.get("examples", ())), fields))
 
 
-def _words(endpoint: Endpoint) -> list[str]:
+def _curl_arguments(endpoint: Endpoint) -> list[str]:
     try:
         return shlex.split(endpoint.curl)
-    except ValueError:  # a quote that is not closed is its author's to mend, and no reason to describe nothing
+    except ValueError:  # an unclosed quote must not make the complete document fail
         return endpoint.curl.split()
 
 
@@ -142,12 +142,12 @@ def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     return [{"name": name, **plain, **described.get(name, {}), "required": True} for name in names]
 
 
-def _parameters(model: type[BaseModel] | None, place: str) -> Iterator[dict[str, Any]]:
+def _parameters(model: type[BaseModel] | None, where: str) -> Iterator[dict[str, Any]]:
     if model is None:
         return
     schema = _inlined(model.model_json_schema())
     for name, shape in schema.get("properties", {}).items():
-        parameter = {"name": name, "in": place, "required": name in schema.get("required", ())}
+        parameter = {"name": name, "in": where, "required": name in schema.get("required", ())}
         if description := shape.pop("description", ""):
             parameter["description"] = description
         if examples := shape.pop("examples", []):
@@ -157,7 +157,7 @@ def _parameters(model: type[BaseModel] | None, place: str) -> Iterator[dict[str,
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with its `$defs` (enumerations) put where they are named: a parameter has no place for them."""
+    """Return a schema with its `$defs` (enumerations) inlined: the schema of a parameter cannot have any."""
     definitions = schema.pop("$defs", {})
 
     def resolve(value: Any) -> Any:
@@ -174,15 +174,15 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def curl(endpoint: Endpoint, origin: str) -> str:
-    """Return a command that tries an endpoint: examples of its models where they give some, quoted for a shell."""
+    """Return a curl command for an endpoint, with the examples of its models, quoted for a shell."""
     path = endpoint.template
     for parameter in _path_parameters(endpoint):
         path = path.replace(f"{{{parameter['name']}}}", quote(str(parameter.get("example", ""))))
     query = [(item["name"], item["example"]) for item in _parameters(endpoint.query, "query") if "example" in item]
     address = f"{origin}{path}{'?' if query else ''}{urlencode(query)}"
-    words = endpoint.curl.replace("{url}", shlex.quote(address))
-    if endpoint.body is not None and "-d " not in words:
+    arguments = endpoint.curl.replace("{url}", shlex.quote(address))
+    if endpoint.body is not None and "-d " not in arguments:
         example = json.dumps(body_example(endpoint.body))
-        words = f"-H 'Content-Type: application/json' -d {shlex.quote(example)} {words}"
-    verb = f"-X {endpoint.method} " if endpoint.method not in ("GET", "POST") else ""
-    return f"curl {verb}{words}"
+        arguments = f"-H 'Content-Type: application/json' -d {shlex.quote(example)} {arguments}"
+    method = f"-X {endpoint.method} " if endpoint.method not in ("GET", "POST") else ""
+    return f"curl {method}{arguments}"

@@ -1,4 +1,4 @@
-"""Which plugins exist, which are in force, and the scenarios built from them."""
+"""Which plugins exist, which are active, and the scenarios built from them."""
 
 import importlib.metadata
 import importlib.util
@@ -34,44 +34,44 @@ State = Literal["ready", "disabled", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A plugin that exists, not yet imported."""
+    """A plugin that has been found, but not imported yet."""
 
     name: str
     origin: str
-    """Its file, or the distribution that brought it."""
+    """Its file, or the distribution that contains it."""
     load: Callable[[], Any]
     sources: Callable[[], Iterable[Path]]
-    """Its Python files, to learn the routes of a plugin that cannot be imported."""
+    """A function that lists its Python files, to find the routes of a plugin that cannot be imported."""
 
 
 @dataclass(slots=True)
 class Plugin:
-    """A plugin as it stands in this server: in force, switched off, or failed with a reason."""
+    """A plugin and its state in this server: active, disabled, or failed with a reason."""
 
     name: str
     origin: str
     state: State = "ready"
     reason: str = ""
-    """Why it failed, in words for clients: no path of this machine."""
+    """Why it failed, for clients: without absolute paths."""
     scenarios: list[Scenario] = field(default_factory=list)
-    switched_off: list[str] = field(default_factory=list)
-    """Names of its scenarios that are not built, though the plugin is imported."""
+    disabled: list[str] = field(default_factory=list)
+    """Names of its scenarios that are not built although the plugin is imported."""
     lost_routes: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of what a failed plugin would have served."""
 
     @property
     def scenario_names(self) -> list[str]:
-        """Every scenario it brings, built or not."""
-        return [*(scenario.name for scenario in self.scenarios), *self.switched_off]
+        """Return the names of its scenarios, built or not."""
+        return [*(scenario.name for scenario in self.scenarios), *self.disabled]
 
     @property
     def routes(self) -> Iterator[Route]:
-        """The routes of its scenarios."""
+        """Return the routes of its scenarios."""
         return (route for scenario in self.scenarios for route in scenario.routes())
 
 
 class Registry:
-    """Every plugin of one server, and the hooks of those in force."""
+    """Every plugin of one server, and the hooks of those that are active."""
 
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
@@ -80,32 +80,32 @@ class Registry:
 
     @classmethod
     def load(cls, config: Config) -> "Registry":
-        """Find the plugins, leave out what is disabled, import the rest and build their scenarios.
+        """Find the plugins, skip those that are disabled, import the others and build their scenarios.
 
-        A plugin that cannot be imported fails alone. Raises ConfigError with everything that is wrong with the
-        configuration, with names that two plugins claim, and with hooks that do not exist.
+        A plugin that cannot be imported does not affect the others. Raises ConfigError with every fault of the
+        configuration, with names that two plugins have, and with hooks that do not exist.
         """
         registry = cls()
         switches, faults = _switches(config)
-        chosen: dict[str, Found] = {}
+        by_name: dict[str, Found] = {}
         for found in sorted(find(config), key=lambda found: (found.name, found.origin)):
-            first = chosen.setdefault(found.name, found)
+            first = by_name.setdefault(found.name, found)
             if first is not found:
-                both = (
+                reason = (
                     f"two plugins have the name {found.name!r}: {first.origin} and {found.origin}; rename or remove one"
                 )
-                faults.append(Fault(config.source, "plugins.path", both))
-        for found in chosen.values():
-            faults += registry._admit(found, config, switches)
+                faults.append(Fault(config.source, "plugins.path", reason))
+        for found in by_name.values():
+            faults += registry._load_plugin(found, config, switches)
         faults += registry._unknown_tables(config)
-        if everything := [*config.faults, *faults]:
-            raise ConfigError(everything)
+        if all_faults := [*config.faults, *faults]:
+            raise ConfigError(all_faults)
         return registry
 
-    # -- admitting plugins
+    # -- loading plugins
 
-    def _admit(self, found: Found, config: Config, switches: Mapping[str, bool]) -> list[Fault]:
-        """Decide about one plugin, import it if it is in force, and build its scenarios."""
+    def _load_plugin(self, found: Found, config: Config, switches: Mapping[str, bool]) -> list[Fault]:
+        """Import a plugin and build its scenarios, unless it is disabled; return what is wrong with it."""
         plugin = Plugin(found.name, found.origin)
         self.plugins.append(plugin)
         if not switches.get(plugin.name, True):
@@ -124,17 +124,17 @@ class Registry:
             plugin.lost_routes = list(_declared_routes(found.sources()))
             self.fail(plugin.name, error)
             return []
-        if plugin.switched_off and not plugin.scenarios:
+        if plugin.disabled and not plugin.scenarios:
             plugin.state = "disabled"
         return faults
 
     def _scenario_classes(self, plugin: str) -> list[type[Scenario]]:
-        for name, ask in self._implementations("register_scenarios"):
+        for name, call in self._calls("register_scenarios"):
             if name == plugin:
-                answer = next(iter(ask()), None)
-                if answer is None:
+                returned = call()
+                if returned is None:
                     raise TypeError("register_scenarios must return Scenario classes, not None")
-                for item in (classes := list(answer)):
+                for item in (classes := list(returned)):
                     if not (isinstance(item, type) and issubclass(item, Scenario)):
                         raise TypeError(f"register_scenarios must return Scenario classes, not {item!r}")
                 return classes
@@ -143,13 +143,13 @@ class Registry:
     def _build(
         self, plugin: Plugin, scenario_class: type[Scenario], config: Config, switches: Mapping[str, bool]
     ) -> list[Fault]:
-        """Make a scenario of its class and its table, and register the hooks that it answers itself."""
+        """Build a scenario from its class and its table, and register the hooks among its methods."""
         name = scenario_class.name
         faults = [Fault(plugin.origin, scenario_class.__name__, reason) for reason in _misspelt_hooks(scenario_class)]
         if any(name == known for other in self.plugins for known in other.scenario_names):
-            faults.append(Fault(plugin.origin, "", f"there is a scenario {name!r} already; give this another name"))
+            faults.append(Fault(plugin.origin, "", f"there already is a scenario {name!r}; rename this one"))
         if not faults and not switches.get(name, True):
-            plugin.switched_off.append(name)
+            plugin.disabled.append(name)
         elif not faults:
             table = {key: value for key, value in config.scenarios.get(name, {}).items() if key != "enabled"}
             scenario, faults = config.decode(scenario_class, table, "scenarios", name)
@@ -157,11 +157,11 @@ class Registry:
                 plugin.scenarios.append(scenario)
                 self._hooks.register(_ScenarioHooks(scenario), name=f"{plugin.name}:{name}")
             else:
-                plugin.switched_off.append(name)
+                plugin.disabled.append(name)
         return faults
 
     def _unknown_tables(self, config: Config) -> list[Fault]:
-        """Name the tables that no plugin and no scenario reads, and the keys of those that only switch a plugin."""
+        """Return faults for tables that nothing reads, and for keys of tables that can only disable a plugin."""
         if any(plugin.state == "failed" for plugin in self.plugins):
             return []  # a table may be meant for a scenario that could not be imported
         scenarios = {name for plugin in self.plugins for name in plugin.scenario_names}
@@ -174,7 +174,7 @@ class Registry:
                 faults.append(config.fault(("scenarios", name), reason))
             elif name in active - scenarios:
                 own = next(map(repr, plugin.scenario_names) for plugin in self.plugins if plugin.name == name)
-                reason = f"only `enabled` counts for a plugin; its scenarios have tables: {', '.join(own) or 'none'}"
+                reason = f"a plugin has only the key `enabled`; tables of its scenarios: {', '.join(own) or 'none'}"
                 keys = (key for key in table if key != "enabled")
                 faults += [config.fault(("scenarios", name, key), reason, table[key]) for key in keys]
         return faults
@@ -182,62 +182,62 @@ class Registry:
     # -- calling hooks
 
     def add(self, name: str, plugin: object) -> None:
-        """Register hooks of the core itself; its metrics and its log are plugins like others."""
+        """Register hooks of the core itself, as of its metrics and its access log."""
         self._hooks.register(plugin, name=name)
 
     def tasks(self) -> dict[str, Task]:
-        """Every kind of task that plugins in force bring, by name; a plugin that names none rightly fails alone.
+        """Return every kind of task of the active plugins, by name; a plugin whose hook raises fails.
 
-        Raises ConfigError where two of them have one name.
+        Raises ConfigError where two of them have the same name.
         """
         tasks: dict[str, Task] = {}
         owners: dict[str, str] = {}
         faults: list[Fault] = []
-        for name, ask in reversed(self._implementations("register_tasks")):
+        for name, call in self._calls("register_tasks"):
             try:
-                answer = list(next(iter(ask()), ()))
-                for task in answer:
+                kinds = list(call() or ())
+                for task in kinds:
                     if not isinstance(task, Task):
                         raise TypeError(f"register_tasks must return Tasks, not {task!r}")
             except Exception as error:
                 self.fail(name, error)
                 continue
-            for task in answer:
+            for task in kinds:
                 if owner := owners.get(task.name):
-                    both = f"two plugins have a task {task.name!r}: {owner} and {name}; rename one"
-                    faults.append(Fault(name, "", both))
+                    reason = f"two plugins have a task {task.name!r}: {owner} and {name}; rename one"
+                    faults.append(Fault(name, "", reason))
                 tasks[task.name], owners[task.name] = task, name
         if faults:
             raise ConfigError(faults)
         return tasks
 
     def worker_lifespans(self, app: web.Application) -> list[AbstractAsyncContextManager[None]]:
-        """What plugins in force hold open in a process that only works."""
-        answers = [next(iter(ask(app=app)), None) for _, ask in reversed(self._implementations("worker_lifespan"))]
-        return [answer for answer in answers if answer is not None]
+        """Return the worker context managers of the active plugins."""
+        contexts = [call(app=app) for _, call in self._calls("worker_lifespan")]
+        return [context for context in contexts if context is not None]
 
     def lifespans(self, app: web.Application) -> Iterator[tuple[str, Callable[[], AbstractAsyncContextManager[None]]]]:
-        """Every lifespan in force, in the order of the plugins, with the name to give to `fail`."""
-        for name, ask in reversed(self._implementations("lifespan")):
-            yield name, partial(self._lifespan, ask, app)
+        """Yield the lifespans of the active plugins, in their order, each with the name to pass to `fail`."""
+        for name, call in self._calls("lifespan"):
+            yield name, partial(self._lifespan, call, app)
 
     @staticmethod
-    def _lifespan(ask: Callable[..., list[Any]], app: web.Application) -> AbstractAsyncContextManager[None]:
-        context = next(iter(ask(app=app)), None)
+    def _lifespan(call: Callable[..., Any], app: web.Application) -> AbstractAsyncContextManager[None]:
+        context = call(app=app)
         if not isinstance(context, AbstractAsyncContextManager):
             raise TypeError(f"lifespan must return an async context manager, not {type(context).__name__}")
         return context
 
     def degraded(self) -> dict[str, str]:
-        """Return the scenarios in service that work only in part, by name, each with the reason that it reports.
+        """Return the degraded scenarios by name, each with the reason that it reports.
 
         A hook of a plugin's module reports for all scenarios of the plugin. One that raises, or returns anything but
         text or None, is itself a reason.
         """
         reasons: dict[str, str] = {}
-        for name, report in self._implementations("health"):
+        for name, call in reversed(list(self._calls("health"))):
             try:
-                reason = next(iter(report()), None)
+                reason = call()
                 if not isinstance(reason, str | None):
                     raise TypeError(f"health must return text or None, not {type(reason).__name__}")
             except Exception as error:
@@ -249,15 +249,15 @@ class Registry:
         return reasons
 
     def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
-        """Tell every plugin in force that a stream is over; one that raises does not keep it from the others."""
-        for name, tell in self._implementations("on_stream_end"):
+        """Notify the active plugins that a stream has ended; one that raises does not affect the others."""
+        for name, call in self._calls("on_stream_end"):
             try:
-                tell(request=request, summary=summary)
+                call(request=request, summary=summary)
             except Exception:
                 log.exception("on_stream_end of the plugin %s failed", name)
 
     def fail(self, name: str, error: BaseException) -> None:
-        """Take a plugin out of service: its routes answer 503 with the reason, its hooks are not called any more."""
+        """Take a plugin out of service: its routes respond with 503 and the reason, its hooks are no longer called."""
         owner = name.partition(":")[0]
         for plugin in self.plugins:
             if plugin.name == owner:
@@ -268,34 +268,41 @@ class Registry:
             if known.partition(":")[0] == owner and registered is not None:
                 self._hooks.unregister(registered)
 
-    def _implementations(self, hook: str) -> list[tuple[str, Callable[..., list[Any]]]]:
-        """Each plugin's own answer to a hook, by the name it is registered under, last registered first."""
+    def _calls(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yield each implementation of a hook with the name of its plugin, in the order of registration.
+
+        A call takes all arguments of the hook and returns what the implementation returns.
+        """
         registered = self._hooks.list_name_plugin()
-        names = [implementation.plugin_name for implementation in getattr(self._hooks.hook, hook).get_hookimpls()]
-        return [
-            (name, self._hooks.subset_hook_caller(hook, [other for known, other in registered if known != name]))
-            for name in reversed(names)
-        ]
+        for implementation in getattr(self._hooks.hook, hook).get_hookimpls():
+            name = implementation.plugin_name
+            others = [plugin for known, plugin in registered if known != name]
+            yield name, partial(_first, self._hooks.subset_hook_caller(hook, others))
+
+
+def _first(call: Callable[..., list[Any]], **arguments: Any) -> Any:
+    """Call a hook that one plugin implements; pluggy leaves a None out of the results."""
+    return next(iter(call(**arguments)), None)
 
 
 def _switches(config: Config) -> tuple[dict[str, bool], list[Fault]]:
-    """Which tables say `enabled = false`; a variable says it as text."""
-    words = {True: True, False: False, "true": True, "false": False}
+    """Return the value of `enabled` by table; in a variable it is text."""
+    values = {True: True, False: False, "true": True, "false": False}
     switches: dict[str, bool] = {}
     faults: list[Fault] = []
     for name, table in config.scenarios.items():
         value = table.get("enabled", True)
         value = value.lower() if isinstance(value, str) else value
-        if isinstance(value, bool | str) and value in words:
-            switches[name] = words[value]
+        if isinstance(value, bool | str) and value in values:
+            switches[name] = values[value]
         else:
             faults.append(config.fault(("scenarios", name, "enabled"), "must be true or false", value))
     return switches, faults
 
 
 def find(config: Config) -> Iterator[Found]:
-    """Find plugins without importing any: files that ship, files of the drop-in folders, entry points `streamlab`."""
-    folders = dict.fromkeys(folder.resolve() for folder in (_shipped_folder(), *config.plugins.path))
+    """Find plugins without importing any: built-in files, files of the drop-in folders, entry points `streamlab`."""
+    folders = dict.fromkeys(folder.resolve() for folder in (_builtin_folder(), *config.plugins.path))
     for folder in folders:
         if folder.is_dir():
             for path in sorted(folder.iterdir()):
@@ -306,15 +313,15 @@ def find(config: Config) -> Iterator[Found]:
         yield Found(entry.name, distribution, entry.load, lambda entry=entry: _installed_sources(entry.module))  # type: ignore[misc]
 
 
-def _shipped_folder() -> Path:
-    """Where the plugins that ship are: inside the installed package, or beside it in a checkout."""
+def _builtin_folder() -> Path:
+    """Return the folder of the built-in plugins: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "plugins"
     return installed if installed.is_dir() else package.parent / "plugins"
 
 
 def _source_of(path: Path) -> Path | None:
-    """The file to execute for an entry of a plugin folder; None where it is no plugin."""
+    """Return the file to execute for an entry of a plugin folder; None where it is not a plugin."""
     if path.name.startswith((".", "_")):
         return None
     if path.suffix == ".py" and path.stem.isidentifier():
@@ -325,8 +332,8 @@ def _source_of(path: Path) -> Path | None:
 
 def _file_plugin(path: Path, source: Path) -> Found:
     def load() -> ModuleType:
-        # A module of its own at each load, so that two applications of one process share nothing. It is entered in
-        # sys.modules before it runs: dataclasses look their annotations up there.
+        # A new module at each load, so that two applications of one process share nothing. It is put into sys.modules
+        # before it runs: dataclasses look up their annotations there.
         name = f"streamlab.plugins.{path.stem}"
         for stale in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
             del sys.modules[stale]
@@ -358,7 +365,7 @@ def _installed_sources(module: str) -> list[Path]:
 
 
 def _declared_routes(sources: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Read `@endpoint("GET", "/path"` out of source that may not even parse."""
+    """Yield the routes of `@endpoint("GET", "/path"` in source that may not even parse."""
     for source in sources:
         text = source.read_text(encoding="utf-8", errors="replace")
         for match in re.finditer(r"""^\s*@endpoint\(\s*["'](\w+)["']\s*,\s*["'](/[^"']*)["']""", text, re.MULTILINE):
@@ -366,7 +373,7 @@ def _declared_routes(sources: Iterable[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _marked(namespace: Any) -> dict[str, Any]:
-    """The functions of a module or class that carry the mark `hookimpl`, by name."""
+    """Return the functions of a module or class that are marked with `hookimpl`, by name."""
     mark = f"{PROJECT}_impl"
     return {name: value for name, value in vars(namespace).items() if hasattr(value, mark)}
 
@@ -377,7 +384,7 @@ def _misspelt_hooks(module: Any) -> Iterator[str]:
 
 
 class _ScenarioHooks:
-    """The hooks a scenario answers itself, as methods: what pluggy registers in its place."""
+    """The hooks among a scenario's methods: pluggy registers this instead of the scenario."""
 
     def __init__(self, scenario: Scenario) -> None:
         names = {name for base in type(scenario).__mro__ for name in _marked(base)}
@@ -385,7 +392,7 @@ class _ScenarioHooks:
 
 
 def _extras() -> list[str]:
-    """The extras of streamlab; one that has a plugin's name brings what that plugin needs."""
+    """Return the extras of streamlab; one with a plugin's name installs what that plugin needs."""
     try:
         return importlib.metadata.metadata(PROJECT).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
@@ -393,14 +400,14 @@ def _extras() -> list[str]:
 
 
 def _reason(plugin: str, error: BaseException) -> str:
-    """Why a plugin failed, for people who may not see this machine: no path, and what to do where that is known."""
+    """Return why a plugin failed, for clients: without absolute paths, and with the remedy where it is known."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     if isinstance(error, Problem):
         return error.detail
     if isinstance(error, ModuleNotFoundError) and error.name:
         known = plugin in _extras()
-        remedy = f"pip install 'streamlab[{plugin}]'" if known else f"install what provides {error.name!r}"
+        remedy = f"pip install 'streamlab[{plugin}]'" if known else f"install the package that contains {error.name!r}"
         return f"needs the Python module {error.name!r}: {remedy}"
     if isinstance(error, SyntaxError):
         return f"{error.msg} (line {error.lineno} of {Path(error.filename or plugin).name})"

@@ -40,15 +40,15 @@ MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png"
 
 
 def version() -> str:
-    """The installed version of streamlab; `0` in a checkout that is run without being installed."""
+    """Return the installed version of streamlab; `0` in a checkout that is run without being installed."""
     try:
         return importlib.metadata.version("streamlab")
     except importlib.metadata.PackageNotFoundError:
         return "0"
 
 
-class Asset(BaseModel):
-    """Which file of a page is meant."""
+class AssetPath(BaseModel):
+    """The path of a file that a page needs."""
 
     name: str = Field(
         pattern=r"^[\w-]+\.(css|js|png|svg)$", max_length=100, description="The file's name.", examples=["site.css"]
@@ -56,7 +56,7 @@ class Asset(BaseModel):
 
 
 class Site(Scenario):
-    """The server itself: what it serves, how it is, and what it has measured."""
+    """The server itself: its routes, its state, and its metrics."""
 
     @endpoint("GET", "/", sends=("text/plain", "text/html"), curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
@@ -64,7 +64,7 @@ class Site(Scenario):
         vary = {"Vary": "Accept"}
         if "text/html" in request.headers.get("Accept", ""):
             return self._lab(request, vary)
-        serving, failed = self._offers(request)
+        serving, failed = self._routes_in_service(request)
         blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in serving]
         blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
         text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
@@ -72,12 +72,12 @@ class Site(Scenario):
 
     @endpoint("GET", "/lab", sends="text/html", curl="{url}")
     async def lab(self, request: web.Request) -> web.Response:
-        """Run every route in a browser: watch what arrives, cut the connection, resume."""
+        """Run every route in a browser: watch what arrives, disconnect, resume."""
         return self._lab(request)
 
     @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
     async def health(self, request: web.Request) -> web.Response:
-        """Report the state of the server: its scenarios and its event log with reasons, open streams, seconds up.
+        """Report the state of the server: its scenarios and its event log with reasons, open streams, uptime.
 
         `status` is `ok`, `degraded` (a plugin is out of service, or a scenario or the event log works only in part)
         or, with 503, `draining`. The states of a scenario are `ready`, `degraded`, `failed` and `disabled`.
@@ -102,7 +102,7 @@ class Site(Scenario):
 
     @endpoint("GET", "/metrics", sends=("text/plain", "application/openmetrics-text"), curl="{url}")
     async def metrics(self, request: web.Request) -> web.Response:
-        """Show what was measured, for Prometheus."""
+        """Expose the metrics for Prometheus."""
         body, content_type = request.app[METRICS].exposition(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
@@ -121,34 +121,34 @@ class Site(Scenario):
     @endpoint(
         "GET",
         "/assets/{name}",
-        path_model=Asset,
+        path_model=AssetPath,
         sends=tuple(MEDIA_TYPES.values()),
         curl="{url}",
     )
-    async def asset(self, request: web.Request, path: Asset) -> web.StreamResponse:
+    async def asset(self, request: web.Request, path: AssetPath) -> web.StreamResponse:
         """Serve a file that the pages need."""
         for folder in (WEB, _swagger_ui()):
             if (file := folder / path.name).is_file():
                 headers = {"Content-Type": MEDIA_TYPES[file.suffix], "Cache-Control": "no-cache"}
                 return web.FileResponse(file, headers=headers)
-        raise Problem(404, "No page needs a file of this name.")
+        raise Problem(404, "There is no asset of this name.")
 
-    def _offers(self, request: web.Request) -> tuple[list[tuple[Route, str]], list[Plugin]]:
-        """The routes in service, each with a command that tries it, and the plugins that are out of service."""
+    def _routes_in_service(self, request: web.Request) -> tuple[list[tuple[Route, str]], list[Plugin]]:
+        """Return the routes in service, each with a curl command, and the plugins that are out of service."""
         failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
         lost = {name for plugin in failed for name in plugin.scenario_names}
         origin = str(request.url.origin())
         serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
-        serving.sort(key=lambda route: route.scenario == self.name)  # what plugins bring comes first
+        serving.sort(key=lambda route: route.scenario == self.name)  # routes of plugins come first
         return [(route, openapi.curl(route.endpoint, origin)) for route in serving], failed
 
     def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
-        """The lab page. Its list of routes is whole without JavaScript; what can be done with one is web/lab.js."""
-        serving, failed = self._offers(request)
+        """Return the lab page. Its list of routes is complete without JavaScript; web/lab.js adds what runs them."""
+        serving, failed = self._routes_in_service(request)
         described = self._described(request)
         sections = [
-            _section(scenario, described.get(scenario, ""), (_item(route, command) for route, command in offers))
-            for scenario, offers in groupby(serving, key=lambda offer: offer[0].scenario)
+            _section(scenario, described.get(scenario, ""), (_item(route, command) for route, command in listed))
+            for scenario, listed in groupby(serving, key=lambda pair: pair[0].scenario)
         ]
         sections += [
             _section(
@@ -163,23 +163,23 @@ class Site(Scenario):
         return _page(request, page.replace("{{routes}}", "\n".join(sections)), headers)
 
     def _described(self, request: web.Request) -> dict[str, str]:
-        """A sentence on each scenario."""
+        """Return one sentence about each scenario."""
         scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
         return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
 
 
 def _state(plugin: Plugin, scenario: str, reason: str) -> dict[str, str]:
-    """Return what /health reports of a scenario, with the reason why it works only in part, if it does."""
-    if scenario in plugin.switched_off:
+    """Return what /health reports of a scenario: its state, with a reason if it is degraded or failed."""
+    if scenario in plugin.disabled:
         return {"state": "disabled"}
     if reason:
         return {"state": "degraded", "reason": reason}
     return {"state": plugin.state, **({"reason": plugin.reason} if plugin.reason else {})}
 
 
-def _section(title: str, told: str, items: Iterable[str], style: str = "") -> str:
+def _section(title: str, text: str, items: Iterable[str], style: str = "") -> str:
     listed = "\n".join(items)
-    return f"<section{style}><h2>{escape(title)}</h2>\n<p>{escape(told)}</p>\n<ul>\n{listed}\n</ul></section>"
+    return f"<section{style}><h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n<ul>\n{listed}\n</ul></section>"
 
 
 def _item(route: Route, command: str) -> str:
@@ -206,7 +206,7 @@ def _template(name: str) -> str:
 
 @cache
 def _swagger_ui() -> Path:
-    """The folder of Swagger UI's files; the package around it is not imported."""
+    """Return the folder of Swagger UI's files without importing its package."""
     spec = importlib.util.find_spec("swagger_ui")
     assert spec is not None
     assert spec.origin is not None
@@ -219,7 +219,7 @@ def _page(request: web.Request, text: str, headers: dict[str, str] | None = None
 
 
 def _revalidated(request: web.Request, text: str, content_type: str, headers: dict[str, str]) -> web.Response:
-    """Return a text with its validator, or 304 where the client has it already (RFC 9110, 13.1.2)."""
+    """Return a text with its ETag, or 304 where the client has it already (RFC 9110, 13.1.2)."""
     tag = hashlib.sha256(text.encode()).hexdigest()[:32]
     headers = {**headers, "Cache-Control": "no-cache", "ETag": f'"{tag}"'}
     if any(known.value in (tag, "*") for known in request.if_none_match or ()):

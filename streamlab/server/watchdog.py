@@ -1,4 +1,4 @@
-"""Stop signals, and a thread beside the event loop: it reports what blocks the loop, and ends a process that hangs."""
+"""Stop signals, and a thread next to the event loop that reports what blocks it and kills a process that hangs."""
 
 import asyncio
 import logging
@@ -19,35 +19,35 @@ from typing import Any, Self
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Signals that stop the server: the first one gently, the second one at once."""
+"""Signals that stop the server: the first one drains it, the second one aborts what is open."""
 
 TICK_SECONDS = 1.0
-"""Interval at which the event loop shows that it turns, in seconds."""
+"""Interval at which the event loop reports that it runs, in seconds."""
 
 BLOCKED_SECONDS = 2.0
-"""Time without a turn of the event loop after which it counts as blocked, in seconds."""
+"""Time without a report of the event loop after which it counts as blocked, in seconds."""
 
 SECOND_SIGNAL_SECONDS = 2.0
-"""Time left to a process after the second stop signal, in seconds."""
+"""Maximum time from the second stop signal to the end of the process, in seconds."""
 
 FLUSH_SECONDS = 0.2
-"""Maximum time for the last log lines to be written before the process is ended, in seconds."""
+"""Maximum time to write the last log lines before the process is killed, in seconds."""
 
 
 class Stopped(Exception):
-    """A stop signal came before everything had started."""
+    """A stop signal arrived before the start was complete."""
 
 
 class Watchdog:
-    """The stop signals of this process, and what holds even where its event loop or a thread hangs.
+    """The stop signals of this process, and a supervisor that works even when the event loop or a thread hangs.
 
     While the context is open, SIGTERM and SIGINT set `stopping`; `on_second` is called in the loop for every further
     one. A loop that is blocked for BLOCKED_SECONDS is reported with the stack of what blocks it. A process that still
-    runs `stop_seconds` after the first signal is ended with status 1, and reports what kept it: this holds after the
-    context is left, too, until the process has ended. Must be entered in the main thread.
+    runs `stop_seconds` after the first signal is killed with status 1, and logs the stacks of its threads; this holds
+    after the context is left too, until the process has ended. Must be entered in the main thread.
 
     Signals reach the thread by a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), so that
-    they count even where no Python code of the main thread runs.
+    they are handled even where no Python code of the main thread runs.
     """
 
     def __init__(self, *, stop_seconds: float, on_second: Callable[[], None] = lambda: None) -> None:
@@ -58,26 +58,26 @@ class Watchdog:
         self._main = threading.get_ident()
         self._start: asyncio.Timeout | None = None
         self._tick: asyncio.TimerHandle | None = None
-        self._turned_at = time.monotonic()
+        self._ran_at = time.monotonic()
         self._open = True
         self._signals, self._signalled = -1, -1
         self._previous: dict[int, Any] = {}
         self._previous_fd = -1
 
     def __enter__(self) -> Self:
-        """Take over the signals, and start the thread."""
+        """Install the signal handlers, and start the thread."""
         self._signals, self._signalled = os.pipe()
         os.set_blocking(self._signalled, False)
         self._previous_fd = signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
-        self._turn()
+        self._previous = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
+        self._note_run()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back; the thread stays only where the process is about to end."""
+        """Restore the signal handlers; the thread continues only if the process is about to end."""
         self._open = False
         if self._tick is not None:
             self._tick.cancel()
@@ -109,9 +109,9 @@ class Watchdog:
         if self._start is not None:
             self._start.reschedule(self._loop.time())
 
-    def _turn(self) -> None:
-        self._turned_at = time.monotonic()
-        self._tick = self._loop.call_later(TICK_SECONDS, self._turn)
+    def _note_run(self) -> None:
+        self._ran_at = time.monotonic()
+        self._tick = self._loop.call_later(TICK_SECONDS, self._note_run)
 
     # -- in the thread
 
@@ -133,34 +133,34 @@ class Watchdog:
                     return
                 time.sleep(wait)
             if ends_at is not None and time.monotonic() >= ends_at:
-                self._end()
-            # Seen twice in a row: a process that was stopped and continued is no blocked loop.
-            was_overdue, overdue = overdue, time.monotonic() - self._turned_at > BLOCKED_SECONDS
-            if self._open and overdue and was_overdue and reported_for != self._turned_at:
-                reported_for = self._turned_at
-                seconds = time.monotonic() - self._turned_at
+                self._kill()
+            # Twice in a row: a process that was stopped and continued does not have a blocked loop.
+            was_overdue, overdue = overdue, time.monotonic() - self._ran_at > BLOCKED_SECONDS
+            if self._open and overdue and was_overdue and reported_for != self._ran_at:
+                reported_for = self._ran_at
+                seconds = time.monotonic() - self._ran_at
                 stack = _stack(sys._current_frames().get(self._main))
                 log.warning("the event loop is blocked for %.1f s: all clients wait", seconds, extra={"stack": stack})
 
-    def _end(self) -> None:
-        """End the process: it had its time, and what it left unfinished is recovered at the next start."""
+    def _kill(self) -> None:
+        """Kill the process; what is unfinished is recovered at the next start."""
         frames = sys._current_frames()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         own = threading.get_ident()
         stacks = [f"thread {names.get(ident)}:\n{_stack(frame)}" for ident, frame in frames.items() if ident != own]
-        report = "not stopped %g s after the signal: ending the process"
+        report = "not stopped %g s after the signal: killing the process"
         log.critical(report, self._stop_seconds, extra={"stack": "\n".join(stacks)})
         deadline = time.monotonic() + FLUSH_SECONDS
         handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.handlers.QueueHandler)]
         lines = [handler.queue for handler in handlers if isinstance(handler.queue, queue.Queue)]
-        while time.monotonic() < deadline and not all(waiting.empty() for waiting in lines):
+        while time.monotonic() < deadline and not all(unwritten.empty() for unwritten in lines):
             time.sleep(0.01)
         time.sleep(0.02)
         os._exit(1)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    """Handle a signal in Python: nothing is left to do, the interpreter has written it to the file descriptor."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Handle a signal in Python: do nothing, since the interpreter has written it to the file descriptor."""
 
 
 def _stack(frame: FrameType | None) -> str:
