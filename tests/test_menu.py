@@ -438,7 +438,7 @@ def test_a_task_is_run_and_says_why_it_fails(start: Start, folder: Path) -> None
     status, out, err = run(
         server, folder, "task|rehearsal|steps=2 delay=0.01", "task|rehearsal|fail_at=1 delay=0", "task||steps=0"
     )
-    failure = "streamlab: the task is failed: Step 1 failed, as it was asked to."
+    failure = "streamlab: the task is failed: Step 1 failed, as requested."
     assert (status, out, err[:-1]) == (1, ["{", ' "steps": 2', "}"], ["rehearsing", "rehearsing", failure])
     assert err[-1].startswith(f"streamlab: {server.url}/process/tasks returned 422: ")
 

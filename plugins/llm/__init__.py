@@ -1,16 +1,12 @@
-"""Stream the tokens of a language model: a small one that comes along, or any OpenAI-compatible upstream."""
+"""Stream the tokens of a language model: a small embedded one, or any OpenAI-compatible upstream."""
 
-import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
-import msgspec
 from aiohttp import web
-from prometheus_client import Counter
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,66 +23,56 @@ from streamlab import (
     METRICS,
     ErrorFormat,
     Problem,
+    ResumeQuery,
     Scenario,
     endpoint,
     hookimpl,
     open_event_stream,
     open_stream,
+    resume_id,
 )
 
-from .answer import Answer
-from .completion import ChatCompletion, LimitField, Rules, check_extra_field, prompt_bytes
-from .engine import MODEL, Engine, missing
-from .generations import Generations, read_place
-from .openai import ErrorResponse, Failure, OpenAIError, openai_errors
-from .places import Places
+from .completion import Completion
+from .completion_request import ChatCompletionRequest, LimitField, Rules, check_extra_field
+from .embedded import MODEL, EmbeddedModel, missing
+from .gateway import Gateway, GenerationSlots
+from .generations import Generations, generation_of
+from .openai import ErrorResponse, OpenAIError, openai_errors
 from .upstream import Upstream
 
-log = logging.getLogger(__name__)
-
 BODY_BYTES = 256 * 1024
-"""What a request may have to say."""
+"""Maximum request body, in bytes."""
 
 KEEP_ALIVE = b": the model is at work\n\n"
-"""What a client of /v1 hears while the upstream says nothing."""
-
-BYTES_A_TOKEN = 4
-"""What a token is taken for where nobody counts: the tokenizer of an upstream is not known."""
-
-TEMPLATE_TOKENS = 32
-"""What the embedded model's template adds to a message, and to all of them, at most."""
-
-
-STUCK = frozenset({"upstream_stalled", "upstream_timeout"})
-"""Failures after which the embedded model is restarted: nothing but a new process ends what occupies it."""
+"""The comment that a client of /v1 receives while the upstream is silent."""
 
 
 def _base_url(url: str) -> str:
     parts = urlsplit(url)
     if url and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ValueError("must be http:// or https://, and end where /chat/completions begins")
+        raise ValueError("must be an http:// or https:// URL, without /chat/completions")
     if parts.username or parts.password:
-        raise ValueError("must hold no password: api_key_env names the variable that has the key")
+        raise ValueError("must not contain a password: api_key_env names the variable that holds the key")
     if parts.query or parts.fragment:
-        raise ValueError("must have no query and no fragment")
+        raise ValueError("must not have a query or a fragment")
     return url
 
 
-def _several(stop: object) -> object:
+def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
-Sentence = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 
 
 class Sampling(BaseModel):
-    """How an answer is made."""
+    """How a response is generated."""
 
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Tokens of the answer at most.", examples=[40])
-    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token.")
-    seed: int | None = Field(None, ge=0, lt=2**31, description="The same seed, the same answer, as far as possible.")
-    stop: Annotated[list[Sentence], BeforeValidator(_several)] = Field(
-        [], max_length=4, description="The answer ends before one of these."
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Maximum tokens to generate.", examples=[40])
+    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the most likely token.")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="The same seed gives the same response, if possible.")
+    stop: Annotated[list[StopText], BeforeValidator(_as_list)] = Field(
+        [], max_length=4, description="The response ends before one of these texts."
     )
 
 
@@ -99,10 +85,10 @@ def _not_blank(text: str) -> str:
 Text = Annotated[str, AfterValidator(_not_blank)]
 
 
-class Prompted(Sampling):
-    """A prompt, in the address."""
+class ChatQuery(Sampling):
+    """A prompt, in the query."""
 
-    prompt: Text = Field(max_length=8000, description="What is said to the model.", examples=["Hello"])
+    prompt: Text = Field(max_length=8000, description="The text for the model.", examples=["Hello"])
 
 
 class Message(BaseModel):
@@ -112,92 +98,80 @@ class Message(BaseModel):
     content: Text
 
 
-class Conversation(Sampling):
+class ChatBody(Sampling):
     """A prompt, or the conversation so far, as a JSON document."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Hello", "max_tokens": 40}]})
 
-    prompt: Text | None = Field(None, description="What is said to the model; or messages.")
+    prompt: Text | None = Field(None, description="The text for the model; either this or messages.")
     messages: list[Message] | None = Field(None, min_length=1, max_length=1000, description="The conversation so far.")
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> "Conversation":
+    def _has_one_of_both(self) -> "ChatBody":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("needs either prompt or messages")
         return self
 
 
-class Which(BaseModel):
-    """Which generation is meant."""
+class GenerationPath(BaseModel):
+    """The path of a generation."""
 
     id: str = Field(pattern="^[0-9a-f]{32}$", description="The generation's id.", examples=["0" * 32])
 
 
 class ModelPath(BaseModel):
-    """Which model is meant."""
+    """The path of a model."""
 
     id: str = Field(
         min_length=1, max_length=512, description="The model's name, as /v1/models lists it.", examples=[MODEL]
     )
 
 
-class Again(BaseModel):
-    """From where on a generation is followed."""
-
-    last_event_id: str = Field(
-        "", max_length=200, description="Go on after this event; the header Last-Event-ID says the same, and wins."
-    )
-
-
-class Followed(Again, Prompted):
-    """A prompt, in the address, whose answer can be come back to."""
+class ChatEventsQuery(ResumeQuery, ChatQuery):
+    """A prompt, in the query, whose response can be resumed."""
 
 
 class Llm(Scenario):
-    """Tokens of a language model as they are made, as text, as events that can be left and resumed, or as /v1."""
+    """Tokens of a language model as they are generated: as text, as events that can be resumed, or as /v1."""
 
     name = "llm"
 
     error_formats = (ErrorFormat("/v1/", "application/json", ErrorResponse, OpenAIError.of),)
 
     url: Annotated[str, AfterValidator(_base_url)] = ""
-    """An OpenAI-compatible upstream, up to where /chat/completions begins; without one, a small model runs here."""
+    """URL of an OpenAI-compatible upstream, without /chat/completions; where it is empty, a small model runs here."""
     model: str = ""
-    """The name of the upstream's model."""
+    """Name of the upstream's model."""
     api_key_env: str = ""
-    """The environment variable that has the upstream's key."""
+    """Environment variable that holds the upstream's key."""
     max_generations: int = Field(4, ge=1, le=1000)
-    """Maximum generations at once; a request for several answers (`n`) counts as that many."""
+    """Maximum concurrent generations; a request for several responses (`n`) counts as that many."""
     max_waiting: int = Field(16, ge=0, le=10_000)
-    """Maximum requests that wait for their turn; one more gets 429 with Retry-After."""
+    """Maximum requests that wait for a slot; one more gets 429 with Retry-After."""
     wait_seconds: float = Field(30.0, gt=0, le=3600)
-    """Maximum wait for a turn, in seconds."""
+    """Maximum wait for a slot, in seconds."""
     max_tokens: int = Field(512, ge=1, le=1_000_000)
-    """Maximum tokens of an answer; where a request has no limit, the upstream is sent this one."""
+    """Maximum tokens of a response; where a request has no limit, this one is sent to the upstream."""
     limit_field: LimitField = "max_tokens"
-    """The name under which the upstream takes that limit."""
+    """Name under which the upstream takes that limit."""
     max_prompt_tokens: int = Field(1024, ge=1, le=10_000_000)
-    """Maximum tokens of a prompt, tools and schemas included; an upstream's count as four bytes each."""
+    """Maximum tokens of a prompt, with tools and schemas; for an upstream, a token counts as four bytes."""
     extra_fields: list[Annotated[str, AfterValidator(check_extra_field)]] = Field([], max_length=50)
-    """Fields of requests to /v1 that are sent to the model although docs/openai.md does not name them."""
+    """Fields of requests to /v1 that are sent to the model although docs/openai.md does not list them."""
     max_seconds: float = Field(300.0, ge=0.1, le=86_400)
-    """Maximum duration of a generation, in seconds, from the moment in which it has its slot."""
+    """Maximum duration of a generation, in seconds, from the moment it has its slot."""
     stall_seconds: float = Field(120.0, ge=0.1, le=3600)
-    """Seconds without data (comments are none) after which an upstream has failed."""
+    """Seconds without data (comments are not data) after which an upstream has failed."""
     abandon_seconds: float = Field(30.0, ge=0.1, le=3600)
-    """A generation that can be resumed is stopped when nobody has followed it for so long."""
+    """Seconds without a follower after which a generation of /ai/chat-stream-sse is stopped."""
     keep_seconds: float = Field(3600.0, ge=1, le=7 * 86_400)
-    """How long its events are kept for those who come back."""
+    """Retention of the events of a generation, in seconds."""
 
-    _upstream: Upstream | None = PrivateAttr(None)
-    _engine: Engine | None = PrivateAttr(None)
-    _places: Places = PrivateAttr()
+    _gateway: Gateway | None = PrivateAttr(None)
     _generations: Generations = PrivateAttr()
-    _ended: Counter = PrivateAttr()
-    _tokens: Counter = PrivateAttr()
 
     @model_validator(mode="after")
-    def _upstream_is_whole(self) -> "Llm":
+    def _upstream_is_complete(self) -> "Llm":
         if self.url and not self.model:
             raise ValueError("url needs model, the name of the upstream's model")
         if not self.url and (self.model or self.api_key_env):
@@ -211,7 +185,7 @@ class Llm(Scenario):
         return Rules(
             model=self.model_name,
             max_tokens=self.max_tokens,
-            max_answers=self.max_generations,
+            max_choices=self.max_generations,
             embedded=not self.url,
             limit_field=self.limit_field,
             extra_fields=frozenset(self.extra_fields),
@@ -219,32 +193,34 @@ class Llm(Scenario):
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
+        """The name under which clients know the model."""
         return self.model or MODEL
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """Run the embedded model, or hold connections to the upstream, while the server serves."""
-        registry = app[METRICS].registry
-        self._ended = Counter("streamlab_llm_generations", "Generations, by outcome.", ["outcome"], registry=registry)
-        self._tokens = Counter("streamlab_llm_tokens", "Tokens, of prompts and answers.", ["kind"], registry=registry)
-        self._places = Places(self.max_generations, self.max_waiting, self.wait_seconds)
-        self._generations = Generations(app[EVENTS], self._asked, self.keep_seconds, self.abandon_seconds)
+        """Run the embedded model, or hold connections to the upstream, while the server runs."""
         async with AsyncExitStack() as stack:
+            embedded = None
             if self.url:
                 if reason := self._missing():
                     raise RuntimeError(reason)
                 upstream = Upstream(self.url, key=self._key())
             else:
-                context = self.max_prompt_tokens + self.max_tokens
-                self._engine = Engine(slots=self.max_generations, context=context)
-                await stack.enter_async_context(self._engine.running())
-                socket = self._engine.socket
-                upstream = Upstream("http://localhost", socket=socket)
+                embedded = EmbeddedModel(slots=self.max_generations, context=self.max_prompt_tokens + self.max_tokens)
+                await stack.enter_async_context(embedded.running())
+                upstream = Upstream("http://localhost", socket=embedded.socket)
             upstream.stall_seconds, upstream.max_seconds = self.stall_seconds, self.max_seconds
             await stack.enter_async_context(upstream.opened())
-            self._upstream = upstream
+            gateway = self._gateway = Gateway(
+                upstream,
+                GenerationSlots(self.max_generations, self.max_waiting, wait_seconds=self.wait_seconds),
+                embedded=embedded,
+                max_prompt_tokens=self.max_prompt_tokens,
+                extra_fields=self.extra_fields,
+                registry=app[METRICS].registry,
+            )
+            self._generations = Generations(app[EVENTS], gateway, self.keep_seconds, self.abandon_seconds)
             await stack.enter_async_context(self._generations.opened())
             yield
 
@@ -252,7 +228,7 @@ class Llm(Scenario):
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
     def _missing(self) -> str | None:
-        """Return what this configuration lacks to serve; None where nothing is known to be missing."""
+        """Return what is missing to serve this configuration; None where nothing is known to be missing."""
         if not self.url:
             return missing()
         if self.api_key_env and not self._key():
@@ -262,35 +238,37 @@ class Llm(Scenario):
     @hookimpl
     def health(self) -> str | None:
         """Return why there is no model: not installed, not running, no key, or the upstream's last request failed."""
-        if self._engine is not None:
-            return self._engine.trouble
-        return self._upstream.trouble if self._upstream is not None else self._missing()
+        return self._missing() if self._gateway is None else self._gateway.trouble
+
+    def _complete(self, body: Mapping[str, Any]) -> AbstractAsyncContextManager[Completion]:
+        assert self._gateway is not None, "the server has not started"
+        return self._gateway.complete(body)
 
     # -- text
 
-    @endpoint("GET", "/ai/chat-stream", query=Prompted, starts_work=True, sends="text/plain")
-    async def text(self, request: web.Request, query: Prompted) -> web.StreamResponse:
-        """Answer a prompt as plain text, word by word; leaving stops the work."""
+    @endpoint("GET", "/ai/chat-stream", query=ChatQuery, starts_work=True, sends="text/plain")
+    async def text(self, request: web.Request, query: ChatQuery) -> web.StreamResponse:
+        """Stream the response to a prompt as plain text, token by token; disconnecting stops the work."""
         return await self._text(request, self._body(query, [{"role": "user", "content": query.prompt}]))
 
     @endpoint(
         "POST",
         "/ai/chat-stream",
-        body=Conversation,
+        body=ChatBody,
         body_limit=BODY_BYTES,
         sends="text/plain",
     )
-    async def text_of(self, request: web.Request, body: Conversation) -> web.StreamResponse:
-        """Answer a prompt, or go on with a conversation, as plain text."""
+    async def text_of_body(self, request: web.Request, body: ChatBody) -> web.StreamResponse:
+        """Stream the response to a prompt or a conversation as plain text."""
         return await self._text(request, self._body(body, _messages(body)))
 
     async def _text(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
         async with (
-            self._asked(body) as answer,
+            self._complete(body) as completion,
             open_stream(request, "text/plain; charset=utf-8") as stream,
-            aclosing(answer.texts()) as pieces,
+            aclosing(completion.texts()) as batches,
         ):
-            async for texts in pieces:
+            async for texts in batches:
                 await stream.write("".join(texts).encode())
         return stream
 
@@ -299,15 +277,15 @@ class Llm(Scenario):
     @endpoint(
         "GET",
         "/ai/chat-stream-sse",
-        query=Followed,
+        query=ChatEventsQuery,
         starts_work=True,
         sends="text/event-stream",
-        responses={204: "The client has the end of the answer already."},
+        responses={204: "The client already has the end of the response."},
     )
-    async def events(self, request: web.Request, query: Followed) -> web.StreamResponse:
-        """Answer a prompt as events: `token` with `text` and `index`, then `end` with usage and times.
+    async def events(self, request: web.Request, query: ChatEventsQuery) -> web.StreamResponse:
+        """Stream the response to a prompt as events: `token` with `text` and `index`, then `end` with usage and times.
 
-        A client that comes back with an id goes on with the same generation, which runs on without it for a while.
+        A client that reconnects with an id resumes the same generation, which continues for a while without followers.
         """
         body = self._body(query, [{"role": "user", "content": query.prompt}])
         return await self._events(request, body, query.last_event_id)
@@ -315,47 +293,48 @@ class Llm(Scenario):
     @endpoint(
         "POST",
         "/ai/chat-stream-sse",
-        body=Conversation,
+        body=ChatBody,
         body_limit=BODY_BYTES,
         sends="text/event-stream",
-        responses={204: "The client has the end of the answer already."},
+        responses={204: "The client already has the end of the response."},
     )
-    async def events_of(self, request: web.Request, body: Conversation) -> web.StreamResponse:
-        """Answer a prompt, or go on with a conversation, as events that can be left and come back to."""
+    async def events_of_body(self, request: web.Request, body: ChatBody) -> web.StreamResponse:
+        """Stream the response to a prompt or a conversation as events that can be resumed."""
         return await self._events(request, self._body(body, _messages(body)), "")
 
     async def _events(self, request: web.Request, body: Mapping[str, Any], after: str) -> web.StreamResponse:
-        place = read_place(request.headers.get("Last-Event-ID") or after)
-        id = place.generation if place else (await self._generations.start(body)).id  # noqa: A001
+        id = generation_of(resume_id(request, after))  # noqa: A001
+        if id is None:
+            id = (await self._generations.start(body)).id  # noqa: A001
         headers = {"Location": f"/ai/generations/{id}"}
-        return await self._generations.follow(request, id, after, headers, told_if_lost=True)
+        return await self._generations.follow(request, id, after, headers, gap_if_unknown=True)
 
     @endpoint(
         "GET",
         "/ai/generations/{id}",
-        path_model=Which,
-        query=Again,
+        path_model=GenerationPath,
+        query=ResumeQuery,
         sends="text/event-stream",
-        responses={204: "The client has the end of the answer already.", 404: "There is no such generation."},
+        responses={204: "The client already has the end of the response.", 404: "The generation does not exist."},
     )
-    async def generation(self, request: web.Request, path: Which, query: Again) -> web.StreamResponse:
-        """Follow a generation from its beginning, or from an id on; any number of clients may."""
+    async def generation(self, request: web.Request, path: GenerationPath, query: ResumeQuery) -> web.StreamResponse:
+        """Follow a generation from its beginning, or after an event; any number of clients may."""
         return await self._generations.follow(request, path.id, query.last_event_id)
 
     @endpoint(
         "DELETE",
         "/ai/generations/{id}",
-        path_model=Which,
+        path_model=GenerationPath,
         sends=(),
         responses={
-            202: "Another server of this event log has been told to stop it.",
-            204: "It is stopped, or was over.",
-            404: "There is no such generation.",
+            202: "Another server on this event log has been requested to stop it.",
+            204: "It is stopped, or had ended.",
+            404: "The generation does not exist.",
         },
         curl="{url}",
     )
-    async def stop(self, request: web.Request, path: Which) -> web.StreamResponse:
-        """Stop a generation, for everybody who follows it."""
+    async def stop(self, request: web.Request, path: GenerationPath) -> web.StreamResponse:
+        """Stop a generation for all its followers."""
         stopped = await self._generations.stop(path.id)
         return web.Response(status=204 if stopped else 202)
 
@@ -364,8 +343,8 @@ class Llm(Scenario):
     @endpoint("GET", "/v1/models", sends="application/json", curl="{url}")
     async def models(self, request: web.Request) -> web.Response:
         """List the model, as the OpenAI API does."""
-        listed = {"object": "list", "data": [self._described()]}
-        return web.json_response(listed, headers={"Cache-Control": "no-cache"})
+        models = {"object": "list", "data": [self._model_object()]}
+        return web.json_response(models, headers={"Cache-Control": "no-cache"})
 
     @endpoint(
         "GET",
@@ -378,44 +357,40 @@ class Llm(Scenario):
     async def model_of(self, request: web.Request, path: ModelPath) -> web.Response:
         """Describe the model, as the OpenAI API does."""
         if path.id != self.model_name:
-            detail = f"This server has the model {self.model_name!r}, and no other."
+            detail = f"Unknown model; this server has {self.model_name!r} only."
             raise OpenAIError(404, detail, param="model", code="model_not_found")
-        return web.json_response(self._described(), headers={"Cache-Control": "no-cache"})
+        return web.json_response(self._model_object(), headers={"Cache-Control": "no-cache"})
 
-    def _described(self) -> dict[str, Any]:
+    def _model_object(self) -> dict[str, Any]:
         return {"id": self.model_name, "object": "model", "created": 0, "owned_by": "streamlab"}
 
     @endpoint(
         "POST",
         "/v1/chat/completions",
-        body=ChatCompletion,
+        body=ChatCompletionRequest,
         body_limit=BODY_BYTES,
         sends=("application/json", "text/event-stream"),
-        responses={429: "Too many generations run and wait; Retry-After tells when to retry."},
+        responses={429: "Too many generations are running and waiting; see Retry-After."},
     )
-    async def completions(self, request: web.Request, body: ChatCompletion) -> web.StreamResponse:
-        """Answer as the OpenAI API does, streaming or not; the events of the upstream are passed on as they are.
+    async def completions(self, request: web.Request, body: ChatCompletionRequest) -> web.StreamResponse:
+        """Respond as the OpenAI API does, streaming or not; the events of the upstream are passed on unchanged.
 
-        Fields that this server does not know are rejected with 400; docs/openai.md lists those that it does.
+        Unknown fields are rejected with 400; docs/openai.md lists the known ones.
         """
-        async with self._asked(self._rules.upstream_body(body)) as answer:
+        async with self._complete(self._rules.upstream_body(body)) as completion:
             if not body.stream:
-                return web.Response(body=await answer.whole(), content_type="application/json")
+                return web.Response(body=await completion.read(), content_type="application/json")
             async with open_event_stream(request) as stream:
                 with openai_errors():
-                    async with aclosing(answer.blocks()) as blocks:
+                    async with aclosing(completion.blocks()) as blocks:
                         async for block in blocks:
                             await stream.write(block.raw or KEEP_ALIVE)
             return stream
 
-    # -- asking
-
     def _body(self, sampling: Sampling, messages: list[dict[str, str]]) -> dict[str, Any]:
-        """What is asked of the upstream; raises Problem 422 for more tokens than are allowed."""
+        """Return the body of a request to the upstream; raises Problem 422 for more tokens than are allowed."""
         if sampling.max_tokens is not None and sampling.max_tokens > self.max_tokens:
-            detail = f"must be no more than {self.max_tokens}"
-            errors = [{"in": "query", "name": "max_tokens", "detail": detail}]
-            raise Problem(422, "This is more than the server allows.", errors=errors)
+            raise Problem.parameter("max_tokens", f"must be at most {self.max_tokens}")
         body = sampling.model_dump(include={"temperature", "seed"}, exclude_none=True)
         if sampling.stop:
             body["stop"] = sampling.stop
@@ -428,76 +403,8 @@ class Llm(Scenario):
             **body,
         }
 
-    @asynccontextmanager
-    async def _asked(self, body: Mapping[str, Any]) -> AsyncIterator[Answer]:
-        """Wait for slots, call the upstream, and yield the answer; leaving the block stops the work.
 
-        It is counted in any case. Raises Failure where there is no slot, the prompt is too long, or the upstream
-        rejects the request or fails.
-        """
-        assert self._upstream is not None, "the server has not started"
-        prompt_tokens = await self._prompt_tokens(body)
-        async with self._places.held(body.get("n") or 1):
-            answer, outcome, code = Answer(prompt_tokens), "failed", None
-            try:
-                path = "/v1/chat/completions" if self._engine else "/chat/completions"
-                asked = self._upstream.asked(path, msgspec.json.encode(body), events=bool(body.get("stream")))
-                async with asked as answer.reply:
-                    yield answer
-                outcome = "finished"
-            except (asyncio.CancelledError, ConnectionError):
-                outcome = "stopped"
-                raise
-            except Failure as failure:
-                code = failure.code
-                if self._engine is not None and code in STUCK:
-                    self._engine.restart()
-                raise
-            finally:
-                self._account(answer, outcome, code)
-
-    async def _prompt_tokens(self, body: Mapping[str, Any]) -> int:
-        """Return the tokens of a prompt, and of all that becomes prompt; raises Failure where they are too many."""
-        messages = body["messages"]
-        size = prompt_bytes(body, self.extra_fields)
-        tokens = size // BYTES_A_TOKEN
-        if self._engine is not None:
-            await self._engine.check()
-            if size + TEMPLATE_TOKENS * (len(messages) + 1) > self.max_prompt_tokens:  # a token has a byte at least
-                others = size - len(msgspec.json.encode(messages))
-                tokens = await self._counted(messages) + others // BYTES_A_TOKEN
-        if tokens > self.max_prompt_tokens:
-            about = "" if self._engine else "about "
-            detail = f"The prompt has {about}{tokens} tokens; this server accepts {self.max_prompt_tokens}."
-            raise Failure(422, "context_length_exceeded", detail, param="messages")
-        return tokens
-
-    async def _counted(self, messages: Any) -> int:
-        """Let the embedded model count, in the words that its template makes of the messages."""
-        prompt = await self._tool("/apply-template", {"messages": messages}, "prompt")
-        return len(await self._tool("/tokenize", {"content": prompt, "parse_special": True}, "tokens"))
-
-    async def _tool(self, path: str, body: Any, name: str) -> Any:
-        assert self._upstream is not None
-        async with self._upstream.asked(path, msgspec.json.encode(body)) as reply:
-            return msgspec.json.decode(await reply.whole())[name]
-
-    def _account(self, answer: Answer, outcome: str, code: str | None) -> None:
-        usage = answer.usage
-        self._ended.labels(outcome).inc()
-        self._tokens.labels("prompt").inc(usage["prompt_tokens"])
-        self._tokens.labels("completion").inc(usage["completion_tokens"])
-        fields = {
-            "outcome": outcome,
-            **({"code": code} if code else {}),
-            **usage,
-            "finish_reason": answer.finish_reason,
-            "ttft_ms": answer.ttft_ms,
-        }
-        log.info("generation", extra={"fields": fields})
-
-
-def _messages(body: Conversation) -> list[dict[str, str]]:
+def _messages(body: ChatBody) -> list[dict[str, str]]:
     if body.messages is None:
         return [{"role": "user", "content": cast("str", body.prompt)}]
     return [message.model_dump() for message in body.messages]
@@ -505,5 +412,5 @@ def _messages(body: Conversation) -> list[dict[str, str]]:
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the model."""
+    """Return the scenario of the language model."""
     return [Llm]

@@ -1,312 +1,81 @@
-"""Requests of POST /v1/chat/completions: the fields that are accepted, their bounds, and what the model gets of them.
+"""A completion in progress: its texts, tokens, times, and how it ended."""
 
-Only fields named here reach a model, so that nothing that it understands and this server does not count can go past the
-server's limits. docs/openai.md has the table for clients and operators.
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
 
-Source: https://platform.openai.com/docs/api-reference/chat/create (names, types and ranges).
-"""
-
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-import msgspec
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StrictBool,
-    StrictStr,
-    StringConstraints,
-    WithJsonSchema,
-)
-
-from .openai import OpenAIError
-from .schema import check_schema
-
-LimitField = Literal["max_tokens", "max_completion_tokens"]
-"""The names under which upstreams take the limit of an answer's tokens; some reject the one, some ignore the other."""
-
-DROPPED = frozenset({"metadata", "prompt_cache_retention", "service_tier", "store"})
-"""Fields that are about the account that pays, which is the operator's: accepted, and sent to no upstream."""
-
-USELESS_HERE = frozenset(
-    {
-        "function_call", "functions", "modalities", "parallel_tool_calls", "prompt_cache_key", "reasoning_effort",
-        "safety_identifier", "tool_choice", "tools", "user", "verbosity",
-    }
-)  # fmt: skip
-"""Fields that the embedded model has no use for: accepted, and not sent to it."""
-
-PROMPT_FIELDS = ("messages", "tools", "functions", "tool_choice", "function_call", "response_format")
-"""Fields whose content an upstream makes part of the prompt, in one form or another."""
-
-LIMITS = re.compile(r"(max|num|n|t_max)_.*|.*_(tokens|last_n|ctx)|best_of|use_beam_search|ignore_eos|options|samplers")
-"""Names, among those that servers of models understand, that set a limit or switch one off."""
-
-Short = Annotated[StrictStr, StringConstraints(max_length=512)]
+from .openai import Block, SurrogateJoiner, read_completion
+from .upstream import Response
 
 
-def _content(content: Any) -> Any:
-    if not isinstance(content, str | list | None):
-        raise ValueError("must be a text or a list of parts")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise ValueError("each part must be an object with a type, as {'type': 'text', 'text': 'Hello'}")
-            if part["type"] == "text" and not isinstance(part.get("text"), str):
-                raise ValueError("a part of type text needs a text")
-    return content
+@dataclass(slots=True)
+class Completion:
+    """The response of an upstream to one request, read by one reader."""
 
+    prompt_tokens: int
+    """As counted before the request; replaced by what the upstream reports."""
+    started: float = field(default_factory=time.monotonic)
+    response: Response | None = None
+    completion_tokens: int = 0
+    """Events with text so far, until the upstream reports the number of tokens."""
+    finish_reason: str | None = None
+    first: float | None = None
+    last: float = 0.0
 
-def _stop(stop: Any) -> Any:
-    texts = [stop] if isinstance(stop, str) else stop
-    if texts is None:
-        return None
-    if not isinstance(texts, list) or len(texts) > 4:
-        raise ValueError("must be a text or a list of at most 4 texts")
-    if not all(isinstance(text, str) and 0 < len(text) <= 500 for text in texts):
-        raise ValueError("each text must have 1 to 500 characters")
-    return stop
+    async def blocks(self) -> AsyncGenerator[Block, None]:
+        """Yield blocks of whole events as they arrive, and count them; raises Failure where the stream breaks off."""
+        assert self.response is not None
+        async with aclosing(self.response.blocks()) as blocks:
+            async for block in blocks:
+                self._count(block)
+                yield block
 
+    async def texts(self) -> AsyncGenerator[list[str], None]:
+        """Yield the texts that arrived together, each of whole characters."""
+        joiner = SurrogateJoiner()
+        async with aclosing(self.blocks()) as blocks:
+            async for block in blocks:
+                if texts := [text for chunk in block.chunks if (text := joiner.feed(chunk.text))]:
+                    yield texts
 
-def _tool_choice(choice: Any) -> Any:
-    if isinstance(choice, str | None) and choice not in ("none", "auto", "required", None):
-        raise ValueError("must be 'none', 'auto', 'required' or an object that names a tool")
-    if not isinstance(choice, str | dict | None):
-        raise ValueError("must be a text or an object")
-    return choice
-
-
-def _function_call(choice: Any) -> Any:
-    if choice in ("none", "auto", None) or isinstance(choice, dict):
-        return choice
-    raise ValueError("must be 'none', 'auto' or an object that names a function")
-
-
-Content = Annotated[
-    Any,
-    AfterValidator(_content),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "object", "required": ["type"]}},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-Stop = Annotated[
-    Any,
-    AfterValidator(_stop),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1, "maxLength": 500},
-                {
-                    "type": "array",
-                    "maxItems": 4,
-                    "items": {"type": "string", "minLength": 1, "maxLength": 500},
-                },
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-_CHOICES = ["none", "auto", "required"]
-ToolChoice = Annotated[
-    Any,
-    AfterValidator(_tool_choice),
-    WithJsonSchema({"anyOf": [{"type": "string", "enum": _CHOICES}, {"type": "object"}, {"type": "null"}]}),
-]
-FunctionCall = Annotated[
-    Any,
-    AfterValidator(_function_call),
-    WithJsonSchema({"anyOf": [{"type": "string", "enum": _CHOICES[:2]}, {"type": "object"}, {"type": "null"}]}),
-]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-TokenId = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation; fields that are not named here belong to upstreams, and are counted."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content = None
-
-
-class StreamOptions(BaseModel):
-    """What a stream contains beside the answer."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: StrictBool | None = None
-    include_obfuscation: StrictBool | None = None
-
-
-class NamedSchema(BaseModel):
-    """A JSON Schema that the answer follows."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: Short | None = None
-    description: Short | None = None
-    json_schema: dict[str, JsonValue] | None = Field(None, alias="schema")
-    strict: StrictBool | None = None
-
-
-class ResponseFormat(BaseModel):
-    """The form of the answer."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-
-class ChatCompletion(BaseModel):
-    """A request for a completion, as the OpenAI API has it; a field that is not named here is rejected by name."""
-
-    model_config = ConfigDict(
-        extra="allow",  # `Gateway` names what is rejected: an operator may let further fields through
-        strict=True,
-        json_schema_extra={
-            "additionalProperties": False,
-            "examples": [{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "stream": True}],
-        },
-    )
-
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000, description="The conversation so far.")
-    model: Short | None = Field(None, description="The model's name, as /v1/models lists it.")
-    stream: StrictBool | None = Field(None, description="Send the answer as events while it is made.")
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, description="Maximum tokens of an answer.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same, under its newer name.")
-    n: int | None = Field(None, ge=1, le=128, description="Number of answers; each takes a slot of its own.")
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop = Field(None, description="The answer ends before one of these texts.")
-    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=300)
-    logprobs: StrictBool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
-    tools: list[dict[str, JsonValue]] | None = Field(None, max_length=128)
-    tool_choice: ToolChoice = None
-    parallel_tool_calls: StrictBool | None = None
-    functions: list[dict[str, JsonValue]] | None = Field(None, max_length=128)
-    function_call: FunctionCall = None
-    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
-    reasoning_effort: Short | None = None
-    verbosity: Short | None = None
-    user: Short | None = None
-    safety_identifier: Short | None = None
-    prompt_cache_key: Short | None = None
-    prompt_cache_retention: Short | None = None
-    service_tier: Short | None = None
-    store: StrictBool | None = None
-    metadata: dict[Short, Short] | None = Field(None, max_length=16)
-
-
-def check_extra_field(name: str) -> str:
-    """Return the name of a field that an operator lets through; raises ValueError for one that may not be."""
-    if LIMITS.fullmatch(name):
-        raise ValueError(f"{name!r} sets a limit, or switches one off, and cannot be let through")
-    if name in ChatCompletion.model_fields and name not in DROPPED:
-        raise ValueError(f"{name!r} is let through already, within its bounds")
-    return name
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What a server lets through to its model."""
-
-    model: str
-    max_tokens: int
-    """Maximum tokens of an answer."""
-    max_answers: int
-    """Maximum `n`."""
-    embedded: bool
-    limit_field: LimitField = "max_tokens"
-    """The one name under which the upstream is sent the limit of an answer."""
-    extra_fields: frozenset[str] = frozenset()
-
-    def upstream_body(self, request: ChatCompletion) -> dict[str, Any]:
-        """Return what the model is sent for a request; raises OpenAIError, which names the field, where it may not."""
-        self._check(request)
-        dropped = (DROPPED | USELESS_HERE if self.embedded else DROPPED) - self.extra_fields
-        body = request.model_dump(by_alias=True, exclude_unset=True, exclude=set(dropped))
-        asked = [body.pop(name) for name in ("max_tokens", "max_completion_tokens") if name in body]
-        limit = min((tokens for tokens in asked if tokens is not None), default=self.max_tokens)
-        body |= {"model": self.model, self.limit_field: limit}
-        if self.embedded:
-            body["messages"] = list(_plain(request.messages))
-            if body.get("seed") is not None:
-                body["seed"] %= 2**31  # which is what llama.cpp has room for
+    async def read(self) -> bytes:
+        """Return a response that is not streamed: a `chat.completion` as the upstream wrote it."""
+        assert self.response is not None
+        body = await self.response.read()
+        self._count(read_completion(body))
         return body
 
-    def _check(self, request: ChatCompletion) -> None:
-        for name in request.model_extra or {}:
-            if name not in self.extra_fields:
-                raise _rejected(name[:100], f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter")
-        if request.model is not None and request.model != self.model:
-            detail = f"This server has the model {self.model!r}, and no other."
-            raise OpenAIError(404, detail, param="model", code="model_not_found")
-        for name in ("max_tokens", "max_completion_tokens"):
-            if (getattr(request, name) or 0) > self.max_tokens:
-                raise _rejected(name, f"{name} is more than the {self.max_tokens} that this server allows.")
-        if (request.n or 1) > self.max_answers:
-            raise _rejected("n", f"n is more than the {self.max_answers} answers that this server makes at once.")
-        if request.top_logprobs is not None and not request.logprobs:
-            raise _rejected("top_logprobs", "top_logprobs needs logprobs to be true.")
-        for number, message in enumerate(request.messages):
-            if not message.content and message.role in ("system", "developer", "user"):
-                raise _rejected(f"messages[{number}].content", f"messages[{number}].content must not be empty.")
-        if self.embedded:
-            _check_embedded(request)
+    def _count(self, block: Block) -> None:
+        for chunk in block.chunks:
+            if chunk.text:
+                self.completion_tokens += 1
+                self.last = time.monotonic()
+                self.first = self.first or self.last
+            else:
+                self.finish_reason = chunk.finish_reason or self.finish_reason
+            if chunk.usage is not None:
+                self.prompt_tokens = chunk.usage.prompt_tokens
+                self.completion_tokens = chunk.usage.completion_tokens
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of prompt and completion, as the OpenAI API spells them."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
 
-def _check_embedded(request: ChatCompletion) -> None:
-    """Reject what the embedded model cannot do; leaving it out would look as if it had been done."""
-    for number, message in enumerate(request.messages):
-        for part in message.content if isinstance(message.content, list) else ():
-            if part["type"] != "text":
-                detail = f"This model reads text alone; a part of type {part['type'][:100]!r} cannot be sent to it."
-                raise _rejected(f"messages[{number}].content", detail)
-    for name in ("tool_choice", "function_call"):
-        if getattr(request, name) not in (None, "none", "auto"):
-            raise _rejected(name, f"This model has no tools, so that {name} can only be 'none' or 'auto'.")
-    if (form := request.response_format) and form.type == "json_schema":
-        named = form.json_schema
-        if named is None or named.json_schema is None:
-            raise _rejected("response_format", "response_format of type json_schema needs json_schema.schema.")
-        try:
-            check_schema(named.json_schema)
-        except ValueError as error:
-            raise _rejected("response_format", f"response_format.json_schema.schema: {error}") from None
+    @property
+    def ttft_ms(self) -> float | None:
+        """Milliseconds from the request to the first text; None before that."""
+        return None if self.first is None else round((self.first - self.started) * 1000, 1)
 
-
-def _plain(messages: Iterable[ChatMessage]) -> Iterator[dict[str, str]]:
-    """Return messages as the embedded model's template has room for: a role and a text."""
-    for message in messages:
-        content = message.content or ""
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content)
-        yield {"role": message.role, "content": content}
-
-
-def _rejected(param: str, detail: str, *, code: str | None = None) -> OpenAIError:
-    return OpenAIError(400, detail, param=param, code=code)
-
-
-def prompt_bytes(body: Mapping[str, Any], extra_fields: Iterable[str] = ()) -> int:
-    """Return the bytes, as JSON, of everything in an upstream's body that becomes prompt, or may."""
-    return sum(len(msgspec.json.encode(body[name])) for name in (*PROMPT_FIELDS, *extra_fields) if body.get(name))
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The rate from the first text to the last; None before the second."""
+        if self.first is None or self.last <= self.first:
+            return None
+        return round((self.completion_tokens - 1) / (self.last - self.first), 2)

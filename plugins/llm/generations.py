@@ -1,14 +1,14 @@
-"""Generations that can be left and come back to: each a channel of the event log, stopped by nobody but who may."""
+"""Generations that can be resumed: each is a channel of the event log, and continues without its client for a while."""
 
 import asyncio
 import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from aiohttp import web
 
@@ -16,80 +16,73 @@ from streamlab import (
     END,
     ORIGIN,
     Channel,
+    EncodedEvent,
     EventLogError,
     Events,
     Problem,
     Retention,
     encode_event,
     follow,
+    no_more_events,
     open_event_stream,
-    sse_event,
+    resume_id,
 )
 
-from .answer import Answer
+from .completion import Completion
+from .gateway import Gateway
 
 log = logging.getLogger(__name__)
 
 BEGIN_SECONDS = 1.0
-"""How long a request waits for its generation to begin, so that one that is refused gets its real status."""
+"""Seconds a request waits for its generation to begin, so that an early failure gets its real status."""
 
-LAST_WORDS_SECONDS = 2.0
-"""What a generation that is broken off may take to say so."""
+END_SECONDS = 2.0
+"""Timeout for publishing the last events of a generation, in seconds."""
 
 MAX_EVENTS = 10_000_000
-"""Events of a generation that are kept: all."""
+"""Maximum events stored of a generation: more than any has."""
 
-UNKNOWN = "There is no generation with this id, or it is not kept any more."
+UNKNOWN = "There is no generation with this id, or its events have expired."
 
 CONTROL = "llm"
-"""The channel on which processes that share the log ask each other to stop a generation, or not to abandon it."""
-
-Ask = Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Answer]]
+"""The channel on which processes that share the log request each other to stop a generation, or to keep it alive."""
 
 State = Literal["unknown", "running", "ended"]
 
 
-class Place(NamedTuple):
-    """Where a client that comes back stands."""
-
-    generation: str
-    id: str
-    """The id of the last event it has."""
-
-
-def read_place(last_event_id: str) -> Place | None:
-    """Read which generation an event's id belongs to; None where it is no such id."""
-    match = re.fullmatch(r"([0-9a-f]{32}):.{1,100}", last_event_id)
-    return Place(match[1], last_event_id) if match else None
+def generation_of(event_id: str) -> str | None:
+    """Return the id of the generation that an event belongs to; None where the event id is not a generation's."""
+    match = re.fullmatch(r"([0-9a-f]{32}):.{1,100}", event_id)
+    return match[1] if match else None
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One that runs in this process."""
+    """A generation that runs in this process."""
 
     id: str
     channel: Channel
     begun: "asyncio.Future[None]"
-    """Done when the upstream has begun to answer, or has refused to while its client waited for that."""
+    """Done when the upstream has begun to respond, or has failed while the client waited for that."""
     followers: int = 0
     reason: str = ""
-    """Why it is broken off, once it is."""
+    """Why it was stopped; empty until then."""
     task: "asyncio.Task[None] | None" = None
     timer: asyncio.TimerHandle | None = None
 
-    def begin(self, refusal: Exception | None = None) -> bool:
-        """Tell the client that waits that it has begun, or why not; False where none waits any more."""
+    def begin(self, failure: Exception | None = None) -> bool:
+        """Notify the waiting client that it has begun, or has failed; return whether a client still waited."""
         if self.begun.done():
             return False
-        if refusal is None:
+        if failure is None:
             self.begun.set_result(None)
         else:
-            self.begun.set_exception(refusal)
-            self.begun.exception()  # its client may leave this very moment, and nobody else is going to look
+            self.begun.set_exception(failure)
+            self.begun.exception()  # retrieved here: its client may disconnect at this moment
         return True
 
     def stop(self, reason: str) -> None:
-        """Break it off, unless it is about to end."""
+        """Cancel it, unless it is about to end."""
         if self.task is not None and not self.reason:
             self.reason = reason
             self.task.cancel()
@@ -97,10 +90,10 @@ class Generation:
 
 @dataclass
 class Generations:
-    """Those of this process, and the way to those of the others."""
+    """The generations of this process, and access to those of other processes."""
 
     events: Events
-    ask: Ask
+    gateway: Gateway
     keep_seconds: float
     abandon_seconds: float
     _running: dict[str, Generation] = field(default_factory=dict)
@@ -109,82 +102,82 @@ class Generations:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Let generations run while the block does; those that still do are broken off."""
+        """Run generations while the block lasts; those that run at its end are stopped."""
         async with asyncio.TaskGroup() as self._group:
-            # Whoever gets this lease knows that this process is gone.
-            living = self._group.create_task(self.events.run_as_leader(_lease(self._process), _for_ever))
-            heeding = self._group.create_task(self._heed())
+            # A process that acquires this lease knows that this one has died.
+            lease = self._group.create_task(self.events.run_as_leader(_lease(self._process), _forever))
+            commands = self._group.create_task(self._handle_commands())
             try:
                 yield
             finally:
-                heeding.cancel()
+                commands.cancel()
                 for generation in tuple(self._running.values()):
                     generation.stop("server stopped")
-                while left := [generation.task for generation in self._running.values() if generation.task]:
-                    await asyncio.wait(left)
-                living.cancel()
+                while tasks := [generation.task for generation in self._running.values() if generation.task]:
+                    await asyncio.wait(tasks)
+                lease.cancel()
 
     @property
     def _control(self) -> Channel:
         return self.events.channel(CONTROL, keep=Retention(events=1000, seconds=60))
 
     def channel(self, id: str) -> Channel:  # noqa: A002
-        """The channel of a generation."""
+        """Return the channel of a generation."""
         keep = Retention(events=MAX_EVENTS, seconds=self.keep_seconds, idle_seconds=self.keep_seconds)
         return self.events.channel(f"llm/{id}", keep=keep, finite=True, id_prefix=f"{id}:")
 
     # -- running
 
     async def start(self, body: Mapping[str, Any]) -> Generation:
-        """Start one; returns once it has begun, or has waited for that for BEGIN_SECONDS; raises Problem where not."""
-        assert self._group is not None, "the server has not started, or is over"
-        id = uuid.uuid4().hex  # noqa: A001 - whoever knows it may follow and stop it, so it cannot be guessed
+        """Start a generation; return once it has begun, or after BEGIN_SECONDS. Raises Problem for an early failure."""
+        assert self._group is not None, "the server has not started, or has stopped"
+        id = uuid.uuid4().hex  # noqa: A001 - knowing it is enough to follow and stop it, so it cannot be guessed
         generation = Generation(id, self.channel(id), asyncio.get_running_loop().create_future())
         self._running[id] = generation
         generation.task = self._group.create_task(self._run(generation, body))
         self._abandon_later(generation)
         try:
             async with asyncio.timeout(BEGIN_SECONDS):
-                await generation.begun  # a time-out cancels it: what fails from then on is an event
+                await generation.begun  # a timeout cancels it: later failures are events
         except TimeoutError:
             pass
         except asyncio.CancelledError:
-            generation.stop("abandoned")  # its client has left without its id, so nobody can come back
+            generation.stop("abandoned")  # its client has left without its id, so nobody can resume it
             raise
         return generation
 
     async def _run(self, generation: Generation, body: Mapping[str, Any]) -> None:
-        answer: Answer | None = None
-        refused = False
+        completion: Completion | None = None
+        rejected = False
         try:
             first = encode_event({"id": generation.id, "model": body["model"]}, "generation")
             await generation.channel.publish_all([first], checkpoint=("process", self._process))
-            async with self.ask(body) as answer, aclosing(answer.texts()) as pieces:
+            async with self.gateway.complete(body) as completion, aclosing(completion.texts()) as batches:
                 generation.begin()
                 index = 0
-                async for texts in pieces:
+                async for texts in batches:
                     tokens = [encode_event({"text": t, "index": index + n}, "token") for n, t in enumerate(texts)]
                     await generation.channel.publish_all(tokens)
                     index += len(texts)
-            last = [_end(answer.finish_reason or "stop", answer)]
+            last = [_end(completion.finish_reason or "stop", completion)]
         except Problem as problem:
-            last = [encode_event(problem.document(), "error"), _end("error", answer)]
-            refused = generation.begin(problem)
+            last = [encode_event(problem.document(), "error"), _end("error", completion)]
+            rejected = generation.begin(problem)
         except asyncio.CancelledError:
-            last = [_end(generation.reason or "server stopped", answer)]
-            refused = generation.begin(Problem(503, "The server is stopping.", headers={"Retry-After": "5"}))
+            last = [_end(generation.reason or "server stopped", completion)]
+            rejected = generation.begin(Problem(503, "The server is stopping.", headers={"Retry-After": "5"}))
         except Exception as error:
             if not isinstance(error, EventLogError):
                 log.exception("a generation failed")
-            failure = Problem(500, "The server failed to generate this answer; its log says why.")
-            last = [encode_event(failure.document(), "error"), _end("error", answer)]
-            refused = generation.begin(error)
-        generation.reason = generation.reason or "over"
+            failure = Problem(500, "The generation failed; the server's log says why.")
+            last = [encode_event(failure.document(), "error"), _end("error", completion)]
+            rejected = generation.begin(error)
+        generation.reason = generation.reason or "ended"
         try:
             with suppress(TimeoutError, EventLogError):
-                async with asyncio.timeout(LAST_WORDS_SECONDS):
-                    # A client that was refused has no id, and nobody else knows of it.
-                    await (generation.channel.delete() if refused else generation.channel.publish_all(last))
+                async with asyncio.timeout(END_SECONDS):
+                    # A rejected client has no id, and nobody else knows the generation.
+                    await (generation.channel.delete() if rejected else generation.channel.publish_all(last))
         finally:
             del self._running[generation.id]
             if generation.timer is not None:
@@ -199,30 +192,30 @@ class Generations:
         after: str,
         headers: Mapping[str, str] | None = None,
         *,
-        told_if_lost: bool = False,
+        gap_if_unknown: bool = False,
     ) -> web.StreamResponse:
-        """Send a generation from an id on, or from its beginning; for as long as it is followed, it runs.
+        """Send a generation from its beginning, or after an event; a follower keeps it running.
 
-        One of which nothing is stored is rejected (Problem 404), or, with `told_if_lost`, reported by a gap and an end.
-        Nothing is written for it: whoever makes up ids must not fill the event log.
+        An unknown generation is rejected (Problem 404), or, with `gap_if_unknown`, reported as a gap and an end.
+        Nothing is written for it: clients that invent ids must not fill the event log.
         """
         channel = self.channel(id)
         if generation := self._running.get(id):
             with self._followed(generation):
                 return await follow(request, channel, after=after, headers=headers)
         state = await self.state(id)
-        if state == "unknown" and not told_if_lost:
+        if state == "unknown" and not gap_if_unknown:
             raise Problem(404, UNKNOWN)
         if state == "unknown":
-            return await _lost(request, id, request.headers.get("Last-Event-ID") or after, headers)
+            return await _send_lost(request, id, resume_id(request, after), headers)
         if state != "running":
             return await follow(request, channel, after=after, headers=headers)
         assert self._group is not None
-        attending = self._group.create_task(self._attend(id))
+        watch = self._group.create_task(self._watch_remote(id))
         try:
             return await follow(request, channel, after=after, headers=headers)
         finally:
-            attending.cancel()
+            watch.cancel()
 
     @contextmanager
     def _followed(self, generation: Generation) -> Iterator[None]:
@@ -244,7 +237,7 @@ class Generations:
             generation.timer = loop.call_later(self.abandon_seconds, generation.stop, "abandoned")
 
     async def state(self, id: str) -> State:  # noqa: A002
-        """Whether a generation runs, somewhere."""
+        """Return whether a generation runs in any process, has ended, or is unknown."""
         channel = self.channel(id)
         last = await channel.last()
         if last == ORIGIN:
@@ -257,9 +250,9 @@ class Generations:
     # -- stopping
 
     async def stop(self, id: str) -> bool:  # noqa: A002
-        """Stop a generation for all who follow it; False where another process is still to do it.
+        """Stop a generation for all its followers; return False where another process has been requested to.
 
-        Raises Problem 404 where nothing is kept of it.
+        Raises Problem 404 for an unknown generation.
         """
         generation = self._running.get(id)
         if generation is None:
@@ -276,51 +269,55 @@ class Generations:
 
     # -- with other processes
 
-    async def _heed(self) -> None:
-        """Do what other processes ask on the control channel."""
+    async def _handle_commands(self) -> None:
+        """Handle the commands of other processes on the control channel."""
         control = self._control
         async for event in control.listen(await control.last()):
-            asked = json.loads(event.data)
-            if generation := self._running.get(asked.get("stop", "")):
+            command = json.loads(event.data)
+            if generation := self._running.get(command.get("stop", "")):
                 generation.stop("cancelled")
-            elif (generation := self._running.get(asked.get("followed", ""))) and not generation.followers:
+            elif (generation := self._running.get(command.get("followed", ""))) and not generation.followers:
                 self._abandon_later(generation)
 
-    async def _attend(self, id: str) -> None:  # noqa: A002
-        """While a generation of another process is followed here, tell it so; and end it if that process is gone."""
+    async def _watch_remote(self, id: str) -> None:  # noqa: A002
+        """Keep a generation of another process alive while it is followed here; end it if that process has died."""
         process = await self.channel(id).checkpoint("process")
         try:
             async with asyncio.TaskGroup() as group:
-                telling = group.create_task(self._tell(id))
-                await self.events.run_as_leader(_lease(process or id), lambda: self._bury(id))
-                telling.cancel()
+                keepalive = group.create_task(self._send_keepalives(id))
+                await self.events.run_as_leader(_lease(process or id), lambda: self._fail_orphan(id))
+                keepalive.cancel()
         except* EventLogError as errors:
-            log.warning("a generation of another process is followed, but not attended: %s", errors.exceptions[0])
+            log.warning("cannot keep a generation of another process alive: %s", errors.exceptions[0])
 
-    async def _tell(self, id: str) -> None:  # noqa: A002
+    async def _send_keepalives(self, id: str) -> None:  # noqa: A002
         while True:
             await self._control.publish({"followed": id})
             await asyncio.sleep(self.abandon_seconds / 3)
 
-    async def _bury(self, id: str) -> None:  # noqa: A002
+    async def _fail_orphan(self, id: str) -> None:  # noqa: A002
         if await self.state(id) == "running":
-            problem = Problem(502, "The server that generated this answer is gone.")
+            problem = Problem(502, "The server process of this generation has died.")
             await self.channel(id).publish_all([encode_event(problem.document(), "error"), _end("error", None)])
 
 
-async def _lost(request: web.Request, id: str, after: str, headers: Mapping[str, str] | None) -> web.StreamResponse:  # noqa: A002
-    """Report to a client that its generation is not stored: a gap and the end, whose id gets 204 from then on."""
+async def _send_lost(
+    request: web.Request,
+    id: str,  # noqa: A002
+    after: str,
+    headers: Mapping[str, str] | None,
+) -> web.StreamResponse:
+    """Send a gap and the end of a generation that is not stored; resuming after that end gets 204."""
     last = f"{id}:lost"
     if after == last:
-        return web.Response(status=204, headers={"Cache-Control": "no-store"})
-    gap = {"reason": "the history of that id is lost", "missing": None, "after": after, "until": last}
+        return no_more_events()
     async with open_event_stream(request, headers=headers) as stream:
-        end = sse_event({"finish_reason": "lost"}, END, id=last)
-        await stream.write(sse_event(gap, "gap", id=f"{last}.gap") + end)
+        await stream.gap("the history of that id is lost", id=f"{last}.gap", after=after, until=last)
+        await stream.send({"finish_reason": "lost"}, id=last, event=END)
     return stream
 
 
-async def _for_ever() -> None:
+async def _forever() -> None:
     await asyncio.Event().wait()
 
 
@@ -328,9 +325,10 @@ def _lease(process: str) -> str:
     return f"llm/{process}"
 
 
-def _end(reason: str, answer: Answer | None) -> Any:
-    """The last event: why it is the last, and what the answer took."""
-    told: dict[str, Any] = {"finish_reason": reason}
-    if answer is not None:
-        told |= {"usage": answer.usage, "ttft_ms": answer.ttft_ms, "tokens_per_second": answer.tokens_per_second}
-    return encode_event(told, END)
+def _end(reason: str, completion: Completion | None) -> EncodedEvent:
+    """Return the event `end`: why the generation ended, its tokens and its times."""
+    data: dict[str, Any] = {"finish_reason": reason}
+    if completion is not None:
+        data["usage"] = completion.usage
+        data |= {"ttft_ms": completion.ttft_ms, "tokens_per_second": completion.tokens_per_second}
+    return encode_event(data, END)

@@ -1,4 +1,4 @@
-"""The OpenAI API as far as upstreams speak it: the events that they send; and its errors, which clients get.
+"""The OpenAI API: the events that upstreams send, and the errors that clients receive.
 
 Source: https://platform.openai.com/docs/api-reference/chat (objects `chat.completion` and `chat.completion.chunk`).
 """
@@ -17,11 +17,11 @@ from pydantic import BaseModel
 from streamlab import Problem
 
 EVENT_BYTES = 1024 * 1024
-"""What one event of an upstream may have; more without a blank line is no event stream."""
+"""Maximum size of one event of an upstream, in bytes; more without a blank line is not an event stream."""
 
 
 class Failure(Problem):
-    """An error response with a code that programs can tell apart, and the field of the request that caused it."""
+    """An error response with a code for programs, and the field of the request that caused it."""
 
     def __init__(
         self, status: int, code: str, detail: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -31,7 +31,7 @@ class Failure(Problem):
         self.param = param
 
     def document(self) -> dict[str, Any]:
-        """The problem document, and the code."""
+        """Return the problem document with the code."""
         return {**super().document(), "code": self.code}
 
 
@@ -39,7 +39,7 @@ class Failure(Problem):
 
 
 class OpenAIError(Problem):
-    """A refusal in the form `{"error": {"message", "type", "param", "code"}}`."""
+    """An error response in the form `{"error": {"message", "type", "param", "code"}}`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class OpenAIError(Problem):
 
     @classmethod
     def of(cls, problem: Problem) -> "OpenAIError":
-        """Return a problem in this form; what is 422 elsewhere is 400 here, and reports its first parameter."""
+        """Return a problem in this form; 422 becomes 400 here, and only the first invalid parameter is reported."""
         if isinstance(problem, cls):
             return problem
         param, detail = getattr(problem, "param", None), problem.detail
@@ -68,7 +68,7 @@ class OpenAIError(Problem):
         return cls(status, detail, param=param, code=getattr(problem, "code", None), headers=problem.headers)
 
     def document(self) -> dict[str, Any]:
-        """The error object."""
+        """Return the error object."""
         kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
         if self.status >= 500:
             kind = "server_error"
@@ -82,7 +82,7 @@ class OpenAIError(Problem):
 
 
 class ErrorObject(BaseModel):
-    """What was wrong: `param` names the field of the request, `code` is for programs."""
+    """An error: `param` names the field of the request, `code` is for programs."""
 
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
@@ -98,14 +98,14 @@ class ErrorResponse(BaseModel):
 
 @contextmanager
 def openai_errors() -> Iterator[None]:
-    """Raise every refusal of the block in the form of the OpenAI API."""
+    """Convert every Problem of the block to the form of the OpenAI API."""
     try:
         yield
     except Problem as problem:
         raise OpenAIError.of(problem) from problem.__cause__
 
 
-# -- what an upstream sends
+# -- events of an upstream
 
 
 class _Delta(msgspec.Struct):
@@ -122,14 +122,14 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
 
 
 class Usage(msgspec.Struct):
-    """Tokens of a prompt and its answer; an upstream's report with absurd numbers is ignored."""
+    """Tokens of a prompt and its completion; a report with absurd numbers is ignored."""
 
     prompt_tokens: Tokens
     completion_tokens: Tokens
 
 
 class Chunk(msgspec.Struct):
-    """One event of a completion, as far as it is looked at."""
+    """One event of a completion: the members that are read here."""
 
     choices: list[_Choice] = []
     usage: Usage | None = None
@@ -137,13 +137,13 @@ class Chunk(msgspec.Struct):
 
     @property
     def text(self) -> str:
-        """What it adds to the answer (the first, where several were asked for)."""
+        """The text that it adds to the first of the choices."""
         first = (choice.delta for choice in self.choices if not choice.index)
         return "".join(delta.content for delta in first if delta and delta.content)
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the answer is over, once it is."""
+        """Why the completion ended; None before that."""
         return next((choice.finish_reason for choice in self.choices if choice.finish_reason), None)
 
 
@@ -152,47 +152,47 @@ _decoder = msgspec.json.Decoder(Chunk)
 
 @dataclass(slots=True)
 class Block:
-    """Whole events that came together: their bytes, and what they say."""
+    """Whole events that arrived together: their bytes and their decoded content."""
 
     raw: bytes = b""
-    """As they came, lines ended by LF."""
+    """The events as they arrived, with lines ended by LF."""
     chunks: list[Chunk] = field(default_factory=list)
     done: bool = False
     """Whether `[DONE]` was among them; nothing follows it."""
     error: str = ""
-    """Why the next event is none to be passed on: the upstream's own words, or what is wrong with it."""
+    """Why the next event is not passed on: the upstream's error message, or what is invalid about the event."""
 
 
-def read_whole(body: bytes) -> Block:
-    """Read an answer that was not streamed, as if it were one event; raises Failure where it is none."""
+def read_completion(body: bytes) -> Block:
+    """Decode a response that was not streamed, as one event; raises Failure where it is not valid."""
     try:
         return Block(body, [_decoder.decode(body)])
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     try:
-        return Block(body, [_leniently(body)])
+        return Block(body, [_decode_leniently(body)])
     except ValueError:
-        raise Failure(502, "upstream_failed", "The upstream's answer is not JSON.") from None
+        raise Failure(502, "upstream_failed", "The upstream's response is not JSON.") from None
 
 
-class Frames:
-    """Cuts the bytes of an upstream's event stream into blocks of whole events, however the network cut them."""
+class EventSplitter:
+    """Splits the bytes of an upstream's event stream into blocks of whole events, whatever the network's chunks are."""
 
     def __init__(self) -> None:
         self._tail = b""
         self._ends_in_cr = False
 
-    def feed(self, part: bytes) -> Block:
-        """Return the events that are whole with these bytes. Lines may end in LF, CR or CRLF."""
-        if self._ends_in_cr or b"\r" in part:
-            part = (b"\r" if self._ends_in_cr else b"") + part
-            self._ends_in_cr = part.endswith(b"\r")  # an LF may follow, of the same line end
-            part = (part[:-1] if self._ends_in_cr else part).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        data = self._tail + part
+    def feed(self, data: bytes) -> Block:
+        """Return the events that these bytes complete. Lines may end in LF, CR or CRLF."""
+        if self._ends_in_cr or b"\r" in data:
+            data = (b"\r" if self._ends_in_cr else b"") + data
+            self._ends_in_cr = data.endswith(b"\r")  # an LF of the same line end may follow
+            data = (data[:-1] if self._ends_in_cr else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        data = self._tail + data
         end = data.rfind(b"\n\n") + 2
         if end < 2:
             self._tail = data
-            return Block(error="an event without an end" if len(data) > EVENT_BYTES else "")
+            return Block(error="an event that does not end" if len(data) > EVENT_BYTES else "")
         self._tail = data[end:]
         return self._block(data[:end])
 
@@ -202,7 +202,7 @@ class Frames:
         passed = 0
         for event in whole[:-2].split(b"\n\n"):
             try:
-                chunk = _read(event)
+                chunk = _decode(event)
             except ValueError as error:
                 block.error = str(error)
                 break
@@ -219,15 +219,15 @@ class Frames:
 _DONE = Chunk()
 
 
-def _read(event: bytes) -> Chunk | None:
-    """Read one event: None for one without data; raises ValueError for an error, and for what is no JSON object."""
+def _decode(event: bytes) -> Chunk | None:
+    """Decode one event; None where it has no data. Raises ValueError for an error, and for data that is not JSON."""
     if event.startswith(b"data: ") and b"\n" not in event:
         data = event[6:]
     else:
         lines = [line.partition(b":") for line in event.split(b"\n") if line and not line.startswith(b":")]
         fields = [(name, value.removeprefix(b" ")) for name, _, value in lines]
-        if failed := b"\n".join(value for name, value in fields if name == b"error"):  # llama.cpp once wrote it so
-            raise ValueError(words(failed))
+        if failed := b"\n".join(value for name, value in fields if name == b"error"):  # some versions of llama.cpp
+            raise ValueError(error_message(failed))
         data = b"\n".join(value for name, value in fields if name == b"data")
     if not data:
         return None
@@ -236,34 +236,34 @@ def _read(event: bytes) -> Chunk | None:
     try:
         chunk = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return _leniently(data)
+        return _decode_leniently(data)
     if chunk.error:
-        raise ValueError(words(data))
+        raise ValueError(error_message(data))
     return chunk
 
 
-def _leniently(data: bytes) -> Chunk:
-    """Read what has another shape than it should, or half of a surrogate pair: as much of it as can be used."""
+def _decode_leniently(data: bytes) -> Chunk:
+    """Decode the usable part of JSON that has an unexpected shape, or half of a surrogate pair."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError("an event that is not JSON") from None
     if not isinstance(value, dict):
-        raise ValueError("an event that is no JSON object")
+        raise ValueError("an event that is not a JSON object")
     if value.get("error"):
-        raise ValueError(words(data))
+        raise ValueError(error_message(data))
     chunk = Chunk()
     choices = value.get("choices")
     for choice in choices if isinstance(choices, list) else []:
-        with_text = choice.get("delta") if isinstance(choice, dict) else None
-        text = with_text.get("content") if isinstance(with_text, dict) else None
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        text = delta.get("content") if isinstance(delta, dict) else None
         if isinstance(text, str):
             chunk.choices.append(_Choice(delta=_Delta(text)))
     return chunk
 
 
-def words(data: bytes) -> str:
-    """What an error object says, for people."""
+def error_message(data: bytes) -> str:
+    """Return the message of an error object, for people."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -275,14 +275,14 @@ def words(data: bytes) -> str:
     return str(error)[:500]
 
 
-class Whole:
-    """Joins halves of surrogate pairs that came in two events, so that no character is cut."""
+class SurrogateJoiner:
+    """Joins the halves of surrogate pairs that arrive in two events, so that no character is split."""
 
     def __init__(self) -> None:
         self._half = ""
 
     def feed(self, text: str) -> str:
-        """Return what can be encoded by now."""
+        """Return the text that is complete with this addition."""
         text = self._half + text
         self._half = ""
         if not _SURROGATE.search(text):

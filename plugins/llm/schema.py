@@ -2,8 +2,8 @@
 
 llama.cpp makes a grammar of a schema, and tries every token of its vocabulary against every state that the grammar may
 be in. An ambiguous grammar (the pattern `^(a?){1,500}$`, two alternatives that begin alike in an array of arrays) has
-so many states that one token takes minutes, in which nobody else gets any. So only keywords are accepted that lead to
-one state: no patterns, no recursion, alternatives that differ in their first character.
+enough states that one token takes minutes, during which no other request gets any. So only keywords are accepted that
+lead to one state: no patterns, no recursion, alternatives that differ in their first character.
 """
 
 from typing import Any
@@ -26,11 +26,11 @@ _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean",
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Raise ValueError where a schema uses what the embedded model does not follow, or is too large."""
+    """Raise ValueError where a schema is too large, or has keywords that the embedded model does not support."""
     definitions = {
-        f"#/{place}/{name}": definition
-        for place in ("$defs", "definitions")
-        if isinstance(defined := schema.get(place), dict)
+        f"#/{section}/{name}": definition
+        for section in ("$defs", "definitions")
+        if isinstance(defined := schema.get(section), dict)
         for name, definition in defined.items()
     }
     _Checker(definitions).check(schema, 0)
@@ -42,7 +42,7 @@ class _Checker:
         self._nodes = 0
 
     def check(self, schema: Any, depth: int) -> set[str]:
-        """Check a schema and what is in it; return the types of values that it lets through."""
+        """Check a schema and its parts; return the JSON types of the values that it allows."""
         self._nodes += 1
         if depth > DEPTH or self._nodes > NODES:
             raise ValueError(f"is deeper than {DEPTH} levels (or recursive), or has more than {NODES} parts")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that is asked: whole events of its answer, or a failure that says which."""
+"""Client of an OpenAI-compatible server: its response as whole events, or a Failure with a code."""
 
 import asyncio
 import logging
@@ -10,40 +10,40 @@ from http import HTTPStatus
 
 import aiohttp
 
-from .openai import Block, Failure, Frames, words
+from .openai import Block, EventSplitter, Failure, error_message
 
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
-"""What a connection may take to come about."""
+"""Timeout for connecting, and for reading an error response, in seconds."""
 
 HEARTBEAT_SECONDS = 10.0
-"""How long an upstream may be silent before its reader hears that, to tell its own client."""
+"""Seconds of silence of an upstream after which its reader gets an empty block, to send a heartbeat."""
 
-WHOLE_BYTES = 16 * 1024 * 1024
-"""What an answer that is not streamed may have."""
+RESPONSE_BYTES = 16 * 1024 * 1024
+"""Maximum size of a response that is not streamed, in bytes."""
 
-REFUSAL_BYTES = 64 * 1024
-"""What is read of a refusal."""
+ERROR_BYTES = 64 * 1024
+"""Maximum bytes read of an error response."""
 
-SILENT = "The upstream has fallen silent."
-BROKE_OFF = "The upstream broke off before the end of its answer."
-STARTED_ANEW = "The model is being started anew."
+STALLED = "The upstream has stopped sending data."
+BROKE_OFF = "The upstream disconnected before the end of its response."
+RESTARTING = "The model is being restarted."
 
-REFUSED = "upstream_refused"
+REJECTED = "upstream_rejected"
 
 _TROUBLE = frozenset(
-    f"upstream_{word}" for word in ("unreachable", "timeout", "redirects", "denies", "failed", "stalled", "closed")
+    f"upstream_{word}" for word in ("unreachable", "timeout", "redirects", "denied", "failed", "stalled", "closed")
 )
 
 _PASSED_ON = frozenset({400, 404, 408, 409, 413, 415, 422, 429, 503})
-"""Refusals that are about the request, or about now; others are about this server and its upstream."""
+"""Statuses about the request, or of a temporary condition; others are between this server and its upstream."""
 
 
 class Upstream:
-    """One server, asked at one address: redirects are not followed, nothing else is ever called.
+    """One server at one URL: redirects are not followed, and no other address is ever requested.
 
-    `key` is sent to it and told to nobody else. `socket` is the path of a unix socket that it listens on.
+    `key` is sent to this server only. `socket` is the path of a unix socket that it listens on.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Upstream:
         self.max_seconds = max_seconds
         """Seconds after which a response has failed, however much data arrives."""
         self.trouble: str | None = None
-        """Why the last request failed, where the upstream is at fault; without its words, which may repeat a prompt."""
-        self._kept: aiohttp.ClientSession | None = None
+        """Why the last request failed by the upstream's fault; without its message, which may repeat a prompt."""
+        self._pooled: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Hold the connections to it."""
-        # What comes is watched by `_Patience`: a timer of aiohttp's own would be set anew for every token.
+        """Hold the connections to it while the block lasts."""
+        # `_ReadTimeout` watches the response: aiohttp would restart its own timer for every token.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._key:
@@ -76,20 +76,20 @@ class Upstream:
                 connector=connector, headers=headers, timeout=timeout, cookie_jar=cookies, auto_decompress=False
             )
 
-        if self._socket:  # of this machine: a connection costs nothing
+        if self._socket:  # on this machine: a connection costs nothing
             async with session(aiohttp.UnixConnector(self._socket, limit=0, force_close=True)) as self._fresh:
-                self._kept = self._fresh
+                self._pooled = self._fresh
                 yield
         else:
             async with (
-                session(aiohttp.TCPConnector(limit=0)) as self._kept,
+                session(aiohttp.TCPConnector(limit=0)) as self._pooled,
                 session(aiohttp.TCPConnector(limit=0, force_close=True)) as self._fresh,
             ):
                 yield
 
     @asynccontextmanager
-    async def asked(self, path: str, body: bytes, *, events: bool = False) -> "AsyncIterator[Reply]":
-        """POST to a path and yield the response, a 200; leaving the block early stops the work of the upstream.
+    async def post(self, path: str, body: bytes, *, events: bool = False) -> "AsyncIterator[Response]":
+        """POST to a path and yield the response, a 200; leaving the block early stops the upstream's work.
 
         With `events` it must be an event stream. A connection that fails before the response begins is retried once.
         Raises Failure for everything else, also for a response with a content coding: none was accepted, and decoding
@@ -97,88 +97,88 @@ class Upstream:
         """
         deadline = asyncio.get_running_loop().time() + self.max_seconds
         try:
-            async with self._begun(path, body, events=events) as response:
+            async with self._respond(path, body, events=events) as response:
                 self.trouble = None
-                yield Reply(self, response, deadline)
+                yield Response(self, response, deadline)
         except Failure as failure:
-            if failure.code in _TROUBLE or (failure.code == REFUSED and failure.status in (404, 503)):
-                status = f" with {failure.status}" if failure.code == REFUSED else ""
+            if failure.code in _TROUBLE or (failure.code == REJECTED and failure.status in (404, 503)):
+                status = f" with {failure.status}" if failure.code == REJECTED else ""
                 self.trouble = f"The last request to the upstream failed: {failure.code}{status}."
             raise
 
     @asynccontextmanager
-    async def _begun(self, path: str, body: bytes, *, events: bool) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _respond(self, path: str, body: bytes, *, events: bool) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
             async with asyncio.timeout(min(self.stall_seconds, self.max_seconds)):
-                response = await self._post(path, body)
+                response = await self._send(path, body)
         except TimeoutError as error:
-            self.note(error)
-            raise Failure(504, "upstream_timeout", "The upstream does not answer in time.") from None
+            self.log_error(error)
+            raise Failure(504, "upstream_timeout", "The upstream does not respond in time.") from None
         except aiohttp.ClientError as error:
-            self.note(error)
-            if self._socket:  # our own model's: its process has died, and who keeps it is about to notice
-                raise Failure(503, "model_not_ready", STARTED_ANEW, headers={"Retry-After": "1"}) from None
+            self.log_error(error)
+            if self._socket:  # the embedded model: its process has died, and its supervisor is about to notice
+                raise Failure(503, "model_not_ready", RESTARTING, headers={"Retry-After": "1"}) from None
             detail = "The upstream cannot be reached."
             raise Failure(502, "upstream_unreachable", detail, headers={"Retry-After": "2"}) from None
         try:
             if response.status != 200:
-                raise await self._refusal(response)
+                raise await self._failure_of(response)
             if coding := _coding(response):
                 log.warning("upstream: a response with Content-Encoding %r, though identity was requested", coding)
                 detail = "The upstream's response has a content coding, though none was accepted."
                 raise Failure(502, "upstream_failed", detail)
             if events and response.content_type != "text/event-stream":
-                raise Failure(502, "upstream_failed", "The upstream does not answer with an event stream.")
+                raise Failure(502, "upstream_failed", "The upstream's response is not an event stream.")
             yield response
         finally:
-            response.close()  # never released: only a closed connection ends the work at the other end
+            response.close()  # never released: only a closed connection ends the upstream's work
 
-    async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
-        """Ask on a connection that is kept, if there is one; on a fresh one where that turns out to be closed."""
-        assert self._kept is not None
+    async def _send(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+        """Send a request on a pooled connection, if there is one; on a new one where that turns out to be closed."""
+        assert self._pooled is not None
         assert self._fresh is not None
         url = f"{self._url}{path}"
         try:
-            return await self._kept.post(url, data=body, allow_redirects=False)
+            return await self._pooled.post(url, data=body, allow_redirects=False)
         except aiohttp.ClientConnectionError as error:
             if isinstance(error, TimeoutError):
                 raise
-            self.note(error)
+            self.log_error(error)
             return await self._fresh.post(url, data=body, allow_redirects=False)
 
-    def note(self, error: Exception) -> None:
+    def log_error(self, error: Exception) -> None:
         """Log a failure of the connection."""
         log.warning("upstream: %s", self.without_key(f"{type(error).__name__}: {error}"))
 
     def without_key(self, text: str) -> str:
-        """Return a text of the upstream without the key that it may repeat."""
+        """Return a text of the upstream without the key, which it may repeat."""
         return text.replace(self._key, "***") if self._key else text
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> Failure:
-        """Return what a response other than 200 means to our client."""
-        status, said = response.status, b""
+    async def _failure_of(self, response: aiohttp.ClientResponse) -> Failure:
+        """Return the Failure for a response other than 200."""
+        status, body = response.status, b""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                said = b"" if _coding(response) else await response.content.read(REFUSAL_BYTES)
+                body = b"" if _coding(response) else await response.content.read(ERROR_BYTES)
         except (aiohttp.ClientError, TimeoutError):
             pass
-        reason = self.without_key(words(said)) or _phrase(status)
-        # The words of a passed-on error are for the client, and may repeat its prompt; those of a 404 are about the
+        reason = self.without_key(error_message(body)) or _phrase(status)
+        # The message of a passed-on error is for the client, and may repeat its prompt; that of a 404 is about the
         # address and the model, which the operator has configured.
         log.warning("upstream: %d%s", status, "" if status in _PASSED_ON - {404} else f": {reason}")
         if 300 <= status < 400:
             return Failure(502, "upstream_redirects", "The upstream redirects, which is not followed.")
         if status in (401, 403, 407):
-            return Failure(502, "upstream_denies", "The upstream does not let this server in; its log says more.")
+            return Failure(502, "upstream_denied", "The upstream denies access to this server; see the log.")
         if status not in _PASSED_ON:
             return Failure(502, "upstream_failed", f"The upstream failed with {status}.")
         retry_after = read_retry_after(response.headers.get("Retry-After", ""))
         headers = {"Retry-After": retry_after} if retry_after else {}
-        return Failure(status, REFUSED, reason, headers=headers)
+        return Failure(status, REJECTED, reason, headers=headers)
 
 
-class Reply:
-    """A response of an upstream that has begun, with the moment (of the event loop) by which it must be complete."""
+class Response:
+    """A response of an upstream that has begun, and its deadline, in the event loop's time."""
 
     def __init__(self, upstream: Upstream, response: aiohttp.ClientResponse, deadline: float) -> None:
         self._upstream = upstream
@@ -187,20 +187,20 @@ class Reply:
         self._time = asyncio.get_running_loop().time
 
     async def blocks(self) -> AsyncGenerator[Block, None]:
-        """Yield whole events of an event stream as they arrive, up to its `[DONE]`; an empty block during silence.
+        """Yield blocks of whole events as they arrive, up to `[DONE]`; an empty block during silence.
 
         Silence is time without an event that has data: comments do not end it. Raises Failure where the stream breaks
-        off, stalls, takes longer than the deadline, sends an error or something that is not an event: what came before
-        has been yielded then, except what was not read yet when the connection was reset (aiohttp drops that).
+        off, stalls, exceeds the deadline, or sends an error or an invalid event. Everything before that has been
+        yielded, except what had not been read when the connection was reset (aiohttp drops that).
         """
-        upstream, frames, silence = self._upstream, Frames(), 0.0
-        with _Patience(min(HEARTBEAT_SECONDS, upstream.stall_seconds, upstream.max_seconds)) as patience:
+        upstream, splitter, silence = self._upstream, EventSplitter(), 0.0
+        with _ReadTimeout(min(HEARTBEAT_SECONDS, upstream.stall_seconds, upstream.max_seconds)) as timeout:
             while True:
-                begun = self._time()
-                part = await self._read(patience)
+                started = self._time()
+                part = await self._read(timeout)
                 now = self._time()
-                silence += now - begun  # the time that our own client takes is not the upstream's
-                block = Block() if part is None else frames.feed(part)
+                silence += now - started  # the time that our own client takes does not count
+                block = Block() if part is None else splitter.feed(part)
                 if block.chunks or block.done:
                     silence = 0.0
                 if part is None or block.raw:
@@ -213,41 +213,41 @@ class Reply:
                 if part == b"":
                     raise Failure(502, "upstream_closed", BROKE_OFF)
                 if now >= self._deadline:
-                    raise self._too_long()
+                    raise self._deadline_exceeded()
                 if silence >= upstream.stall_seconds:
-                    raise Failure(504, "upstream_stalled", SILENT)
+                    raise Failure(504, "upstream_stalled", STALLED)
 
-    async def whole(self) -> bytes:
-        """Return a response that is not streamed; raises Failure where it does not arrive complete and in time."""
+    async def read(self) -> bytes:
+        """Return the body of a response that is not streamed; raises Failure if it is incomplete, late or too large."""
         upstream, body = self._upstream, bytearray()
-        with _Patience(min(upstream.stall_seconds, upstream.max_seconds)) as patience:
-            while (part := await self._read(patience)) != b"":
+        with _ReadTimeout(min(upstream.stall_seconds, upstream.max_seconds)) as timeout:
+            while (part := await self._read(timeout)) != b"":
                 if self._time() >= self._deadline:
-                    raise self._too_long()
+                    raise self._deadline_exceeded()
                 if part is None:
-                    raise Failure(504, "upstream_stalled", SILENT)
+                    raise Failure(504, "upstream_stalled", STALLED)
                 body += part
-                if len(body) > WHOLE_BYTES:
-                    raise Failure(502, "upstream_failed", f"The upstream's answer has more than {WHOLE_BYTES} bytes.")
+                if len(body) > RESPONSE_BYTES:
+                    raise Failure(502, "upstream_failed", f"The upstream's response exceeds {RESPONSE_BYTES} bytes.")
         return bytes(body)
 
-    async def _read(self, patience: "_Patience") -> bytes | None:
-        """Return what has arrived, b"" at the end, None where nothing arrives for as long as patience lasts."""
+    async def _read(self, timeout: "_ReadTimeout") -> bytes | None:
+        """Return the bytes that have arrived, b"" at the end, None where none arrive within the timeout."""
         try:
-            return await patience.wait(self._response.content.readany())
+            return await timeout.wait(self._response.content.readany())
         except aiohttp.ClientError as error:
-            self._upstream.note(error)
+            self._upstream.log_error(error)
             raise Failure(502, "upstream_closed", BROKE_OFF) from None
 
-    def _too_long(self) -> Failure:
-        detail = f"The generation took longer than {self._upstream.max_seconds:g} s, the limit of this server."
+    def _deadline_exceeded(self) -> Failure:
+        detail = f"The generation took longer than the limit of {self._upstream.max_seconds:g} s."
         return Failure(504, "generation_timeout", detail)
 
 
-class _Patience:
-    """Lets a task wait many times, each time for so many seconds at most, with one timer for all of them.
+class _ReadTimeout:
+    """A timeout for each of many reads of one task, with one timer for all of them.
 
-    It works as `asyncio.timeout` does, which would set and cancel a timer for each. All waits are of one task.
+    It works like `asyncio.timeout`, which would set and cancel a timer for each read.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -255,34 +255,34 @@ class _Patience:
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._since: float | None = None
-        self._lost = False
+        self._expired = False
 
-    def __enter__(self) -> "_Patience":
-        self._timer = self._loop.call_later(self.seconds, self._look)
+    def __enter__(self) -> "_ReadTimeout":
+        self._timer = self._loop.call_later(self.seconds, self._check)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._timer.cancel()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         due = self.seconds if self._since is None else self._since + self.seconds - self._loop.time()
         if due <= 0 and self._task is not None:
-            self._lost, due = True, self.seconds
+            self._expired, due = True, self.seconds
             self._task.cancel()
-        self._timer = self._loop.call_later(due, self._look)
+        self._timer = self._loop.call_later(due, self._check)
 
-    async def wait(self, reading: Coroutine[None, None, bytes]) -> bytes | None:
-        """Return what is read, or None where patience is lost; reading must not lose anything by being cancelled."""
+    async def wait(self, read: Coroutine[None, None, bytes]) -> bytes | None:
+        """Return what is read, or None after the timeout; `read` must not lose data when it is cancelled."""
         assert self._task is not None
         self._since, cancelling = self._loop.time(), self._task.cancelling()
         try:
-            return await reading
+            return await read
         except asyncio.CancelledError:
-            if self._lost and self._task.uncancel() <= cancelling:
+            if self._expired and self._task.uncancel() <= cancelling:
                 return None
             raise
         finally:
-            self._since, self._lost = None, False
+            self._since, self._expired = None, False
 
 
 def _phrase(status: int) -> str:
@@ -299,7 +299,7 @@ def _coding(response: aiohttp.ClientResponse) -> str:
 
 
 def read_retry_after(value: str) -> str:
-    """Return a `Retry-After` that can be passed on, or an empty text: seconds in digits, or an HTTP date.
+    """Return a valid `Retry-After` (seconds in digits, or an HTTP date), or an empty text.
 
     Source: RFC 9110 section 10.2.3.
     """

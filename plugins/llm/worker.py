@@ -1,8 +1,8 @@
-"""The embedded model as a process of its own: llama.cpp's HTTP server on a unix socket.
+"""The process of the embedded model: llama.cpp's HTTP server on a unix socket.
 
-Run as a program: `python worker.py MODEL SOCKET ALIAS SLOTS CONTEXT`, where CONTEXT is the tokens of prompt and answer
-that each of the SLOTS may hold. It prints a line `ready` once it serves, and is gone as soon as its standard input
-ends: whoever started it holds the other end, so it never outlives them, not even when they are killed.
+Run as a program: `python worker.py MODEL SOCKET ALIAS SLOTS CONTEXT`, where CONTEXT is the maximum number of tokens of
+prompt and response in each of the SLOTS. It prints a line `ready` once it serves, and exits as soon as its standard
+input ends: its parent holds the other end, so it never outlives the parent, even if that is killed.
 """
 
 import os
@@ -11,17 +11,17 @@ import sys
 import threading
 
 
-def _leave_with_parent() -> None:
-    """Wait for the end of standard input, then be gone at once: destructors of the library have been seen to hang."""
+def _exit_with_parent() -> None:
+    """Wait for the end of standard input, then exit at once: destructors of the library have been seen to hang."""
     while os.read(0, 4096):
         pass
     os._exit(0)
 
 
 def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
-    """Load the model, serve, and say so."""
+    """Load the model, serve it, and print `ready`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process by its input
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
     import xllamacpp
 
@@ -31,11 +31,11 @@ def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
     params.hostnames = [socket]
     params.n_parallel = slots
     params.n_ctx = slots * context
-    # A prompt is read in such pieces, between which the other slots get their turn.
+    # A prompt is processed in batches of this size, between which the other slots get their turn.
     params.n_batch = params.n_ubatch = 128
-    # OpenMP's threads spin: on the last core they would take the event loop's time.
+    # OpenMP's threads spin: on the last core they would starve the event loop.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
-    params.sampling.temp = 0.2  # unless a request says otherwise: so small a model talks nonsense above that
+    params.sampling.temp = 0.2  # unless a request sets it: so small a model talks nonsense above that
     params.cache_ram_mib = 0
     params.n_gpu_layers = 0
     params.ui = False

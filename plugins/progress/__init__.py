@@ -1,4 +1,4 @@
-"""Run long tasks that are started, watched, cancelled and come back to, and that survive a restart."""
+"""Run long tasks that clients start, follow, resume and cancel, and that survive a restart."""
 
 import asyncio
 import importlib.util
@@ -11,92 +11,100 @@ from aiohttp import web
 from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from streamlab import CONFIG, EVENTS, METRICS, TASKS, Problem, Progress, Scenario, Task, endpoint, follow, hookimpl
+from streamlab import (
+    CONFIG,
+    EVENTS,
+    METRICS,
+    TASKS,
+    Problem,
+    Progress,
+    ResumeQuery,
+    Scenario,
+    Task,
+    endpoint,
+    follow,
+    hookimpl,
+    no_more_events,
+    resume_id,
+    wants_events,
+)
 
-from .embedded import Embedded
+from .embedded import EmbeddedEngine
 from .engine import Engine, QueueLimits
 from .runner import Runner
-from .store import ID, Record, Store, new_id, now, read_id
+from .store import ID, Record, Store, new_id, now, task_of
 
 BODY_BYTES = 64 * 1024
-"""What a task may be given."""
+"""Maximum request body, in bytes."""
 
 REHEARSAL_SECONDS = 900
-"""How long the task that does nothing may run, in seconds."""
+"""Maximum duration of the task `rehearsal`, in seconds."""
 
 RETRY_SECONDS = 1
-"""When a client that asks for a task, instead of following it, may ask again."""
+"""Retry-After for clients that poll a task, in seconds."""
 
 
 class NewTask(BaseModel):
-    """A task to be run."""
+    """A task to be started."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"kind": "rehearsal", "parameters": {"steps": 5}}]})
 
-    kind: str = Field(max_length=100, description="Its kind; GET /process/kinds lists them.")
-    parameters: dict[str, Any] = Field({}, description="What its kind takes.")
+    kind: str = Field(max_length=100, description="The kind of task; GET /process/kinds lists them.")
+    parameters: dict[str, Any] = Field({}, description="Parameters of that kind.")
 
 
-class Which(BaseModel):
-    """Which task is meant."""
+class TaskPath(BaseModel):
+    """The path of a task."""
 
     id: str = Field(pattern=ID, description="The task's id.", examples=["0" * 32])
 
 
-class Again(BaseModel):
-    """From where on a task is followed."""
-
-    last_event_id: str = Field(
-        "", max_length=200, description="Go on after this event; the header Last-Event-ID says the same, and wins."
-    )
-
-
-class Started(Again):
-    """A task to be started and followed at once; parameters of its kind beside these are its own."""
+class LongTaskQuery(ResumeQuery):
+    """A task to be started and followed at once; other parameters are those of its kind."""
 
     model_config = ConfigDict(extra="allow")
 
-    kind: str | None = Field(None, max_length=100, description="Its kind; GET /process/kinds lists them.")
+    kind: str | None = Field(None, max_length=100, description="The kind of task; GET /process/kinds lists them.")
     steps: int | None = Field(
-        None, ge=1, le=1_000_000, description="In how many steps, where its kind takes that.", examples=[10]
+        None, ge=1, le=1_000_000, description="Number of steps, for kinds with this parameter.", examples=[10]
     )
 
 
-class Page(BaseModel):
-    """Which part of the list is meant."""
+class TaskListQuery(BaseModel):
+    """A page of the list of tasks."""
 
-    limit: int = Field(100, ge=1, le=1000, description="Tasks at most.")
-    before: str = Field("f" * 32, pattern=ID, description="Only those that were made before this one.")
+    limit: int = Field(100, ge=1, le=1000, description="Maximum tasks.")
+    before: str = Field("f" * 32, pattern=ID, description="Only tasks created before this one.")
 
 
 class Tasks(Scenario):
-    """Long tasks: started, watched from any id, cancelled, and gone on with after a crash."""
+    """Long tasks: started, followed from any event, cancelled, and resumed after a crash."""
 
     name = "progress"
 
     engine: Literal["embedded", "docket"] = "embedded"
-    """Who runs tasks: this process, or those that `streamlab worker` starts, on any machine (streamlab[redis])."""
+    """Where tasks run: in this process, or in `streamlab worker` processes on any machine (streamlab[redis])."""
     kind: str = "report"
-    """What /process/long-task starts where a client does not say."""
+    """Default kind of /process/long-task."""
     max_running: int = Field(2, ge=1, le=1000)
-    """Tasks that a process runs at once."""
+    """Maximum tasks that one process runs at once."""
     max_queued: int = Field(1000, ge=1, le=100_000)
-    """Tasks that wait for their turn; one more is answered 429 with Retry-After."""
+    """Maximum waiting tasks; one more gets 429 with Retry-After."""
     max_queued_per_client: int = Field(500, ge=1, le=100_000)
-    """Tasks of one client that wait; one more is answered 429 with Retry-After."""
+    """Maximum waiting tasks of one client; one more gets 429 with Retry-After."""
     max_seconds: float = Field(3600.0, gt=0, le=365 * 86_400)
-    """How long a task may run, all its runs together; then it is stopped and has failed. A kind may have less."""
+    """Maximum duration of a task, all its runs together, in seconds; then it fails. A kind may have a smaller limit."""
     max_crashes: int = Field(3, ge=1, le=1000)
-    """A task whose process has died so often is given up."""
+    """Number of crashes of its process after which a task is not resumed again."""
     keep_seconds: float = Field(86_400.0, ge=1, le=365 * 86_400)
-    """How long a task that is over is kept, with its events."""
+    """Retention of a finished task and its events, in seconds."""
 
     _engine: Engine = PrivateAttr()
     _store: Store = PrivateAttr()
     _kinds: Mapping[str, Task] = PrivateAttr()
 
     @model_validator(mode="after")
-    def _docket_is_there(self) -> "Tasks":
+    def _docket_is_installed(self) -> "Tasks":
         if self.engine == "docket" and importlib.util.find_spec("docket") is None:
             raise ValueError("engine = \"docket\" needs the package pydocket: pip install 'streamlab[redis]'")
         return self
@@ -104,20 +112,20 @@ class Tasks(Scenario):
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """Take tasks on while the server serves."""
-        self._engine = self._made(app)
+        """Accept tasks while the server runs."""
+        self._engine = self._create_engine(app)
         async with self._engine.opened():
             yield
 
     @hookimpl
     def worker_lifespan(self, app: web.Application) -> AbstractAsyncContextManager[None]:
-        """Run tasks in a worker; raises Problem where the server does that itself."""
-        self._engine = self._made(app)
+        """Run tasks in a worker; raises Problem where the server runs them itself."""
+        self._engine = self._create_engine(app)
         return self._engine.serving(self.max_running)
 
-    def _made(self, app: web.Application) -> Engine:
+    def _create_engine(self, app: web.Application) -> Engine:
         self._kinds, self._store = app[TASKS], Store(app[EVENTS], self.keep_seconds)
-        ended = Counter("streamlab_tasks", "Tasks that are over.", ["kind", "state"], registry=app[METRICS].registry)
+        ended = Counter("streamlab_tasks", "Finished tasks.", ["kind", "state"], registry=app[METRICS].registry)
         runner = Runner(
             self._store,
             self._kinds,
@@ -128,38 +136,38 @@ class Tasks(Scenario):
         events, store = app[EVENTS], self._store
         queue = QueueLimits(self.max_queued, self.max_queued_per_client)
         if self.engine == "embedded":
-            return Embedded(events, store, runner, max_running=self.max_running, queue=queue)
+            return EmbeddedEngine(events, store, runner, max_running=self.max_running, queue=queue)
         if (url := app[CONFIG].events.url).startswith("sqlite"):
             raise Problem(500, 'engine = "docket" needs a Redis server: [events] url = "redis://..."')
-        from .workers import Workers  # it brings a hundred modules along
+        from .docket_engine import DocketEngine  # it imports a hundred modules
 
-        return Workers(events, store, runner, url=url, queue=queue)
+        return DocketEngine(events, store, runner, url=url, queue=queue)
 
     # -- routes
 
     @endpoint("GET", "/process/kinds", sends="application/json", curl="{url}")
     async def list_kinds(self, request: web.Request) -> web.Response:
-        """List the kinds of tasks, with what they take as JSON Schema."""
+        """List the kinds of tasks, with their parameters as JSON Schema."""
         kinds = [
             {
-                "kind": task.name,
-                "description": task.description,
-                "unit": task.unit,
-                "resumable": task.resumable,
-                "max_seconds": min(self.max_seconds, task.max_seconds or self.max_seconds),
-                "parameters": task.parameters.model_json_schema(),
+                "kind": kind.name,
+                "description": kind.description,
+                "unit": kind.unit,
+                "resumable": kind.resumable,
+                "max_seconds": min(self.max_seconds, kind.max_seconds or self.max_seconds),
+                "parameters": kind.parameters.model_json_schema(),
             }
-            for _, task in sorted(self._kinds.items())
+            for _, kind in sorted(self._kinds.items())
         ]
         return _json({"kinds": kinds, "default": self.kind})
 
-    @endpoint("GET", "/process/tasks", query=Page, sends="application/json", curl="{url}")
-    async def list_tasks(self, request: web.Request, query: Page) -> web.Response:
-        """List the tasks that are kept, newest first."""
+    @endpoint("GET", "/process/tasks", query=TaskListQuery, sends="application/json", curl="{url}")
+    async def list_tasks(self, request: web.Request, query: TaskListQuery) -> web.Response:
+        """List the stored tasks, newest first."""
         records = [record for record in reversed(await self._store.all()) if record.id < query.before]
-        listed = records[: query.limit]
-        more = f"/process/tasks?limit={query.limit}&before={listed[-1].id}" if len(records) > len(listed) else None
-        return _json({"tasks": [record.document() for record in listed], "next": more})
+        page = records[: query.limit]
+        more = f"/process/tasks?limit={query.limit}&before={page[-1].id}" if len(records) > len(page) else None
+        return _json({"tasks": [record.document() for record in page], "next": more})
 
     @endpoint(
         "POST",
@@ -168,104 +176,102 @@ class Tasks(Scenario):
         body_limit=BODY_BYTES,
         sends="application/json",
         responses={
-            202: "The task is kept and will be run; Location names it.",
-            409: "Another request with this Idempotency-Key is being answered.",
-            429: "Too many tasks wait; Retry-After says when to ask again.",
+            202: "The task is stored and will be run; Location is its URL.",
+            409: "Another request with this Idempotency-Key is in progress.",
+            429: "Too many tasks are waiting; see Retry-After.",
         },
         curl="{url}",
     )
     async def submit(self, request: web.Request, body: NewTask) -> web.Response:
-        """Start a task; with an Idempotency-Key, a request that is repeated gets the task that it got before."""
+        """Start a task; with an Idempotency-Key, a repeated request gets the task of the first."""
         parameters = self._read(body.kind, body.parameters, "body", "parameters.")
         key = request.headers.get("Idempotency-Key")
         if key is not None and not 0 < len(key) <= 255:
-            raise Problem(400, "An Idempotency-Key has 1 to 255 characters.")
+            raise Problem(400, "An Idempotency-Key must have 1 to 255 characters.")
         id = new_id()  # noqa: A001
         if key is not None:
-            claimed = await self._store.claimed(key, {"kind": body.kind, "parameters": parameters}, id)
-            if claimed is not None:
-                return _answer(await self._store.get(claimed), status=202)
-        return _answer(await self._submit(request, id, body.kind, parameters), status=202)
+            holder = await self._store.claim(key, {"kind": body.kind, "parameters": parameters}, id)
+            if holder is not None:
+                return _response(await self._store.get(holder), status=202)
+        return _response(await self._submit(request, id, body.kind, parameters), status=202)
 
     @endpoint(
         "GET",
         "/process/tasks/{id}",
-        path_model=Which,
-        query=Again,
+        path_model=TaskPath,
+        query=ResumeQuery,
         sends=("application/json", "text/event-stream"),
         responses={
-            204: "The client has the end of the task's events already.",
-            404: "There is no such task.",
-            410: "The task is over, and not kept any more.",
+            204: "The client already has the end of the task's events.",
+            404: "The task does not exist.",
+            410: "The task has ended and expired.",
         },
         curl="{url}",
     )
-    async def task(self, request: web.Request, path: Which, query: Again) -> web.StreamResponse:
-        """Tell where a task stands, or follow it: events `progress` and `message`, then `end`."""
+    async def task(self, request: web.Request, path: TaskPath, query: ResumeQuery) -> web.StreamResponse:
+        """Return the state of a task, or follow it: events `progress` and `message`, then `end`."""
         record = await self._store.get(path.id)
-        if "text/event-stream" in request.headers.get("Accept", ""):
+        if wants_events(request):
             channel = self._store.channel(path.id)
             return await follow(request, channel, after=query.last_event_id, headers={"Vary": "Accept"})
-        return _answer(record)
+        return _response(record)
 
     @endpoint(
         "DELETE",
         "/process/tasks/{id}",
-        path_model=Which,
+        path_model=TaskPath,
         sends="application/json",
         responses={
-            202: "The task is being cancelled; its last event says when it is.",
-            404: "There is no such task.",
-            409: "The task is over already.",
-            410: "The task is over, and not kept any more.",
+            202: "The task is being cancelled; its last event confirms it.",
+            404: "The task does not exist.",
+            409: "The task has already ended.",
+            410: "The task has ended and expired.",
         },
         curl="{url}",
     )
-    async def cancel(self, request: web.Request, path: Which) -> web.Response:
+    async def cancel(self, request: web.Request, path: TaskPath) -> web.Response:
         """Cancel a task, wherever it waits or runs."""
-        return _answer(await self._engine.cancel(path.id), status=202)
+        return _response(await self._engine.cancel(path.id), status=202)
 
     @endpoint(
         "GET",
         "/process/long-task",
-        query=Started,
+        query=LongTaskQuery,
         starts_work=True,
         sends="text/event-stream",
         responses={
-            204: "The client has the end of the task's events already.",
-            429: "Too many tasks wait; Retry-After says when to ask again.",
+            204: "The client already has the end of the task's events.",
+            429: "Too many tasks are waiting; see Retry-After.",
         },
     )
-    async def long_task(self, request: web.Request, query: Started) -> web.StreamResponse:
+    async def long_task(self, request: web.Request, query: LongTaskQuery) -> web.StreamResponse:
         """Start a task and follow it at once: events `progress` and `message`, then `end`.
 
-        Leaving does not stop it. A client that comes back with an id goes on with the same task.
+        Disconnecting does not stop it. A client that reconnects with an id resumes the same task.
         """
-        asked = request.headers.get("Last-Event-ID") or query.last_event_id
-        id = read_id(asked)  # noqa: A001
+        id = task_of(resume_id(request, query.last_event_id))  # noqa: A001
         if id is None:
             kind = query.kind or self.kind
             given = {"steps": query.steps} if query.steps is not None else {}
-            others = {name: values[0] for name, values in (query.model_extra or {}).items()}
-            parameters = self._read(kind, {**others, **given}, "query", "")
+            own = {name: values[0] for name, values in (query.model_extra or {}).items()}
+            parameters = self._read(kind, {**own, **given}, "query", "")
             id = (await self._submit(request, new_id(), kind, parameters)).id  # noqa: A001
         elif await self._store.find(id) is None:
-            if self._store.expired(id):  # it was over before it was forgotten
-                return web.Response(status=204, headers={"Cache-Control": "no-store"})
-            raise Problem(404, "There is no task that this event's id belongs to.")
+            if self._store.is_expired(id):  # it had ended before it expired
+                return no_more_events()
+            raise Problem(404, "There is no task with an event of this id.")
         headers = {"Location": f"/process/tasks/{id}"}
         return await follow(request, self._store.channel(id), after=query.last_event_id, headers=headers)
 
-    # -- what is asked for
+    # -- new tasks
 
     def _read(self, kind: str, given: Mapping[str, Any], place: str, prefix: str) -> dict[str, Any]:
-        """Validate the parameters of a task and return all of them, as JSON; raises Problem 422."""
-        task = self._kinds.get(kind)
-        if task is None:
-            detail = f"is none of the kinds of tasks: {', '.join(sorted(self._kinds)) or 'there are none'}"
-            errors = [{"in": place, "name": "kind", "detail": detail}]
-            raise Problem(422, "This server has no task of this kind.", errors=errors)
-        return task.read(given, place=place, prefix=prefix)
+        """Validate the parameters of a new task; return all of them, as JSON. Raises Problem 422."""
+        known = self._kinds.get(kind)
+        if known is None:
+            detail = f"unknown task kind; known: {', '.join(sorted(self._kinds)) or 'none'}"
+            raise Problem.parameter("kind", detail, place)
+        return known.read(given, place=place, prefix=prefix)
 
     async def _submit(
         self,
@@ -274,30 +280,30 @@ class Tasks(Scenario):
         kind: str,
         parameters: Mapping[str, Any],
     ) -> Record:
-        task, time = self._kinds[kind], now()
-        record = Record(id=id, kind=kind, parameters=dict(parameters), unit=task.unit, created=time, told=time)
+        unit, time = self._kinds[kind].unit, now()
+        record = Record(id=id, kind=kind, parameters=dict(parameters), unit=unit, created=time, heartbeat=time)
         record.client = client_of(request)
         await self._engine.submit(record)
         return record
 
 
 def client_of(request: web.Request) -> str:
-    """Return whom a task counts for when slots are divided: the address of the client, of IPv6 its network of 64 bits.
+    """Return the client that a task counts for when slots are shared: its address, or its 64-bit network for IPv6.
 
-    One host has all addresses of such a network. Behind a reverse proxy all clients are one.
+    One host has all addresses of such a network. Behind a reverse proxy, all clients count as one.
     """
     try:
         address = ipaddress.ip_address(request.remote or "")
-    except ValueError:  # a Unix socket has none
+    except ValueError:  # a Unix socket has no address
         return ""
     if address.version == 6 and address.ipv4_mapped is None:
         return str(ipaddress.ip_network((int(address), 64), strict=False))
     return str(address)
 
 
-def _answer(record: Record, *, status: int = 200) -> web.Response:
+def _response(record: Record, *, status: int = 200) -> web.Response:
     headers = {"Vary": "Accept"}
-    if not record.over:
+    if not record.is_over:
         headers["Retry-After"] = str(RETRY_SECONDS)
     if status == 202:
         headers["Location"] = f"/process/tasks/{record.id}"
@@ -310,27 +316,27 @@ def _json(document: Mapping[str, Any], *, status: int = 200, headers: Mapping[st
 
 async def rehearsal(
     progress: Progress,
-    steps: Annotated[int, Field(ge=1, le=1_000_000, description="How many.")] = 10,
-    delay: Annotated[float, Field(ge=0, le=60, description="Seconds that each takes.")] = 0.2,
-    fail_at: Annotated[int | None, Field(ge=1, description="The step at which it fails.")] = None,
+    steps: Annotated[int, Field(ge=1, le=1_000_000, description="Number of steps.")] = 10,
+    delay: Annotated[float, Field(ge=0, le=60, description="Duration of each step, in seconds.")] = 0.2,
+    fail_at: Annotated[int | None, Field(ge=1, description="The step that fails.")] = None,
 ) -> dict[str, int]:
-    """Do nothing, step by step, and fail where that is asked for: to try clients with."""
+    """Do nothing, step by step, and fail at a given step: for testing clients."""
     await progress(0, steps, "rehearsing")
     for step in range(1, steps + 1):
         await asyncio.sleep(delay)
         if step == fail_at:
-            raise Problem(500, f"Step {step} failed, as it was asked to.")
+            raise Problem(500, f"Step {step} failed, as requested.")
         await progress(step)
     return {"steps": steps}
 
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the tasks."""
+    """Return the scenario of long tasks."""
     return [Tasks]
 
 
 @hookimpl
 def register_tasks() -> list[Task]:
-    """Bring the task that does nothing."""
+    """Return the task `rehearsal`."""
     return [Task(rehearsal, unit="steps", max_seconds=REHEARSAL_SECONDS)]

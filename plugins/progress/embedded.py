@@ -1,4 +1,4 @@
-"""Tasks that run in the process that takes them on, and what becomes of those whose process is gone."""
+"""Tasks that run in the process that accepts them, and the takeover of tasks whose process has died."""
 
 import asyncio
 import logging
@@ -8,61 +8,62 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from streamlab import EventLogError, Events, Problem, encode_event
 
 from .engine import Engine, QueueLimits
-from .line import Line
+from .fair_queue import FairQueue
 from .runner import Runner
 from .store import Record, Store
 
 log = logging.getLogger(__name__)
 
-ADOPT_AT_ONCE = 100
-"""Tasks of a process that is gone that are taken on together, in one commit."""
+TAKE_OVER_BATCH = 100
+"""Maximum tasks of a dead process that are taken over in one commit."""
 
-AGAIN_SECONDS = 1.0
-"""When a task that could not be begun is tried again."""
+RETRY_SECONDS = 1.0
+"""Pause before a failed operation of the event log is retried, in seconds."""
 
 
-class Embedded(Engine):
-    """Up to `max_running` tasks run at once, clients take turns, and a limited number waits.
+class EmbeddedEngine(Engine):
+    """Runs up to `max_running` tasks at once; clients take turns, and a limited number of tasks waits.
 
-    Tasks of a process that is gone come on top, since they had their place there: the next that notices takes them.
+    Tasks of a dead process go to the first process that notices, beyond its limit: they were accepted already.
     """
 
     def __init__(self, events: Events, store: Store, runner: Runner, *, max_running: int, queue: QueueLimits) -> None:
         super().__init__(events, store, runner)
         self._max_running = max_running
         self._limits = queue
-        self._line = Line()
+        self._queue = FairQueue()
         self._tickets: asyncio.Queue[None] = asyncio.Queue()
-        """One for each task in the line."""
+        """One for each task in the queue."""
         self._waiting: dict[str, str] = {}
-        """The clients of those in the line, and of those on their way into it, by id."""
-        self._attended: set[str] = set()
+        """Clients of the tasks in the queue, and of those about to enter it, by task id."""
+        self._watched: set[str] = set()
+        """Processes whose leases are waited for."""
 
     def lease(self, record: Record) -> str:
-        """A process's: it holds one for all its tasks."""
+        """Return the lease of the task's process, which holds one for all its tasks."""
         return _lease(record.owner)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Run tasks while the block lasts; those that are not over then, the next process finds."""
-        living = self.events.run_as_leader(_lease(self.process), self._serve)
-        async with self.working(living, self._look_after()):
+        """Accept and run tasks while the block lasts; the next process continues the unfinished ones."""
+        leading = self.events.run_as_leader(_lease(self.process), self._serve)
+        async with self.working(leading, self._watch_dead_owners()):
             yield
 
     def serving(self, max_running: int) -> AbstractAsyncContextManager[None]:
-        """Refuse: there is nothing left to workers."""
-        raise Problem(500, 'Tasks run in the server; [scenarios.progress] engine = "docket" leaves them to workers.')
+        """Raise Problem: the server runs tasks itself."""
+        raise Problem(500, 'Tasks run in the server; workers need [scenarios.progress] engine = "docket".')
 
     async def submit(self, record: Record) -> None:
-        """Keep a new task and put it into the queue."""
+        """Store a new task and put it into the queue; raises Problem 429 where the queue is full."""
         self._limits.check(len(self._waiting), lambda: list(self._waiting.values()).count(record.client))
         self._waiting[record.id] = record.client
-        await self.surely(self._enter(record))
+        await self.run_shielded(self._accept(record))
 
-    async def _enter(self, record: Record) -> None:
+    async def _accept(self, record: Record) -> None:
         record.owner = self.process
         try:
-            await self.store.keep(record, encode_event(record.news(), "progress"))
+            await self.store.save(record, encode_event(record.progress_data(), "progress"))
         except BaseException:
             self._waiting.pop(record.id, None)
             raise
@@ -70,91 +71,93 @@ class Embedded(Engine):
 
     def _enqueue(self, client: str, id: str, *, first: bool = False) -> None:  # noqa: A002
         self._waiting[id] = client
-        self._line.add(client, id, first=first)
+        self._queue.add(client, id, first=first)
         self._tickets.put_nowait(None)
 
     async def _serve(self) -> None:
-        """Run what waits. This process holds its lease meanwhile: nobody else touches its tasks."""
-        await self._adopt(self.process)  # what was broken off when the lease had been lost
+        """Run waiting tasks. This process holds its lease meanwhile: no other process touches its tasks."""
+        await self._take_over(self.process)  # tasks that were interrupted when the lease was lost
         await self.control.publish({"hello": self.process})
         async with asyncio.TaskGroup() as group:
             for _ in range(self._max_running):
-                group.create_task(self._work())
+                group.create_task(self._run_waiting())
 
-    async def _work(self) -> None:
+    async def _run_waiting(self) -> None:
         while True:
             await self._tickets.get()
-            client, id = self._line.take()  # noqa: A001
+            client, id = self._queue.take()  # noqa: A001
             try:
                 del self._waiting[id]
                 await self.runner.run(id, self.process)
             except EventLogError as error:
-                log.error("a task cannot be begun: %s", error)
-                await asyncio.sleep(AGAIN_SECONDS)
+                log.error("cannot start a task: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
                 self._enqueue(client, id, first=True)
             finally:
-                self._line.free(client)
+                self._queue.release(client)
 
-    # -- processes that are gone
+    # -- dead processes
 
-    async def asked(self, asked: dict[str, str]) -> None:
-        """Wait for the end of a process that says it is there, and answer one that is new."""
-        await super().asked(asked)
-        if other := asked.get("hello"):
-            self._attend(other)
+    async def handle(self, command: dict[str, str]) -> None:
+        """Handle a command, and watch each process that announces itself; reply to a new one."""
+        await super().handle(command)
+        if other := command.get("hello"):
+            self._watch_owner(other)
             await self.control.publish({"here": self.process})
-        elif other := asked.get("here"):
-            self._attend(other)
+        elif other := command.get("here"):
+            self._watch_owner(other)
 
-    async def _look_after(self) -> None:
-        """Take on what processes have left that were gone before this one began."""
-        await self.heard.wait()
-        for owner in dict.fromkeys(record.owner for record in await self._all() if not record.over):
-            self._attend(owner)
+    async def _watch_dead_owners(self) -> None:
+        """Take over the tasks of processes that died before this one started."""
+        await self.caught_up.wait()
+        for owner in dict.fromkeys(record.owner for record in await self._all_records() if not record.is_over):
+            self._watch_owner(owner)
 
-    async def _all(self) -> list[Record]:
-        """Every task, however often the log has to be asked."""
+    async def _all_records(self) -> list[Record]:
+        """Return the record of every stored task; retry until the log is available."""
         while True:
             try:
                 return await self.store.all()
             except EventLogError as error:
-                log.error("tasks cannot be looked for: %s", error)
-                await asyncio.sleep(AGAIN_SECONDS)
+                log.error("cannot list the tasks: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
 
-    def _attend(self, owner: str) -> None:
-        if owner != self.process and owner not in self._attended:
-            self._attended.add(owner)
-            self.beside(self._inherit(owner))
+    def _watch_owner(self, owner: str) -> None:
+        if owner != self.process and owner not in self._watched:
+            self._watched.add(owner)
+            self.spawn(self._wait_and_take_over(owner))
 
-    async def _inherit(self, owner: str) -> None:
-        """Wait until a process is gone, and take its tasks on, unless another one does."""
-        await self.events.run_as_leader(_lease(owner), lambda: self._adopt(owner))
-        self._attended.discard(owner)
+    async def _wait_and_take_over(self, owner: str) -> None:
+        """Wait until a process has died, and take over its tasks, unless another process has."""
+        await self.events.run_as_leader(_lease(owner), lambda: self._take_over(owner))
+        self._watched.discard(owner)
 
-    async def _adopt(self, owner: str) -> None:
-        async with self.runner.hands:
-            tasks = [task for task in await self._all() if task.owner == owner and not task.over]
-            left = [task for task in tasks if not self._has(task.id)]
-            for first in range(0, len(left), ADOPT_AT_ONCE):
-                batch = left[first : first + ADOPT_AT_ONCE]
+    async def _take_over(self, owner: str) -> None:
+        async with self.runner.ownership_lock:
+            unfinished = [
+                record for record in await self._all_records() if record.owner == owner and not record.is_over
+            ]
+            orphans = [record for record in unfinished if not self._has(record.id)]
+            for first in range(0, len(orphans), TAKE_OVER_BATCH):
+                batch = orphans[first : first + TAKE_OVER_BATCH]
                 async with asyncio.TaskGroup() as group:
                     for record in batch:
-                        group.create_task(self._take_on(record))
+                        group.create_task(self._requeue(record))
                 for record in batch:
-                    if not record.over:
+                    if not record.is_over:
                         self._enqueue(record.client, record.id)
-        if left:
-            log.info("took on %d tasks of a process that is gone", len(left))
+        if orphans:
+            log.info("took over %d tasks of a dead process", len(orphans))
 
     def _has(self, id: str) -> bool:  # noqa: A002
         return id in self._waiting or self.runner.has(id)
 
-    async def _take_on(self, record: Record) -> None:
+    async def _requeue(self, record: Record) -> None:
         before = record.state
-        if await self.runner.pick_up(record):
+        if await self.runner.prepare(record):
             record.owner = self.process
-            news = [encode_event(record.news(), "progress")] if record.state != before else []
-            await self.store.keep(record, *news, retry_forever=True)
+            events = [encode_event(record.progress_data(), "progress")] if record.state != before else []
+            await self.store.save(record, *events, retry_forever=True)
 
 
 def _lease(process: str) -> str:

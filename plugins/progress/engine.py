@@ -1,4 +1,4 @@
-"""What every way to run tasks has in common: they are cancelled, and processes hear of each other."""
+"""The base of both engines: background work, cancellation, and commands between processes."""
 
 import asyncio
 import json
@@ -18,28 +18,28 @@ from .store import Record, Store
 log = logging.getLogger(__name__)
 
 CONTROL_EVENTS = 10_000
-"""What processes have asked each other that is kept, for whoever takes up the tasks of one that is gone."""
+"""Maximum commands stored on the control channel, for the process that takes over from a dead one."""
 
 FULL_RETRY_SECONDS = 5
-"""When a client that was refused for want of room may ask again."""
+"""Retry-After of a request that finds the queue full, in seconds."""
 
 
 class Engine(ABC):
-    """Takes tasks on and sees that they are run. Subclasses say where, and what it means that nobody runs one."""
+    """Accepts tasks and has them run. A subclass decides where, and which lease marks a task as running."""
 
     def __init__(self, events: Events, store: Store, runner: Runner) -> None:
         self.events = events
         self.store = store
         self.runner = runner
         self.process = uuid.uuid4().hex
-        self.heard = asyncio.Event()
-        """Set once what other processes have asked so far is known."""
+        self.caught_up = asyncio.Event()
+        """Set once the stored commands of other processes have been read."""
         self._group: asyncio.TaskGroup | None = None
-        self._beside: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     @abstractmethod
     def opened(self) -> AbstractAsyncContextManager[None]:
-        """Take tasks on while the block lasts."""
+        """Accept tasks while the block lasts."""
 
     @abstractmethod
     def serving(self, max_running: int) -> AbstractAsyncContextManager[None]:
@@ -47,54 +47,54 @@ class Engine(ABC):
 
     @abstractmethod
     async def submit(self, record: Record) -> None:
-        """Keep a new task and see that it is run; raises Problem 429 where there is no room."""
+        """Store a new task and queue it; raises Problem 429 where the queue is full."""
 
     @abstractmethod
     def lease(self, record: Record) -> str:
-        """The lease that whoever may run a task holds: where nobody does, nobody runs it."""
+        """Return the lease that a process must hold to run a task: if it is free, no process runs it."""
 
     @property
     def control(self) -> Channel:
-        """Where processes that share the log ask each other to cancel a task, and say that they are there."""
+        """The channel on which processes that share the log announce themselves and request cancellations."""
         keep = Retention(events=CONTROL_EVENTS, seconds=86_400, idle_seconds=2 * 86_400)
         return self.events.channel("progress", keep=keep)
 
     @asynccontextmanager
-    async def working(self, *works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-        """Do some work beside the block, and heed what other processes ask; all of it ends with the block."""
+    async def working(self, *coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+        """Run coroutines in the background, and handle commands of other processes; all of it ends with the block."""
         async with asyncio.TaskGroup() as self._group:
-            for work in (self._heed(), *works):
-                self.beside(work)
+            for coroutine in (self._handle_commands(), *coroutines):
+                self.spawn(coroutine)
             try:
                 yield
             finally:
                 await self.runner.stop()
-                # A cancellation can get lost in a command to Redis (python/cpython#86296, in 3.11): until it is heard.
-                while pending := tuple(self._beside):
+                # A cancellation can get lost in a command to Redis (python/cpython#86296, in 3.11): repeat it.
+                while pending := tuple(self._background):
                     for task in pending:
                         task.cancel()
                     await asyncio.wait(pending, timeout=0.05)
 
-    def beside(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Do some more work, until it or the block of `working` ends."""
-        assert self._group is not None, "the server has not started, or is over"
-        task = self._group.create_task(work)
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run a coroutine in the background until it, or the block of `working`, ends."""
+        assert self._group is not None, "the server has not started, or has stopped"
+        task = self._group.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
         return task
 
-    async def surely(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do some work to its end, even when the client that wanted it has left."""
+    async def run_shielded(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine to its end, even if the client disconnects."""
         failure: Exception | None = None
 
-        async def doing() -> None:
+        async def run() -> None:
             nonlocal failure
             try:
-                await work
+                await coroutine
             except Exception as error:
                 failure = error
 
-        task = self.beside(doing())
+        task = self.spawn(run())
         await asyncio.wait({task})  # unlike the task itself, this may be cancelled
         if failure is not None:
             raise failure
@@ -102,68 +102,69 @@ class Engine(ABC):
             raise Problem(503, "The server is stopping.", headers={"Retry-After": "5"})
 
     async def cancel(self, id: str) -> Record:  # noqa: A002
-        """Cancel a task, or ask who runs it to; returns it as it stands then.
+        """Cancel a task, or request its process to; return its record.
 
-        Raises Problem 404, 410, and 409 where it is over.
+        Raises Problem 404, 410, and 409 where it has ended.
         """
         record = await self.store.get(id)
-        if record.over:
-            raise Problem(409, f"This task is over already: {record.state}.")
+        if record.is_over:
+            raise Problem(409, f"This task has already ended: {record.state}.")
         if self.runner.cancel(id):
             return record
-        async with self.runner.hands:
+        async with self.runner.ownership_lock:
             if self.runner.cancel(id):
                 return record
             record = await self.store.get(id)
-            if record.over:
+            if record.is_over:
                 return record
             if record.owner == self.process:
-                await self.runner.withdraw(record)
+                await self.runner.end_cancelled(record)
                 return record
             async with self.events.lease(self.lease(record)) as free:
                 if free:
                     record = await self.store.get(id)
-                    if not record.over:
-                        await self.runner.withdraw(record)
+                    if not record.is_over:
+                        await self.runner.end_cancelled(record)
                     return record
         await self.control.publish({"cancel": id})
         return record
 
-    async def _heed(self) -> None:
+    async def _handle_commands(self) -> None:
         control, last = self.control, ORIGIN
         async for event in control.read():
-            self._note(event)
+            self._read(event)
             last = event.position
-        self.heard.set()
+        self.caught_up.set()
         async for event in control.listen(last):
-            await self.asked(self._note(event))
+            await self.handle(self._read(event))
 
-    def _note(self, event: Event) -> dict[str, str]:
-        asked: dict[str, str] = json.loads(event.data)
-        if id := asked.get("cancel"):  # noqa: A001
-            if len(self.runner.unwanted) >= 2 * CONTROL_EVENTS:
-                self.runner.unwanted.clear()
-            self.runner.unwanted.add(id)
-        return asked
+    def _read(self, event: Event) -> dict[str, str]:
+        """Return a command, and remember the task that it cancels."""
+        command: dict[str, str] = json.loads(event.data)
+        if id := command.get("cancel"):  # noqa: A001
+            if len(self.runner.cancel_requested) >= 2 * CONTROL_EVENTS:
+                self.runner.cancel_requested.clear()
+            self.runner.cancel_requested.add(id)
+        return command
 
-    async def asked(self, asked: dict[str, str]) -> None:
-        """Do what another process asks right now."""
-        self.runner.cancel(asked.get("cancel", ""))
+    async def handle(self, command: dict[str, str]) -> None:
+        """Handle a command of another process."""
+        self.runner.cancel(command.get("cancel", ""))
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How many tasks may wait: of all clients together, and of one."""
+    """Maximum waiting tasks: of all clients together, and of one."""
 
     total: int
     per_client: int
 
     def check(self, waiting: int, of_client: Callable[[], int]) -> None:
-        """Raise Problem 429 where one task more is too many; `of_client` counts those of its client."""
+        """Raise Problem 429 where one more task exceeds a limit; `of_client` counts the waiting tasks of its client."""
         if waiting >= self.total:
-            raise _full(f"{waiting} tasks wait to be run, which is all this server takes.")
-        if waiting >= self.per_client and (count := of_client()) >= self.per_client:
-            raise _full(f"{count} tasks of this client wait to be run, which is all this server takes of one.")
+            raise _full(f"Too many tasks are waiting (limit {self.total}).")
+        if waiting >= self.per_client and of_client() >= self.per_client:
+            raise _full(f"Too many tasks of this client are waiting (limit {self.per_client}).")
 
 
 def _full(detail: str) -> Problem:

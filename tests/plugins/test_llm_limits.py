@@ -213,12 +213,12 @@ def test_n_answers_take_n_slots(gateway: Gateway) -> None:
 
 
 async def test_slots_are_given_in_the_order_of_requests_whatever_each_needs() -> None:
-    places = plugin_module("llm", "places").Places(3, 10, 30)
+    slots = plugin_module("llm", "gateway").GenerationSlots(3, 10, wait_seconds=30)
     order: list[str] = []
     leave = {name: asyncio.Event() for name in "abcde"}
 
     async def hold(name: str, count: int) -> None:
-        async with places.held(count):
+        async with slots.held(count):
             order.append(name)
             await leave[name].wait()
 
@@ -239,24 +239,24 @@ async def test_slots_are_given_in_the_order_of_requests_whatever_each_needs() ->
         for name in "cde":
             leave[name].set()
     assert order == ["a", "c", "d", "e"]
-    async with asyncio.timeout(1), places.held(3):
+    async with asyncio.timeout(1), slots.held(3):
         pass  # nothing got lost
 
 
 async def test_a_slot_that_comes_in_the_moment_of_a_cancellation_is_not_lost() -> None:
-    places = plugin_module("llm", "places").Places(1, 10, 30)
+    slots = plugin_module("llm", "gateway").GenerationSlots(1, 10, wait_seconds=30)
 
     async def wait() -> None:
-        async with places.held():
+        async with slots.held():
             raise AssertionError("it was cancelled")
 
-    async with places.held():
+    async with slots.held():
         waiting = asyncio.create_task(wait())
         await asyncio.sleep(0)
     waiting.cancel()  # its turn has come, and it has not run since
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    async with asyncio.timeout(1), places.held():
+    async with asyncio.timeout(1), slots.held():
         pass
 
 
@@ -372,7 +372,7 @@ def test_a_model_that_is_stuck_is_replaced(start: Start, tmp_path: Path) -> None
     (model / "__init__.py").write_text("")
     (model / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
     environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
-    trusting = "import sys\n\nsys.modules['streamlab.plugins.llm.engine'].check_model = lambda path: None\n"
+    trusting = "import sys\n\nsys.modules['streamlab.plugins.llm.embedded'].check_model = lambda path: None\n"
     server = start(
         f"{OTHERS}[scenarios.llm]\nstall_seconds = 0.5\n", environ=environ, zz_trusting=trusting, tracebacks=True
     )
@@ -380,7 +380,7 @@ def test_a_model_that_is_stuck_is_replaced(start: Start, tmp_path: Path) -> None
     status, _, document = complete(server)
     assert (status, document["error"]["code"]) == (504, "upstream_timeout")
     server.wait_for_log("is stuck", seconds=10)
-    server.wait_for_log("is started anew", seconds=10)
+    server.wait_for_log("is restarted", seconds=10)
 
 
 DEAF = """
@@ -459,8 +459,8 @@ def test_openapi_documents_the_body_and_the_errors_of_v1(gateway: Gateway) -> No
     api = json.loads(server.get("/openapi.json")[2])
     operation = api["paths"]["/v1/chat/completions"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
-    assert schema["$ref"] == "#/components/schemas/ChatCompletion"
-    completion = api["components"]["schemas"]["ChatCompletion"]
+    assert schema["$ref"] == "#/components/schemas/ChatCompletionRequest"
+    completion = api["components"]["schemas"]["ChatCompletionRequest"]
     assert completion["required"] == ["messages"]
     assert completion["additionalProperties"] is False
     assert set(SENT) | set(ACCOUNT) < set(completion["properties"])
@@ -475,16 +475,16 @@ def test_openapi_documents_the_body_and_the_errors_of_v1(gateway: Gateway) -> No
 
 
 def test_the_table_of_fields_in_the_documentation_is_complete() -> None:
-    completion = plugin_module("llm", "completion")
+    completion = plugin_module("llm", "completion_request")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (REPOSITORY / "docs" / "openai.md").read_text().splitlines()
         if line.startswith("| `")
     ]
     told = {name.strip("` "): row for row in rows for name in row[0].split(",")}
-    assert set(told) == set(completion.ChatCompletion.model_fields)
+    assert set(told) == set(completion.ChatCompletionRequest.model_fields)
     dropped = {name for name, row in told.items() if row[2].startswith("dropped")}
-    assert dropped == completion.DROPPED | completion.USELESS_HERE
+    assert dropped == completion.DROPPED | completion.UNUSED_WHEN_EMBEDDED
     assert {name for name, row in told.items() if row[3].startswith("dropped")} == completion.DROPPED
 
 
@@ -630,7 +630,7 @@ def test_a_response_with_a_content_coding_is_rejected_and_not_decoded(gateway: G
         200, event("Hello") + DONE, b"Content-Encoding: identity\r\nContent-Type: text/event-stream"
     )
     server, _ = gateway({"200": packed(200), "400": packed(400), "identity": identity})
-    for prompt, status, code in (("200", 502, "upstream_failed"), ("400", 400, "upstream_refused")):
+    for prompt, status, code in (("200", 502, "upstream_failed"), ("400", 400, "upstream_rejected")):
         found, _, body = server.get(ask(prompt))
         assert (found, json.loads(body)["code"]) == (status, code)
     assert server.get(ask("identity"))[2] == b"Hello"
@@ -646,7 +646,7 @@ def test_an_upstream_s_problem_document_is_passed_on_readably_and_the_log_tells_
     server, _ = gateway(scripts)
     assert json.loads(server.get(ask("problem"))[2])["detail"] == "Nothing is served here."
     assert json.loads(server.get(ask("list"))[2])["detail"] == json.dumps(validation)
-    server.wait_for_log("outcome=failed code=upstream_refused")
+    server.wait_for_log("outcome=failed code=upstream_rejected")
     server.wait_for_log("upstream: 404: Nothing is served here.")
     assert "Field required" not in server.log  # it may repeat the prompt
 
@@ -673,7 +673,7 @@ def test_health_reports_an_upstream_that_is_down_until_a_request_succeeds(gatewa
     assert health(server) == well
     for prompt, reason in (
         ("500", "upstream_failed"),
-        ("404", "upstream_refused with 404"),
+        ("404", "upstream_rejected with 404"),
         ("400", None),
         ("429", None),
         ("cut", "upstream_closed"),
@@ -716,6 +716,6 @@ def test_health_reports_a_model_whose_process_ended_until_it_is_back(start: Star
     (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGSTOP)  # its successor cannot be ready before anybody has looked
     os.kill(int(child), signal.SIGKILL)
-    server.wait_for_log("is started anew")
+    server.wait_for_log("is restarted")
     while (found := health(server)[1]) != {"state": "ready"}:
-        assert found == {"state": "degraded", "reason": "The model is being started anew."}
+        assert found == {"state": "degraded", "reason": "The model is being restarted."}

@@ -346,10 +346,7 @@ def test_a_repeated_post_with_its_key_gets_the_same_task(workshop: Callable[...,
     assert len(ask(place.server, "GET", TASKS)[2]["tasks"]) == 1
 
     status, _, problem = ask(place.server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="a-key")
-    assert (status, problem["detail"]) == (
-        422,
-        "This Idempotency-Key was given with another request; each needs its own.",
-    )
+    assert (status, problem["detail"]) == (422, "This Idempotency-Key was used for a different request.")
     status, _, other = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="another")
     assert other["id"] != answers[0][2]["id"]
     place.let("go")
@@ -376,28 +373,28 @@ async def test_a_key_whose_request_died_is_free_in_time_however_often_it_is_requ
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with claims(monkeypatch, claim_seconds=0.5) as store:
-        assert await store.claimed("key", REQUEST, "dead") is None
+        assert await store.claim("key", REQUEST, "dead") is None
         started = time.monotonic()
         # More often than claims expire.
         for number in itertools.count():
             with contextlib.suppress(Problem):
-                assert await store.claimed("key", REQUEST, f"alive-{number}") is None
+                assert await store.claim("key", REQUEST, f"alive-{number}") is None
                 break
             assert time.monotonic() - started < 5
             await asyncio.sleep(0.02)
         assert time.monotonic() - started >= 0.5
-        with pytest.raises(Problem, match="is being answered") as rejected:  # the one that got it holds it now
-            await store.claimed("key", REQUEST, "late")
+        with pytest.raises(Problem, match="is in progress") as rejected:  # the one that got it holds it now
+            await store.claim("key", REQUEST, "late")
         assert rejected.value.status == 409
 
 
 async def test_a_key_has_its_task_however_often_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     record = plugin_module("progress", "store").Record
     async with claims(monkeypatch, claim_seconds=0.01) as store:
-        assert await store.claimed("key", REQUEST, "first") is None
-        await store.keep(record(id="first", kind="hold", parameters={}, created=1, told=1))
+        assert await store.claim("key", REQUEST, "first") is None
+        await store.save(record(id="first", kind="hold", parameters={}, created=1, heartbeat=1))
         for number in range(150):
-            assert await store.claimed("key", REQUEST, f"again-{number}") == "first"
+            assert await store.claim("key", REQUEST, f"again-{number}") == "first"
 
 
 def test_a_task_that_fails_says_why_and_hurts_nobody(workshop: Callable[..., Workshop]) -> None:
@@ -432,7 +429,7 @@ def test_a_task_is_cancelled_wherever_it_is(workshop: Callable[..., Workshop]) -
         assert ended(place.server, task)["state"] == "cancelled"
         assert time.monotonic() - asked < 1, "a cancellation is acknowledged within a second"
         status, _, problem = ask(place.server, "DELETE", task["url"])
-        assert (status, problem["detail"]) == (409, "This task is over already: cancelled.")
+        assert (status, problem["detail"]) == (409, "This task has already ended: cancelled.")
     assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
     assert [event.event for event in events(place.server, queued["url"])] == ["progress", "end"]
 
@@ -465,7 +462,7 @@ def test_what_waits_is_bounded(workshop: Callable[..., Workshop]) -> None:
     ):
         status, headers, problem = ask(place.server, method, path, document)
         assert (status, headers["retry-after"]) == (429, "5")
-        assert problem["detail"] == "2 tasks wait to be run, which is all this server takes."
+        assert problem["detail"] == "Too many tasks are waiting (limit 2)."
     place.let("go")
     assert [ended(place.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
     assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
@@ -538,7 +535,7 @@ def test_what_waits_is_bounded_for_each_client(workshop: Callable[..., Workshop]
     tasks += [start_task(place.server, "hold", gate="go") for _ in range(2)]
     status, headers, problem = post_task(place.server, "hold", "127.0.0.1", gate="go")
     assert (status, headers["retry-after"]) == (429, "5")
-    assert problem["detail"] == "2 tasks of this client wait to be run, which is all this server takes of one."
+    assert problem["detail"] == "Too many tasks of this client are waiting (limit 2)."
     tasks.append(start_task(place.server, "hold", "127.0.0.2", gate="go"))
     place.let("go")
     assert [ended(place.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
@@ -553,7 +550,7 @@ def test_what_is_over_is_kept_for_a_while(workshop: Callable[..., Workshop]) -> 
     while (answer := ask(place.server, "GET", task["url"]))[0] == 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    gone = (410, "This task is over; results are kept for 1 seconds.")
+    gone = (410, "This task has ended and expired: results are stored for 1 seconds.")
     assert (answer[0], answer[2]["detail"]) == gone
     assert [ask(place.server, "DELETE", task["url"])[0], ask(place.server, "GET", f"{TASKS}/{'f' * 32}")[0]] == [
         410,
@@ -599,7 +596,7 @@ def test_a_report_survives_kill_9_without_a_gap(workshop: Callable[..., Workshop
     assert offsets(before + after) == list(range(1, len(before + after) + 1))
     end = after[-1].json
     assert (end["state"], end["attempts"], end["done"], end["total"]) == ("done", 2, 20_000, 20_000)
-    assert any(event.json.get("message", "").startswith("The process that ran it is gone") for event in after)
+    assert any(event.json.get("message", "").startswith("The process that ran it has died") for event in after)
     resumed = [event.json["done"] for event in after if event.event == "progress"]
     assert min(resumed) >= before[-1].json["done"], "what was done is not done twice"
 
@@ -623,7 +620,7 @@ def test_a_task_that_keeps_nothing_is_interrupted_and_says_why(workshop: Callabl
     place.let("go")
     place.begin_anew()
     *_, error, end = events(place.server, broken["url"])
-    reason = "The process that ran it is gone, and a task of the kind hold cannot go on where it stopped."
+    reason = "The process that ran it has died, and tasks of the kind hold are not resumable."
     assert (error.event, error.json["detail"]) == ("error", reason)
     assert (end.json["state"], end.json["attempts"]) == ("interrupted", 1)
     assert ended(place.server, resumed)["attempts"] == 2
@@ -643,14 +640,14 @@ def test_a_server_that_stops_hands_its_tasks_on(workshop: Callable[..., Workshop
     place.begin_anew()
     received = events(place.server, resumed["url"])
     assert offsets(received) == list(range(1, len(received) + 1))
-    assert "The server stopped; it goes on when one starts." in [e.json.get("message") for e in received]
+    assert "The server stopped; the task resumes when a server starts." in [e.json.get("message") for e in received]
     end = received[-1].json
     assert (end["state"], end["attempts"], end["result"]) == ("done", 2, {"counted": 10})
     assert place.runs() == ["1:0", "2:5"]
     end = ended(place.server, broken)
     assert (end["state"], end["error"]["detail"]) == (
         "interrupted",
-        "The server stopped, and a task of the kind hold cannot go on where it stopped.",
+        "The server stopped, and tasks of the kind hold are not resumable.",
     )
 
 
@@ -663,7 +660,7 @@ def test_a_task_whose_process_dies_again_and_again_is_given_up(workshop: Callabl
     end = ended(place.server, task)
     assert (end["state"], end["error"]["detail"]) == (
         "interrupted",
-        "The process that ran it is gone, as often as that may be (1).",
+        "The process that ran it has died; max_crashes = 1 is reached.",
     )
 
 
@@ -708,7 +705,7 @@ KINDS = ["brief", "checksum", "compute", "count", "export", "fail", "hold", "reh
 
 
 WRONG: list[tuple[str, Any, dict[str, str]]] = [
-    (TASKS, {"kind": "nap"}, {"kind": f"is none of the kinds of tasks: {', '.join(KINDS)}"}),
+    (TASKS, {"kind": "nap"}, {"kind": f"unknown task kind; known: {', '.join(KINDS)}"}),
     (
         TASKS,
         {"kind": "rehearsal", "parameters": {"steps": 0, "dealy": 1}},
@@ -730,7 +727,7 @@ WRONG: list[tuple[str, Any, dict[str, str]]] = [
         None,
         {"steps": "input should be a valid integer, unable to parse string as an integer"},
     ),
-    ("/process/long-task?kind=nap", None, {"kind": f"is none of the kinds of tasks: {', '.join(KINDS)}"}),
+    ("/process/long-task?kind=nap", None, {"kind": f"unknown task kind; known: {', '.join(KINDS)}"}),
     (f"{TASKS}/abc", None, {"id": "string should match pattern '^[0-9a-f]{32}$'"}),
 ]
 
@@ -843,7 +840,7 @@ def test_a_kind_that_is_not_there_any_more_is_said_so(start: Callable[..., Runni
     server.terminate(signal.SIGTERM)
     server = start("[scenarios.toil]\nenabled = false\n")
     end = ended(server, task)
-    assert (end["state"], end["error"]["detail"]) == ("interrupted", "This server has no task of the kind count.")
+    assert (end["state"], end["error"]["detail"]) == ("interrupted", "This server does not know the task kind count.")
 
 
 # -- the command line
@@ -873,12 +870,12 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
         return said(streamlab("task", "run", *words, "--url", server.url, cwd=server.base))
 
     assert run("rehearsal", "-p", "steps=2", "-p", "delay=0.01") == (0, '{\n "steps": 2\n}\n', "rehearsing\n")
-    failure = "streamlab: the task is failed: Step 1 failed, as it was asked to.\n"
+    failure = "streamlab: the task is failed: Step 1 failed, as requested.\n"
     assert run("rehearsal", "-p", "fail_at=1") == (1, "", f"rehearsing\n{failure}")
     assert run("rehearsal", "-p", "steps") == (2, "", "streamlab: 'steps' is no NAME=VALUE\n")
     status, out, err = run("nap")
     assert (status, out) == (2, "")
-    assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: This server has no task of this kind.")
+    assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: Invalid parameters: kind.")
     status, out, err = said(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
     assert (status, out) == (1, "")
     assert err.endswith("returned 404: There is no task with this id.\n")
@@ -911,7 +908,7 @@ def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]
 
 
 def test_a_worker_without_work_refuses_to_start(tmp_path: Path) -> None:
-    refusal = 'defaults: Tasks run in the server; [scenarios.progress] engine = "docket" leaves them to workers.\n'
+    refusal = 'defaults: Tasks run in the server; workers need [scenarios.progress] engine = "docket".\n'
     status, out, err = said(streamlab("worker", cwd=tmp_path))
     assert (status, out, err) == (2, "", f"{refusal}streamlab: 1 fault; nothing was started\n")
     (tmp_path / "config.toml").write_text('[scenarios.progress]\nengine = "docket"\n')

@@ -1,7 +1,7 @@
-"""Tasks that run in worker processes of any machine: docket queues them on Redis, hands them out, and again at a crash.
+"""Tasks that run in worker processes on any machine: docket queues them on Redis, and redelivers them after a crash.
 
-What a task is and where it stands is in the event log, as ever; docket carries ids alone. It delivers at least once, so
-a task's lease decides who runs it: whoever is handed one that another process runs gives it back.
+The state of tasks is in the event log; docket carries only ids. It delivers at least once, so the lease of a task
+decides which process runs it: a worker returns a task that another process runs.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from streamlab import EventLogError, Events, encode_event
 
 from .engine import Engine, QueueLimits
-from .line import in_turn
+from .fair_queue import in_order
 from .runner import HEARTBEAT_SECONDS, Runner
 from .store import Record, Store, now
 
@@ -31,34 +31,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUEUE = "streamlab-tasks"
-"""What docket's keys begin with."""
+"""Prefix of docket's keys."""
 
 REDELIVERY = timedelta(seconds=8)
-"""How long after its last sign of life a worker's tasks are handed to another, and a third of that more at most."""
+"""Time after a worker's last heartbeat until its tasks are redelivered; it may take a third longer."""
 
-ELSEWHERE = timedelta(seconds=5)
-"""When a task that another process seems to run is handed out again."""
+RUNS_ELSEWHERE = timedelta(seconds=5)
+"""Time until a task that another process seems to run is redelivered."""
 
 SILENT_SECONDS = HEARTBEAT_SECONDS + 1
-"""A running task without a sign of life for so long may have lost its process."""
+"""Seconds without a heartbeat after which the process of a running task may have died."""
 
-GIVE_BACK_SECONDS = 2.0
-"""What a worker that stops may take to give back what it has; else it is handed out again after REDELIVERY."""
+RETURN_SECONDS = 2.0
+"""Timeout for a stopping worker to return its tasks, in seconds; later ones are redelivered after REDELIVERY."""
 
 RETRIES = 120
-"""How often a command is tried while the server is away, half a minute at most: a worker must not lose its tasks."""
+"""Retries of a command while Redis is unavailable (half a minute): a worker must not lose its tasks."""
 
 RESTORE_SECONDS = 60.0
-"""How often tasks that the queue has lost are put into it again."""
+"""Interval at which tasks that the queue has lost are queued again, in seconds."""
 
-AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
+UNAVAILABLE = (RedisConnectionError, RedisTimeoutError, OSError)
 
 
-class Workers(Engine):
-    """Tasks wait on Redis, clients take turns, and a limited number waits.
+class DocketEngine(Engine):
+    """Runs tasks in workers; a limited number of tasks waits on Redis, and clients take turns.
 
-    What docket hands to a worker is a ticket: a slot for one task. There are as many tickets as tasks, and each is
-    named for one, but which task the slot goes to is decided when it is free: docket itself knows no clients.
+    Docket delivers tickets: a ticket is a slot for one task. There is one ticket for each task, under its id, but which
+    task gets the slot is decided when it is free: docket itself does not know about clients.
     """
 
     def __init__(self, events: Events, store: Store, runner: Runner, *, url: str, queue: QueueLimits) -> None:
@@ -66,47 +66,47 @@ class Workers(Engine):
         self._url = url
         self._limits = queue
         self._chosen: set[str] = set()
-        """Tasks that this worker tries to run, or runs."""
+        """Tasks that this worker runs, or tries to run."""
         self._docket: Docket | None = None
 
     def lease(self, record: Record) -> str:
-        """The task's own."""
+        """Return the lease of the task itself."""
         return _lease(record.id)
 
     # -- in servers
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Take tasks on while the block lasts."""
+        """Accept tasks while the block lasts."""
 
         async def run_task(id: str) -> None:  # noqa: A002
-            """Stand for the workers' function: docket takes no name that it does not know."""
+            """Stand in for the workers' function: docket accepts only the names of registered functions."""
 
         async with self._queue(run_task), self.working(self._restore()):
             yield
 
     async def submit(self, record: Record) -> None:
-        """Keep a new task and put it into the queue."""
+        """Store a new task and put it into the queue; raises Problem 429 where the queue is full."""
         waiting = await self._waiting()
-        mine = 0
+        own = 0
         if waiting >= self._limits.per_client:
-            mine = sum(task.client == record.client and task.state == "queued" for task in await self.store.all())
-        self._limits.check(waiting, lambda: mine)
-        await self.surely(self._enter(record))
+            own = sum(other.client == record.client and other.state == "queued" for other in await self.store.all())
+        self._limits.check(waiting, lambda: own)
+        await self.run_shielded(self._accept(record))
 
-    async def _enter(self, record: Record) -> None:
-        await self.store.keep(record, encode_event(record.news(), "progress"))
-        await self._add(record)
+    async def _accept(self, record: Record) -> None:
+        await self.store.save(record, encode_event(record.progress_data(), "progress"))
+        await self._enqueue(record)
 
-    async def _add(self, record: Record) -> None:
-        """Put a task into the queue, unless it is there; wait for a server that is away."""
+    async def _enqueue(self, record: Record) -> None:
+        """Put a task into the queue, unless it is there; wait while Redis is unavailable."""
         assert self._docket is not None
         while True:
             try:
                 await self._docket.add("run_task", key=f"task:{record.id}")(id=record.id)
                 return
-            except AWAY as error:
-                log.warning("the queue of tasks is away (%s); waiting for it", type(error).__name__)
+            except UNAVAILABLE as error:
+                log.warning("the task queue is unavailable (%s); retrying", type(error).__name__)
                 await asyncio.sleep(1)
 
     async def _waiting(self) -> int:
@@ -117,25 +117,25 @@ class Workers(Engine):
                 pipe.xlen(self._docket.stream_key)
                 pipe.zcard(self._docket.queue_key)
                 return sum(await pipe.execute())
-        except AWAY:
-            raise EventLogError("The Redis server of the queue does not answer.") from None
+        except UNAVAILABLE:
+            raise EventLogError("The Redis server of the task queue does not respond.") from None
 
     async def _restore(self) -> None:
-        """Put tasks into the queue that are not over and not there: the server died, or lost them."""
+        """Queue unfinished tasks again that are missing: a server died before it queued them, or Redis lost them."""
         while True:
             try:
                 for record in await self.store.all():
-                    if not record.over:
-                        await self._add(record)
+                    if not record.is_over:
+                        await self._enqueue(record)
             except (EventLogError, RedisError) as error:
-                log.error("tasks cannot be looked for: %s", error)
+                log.error("cannot list the tasks: %s", error)
             await asyncio.sleep(RESTORE_SECONDS)
 
     # -- in workers
 
     @asynccontextmanager
     async def serving(self, max_running: int) -> AsyncIterator[None]:
-        """Run tasks while the block lasts, so many at once; those that are not over then, others go on with."""
+        """Run up to `max_running` tasks at once while the block lasts; other workers continue the unfinished ones."""
         from docket import CurrentExecution, Execution, Worker
 
         current = CurrentExecution()
@@ -150,44 +150,44 @@ class Workers(Engine):
             ) as worker,
             self.working(),
         ):
-            await self.heard.wait()
-            taking = self.beside(worker.run_forever())
+            await self.caught_up.wait()
+            serving = self.spawn(worker.run_forever())
             try:
                 yield
             finally:
                 await self.runner.stop()
-                taking.cancel()  # once: it takes no more, and gives back what was broken off
-                await asyncio.wait({taking}, timeout=GIVE_BACK_SECONDS)
+                serving.cancel()  # once: it accepts no more tasks, and returns the interrupted ones
+                await asyncio.wait({serving}, timeout=RETURN_SECONDS)
 
     async def _run_next(self, id: str, execution: "Execution") -> None:  # noqa: A002
-        """Run the task whose turn it is in the slot that was handed to this worker, or give the slot back."""
+        """Run the task whose turn it is in the delivered slot, or return the ticket."""
         from docket.dependencies import AdmissionBlocked
 
-        needed = True
+        is_needed = True
         try:
-            needed = await self._run_one(id)
+            is_needed = await self._run_one(id)
         except* EventLogError as errors:
-            log.error("a task cannot be run now: %s", errors.exceptions[0])
+            log.error("cannot run a task now: %s", errors.exceptions[0])
         if self.runner.stopping:
-            raise AdmissionBlocked(execution, "the worker stops", retry_delay=timedelta(0))
-        if needed:
-            raise AdmissionBlocked(execution, "another process has it", retry_delay=ELSEWHERE)
+            raise AdmissionBlocked(execution, "the worker is stopping", retry_delay=timedelta(0))
+        if is_needed:
+            raise AdmissionBlocked(execution, "another process runs it", retry_delay=RUNS_ELSEWHERE)
 
     async def _run_one(self, ticket: str) -> bool:
         """Run one task, if there is one that no process runs; return whether the ticket is still needed.
 
-        It is, where its own task is not over, and where a process that has a task may have died with it.
+        It is needed while its own task has not ended, and while the process of a running task may have died.
         """
-        needed = False
-        for record in in_turn(await self.store.all()):
+        is_needed = False
+        for record in in_order(await self.store.all()):
             if record.id not in self._chosen and not self.runner.stopping and await self._try(record.id):
                 return False
-            silent = now() - record.told > SILENT_SECONDS * 1000
-            needed = needed or record.id == ticket or (silent and record.state == "running")
-        return needed
+            is_silent = now() - record.heartbeat > SILENT_SECONDS * 1000
+            is_needed = is_needed or record.id == ticket or (is_silent and record.state == "running")
+        return is_needed
 
     async def _try(self, id: str) -> bool:  # noqa: A002
-        """Run a task, unless another process does or it is over; return whether it was run."""
+        """Run a task, unless another process does or it has ended; return whether it was run."""
         ran = False
 
         async def run() -> None:
@@ -205,7 +205,7 @@ class Workers(Engine):
     async def _queue(self, function: Any) -> "AsyncIterator[Docket]":
         from docket import Docket
 
-        # Nothing of a task that is over is kept there: its result is in the event log.
+        # Nothing is stored there of a finished task: its result is in the event log.
         async with Docket(name=QUEUE, url=self._url, execution_ttl=timedelta(0)) as self._docket:
             self._docket.tasks.clear()
             self._docket.register(function)

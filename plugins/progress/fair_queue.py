@@ -1,4 +1,4 @@
-"""Which waiting task runs next: clients take turns, and the tasks of one client keep their order."""
+"""The order of waiting tasks: clients take turns, and the tasks of one client run in order of creation."""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from .store import Record
 
 
-class Line:
+class FairQueue:
     """Tasks that wait for a slot, by client. A slot goes to the client with the fewest running tasks.
 
-    Of several such clients it goes to the one whose last turn was longest ago, so that a client with hundreds of tasks
-    cannot keep the next free slot from another.
+    Among several such clients it goes to the one whose last turn is the oldest, so that a client with hundreds of tasks
+    cannot delay the first task of another.
     """
 
     def __init__(self, turns: Mapping[str, int] | None = None) -> None:
@@ -18,10 +18,10 @@ class Line:
         """Ids by client, oldest first."""
         self._running: Counter[str] = Counter()
         self._turns = dict(turns or {})
-        """When each client had its last turn: any number that grows. Those who have had none are first."""
+        """When each client had its last turn: any number that grows. Clients without a turn come first."""
 
     def add(self, client: str, id: str, *, first: bool = False) -> None:  # noqa: A002
-        """Put a task behind the others of its client, or before them."""
+        """Put a task after the others of its client, or before them."""
         ids = self._waiting.setdefault(client, deque())
         if first:
             ids.appendleft(id)
@@ -29,7 +29,7 @@ class Line:
             ids.append(id)
 
     def take(self) -> tuple[str, str]:
-        """Return the client and the id of the next task, which occupies a slot until `free`; raises ValueError."""
+        """Return the client and the id of the next task, which occupies a slot until `release`; raises ValueError."""
         client = min(self._waiting, key=lambda client: (self._running[client], self._turns.get(client, 0)))
         id = self._waiting[client].popleft()  # noqa: A001
         if not self._waiting[client]:
@@ -42,29 +42,29 @@ class Line:
         """Count a running task of a client."""
         self._running[client] += 1
 
-    def free(self, client: str) -> None:
-        """Count a running task of a client as over."""
+    def release(self, client: str) -> None:
+        """Count a running task of a client as finished."""
         self._running[client] -= 1
         if not self._running[client] and client not in self._waiting:
             del self._running[client], self._turns[client]
 
 
-def in_turn(records: Sequence[Record]) -> Iterator[Record]:
-    """Yield the tasks that are not over, in the order in which slots go to them; `records` are by age.
+def in_order(records: Sequence[Record]) -> Iterator[Record]:
+    """Yield the unfinished tasks in the order in which they get slots; `records` are sorted by age.
 
-    First come those that count as running: a process may have died with them. The turns of clients follow from when
-    tasks of theirs were started, so that processes which share the tasks share the order, too.
+    Tasks in the state "running" come first: their process may have died. The turns of clients follow from the times at
+    which their tasks were started, so that processes which share the tasks also share the order.
     """
     turns: dict[str, int] = {}
     for record in records:
         turns[record.client] = max(turns.get(record.client, 0), record.started or 0)
-    line = Line(turns)
+    queue = FairQueue(turns)
     for record in records:
         if record.state == "running":
-            line.occupy(record.client)
+            queue.occupy(record.client)
             yield record
     queued = {record.id: record for record in records if record.state == "queued"}
     for record in queued.values():
-        line.add(record.client, record.id)
+        queue.add(record.client, record.id)
     for _ in queued:
-        yield queued[line.take()[1]]
+        yield queued[queue.take()[1]]
