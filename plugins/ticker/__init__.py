@@ -7,7 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Literal
 
 from aiohttp import web
-from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PrivateAttr, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PrivateAttr, StringConstraints, model_validator
 
 from streamlab import (
     EVENTS,
@@ -17,12 +17,14 @@ from streamlab import (
     EventLogError,
     Position,
     Problem,
+    ResumeQuery,
     Scenario,
     View,
     encode_event,
     endpoint,
     follow,
     hookimpl,
+    read_body,
 )
 
 from .prices import InvalidPrices, LastPrices, Price, read_prices
@@ -47,7 +49,7 @@ def _split_at_commas(symbols: object) -> object:
     return symbols
 
 
-class TickerQuery(BaseModel):
+class TickerQuery(ResumeQuery):
     """Which prices to follow, and from which event on."""
 
     symbols: Annotated[list[Symbol], BeforeValidator(_split_at_commas)] = Field(
@@ -59,9 +61,6 @@ class TickerQuery(BaseModel):
     limit: int | None = Field(None, ge=1, le=1_000_000, description="End the stream after N events.", examples=[10])
     conflate: float = Field(
         0.0, ge=0, le=3600, description="Send at most one event per symbol, the latest, every N seconds."
-    )
-    last_event_id: str = Field(
-        "", max_length=200, description="Resume after this id. The header Last-Event-ID takes precedence."
     )
 
 
@@ -113,7 +112,7 @@ class Ticker(Scenario):
         """Follow prices as they are published. An id resumes without a gap."""
         if self.source == "simulate" and (unknown := sorted(set(query.symbols) - set(self.symbols))):
             detail = f"unknown: {', '.join(unknown)}; known: {', '.join(self.symbols[:100])}"
-            raise Problem.of_parameters([{"in": "query", "name": "symbols", "detail": detail}])
+            raise Problem.parameter("symbols", detail)
         view = View(keys=frozenset(query.symbols) or None, conflate=query.conflate)
         return await follow(request, self._channel, view=view, after=query.last_event_id, limit=query.limit)
 
@@ -137,10 +136,9 @@ class Ticker(Scenario):
         """
         if self.source != "push":
             raise Problem(409, f'The prices of this ticker come from source = "{self.source}", not by POST.')
-        if request.content_type not in JSON_TYPES:
-            raise Problem(415, f"The body must be one of {', '.join(JSON_TYPES)}.", headers={"Accept": JSON_TYPES[0]})
+        body = await read_body(request, JSON_TYPES)
         try:
-            prices = read_prices(await request.read(), SYMBOL)
+            prices = read_prices(body, SYMBOL)
         except InvalidPrices as error:
             raise Problem(422 if error.errors else 400, str(error), errors=error.errors) from None
         await self._loaded.wait()
