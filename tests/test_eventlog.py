@@ -77,7 +77,7 @@ class Watcher:
         self._news.set()
 
     async def until(self, count: int) -> list[Event]:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(40):
             while len(self.events) < count:
                 self._news.clear()
                 await self._news.wait()

@@ -483,7 +483,7 @@ def test_each_view_gets_its_events_and_positions_go_on_for_all(serve: Callable[.
 
 def test_conflation_sends_the_latest_of_each_key_at_most_once_a_period(serve: Callable[..., Running]) -> None:
     server = serve()
-    with EventStream(server, "/board/c?conflate=0.5") as stream:
+    with EventStream(server, "/board/c?conflate=3") as stream:
         wait_for_followers(server, 1)
         events = iter(stream)
         publish(server, 0, key="a")
@@ -493,10 +493,10 @@ def test_conflation_sends_the_latest_of_each_key_at_most_once_a_period(serve: Ca
             publish(server, number, key="a")
             publish(server, -number, key="b")
         assert [next(events).json, next(events).json] == [19, -19]
-        assert time.monotonic() - first > 0.4
+        assert time.monotonic() - first > 2.9
         publish(server, 20, key="a")
         assert next(events).json == 20
-        assert time.monotonic() - first > 0.8
+        assert time.monotonic() - first > 5.8
 
 
 def test_conflation_catches_up_with_the_latest_alone(serve: Callable[..., Running]) -> None:

@@ -196,7 +196,7 @@ def test_a_plugin_that_does_not_close_does_not_keep_the_others_from_closing(star
             finally:
                 await asyncio.sleep(1e9)
     """
-    server = start(f"[server]\ndrain_seconds = 0\n{ALONE}", serves=SERVES, stays=stays)
+    server = start(f"[server]\ndrain_seconds = 1\n{ALONE}", serves=SERVES, stays=stays)
     status, _ = server.terminate()
     assert "the plugin stays did not stop in time: its lifespan is cancelled" in server.log
     assert status == 0

@@ -64,7 +64,7 @@ YOUNG_OBJECTS = 10_000
 STOP_SECONDS = 1.0
 """Maximum time from the end of the drain to the end of the process, in seconds."""
 
-CLOSE_SECONDS = 0.6
+CLOSE_SECONDS = 0.3
 """Maximum time from the end of the drain until every plugin must have closed, in seconds."""
 
 
