@@ -10,6 +10,7 @@ from .negotiation import wants_events, weights
 from .problems import ErrorFormat, Problem
 from .request_body import read_body, read_json
 from .scenario import Scenario, endpoint
+from .served_files import FILES
 from .server.metrics import METRICS
 from .slots import Slots
 from .sse import sse_event
@@ -24,6 +25,7 @@ __all__ = [
     "CONFIG",
     "END",
     "EVENTS",
+    "FILES",
     "METRICS",
     "ORIGIN",
     "TASKS",

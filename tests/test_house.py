@@ -15,7 +15,7 @@ PLUGINS = REPOSITORY / "plugins"
 
 # What each part of the core may import besides itself; the server and the clients meet only on the wire.
 CONTRACT = ("hookspecs", "scenario", "tasks")
-WORDS = ("config", "negotiation", "problems", "request_body", "slots", "sse", "threads")
+WORDS = ("config", "negotiation", "problems", "request_body", "served_files", "slots", "sse", "threads")
 COMMAND_LINE = ("__main__", "cli", "scaffold")
 PARTS = {
     "command line": {"server", "events", "client", "contract", "words"},

@@ -7,7 +7,7 @@ import logging
 import re
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from streamlab import (
     CONFIG,
+    FILES,
     ConfigPath,
     Problem,
     Scenario,
@@ -37,19 +38,19 @@ from .encoder import Encoder, MissingLibrary
 from .files import Files
 from .formats import FORMATS, Format
 from .jobs import Jobs
-from .request import RESERVED, Parameter, Wanted
+from .request import RESERVED, Parameter, RowsQuery
 from .source import (
     BadQuery,
     BadValue,
     Export,
     Interrupted,
-    Misfit,
     Query,
     Selection,
     Source,
     TooLarge,
     Unavailable,
     UnknownColumn,
+    UnrepresentableValue,
     body,
 )
 from .sqlite_source import SqliteSource
@@ -143,13 +144,13 @@ class WhichFormat(Which):
     format: Format = Field(description="The format.", examples=["csv"])
 
 
-class Asked(Wanted):
+class Asked(RowsQuery):
     """What is wanted of an export."""
 
     end: bool = Field(False, description="JSON lines: end with a record of the number of rows and a digest of them.")
 
 
-class Followed(Wanted):
+class Followed(RowsQuery):
     """What is wanted of a stream of results."""
 
     last_event_id: str = Field(
@@ -192,17 +193,16 @@ class Exports(Scenario):
     _sample_path: Path = PrivateAttr(default=Path())
     _making: Threads = PrivateAttr()
     _files: Files = PrivateAttr()
-    _folder_url: str = PrivateAttr(default="")
+    _file_url: Callable[[Path], str | None] = PrivateAttr()
 
     @property
     def files(self) -> Files:
         """The files of the task `export`."""
         return self._files
 
-    @property
-    def folder_url(self) -> str:
-        """Where files of `folder` are served; empty where they are not."""
-        return self._folder_url
+    def file_url(self, name: str) -> str | None:
+        """Return the URL of a file of the task `export`, None if the file scenario does not serve its folder."""
+        return self._file_url(self.folder / name)
 
     @model_validator(mode="after")
     def _databases_exist(self) -> "Exports":
@@ -233,10 +233,7 @@ class Exports(Scenario):
         """Keep threads for SQLite and connections to PostgreSQL while the server serves."""
         base = app[CONFIG].base
         self._sample_path = base / "var/sample.db"
-        root = base / app[CONFIG].scenarios.get("file", {}).get("root", "var/files")
-        served = any(resource.canonical == "/files/{path}" for resource in app.router.resources())
-        if served and self.folder.is_relative_to(root):
-            self._folder_url = f"/files/{self.folder.relative_to(root).as_posix()}"
+        self._file_url = app[FILES].url
         async with AsyncExitStack() as stack:
             threads = await stack.enter_async_context(Threads("export", THREADS))
             self._making = await stack.enter_async_context(Threads("export-sample", 1))
@@ -396,14 +393,14 @@ class Exports(Scenario):
 
     @asynccontextmanager
     async def opened(
-        self, name: str, form: str, wanted: Wanted, skip: int
+        self, name: str, form: str, wanted: RowsQuery, skip: int
     ) -> AsyncIterator[tuple[Export, Encoder, float]]:
         """Run an export within the limits, and say until when; what it may be refused for becomes a refusal."""
         configured = self.exports.get(name)
         if configured is None:
             known = ", ".join(sorted(self.exports)) or "none"
             raise Problem(404, f"There is no export of this name; GET /export lists them: {known}.")
-        values, where = wanted.others(configured.parameters)
+        values, where = wanted.read_values(configured.parameters)
         limit = None if wanted.limit is None else max(0, wanted.limit - skip)
         selection = Selection(wanted.columns, where, limit, skip)
         deadline = asyncio.get_running_loop().time() + self.max_seconds
@@ -484,7 +481,7 @@ def _refusing(name: str) -> Iterator[None]:
         log.warning("the export %s is rejected: %s", name, error)
         detail = f"{error}, which max_cell_mb limits. `columns` can leave a column out."
         raise Problem(422, detail[:1].upper() + detail[1:]) from None
-    except Misfit as error:
+    except UnrepresentableValue as error:
         log.warning("the export %s cannot be sent in this format: %s", name, error)
         raise Problem(422, f"This format cannot hold the result: {error}.") from None
     except MissingLibrary as error:  # 501 and not 503: nothing but an installation changes it

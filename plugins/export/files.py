@@ -1,4 +1,4 @@
-"""The files that export tasks write: each gets its name when it is complete, has a maximum age, and fits a budget."""
+"""The files of export tasks: each is renamed when it is complete, has a maximum age, and counts toward a budget."""
 
 import asyncio
 import fcntl
@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,28 +19,28 @@ from streamlab import Problem, Threads
 log = logging.getLogger(__name__)
 
 THREADS = 4
-"""Threads that write and delete files of exports."""
+"""Number of threads that write and delete files of exports."""
 
-TIDY_SECONDS = 60.0
-"""Maximum interval between two deletions of what is too old, in seconds."""
+CLEANUP_SECONDS = 60.0
+"""Maximum interval between two deletions of old files, in seconds."""
 
 GRANT_BYTES = 16 * 1024 * 1024
-"""Bytes that a file may grow by before the whole folder is measured again."""
+"""Bytes that a file may grow by before the folder is measured again."""
 
 PREFIX = ".unfinished-"
-"""How names of files begin that are being written, or that a process that died has left."""
+"""Prefix of the names of files that are being written, or that a dead process has left behind."""
 
-_KEPT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}-[0-9a-f]{32}\.[a-z0-9]{1,16}")
-"""Names of files of export tasks: NAME-TASK.FORMAT. No other file of the folder is ever deleted."""
+_COMPLETE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}-[0-9a-f]{32}\.[a-z0-9]{1,16}")
+"""Names of complete files of export tasks: NAME-TASK.FORMAT. No other file of the folder is ever deleted."""
 
 
 class Files:
     """The folder of one or several servers' export tasks.
 
-    A file is deleted `keep_seconds` after it was completed. All files together have up to `keep_bytes`, and about
+    A file is deleted `keep_seconds` after its completion. All files together have up to `keep_bytes`, and about
     GRANT_BYTES more for each that is being written: beyond, an export fails, because deleting a file of another task
-    before its time would break what its client was promised. What a process that died has left is deleted at the next
-    start, and within TIDY_SECONDS where other processes use the folder; a lock tells it from what is being written.
+    early would break the promise to its client. What a dead process has left is deleted at the next start, and
+    within CLEANUP_SECONDS where other processes use the folder; a lock marks the files that are being written.
     """
 
     def __init__(self, folder: Path, *, keep_seconds: float, keep_bytes: int) -> None:
@@ -51,21 +51,21 @@ class Files:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Delete what nobody needs any more, at once and from time to time while the block lasts."""
+        """Delete old and abandoned files, at once and periodically during the block."""
         async with self._threads:
-            await self._threads.run(self._tidy)
+            await self._threads.run(self._clean_up)
             async with asyncio.TaskGroup() as group:
-                tidying = group.create_task(self._keep_tidy())
+                cleaning = group.create_task(self._clean_up_periodically())
                 try:
                     yield
                 finally:
-                    tidying.cancel()
+                    cleaning.cancel()
 
     @asynccontextmanager
     async def writing(self, name: str) -> AsyncIterator["Writing"]:
-        """Yield a new file that gets its name by `keep`; one that the block leaves without is deleted.
+        """Yield a new file that gets its name by `commit`; without that, it is deleted after the block.
 
-        Raises Problem 507 where the disk or the budget has no capacity.
+        Raises Problem 507 if the disk or the budget has no capacity.
         """
         file = await self._threads.run(_Unfinished, self._folder, name, discard=_Unfinished.close)
         try:
@@ -74,38 +74,40 @@ class Files:
             await self._threads.finish(file.close)
 
     def capacity(self, but: Path) -> int:
-        """Return how many bytes a file may have, considering all others; runs in a thread, raises Problem 507."""
+        """Return the maximum size of a file in bytes, given all others; runs in a thread, raises Problem 507."""
         others = [entry for entry in self._entries() if entry.name != but.name]
         capacity = self._keep_bytes - sum(status.st_size for _, status in _statuses(others))
         if capacity <= 0:
-            raise self.full()
+            raise self.over_budget()
         return capacity
 
-    def full(self) -> Problem:
-        """Make the error response of an export that does not fit into the budget; runs in a thread."""
-        detail = f"The files of exports have {self._keep_bytes // 1_000_000} MB, which is all they may have (keep_mb)"
-        kept = (status.st_mtime for entry, status in _statuses(self._entries()) if not entry.name.startswith(PREFIX))
-        if (oldest := min(kept, default=None)) is not None:
+    def over_budget(self) -> Problem:
+        """Return the error response of an export that exceeds the budget; runs in a thread."""
+        detail = f"The files of exports have reached their limit of {self._keep_bytes // 1_000_000} MB (keep_mb)"
+        completed = (
+            status.st_mtime for entry, status in _statuses(self._entries()) if not entry.name.startswith(PREFIX)
+        )
+        if (oldest := min(completed, default=None)) is not None:
             expires = datetime.fromtimestamp(oldest + self._keep_seconds, UTC)
             detail += f"; the oldest is deleted at {expires.isoformat(timespec='seconds')}"
         return Problem(507, f"{detail}.")
 
-    async def _keep_tidy(self) -> None:
+    async def _clean_up_periodically(self) -> None:
         while True:
-            await asyncio.sleep(min(TIDY_SECONDS, self._keep_seconds / 2))
-            await self._threads.run(self._tidy)
+            await asyncio.sleep(min(CLEANUP_SECONDS, self._keep_seconds / 2))
+            await self._threads.run(self._clean_up)
 
-    def _tidy(self) -> None:
-        """Delete files that are too old, and those of processes that died; runs in a thread."""
+    def _clean_up(self) -> None:
+        """Delete files that are too old, and those of dead processes; runs in a thread."""
         before = time.time() - self._keep_seconds
         for entry, status in _statuses(self._entries()):
             try:
                 if entry.name.startswith(PREFIX):
                     if _delete_if_abandoned(Path(entry.path)):
-                        log.info("deleted %s, which a process that died has left", entry.name)
+                        log.info("deleted %s, left by a process that died", entry.name)
                 elif status.st_mtime < before:
                     Path(entry.path).unlink()
-                    log.info("deleted %s, which is older than %g s", entry.name, self._keep_seconds)
+                    log.info("deleted %s, older than %g s", entry.name, self._keep_seconds)
             except FileNotFoundError:
                 pass  # another process was first
             except OSError as error:
@@ -114,7 +116,7 @@ class Files:
     def _entries(self) -> list["os.DirEntry[str]"]:
         try:
             with os.scandir(self._folder) as entries:
-                return [entry for entry in entries if entry.name.startswith(PREFIX) or _KEPT.fullmatch(entry.name)]
+                return [entry for entry in entries if entry.name.startswith(PREFIX) or _COMPLETE.fullmatch(entry.name)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -123,7 +125,7 @@ class Files:
 
 
 class Writing:
-    """A file being written, from the event loop."""
+    """A file being written; used on the event loop."""
 
     def __init__(self, file: "_Unfinished", files: Files, threads: Threads) -> None:
         self._file = file
@@ -134,7 +136,7 @@ class Writing:
 
     @property
     def size(self) -> int:
-        """Bytes written."""
+        """Number of bytes written."""
         return self._file.size
 
     @property
@@ -143,7 +145,7 @@ class Writing:
         return self._file.digest.hexdigest()
 
     async def write(self, data: bytes) -> None:
-        """Add bytes; raises Problem 507 where the disk or the budget has no capacity for them."""
+        """Append bytes; raises Problem 507 if the disk or the budget has no capacity for them."""
         await self._threads.run(self._write, data)
 
     def _write(self, data: bytes) -> None:
@@ -151,17 +153,17 @@ class Writing:
         if size > self._granted:
             capacity = self._files.capacity(self._file.path)
             if size > capacity:
-                raise self._files.full()
+                raise self._files.over_budget()
             self._granted = min(capacity, size + GRANT_BYTES)
         self._file.write(data)
 
-    async def keep(self) -> None:
-        """Give the file its name, once all of it is on the disk; raises Problem 507."""
-        await self._threads.run(self._file.keep)
+    async def commit(self) -> None:
+        """Flush the file to disk, then rename it to its name; raises Problem 507."""
+        await self._threads.run(self._file.commit)
 
 
 class _Unfinished:
-    """A locked file without its name yet. Its methods wait for the disk: they belong into threads."""
+    """A locked file with a temporary name. Its methods block: call them in threads."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
@@ -171,39 +173,39 @@ class _Unfinished:
             folder.mkdir(parents=True, exist_ok=True)
             self._file, self.path = _locked(folder)
         except OSError as error:
-            raise _refused(error) from None
+            raise _write_error(error) from None
 
     def write(self, data: bytes) -> None:
-        """Add bytes."""
+        """Append bytes."""
         try:
             self._file.write(data)
         except OSError as error:
-            raise _refused(error) from None
+            raise _write_error(error) from None
         self.digest.update(data)
         self.size += len(data)
 
-    def keep(self) -> None:
-        """Give it its name, once all of it is on the disk."""
+    def commit(self) -> None:
+        """Flush it to disk, then rename it to its name."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self.path.chmod(0o644)
             self.path.replace(self.path.with_name(self.name))
         except OSError as error:
-            raise _refused(error) from None
+            raise _write_error(error) from None
 
     def close(self) -> None:
-        """Close it, which unlocks it; what was not kept is deleted."""
+        """Close it, which unlocks it; delete it unless it was committed."""
         try:
             self._file.close()
         except OSError:
-            pass  # what could not be flushed has been reported by `write` or `keep`
+            pass  # `write` or `commit` has reported what could not be flushed
         finally:
             self.path.unlink(missing_ok=True)
 
 
 def _locked(folder: Path) -> tuple[BinaryIO, Path]:
-    """Create a file that is locked while it is open: the lock ends with its process, whatever ends that."""
+    """Create a file that is locked while it is open: the lock ends with the process, however it ends."""
     while True:
         descriptor, name = tempfile.mkstemp(dir=folder, prefix=PREFIX)
         path = Path(name)
@@ -212,7 +214,7 @@ def _locked(folder: Path) -> tuple[BinaryIO, Path]:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return os.fdopen(descriptor, "wb"), path
         except (BlockingIOError, FileNotFoundError):
-            pass  # another process took it for abandoned before it was locked
+            pass  # another process deleted it as abandoned before it was locked
         except BaseException:
             os.close(descriptor)
             path.unlink()
@@ -221,7 +223,7 @@ def _locked(folder: Path) -> tuple[BinaryIO, Path]:
 
 
 def _delete_if_abandoned(path: Path) -> bool:
-    """Delete an unfinished file that no process holds locked; return whether it was one. Raises OSError."""
+    """Delete an unfinished file if no process has locked it; return whether it was deleted. Raises OSError."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,12 +235,12 @@ def _delete_if_abandoned(path: Path) -> bool:
         return True
 
 
-def _refused(error: OSError) -> Problem:
+def _write_error(error: OSError) -> Problem:
     return Problem(507, f"The file cannot be written: {error.strerror}.")
 
 
-def _statuses(entries: list["os.DirEntry[str]"]) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
-    """Yield the entries that are regular files still, with their status."""
+def _statuses(entries: Iterable["os.DirEntry[str]"]) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
+    """Yield the entries that are still regular files, with their status."""
     for entry in entries:
         try:
             if entry.is_file(follow_symlinks=False):

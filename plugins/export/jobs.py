@@ -1,4 +1,4 @@
-"""Exports as long tasks: a report over the sample's users, and a result written into a file."""
+"""Exports as long tasks: a report on the users of the sample, and a result written to a file."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
@@ -10,7 +10,7 @@ from pydantic import Field
 from streamlab import Progress
 
 from .formats import Format
-from .request import Wanted
+from .request import RowsQuery
 from .source import Query, Selection, body
 
 if TYPE_CHECKING:
@@ -31,15 +31,15 @@ class Jobs:
     async def report(
         self,
         progress: Progress,
-        steps: Annotated[int, Field(ge=1, le=100_000, description="In how many batches.")] = 100,
+        steps: Annotated[int, Field(ge=1, le=100_000, description="Number of batches.")] = 100,
     ) -> dict[str, Any]:
-        """Add up the users of the sample database by country and by month, a batch at a time."""
+        """Count the users of the sample database by country and by month, a batch at a time."""
         await progress(progress.done, message="preparing the sample database")
         first, last = await self._bounds()
         size = -(-(last - first) // steps) or 1
         state = progress.checkpoint or {"after": first, "users": 0, "countries": {}, "months": {}}
         while (after := state["after"]) < last:
-            await progress(after - first, last - first, "adding up")
+            await progress(after - first, last - first, "counting users")
             until = min(last, after + size)
             for row in await self._rows(Query(TOTALS, {"after": after, "until": until})):
                 for table, key in (("countries", row["country"]), ("months", row["month"])):
@@ -66,17 +66,17 @@ class Jobs:
     async def export(
         self,
         progress: Progress,
-        name: Annotated[str, Field(max_length=64, description="The export; GET /export lists them.")] = "users",
+        name: Annotated[str, Field(max_length=64, description="Name of the export; GET /export lists all.")] = "users",
         format: Annotated[Format, Field(description="The format.")] = "csv",  # noqa: A002
-        columns: Annotated[list[str], Field(max_length=200, description="Only these columns; none for all.")] = [],  # noqa: B006
-        limit: Annotated[int | None, Field(ge=0, le=10**12, description="Rows at most.")] = None,
+        columns: Annotated[list[str], Field(max_length=200, description="Only these columns; empty for all.")] = [],  # noqa: B006
+        limit: Annotated[int | None, Field(ge=0, le=10**12, description="Maximum number of rows.")] = None,
         strict: Annotated[bool, Field(description="Fail instead of altering values.")] = False,
     ) -> dict[str, Any]:
-        """Write an export into a file, whole or not at all, to be downloaded later."""
-        wanted = Wanted(columns=columns, limit=limit, strict=strict)
+        """Write an export to a file, completely or not at all, for a later download."""
+        wanted = RowsQuery(columns=columns, limit=limit, strict=strict)
         async with (
             self._exports.opened(name, format, wanted, 0) as (export, encoder, deadline),
-            # The whole id: its beginning is the time alone, which tasks of one millisecond share.
+            # The whole id: it begins with the time, which tasks of one millisecond share.
             self._exports.files.writing(f"{name}-{progress.id}.{encoder.extension}") as file,
         ):
             await progress(0, limit, f"writing {file.name}")
@@ -86,8 +86,13 @@ class Jobs:
                     await progress(export.rows)
             altered = self._exports.report_altered(name, export)
             await file.write(encoder.end(export.rows, None, altered))
-            await file.keep()
+            await file.commit()
         await progress(export.rows, export.rows)
-        url = f"{self._exports.folder_url}/{file.name}" if self._exports.folder_url else None
-        written = {"file": file.name, "url": url, "rows": export.rows, "altered": altered}
-        return written | {"bytes": file.size, "sha256": file.sha256}
+        return {
+            "file": file.name,
+            "url": self._exports.file_url(file.name),
+            "rows": export.rows,
+            "altered": altered,
+            "bytes": file.size,
+            "sha256": file.sha256,
+        }

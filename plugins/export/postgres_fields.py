@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from asyncpg import Attribute
 
 NAME_BYTES = 63
-"""What PostgreSQL keeps of a name."""
+"""Maximum length of a name in PostgreSQL, in bytes."""
 
 _TYPES: Mapping[int, str] = {
     **dict.fromkeys((20, 21, 23, 26), "integer"),  # int8, int2, int4, oid
@@ -28,15 +28,16 @@ _TYPES: Mapping[int, str] = {
     1700: "decimal",
     2950: "uuid",
 }
-"""Types by their OIDs, which are the same everywhere. Source: PostgreSQL, src/include/catalog/pg_type.dat."""
+"""Types by OID; the OIDs are the same on every server. Source: PostgreSQL, src/include/catalog/pg_type.dat."""
 
 NOT_FINITE = b"null\t"
-"""What PostgreSQL is made to write for a number that JSON does not have: nothing else in a line is, or has, a tab."""
+"""Marker that PostgreSQL writes for a number that JSON cannot represent: nothing else in a line contains a tab."""
 
 NOT_FINITE_SQL = "null\\t"
+"""`NOT_FINITE` in an SQL string of the form E'...'."""
 
 COMPRESSION = 1024
-"""More than a value can have been compressed to; pglz manages about 90, LZ4 255."""
+"""Upper bound of the compression ratio of a stored value; pglz reaches about 90, LZ4 255."""
 
 _SIZED = (17, 25, 1042, 1043)  # bytea, text, bpchar, varchar
 
@@ -52,12 +53,12 @@ _HARMLESS = (
     *((65, 126), (48, 60), (0, 0), (62, 63), (174, 846), (1565, 4446), (4449, 5759), (5761, 6067), (6160, 8191)),
     *((8304, 12287), (12289, 12643), (12645, 65023)),
 )
-"""First characters behind which nothing can be a formula, by code points, the most frequent first; 0 is no text."""
+"""Ranges of first code points after which no formula can start, the most frequent first; 0 is the empty text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A column of a result as PostgreSQL knows it; `ref` is what it is called in the SQL around the query."""
+    """A column of a result as PostgreSQL describes it; `ref` is its name in the SQL around the query."""
 
     column: Column
     ref: str
@@ -66,7 +67,7 @@ class Field:
     """Whether it is an array or a composite."""
 
     def csv(self, *, formula_guard: bool) -> str:
-        """The SQL of its cells."""
+        """Return the SQL of its cells."""
         match self.column.type:
             case "boolean":
                 return f"{self.ref}::text"
@@ -81,49 +82,49 @@ class Field:
         return self.ref
 
     def _text(self) -> str:
-        """The SQL of its text, just as PostgreSQL shows it: a cast cuts the blanks off a bpchar, and makes IPs nets."""
+        """Return the SQL of its text as PostgreSQL shows it; a cast would trim a bpchar and make IPs nets."""
         if self.oid in _TEXTS:
             return f"{self.ref}::text"
         return f"CASE WHEN {self.ref} IS NOT NULL THEN concat({self.ref}) END"
 
     def json(self) -> str:
-        """The SQL of its values in a JSON object."""
+        """Return the SQL of its values in a JSON object."""
         match self.column.type:
             case "integer" if self.oid == _OID:
-                return f"{self.ref}::int8"  # to_json makes a text of it
+                return f"{self.ref}::int8"  # to_json would make it a string
             case "real" | "decimal":
-                # NaN and infinity are not 0 then.
+                # Not 0 for NaN and infinity.
                 finite = f"{self.ref} - {self.ref} = 0 OR {self.ref} IS NULL"
                 return f"CASE WHEN {finite} THEN to_json({self.ref}) ELSE E'{NOT_FINITE_SQL}'::json END"
             case "blob":
                 return _base64(self.ref)
-        if self.oid == _JSON or self.column.type == "any":  # a json keeps the white space between its tokens
+        if self.oid == _JSON or self.column.type == "any":  # a json retains the white space between its tokens
             return f"translate(to_json({self.ref})::text, E'\\n\\r\\t', '   ')::json"
         return self.ref
 
     def size_check(self, limit: int) -> str:
-        """Return the SQL that fails where a value has more than `limit` bytes; empty for types that cannot.
+        """Return the SQL that fails for a value of more than `limit` bytes; empty for types that cannot be that large.
 
-        What fails is the reading of a boolean: nothing else raises an error with a text in a plain query. A size is
-        asked of what is stored first, which costs nothing: no compression of PostgreSQL saves more than COMPRESSION.
+        The failure is a cast to boolean: nothing else raises an error with a text in a plain query. The stored size is
+        checked first, which costs nothing: no compression of PostgreSQL saves more than a factor of COMPRESSION.
         """
         if self.column.type not in ("text", "blob", "json", "any"):
             return ""
         exact = f"octet_length({self.ref})" if self.oid in _SIZED else f"octet_length({self.ref}::text)"
-        said = _literal(f"streamlab: column {self.column.name!r} holds ") + f" || {exact} || ' bytes'"
+        message = _literal(f"streamlab: column {self.column.name!r} holds ") + f" || {exact} || ' bytes'"
         large = f"pg_column_size({self.ref}) > {limit // COMPRESSION} AND {exact} > {limit}"
-        return f"CASE WHEN {large} THEN CAST({said} AS boolean) ELSE true END"
+        return f"CASE WHEN {large} THEN CAST({message} AS boolean) ELSE true END"
 
     def value(self, form: str) -> tuple[str, str]:
-        """The SQL of its values for an encoder, and their type there: nothing that Python would round or not know."""
+        """Return the SQL of its values for an encoder, and their type there: values that Python represents exactly."""
         match self.column.type:
             case "date" | "time" | "timestamp" | "timestamptz" if form == "json":
-                return f"btrim(to_json({self.ref})::text, '\"')", "text"  # PostgreSQL's go further than Python's
+                return f"btrim(to_json({self.ref})::text, '\"')", "text"  # PostgreSQL's range is larger than Python's
             case "date" | "timestamp" | "timestamptz":
-                # asyncpg would make the year 9999 of infinity; a year that Python does not have is refused.
+                # asyncpg would return the year 9999 for infinity; it raises an error for years beyond those of Python.
                 return f"CASE WHEN isfinite({self.ref}) THEN {self.ref} ELSE '20000-01-01' END", self.column.type
             case "interval":
-                return f"{self.ref}::text", "text"  # a timedelta has no months
+                return f"{self.ref}::text", "text"  # a timedelta cannot hold months
             case "text" if self.oid == _CHAR:
                 return f"{self.ref}::text", "text"
             case "real" if self.oid == _FLOAT4:
@@ -136,7 +137,7 @@ class Field:
 
 
 def _guarded(text: str) -> str:
-    """Return the SQL of a text as `formats._guarded` has it; most texts never meet the regular expression."""
+    """Return the SQL of a text guarded as in `csv_format`; most texts are never matched by the regular expression."""
     first = " OR ".join(f"ascii({text}) BETWEEN {first} AND {last}" for first, last in _HARMLESS)
     harmless = f"({first}) AND {text} NOT LIKE '%;%' AND {text} NOT LIKE E'%\\t%'"
     guarded = f"regexp_replace({text}, '(^|[;\\t]){_FORMULA}', '\\1''', 'g')"
@@ -144,7 +145,7 @@ def _guarded(text: str) -> str:
 
 
 def _guarded_json(text: str) -> str:
-    """Return the SQL of a JSON text in which no semicolon is followed by a formula; JSON itself begins with none."""
+    """Return the SQL of a JSON text in which no semicolon is followed by a formula; JSON never begins with one."""
     return f"CASE WHEN {text} LIKE '%;%' THEN regexp_replace({text}, '(;){_FORMULA}', '\\1''', 'g') ELSE {text} END"
 
 
@@ -157,7 +158,7 @@ def _base64(ref: str) -> str:
 
 
 def fields_of(attributes: Sequence["Attribute"]) -> Sequence[Field]:
-    """The fields of a result whose columns PostgreSQL describes so."""
+    """Return the fields of a result from the attributes that PostgreSQL describes."""
     names = _names([attribute.name for attribute in attributes])
     return [
         Field(
@@ -171,7 +172,7 @@ def fields_of(attributes: Sequence["Attribute"]) -> Sequence[Field]:
 
 
 def _names(names: Sequence[str]) -> Sequence[str]:
-    """Different names, short enough for PostgreSQL to keep them so."""
+    """Return unique names, short enough not to be truncated by PostgreSQL."""
     chosen = unique(names)
     if max(len(name.encode()) for name in chosen) > NAME_BYTES:
         chosen = unique([name.encode()[: NAME_BYTES - 9].decode(errors="ignore") for name in names])

@@ -1,4 +1,4 @@
-"""A configured SQL, taken apart at its parameters as PostgreSQL reads it."""
+"""Parse a configured SQL statement for its parameters, as PostgreSQL reads it."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ _TOKEN = re.compile(
       (?P<comment> --[^\n\r]* )
     | (?P<block> /\* )
     | (?P<other>
-        [eE]'(?:[^'\\]|\\.|'')*+'  # goes on after a line break, with the same rules
+        [eE]'(?:[^'\\]|\\.|'')*+'  # continues after a line break, with the same rules
             (?:(?:[ \t\f\v]|--[^\n\r]*+)*+[\n\r](?:[ \t\f\v\n\r]|--[^\n\r]*+[\n\r])*+'(?:[^'\\]|\\.|'')*+')*+
       | '[^']*+(?:''[^']*+)*+'
       | "[^"]*+(?:""[^"]*+)*+"
@@ -26,14 +26,14 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-"""What must be known to find parameters. Source: PostgreSQL, src/backend/parser/scan.l."""
+"""The tokens that matter for finding parameters. Source: PostgreSQL, src/backend/parser/scan.l."""
 
 _BLOCK = re.compile(r"/\*|\*/")
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A configured SQL, taken apart at its parameters: `texts` has one more than `names`."""
+    """A configured SQL statement, split at its parameters: `texts` has one more than `names`."""
 
     texts: Sequence[str]
     names: Sequence[str]
@@ -42,11 +42,11 @@ class Statement:
     def parse(cls, sql: str) -> "Statement":
         """Find `:name` outside of strings, quoted names, comments and casts; one semicolon at the end is dropped.
 
-        The slice `a[x:y]` has to be written with a space, `a[x: y]`. What is no valid SQL stays what it is, so that
-        PostgreSQL can say what is wrong. Raises BadQuery for `$1`.
+        The slice `a[x:y]` has to be written with a space, `a[x: y]`. Invalid SQL is left unchanged, so that PostgreSQL
+        reports the error. Raises BadQuery for `$1`.
         """
         texts, names = [""], []
-        position, last = 0, ""  # last: a semicolon that nothing has followed yet
+        position, last = 0, ""  # last: a semicolon that nothing has followed so far
         while position < len(sql):
             match = _TOKEN.match(sql, position)
             kind = match.lastgroup if match else "other"
@@ -69,14 +69,14 @@ class Statement:
         return cls(texts, names)
 
     def text(self, write: Callable[[str], str]) -> str:
-        """The SQL with something in the place of each parameter."""
-        # The spaces keep it apart: a$1 would be a name.
+        """Return the SQL with `write(name)` in place of each parameter."""
+        # The spaces separate it: a$1 would be a name.
         written = [f" {write(name)} {text}" for name, text in zip(self.names, self.texts[1:], strict=True)]
         return self.texts[0] + "".join(written)
 
 
 def _block_end(sql: str, start: int) -> int:
-    """Where a comment ends, in which comments may be."""
+    """Return the end of a comment, which may contain comments."""
     depth = 0
     for match in _BLOCK.finditer(sql, start):
         depth += 1 if match[0] == "/*" else -1

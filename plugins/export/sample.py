@@ -1,4 +1,4 @@
-"""The sample database: a million users who do not exist, with every kind of cell that breaks careless exports."""
+"""The sample database: a million fictitious users, with every kind of cell that breaks careless exports."""
 
 import logging
 import sqlite3
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 
 BATCH = 10_000
-"""Rows written between two looks at whether to stop."""
+"""Rows written between two checks whether to stop."""
 
 FIRST_NAMES = (
     "Ada", "Ágnes", "Björn", "Chloé", "Dmitri", "Élodie", "Fatima", "Grace", "Hiroshi", "Ines", "José", "Kwame",
@@ -47,8 +47,8 @@ _SCHEMA = """
     CREATE TEMP TABLE notes (i INTEGER PRIMARY KEY, note TEXT);
 """
 
-# Everything follows from the row's number and the seed (Knuth's multiplicative hash, in several strides), and is made
-# by SQLite itself: a loop in Python would take five times as long, and hold up the server meanwhile.
+# Every value is computed from the row's number and the seed (Knuth's multiplicative hash, in several strides) by SQLite
+# itself: a loop in Python would take five times as long, and block the server meanwhile.
 _FILL = """
     INSERT INTO users
     WITH RECURSIVE
@@ -74,9 +74,9 @@ _FILL = """
 
 
 def make(path: Path, rows: int, *, seed: int = 1, stop: threading.Event | None = None) -> None:
-    """Make the sample with so many rows, whole or not at all; takes some seconds for a million, and runs in a thread.
+    """Create the sample with `rows` rows, completely or not at all; runs in a thread, some seconds for a million rows.
 
-    The same seed makes the same rows. Shows a progress bar where stderr is a terminal. Returns without a sample when
+    The same seed gives the same rows. Shows a progress bar if stderr is a terminal. Returns without a sample once
     `stop` is set. Raises OSError or sqlite3.Error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +87,19 @@ def make(path: Path, rows: int, *, seed: int = 1, stop: threading.Event | None =
         with Progress(*columns, console=console) if sys.stderr.isatty() else nullcontext() as progress:
             task = progress.add_task("sample database", total=rows) if progress else None
 
-            def told(done: int) -> bool:
+            def report(done: int) -> bool:
                 if progress is not None and task is not None:
                     progress.update(task, completed=done)
                 return stop is not None and stop.is_set()
 
-            if not _write(unfinished, rows, seed, told):
+            if not _write(unfinished, rows, seed, report):
                 return
         unfinished.replace(path)
-    log.info("made a sample database of %d users", rows)
+    log.info("created a sample database of %d users", rows)
 
 
-def _write(path: Path, rows: int, seed: int, told: Callable[[int], bool]) -> bool:
+def _write(path: Path, rows: int, seed: int, report: Callable[[int], bool]) -> bool:
+    """Write the database, calling `report` with the rows so far; return False once that returned True."""
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
@@ -111,9 +112,9 @@ def _write(path: Path, rows: int, seed: int, told: Callable[[int], bool]) -> boo
         for first in range(1, rows + 1, BATCH):
             last = min(rows, first + BATCH - 1)
             database.execute(_FILL, {"first": first, "last": last, "seed": seed, **counts})
-            if told(last):
+            if report(last):
                 return False
         database.execute("COMMIT")
-        # Readers need no lock file beside it, and a folder they cannot write to will do.
+        # Readers need no lock file next to it then, nor write access to its folder.
         database.execute("PRAGMA journal_mode = DELETE")
     return True

@@ -1,4 +1,4 @@
-"""What a database promises to an export, and how it refuses."""
+"""The protocol of a database for exports, and its errors."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -9,27 +9,27 @@ from .encoder import Column, Encoder
 
 
 class BadQuery(Exception):
-    """The database does not take the SQL that the operator configured; the message is the database's own."""
+    """The database rejects the SQL that the operator configured; the message is the database's own."""
 
 
 class Unavailable(Exception):
-    """The database does not answer. The message is fit for a client: no host, no path, no password."""
+    """The database is unavailable. The message may be sent to a client: no host, no path, no password."""
 
 
 class Interrupted(Exception):
-    """A result broke off: the database went away, or the query took too long."""
+    """A result was interrupted: the database disconnected, or the query took too long."""
 
 
-class Misfit(Exception):
-    """A value cannot be said in the format asked for; the message names its column."""
+class UnrepresentableValue(Exception):
+    """A value cannot be represented in the requested format; the message names its column."""
 
 
 class TooLarge(Exception):
-    """A cell is larger than exports may have; the message says which, as far as the database does."""
+    """A cell exceeds the maximum size; the message names it, as far as the database does."""
 
 
 class UnknownColumn(Exception):
-    """A column was asked for that the result does not have."""
+    """A request names a column that the result does not have."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         super().__init__(name)
@@ -38,7 +38,7 @@ class UnknownColumn(Exception):
 
 
 class BadValue(Exception):
-    """A value does not have the type of what it is for: of a column that it is compared with."""
+    """A value does not have the type of the column that it is compared with."""
 
     def __init__(self, column: str, detail: str) -> None:
         super().__init__(f"{column}: {detail}")
@@ -52,7 +52,7 @@ class BadValue(Exception):
 
 
 class BadParameter(BadValue):
-    """A value does not have the type that the query needs at the place of a parameter of its own."""
+    """A value does not have the type of its parameter in the query."""
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class BadParameter(BadValue):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A configured SELECT, and the values of the parameters that it names as `:name`."""
+    """A configured SELECT, and the values of its parameters, `:name`."""
 
     sql: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -70,41 +70,42 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a client wants of a result; values are text as they came, and are bound, never put into SQL."""
+    """The part of a result that a client requests; values are text of the request, bound, never put into SQL."""
 
     columns: Sequence[str] = ()
-    """By name, in this order; empty for all."""
+    """Names of columns, in this order; empty for all."""
     where: Mapping[str, str] = field(default_factory=dict)
-    """Columns that must equal a value."""
+    """The value that each of these columns must equal."""
     limit: int | None = None
+    """Maximum number of rows."""
     skip: int = 0
-    """Rows of the result that are left out at its beginning."""
+    """Number of rows to skip at the beginning of the result."""
 
 
 class Export(Protocol):
-    """A result on its way: its first rows are there already."""
+    """A running export whose first rows have been fetched."""
 
     columns: Sequence[Column]
     rows: int
-    """How many rows the chunks handed out so far have."""
+    """Number of rows in the chunks yielded so far."""
     version: str
-    """What the data is: another text where it may have changed."""
+    """The version of the data: it differs where the data may have changed."""
     begin: bytes
-    """What stands before the first row."""
+    """The bytes before the first row."""
 
     @property
     def altered(self) -> int:
-        """How many values so far do not come as they are in the database, as the format cannot hold them."""
+        """Number of values so far that differ from those in the database, as the format cannot hold them."""
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the rows, without what is before the first and behind the last.
+        """Yield the rows, without the bytes before the first and after the last.
 
-        Raises Interrupted, TooLarge, Misfit.
+        Raises Interrupted, TooLarge, UnrepresentableValue.
         """
 
 
 class Source(Protocol):
-    """A database that results come from."""
+    """A database that exports read from."""
 
     async def describe(self, query: Query) -> Sequence[Column]:
         """Return the columns of a result without running its query; raises BadQuery, Unavailable."""
@@ -118,21 +119,21 @@ class Source(Protocol):
         formula_guard: bool,
         strict: bool = False,
     ) -> AbstractAsyncContextManager[tuple[Export, Encoder]]:
-        """Run a query, in one snapshot, and lend its result to the block; leaving the block ends the query.
+        """Run a query in one snapshot, and yield its result to the block; leaving the block ends the query.
 
-        Its first rows are fetched before the block begins, so that what fails at once can be refused: raises BadQuery,
-        Unavailable, UnknownColumn, BadValue, Misfit, TooLarge, Interrupted, MissingLibrary. If strict, Misfit also
-        where a value could only be sent altered.
+        Its first rows are fetched before the block, so that early failures become error responses: raises BadQuery,
+        Unavailable, UnknownColumn, BadValue, UnrepresentableValue, TooLarge, Interrupted, MissingLibrary. If strict,
+        UnrepresentableValue also for a value that could only be sent altered.
         """
 
 
 def quoted(name: str) -> str:
-    """A name as SQL has it, whatever it is."""
+    """Return any name quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 async def body(export: Export) -> AsyncGenerator[bytes, None]:
-    """The body but for its end; what begins it comes with the first rows, in one piece."""
+    """Yield the body without its end; its beginning and the first rows are one chunk."""
     begin = export.begin
     async for data in export.chunks():
         yield begin + data

@@ -19,26 +19,26 @@ from .source import (
     BadQuery,
     BadValue,
     Interrupted,
-    Misfit,
     Query,
     Selection,
     TooLarge,
     Unavailable,
     UnknownColumn,
+    UnrepresentableValue,
     quoted,
 )
 
 BATCHES = (16, 64, 256, 1000)
-"""Rows in the first batches of an export, and in all that follow: the first bytes leave at once."""
+"""Number of rows in each of the first batches of an export, and in all after them: the first bytes leave early."""
 
-PIECE_ROWS = 64
-"""Rows read and encoded at once: encoders keep the interpreter for as long as they work on some."""
+CHUNK_ROWS = 64
+"""Rows read and encoded at once: an encoder holds the interpreter while it encodes them."""
 
 BATCH_BYTES = 1024 * 1024
-"""Encoded bytes after which a batch ends, in however few rows."""
+"""Encoded size that ends a batch before it has all its rows, in bytes."""
 
 NARROW_BYTES = 128 * 1024
-"""Maximum size of a cell in bytes where rows are read PIECE_ROWS at once."""
+"""Maximum size of a cell while rows are read CHUNK_ROWS at once, in bytes."""
 
 _ALLOWED = {
     sqlite3.SQLITE_SELECT,
@@ -46,11 +46,11 @@ _ALLOWED = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
-"""What a configured query may do; all else, as writing, ATTACH and PRAGMA, is refused by the connection itself."""
+"""The operations that a configured query may use; the connection denies all others: writing, ATTACH, PRAGMA."""
 
 
 class _Reading:
-    """A connection to a file, and what is read from it in one snapshot. Its methods wait: they belong in threads."""
+    """A connection to a file that reads one result in one snapshot. Its methods block: call them in threads."""
 
     def __init__(
         self, path: Path, query: Query, known: dict[str, tuple[int, Sequence[str]]], *, max_cell: int, strict: bool
@@ -66,11 +66,11 @@ class _Reading:
         self._max_cell = max_cell
         self._strict = strict
         self._tolerant = False
-        """Whether invalid UTF-8 is read, with replacement characters: slower, so only where there is some."""
+        """Whether invalid UTF-8 is read, with replacement characters; that is slower, so only once there was some."""
         self._wide = False
-        """Whether cells may be larger than NARROW_BYTES: rows are read one at a time then, to need little memory."""
+        """Whether cells may be larger than NARROW_BYTES; rows are read one at a time then, to limit memory."""
         self.altered = 0
-        """How many texts had invalid UTF-8 replaced."""
+        """Number of texts in which invalid UTF-8 was replaced."""
 
     def describe(self) -> Sequence[Column]:
         """Connect, begin the snapshot, and return the columns of the result; raises BadQuery, Unavailable."""
@@ -84,18 +84,18 @@ class _Reading:
             connection.set_authorizer(_authorize)
             described = f"SELECT * FROM ({self._query.sql}\n) LIMIT 0"  # noqa: S608 - the operator's own
             cursor = connection.execute(described, self._query.parameters)
-            names = unique(_given([entry[0] for entry in cursor.description]))
+            names = unique(_original_names([entry[0] for entry in cursor.description]))
             types = self._types(connection, len(names), schema)
         except sqlite3.Error as error:
-            raise _refusal(error) from error
+            raise _classified(error) from error
         except sqlite3.Warning as error:
             raise BadQuery(str(error)) from error
         return [Column(name, kind) for name, kind in zip(names, types, strict=True)]
 
     def _types(self, connection: sqlite3.Connection, count: int, schema: int) -> Sequence[str]:
-        """The types that columns were declared with; expressions have none. A view is the only thing that tells."""
+        """Return the declared types of the columns; expressions have none. Only a view exposes them."""
         if self._query.parameters:
-            return ["any"] * count  # a view takes no parameters
+            return ["any"] * count  # a view cannot have parameters
         known, types = self._known.get(self._query.sql, (None, ()))
         if known == schema:
             return types
@@ -119,47 +119,47 @@ class _Reading:
         try:
             first = self.batch(BATCHES[0])
         except sqlite3.Error as error:
-            raise _refusal(error) from error
+            raise _classified(error) from error
         return _Opened(chosen, self._encoder, begin, first, self._version())
 
     def batch(self, count: int) -> tuple[int, bytes]:
-        """Read and encode up to `count` rows: how many there were, and their bytes.
+        """Read and encode up to `count` rows, fewer if they are large; return their number (0 at the end) and bytes.
 
-        Fewer, where they are large; none at the end. Raises sqlite3.Error, Misfit, TooLarge.
+        Raises sqlite3.Error, UnrepresentableValue, TooLarge.
         """
         assert self._encoder is not None
-        read, size, pieces = 0, 0, []
-        while read < count and size < BATCH_BYTES and (rows := self._rows(min(PIECE_ROWS, count - read))):
+        read, size, chunks = 0, 0, []
+        while read < count and size < BATCH_BYTES and (rows := self._rows(min(CHUNK_ROWS, count - read))):
             read += len(rows)
             self._read += len(rows)
             try:
-                pieces.append(self._encoder.rows(rows))
+                chunks.append(self._encoder.rows(rows))
             except ValueError as error:
-                raise Misfit(str(error)) from error
-            size += len(pieces[-1])
-        return read, b"".join(pieces)
+                raise UnrepresentableValue(str(error)) from error
+            size += len(chunks[-1])
+        return read, b"".join(chunks)
 
     def _rows(self, count: int) -> list[tuple[Any, ...]]:
-        """Read up to `count` rows, in the mode that the result turns out to need."""
+        """Read up to `count` rows, in the mode that the result requires."""
         assert self._connection is not None
         while True:
             try:
                 if self._cursor is None:
-                    self._cursor = self._resumed(self._connection)
+                    self._cursor = self._restart(self._connection)
                 return self._cursor.fetchmany(1 if self._wide else count)
             except sqlite3.Error as error:
                 self._adapt(self._connection, error)
 
     def _adapt(self, connection: sqlite3.Connection, error: sqlite3.Error) -> None:
-        """Change to the mode that reads what `error` is about; raises what no mode reads.
+        """Change to the mode that can read the row that caused `error`; raise the error if no mode can.
 
-        The query runs again then, in the same snapshot, up to where it failed.
+        The query is then run again, in the same snapshot, up to that row.
         """
         if "decode" in str(error) and isinstance(error, sqlite3.OperationalError) and not self._tolerant:
             if self._strict:
                 column = re.search(r"column '(.*?)'", str(error))
                 name = f" of column {column[1]!r}" if column else ""
-                raise Misfit(f"a text{name} after row {self._read} is not valid UTF-8") from error
+                raise UnrepresentableValue(f"a text{name} after row {self._read} is not valid UTF-8") from error
             self._tolerant = True
             connection.text_factory = self._text
         elif error.sqlite_errorcode == sqlite3.SQLITE_TOOBIG and not self._wide:
@@ -171,8 +171,8 @@ class _Reading:
             raise error
         self._cursor = None
 
-    def _resumed(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
-        """Run the query, and leave out the rows that have been read before."""
+    def _restart(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
+        """Run the query again, and skip the rows that have been read before."""
         cursor, left = connection.execute(*self._statement), self._read
         while left and (skipped := len(cursor.fetchmany(1 if self._wide else min(left, 1000)))):
             left -= skipped
@@ -187,7 +187,7 @@ class _Reading:
             return data.decode(errors="replace")
 
     def _version(self) -> str:
-        """What changes with the file: when it, and its write-ahead log, were last written to."""
+        """Return a version that changes with the file: a hash of the last writes to it and to its write-ahead log."""
         marks = []
         for path in (self._path, self._path.with_name(self._path.name + "-wal")):
             with suppress(OSError):
@@ -196,7 +196,7 @@ class _Reading:
         return f"{hash(tuple(marks)) & 0xFFFFFFFF:08x}"
 
     def interrupt(self) -> None:
-        """Stop what runs right now, from any thread: it raises OperationalError there."""
+        """Interrupt the running call, from any thread; it raises OperationalError there."""
         if self._connection is not None:
             self._connection.interrupt()
 
@@ -207,7 +207,7 @@ class _Reading:
 
 
 class _Opened(NamedTuple):
-    """A result whose first batch has been read."""
+    """A result, and its first batch."""
 
     columns: Sequence[Column]
     encoder: Encoder
@@ -234,7 +234,7 @@ class _SqliteExport:
         return self._reading.altered + self._encoder.altered
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the rows, encoded, a batch at a time: nothing is read before it has been taken."""
+        """Yield the encoded rows a batch at a time; the next is read only when the last has been consumed."""
         (count, data), number = self._first, 0
         self._first = 0, b""
         while count:
@@ -252,10 +252,10 @@ class _SqliteExport:
 class SqliteSource:
     """A SQLite file that is only read. `path` must exist when a result is requested.
 
-    Exports take turns: `turn` is one lock for all sources. SQLite takes and drops the interpreter's lock at every row,
-    and threads that step at the same time spend their time on that lock: thirty clients at once are served two to
-    three times faster in turns. First batches need no turn, since they may sort or aggregate for long, with the lock
-    dropped. `max_cell` is the maximum size of a cell in bytes.
+    Exports take turns: `turn` is one lock for all sources. SQLite acquires and releases the interpreter's lock at every
+    row, and concurrent threads spend their time on that lock: thirty clients at once are served two to three times
+    faster in turns. First batches need no turn, since they may sort or aggregate for long with the lock released.
+    `max_cell` is the maximum size of a cell in bytes.
     """
 
     def __init__(self, path: Path, threads: Threads, turn: asyncio.Lock, *, max_cell: int) -> None:
@@ -264,11 +264,11 @@ class SqliteSource:
         self._threads = threads
         self._turn = turn
         self._known: dict[str, tuple[int, Sequence[str]]] = {}
-        """The types of results, by SQL, and the version of the schema that they hold for."""
+        """The types of results by SQL, each with the version of the schema that they are valid for."""
 
     @asynccontextmanager
     async def _reading(self, query: Query, *, strict: bool = False) -> AsyncIterator[_Reading]:
-        """Yield a connection, and close it when no thread uses it any more: `Threads.run` returns no earlier."""
+        """Yield a connection, and close it when no thread uses it: `Threads.run` returns no earlier."""
         reading = _Reading(self._path, query, self._known, max_cell=self._max_cell, strict=strict)
         try:
             yield reading
@@ -306,8 +306,8 @@ class SqliteSource:
             yield export, opened.encoder
 
 
-def _given(names: Sequence[str]) -> list[str]:
-    """The names as the query gave them: SQLite calls the second column `a` of a subquery `a:1`."""
+def _original_names(names: Sequence[str]) -> list[str]:
+    """Return the names in the query: SQLite names the second column `a` of a subquery `a:1`."""
     return [match[1] if (match := re.fullmatch(r"(.+):[0-9]+", name)) and match[1] in names else name for name in names]
 
 
@@ -315,18 +315,18 @@ def _authorize(action: int, *_: object) -> int:
     return sqlite3.SQLITE_OK if action in _ALLOWED or action == sqlite3.SQLITE_TRANSACTION else sqlite3.SQLITE_DENY
 
 
-def _refusal(error: sqlite3.Error) -> BadQuery | Unavailable | TooLarge:
-    """What an error means before the first row: the file is not there, or the query is wrong."""
+def _classified(error: sqlite3.Error) -> BadQuery | Unavailable | TooLarge:
+    """Return the exception for an error before the first row: the file is unavailable, or the query is invalid."""
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith(("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_BUSY")):
         return Unavailable(f"The database cannot be read: {error}.")
     if name == "SQLITE_TOOBIG":
-        return TooLarge("a cell is larger than exports may have")
+        return TooLarge("a cell exceeds the maximum size")
     return BadQuery(str(error))
 
 
 def _type(declared: str) -> str:
-    """A column's type by what it was declared as. Source: SQLite, "Determination of column affinity"."""
+    """Return the type of a column from its declaration. Source: SQLite, "Determination of column affinity"."""
     word = declared.upper()
     if "BOOL" in word:
         return "boolean"
@@ -342,14 +342,14 @@ def _type(declared: str) -> str:
 
 
 def _select(query: Query, selection: Selection, columns: Sequence[Column]) -> tuple[str, Any, Sequence[Column]]:
-    """The SQL for a selection, its values, and the columns it has; raises UnknownColumn, BadValue."""
+    """Return the SQL of a selection, its values, and its columns; raises UnknownColumn, BadValue."""
     known = {column.name: column for column in columns}
     for name in (*selection.columns, *selection.where):
         if name not in known:
             raise UnknownColumn(name, tuple(known))
     chosen = [known[name] for name in selection.columns] or list(columns)
     values: dict[str, Any] = dict(query.parameters)
-    # All columns are named anew, so that two of one name can be told apart; the line break ends a comment.
+    # All columns are renamed, so that two of one name can be distinguished; the line break ends a comment.
     sql = f"WITH q ({', '.join(quoted(name) for name in known)}) AS ({query.sql}\n)"
     sql += f" SELECT {', '.join(quoted(column.name) for column in chosen)} FROM q"  # noqa: S608 - names, quoted
     for number, (name, text) in enumerate(selection.where.items()):
@@ -365,7 +365,7 @@ def _select(query: Query, selection: Selection, columns: Sequence[Column]) -> tu
 
 
 def _value(column: Column, text: str) -> Any:
-    """Read what a column is to equal."""
+    """Read the value that a column must equal."""
     if column.type == "blob":
         raise BadValue(column.name, "is binary, and cannot be compared with text")
     try:

@@ -1,4 +1,4 @@
-"""Whether a conditional request is carried out: RFC 9110 section 13, as pure functions."""
+"""Preconditions of a request: RFC 9110 section 13, as pure functions."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,23 +11,23 @@ _ENTITY_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\U0010ffff]*)"\s*(?:,|$)
 
 @dataclass(frozen=True, slots=True)
 class Validators:
-    """What tells one state of a representation from another."""
+    """The values that distinguish one state of a representation from another."""
 
     etag: str
-    """A strong entity-tag, with its quotes."""
+    """A strong entity-tag, including its quotes."""
     modified: int
-    """Seconds since the epoch."""
+    """Time of the last modification, in seconds since the epoch."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """The fields that carry them."""
+        """The header fields that carry them."""
         return {"ETag": self.etag, "Last-Modified": formatdate(self.modified, usegmt=True)}
 
 
 def precondition(method: str, headers: Mapping[str, str], validators: Validators) -> Literal[200, 304, 412]:
     """Evaluate a request's preconditions, in the order of RFC 9110 section 13.2.2, for a resource that exists.
 
-    200: carry it out. A date that cannot be read is ignored; an entity-tag that cannot be read matches nothing.
+    200: perform the request. An invalid date is ignored; an invalid entity-tag matches nothing.
     """
     if (if_match := headers.get("If-Match")) is not None:
         if not _matches(if_match, validators.etag, weakly=False):
@@ -47,7 +47,7 @@ def precondition(method: str, headers: Mapping[str, str], validators: Validators
 
 
 def range_applies(headers: Mapping[str, str], validators: Validators) -> bool:
-    """Whether If-Range, if there is one, lets a Range count: the same strong entity-tag, or exactly the same date.
+    """Return whether If-Range, if present, lets Range apply: the same strong entity-tag, or exactly the same date.
 
     Source: RFC 9110 section 13.1.5.
     """
@@ -73,7 +73,7 @@ def _entity_tags(field: str) -> Iterator[tuple[bool, str]]:
 
 
 def _date(field: str | None) -> int | None:
-    if field is None or not field.isascii():  # the parser takes the digits of every script
+    if field is None or not field.isascii():  # the parser accepts the digits of every script
         return None
     try:
         return int(parsedate_to_datetime(field).timestamp())

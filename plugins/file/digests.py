@@ -1,4 +1,4 @@
-"""Digests of whole files for Repr-Digest: each computed once for all who wait for it, within a size and a time."""
+"""Digests of whole files for Repr-Digest: each computed once for all requests, up to a size and a time."""
 
 import asyncio
 import hashlib
@@ -14,20 +14,20 @@ from streamlab import Problem, Threads
 from .representation import Reader, Representation
 
 SLICE = 16 * 1024 * 1024
-"""Bytes hashed before others get the thread: a small file waits for slices of large ones, never for all of one."""
+"""Bytes hashed before another file gets the thread: a small file never waits for all of a large one."""
 
-KNOWN = 1000
-"""Maximum number of digests that are remembered."""
+CACHED = 1000
+"""Maximum number of digests in the cache."""
 
 THREADS = max(1, (os.cpu_count() or 1) // 2)
-"""Threads that hash: half of the processors, as each takes all of one."""
+"""Number of threads that hash: half of the processors, as each uses one completely."""
 
 
 class Digests:
     """SHA-256 of files up to `limit` bytes, computed for up to `seconds` per request, in dedicated threads.
 
-    Requests for the same state of the same file share one computation, which ends when the last of them leaves, and
-    whose result the next ones find. None waits for that of another file longer than for a slice of it.
+    Requests for the same state of the same file share one computation, which stops when the last of them disconnects;
+    its result is cached. No request waits for more than one slice of another file.
     """
 
     def __init__(self, *, seconds: float, limit: int) -> None:
@@ -35,13 +35,13 @@ class Digests:
         self._limit = limit
         self._threads = Threads("digest", THREADS)
         self._group: asyncio.TaskGroup | None = None
-        self._known: OrderedDict[str, bytes] = OrderedDict()
-        """By entity-tag, as everything here; the last one that was wanted is last."""
+        self._cached: OrderedDict[str, bytes] = OrderedDict()
+        """Digests by entity-tag, the most recently used last."""
         self._running: dict[str, _Running] = {}
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Compute digests while the block lasts; what runs at its end is interrupted."""
+        """Compute digests during the block; computations that run at its end are interrupted."""
         async with self._threads, asyncio.TaskGroup() as self._group:
             try:
                 yield
@@ -51,14 +51,14 @@ class Digests:
                     self._stop(tag)
 
     async def of(self, file: Representation) -> bytes | None:
-        """Return the SHA-256 of all bytes; None where the file is too large, or the time does not suffice.
+        """Return the SHA-256 of all bytes; None if the file is too large, or hashing takes too long.
 
-        Raises Problem 503 where the file changes meanwhile.
+        Raises Problem 503 if the file changes meanwhile.
         """
         tag = file.validators.etag
-        if tag in self._known:
-            self._known.move_to_end(tag)
-            return self._known[tag]
+        if tag in self._cached:
+            self._cached.move_to_end(tag)
+            return self._cached[tag]
         if file.size > self._limit or self._group is None:
             return None
         running = self._running.get(tag)
@@ -73,24 +73,24 @@ class Digests:
                 self._stop(tag)
         if running.task.done() and not running.task.cancelled() and running.task.result() is None:
             raise Problem(503, "This file is being written; try again.", headers={"Retry-After": "1"})
-        return self._known.get(tag)
+        return self._cached.get(tag)
 
     def _stop(self, tag: str) -> None:
-        """End a computation that nobody waits for any more."""
+        """Stop a computation that no request waits for."""
         self._running.pop(tag).task.cancel()
 
     async def _compute(self, tag: str, file: Representation) -> bytes | None:
-        """Hash slice by slice, and remember the digest; None where the file has changed, or cannot be read."""
+        """Hash slice by slice, and cache the digest; None if the file has changed or cannot be read."""
         hashing = _Hashing(file.reader(), file.size)
         try:
-            while await self._threads.run(hashing.go_on, interrupt=hashing.given_up.set):
+            while await self._threads.run(hashing.hash_slice, interrupt=hashing.given_up.set):
                 pass
         except (OSError, EOFError):
             return None
         else:
-            digest = self._known[tag] = hashing.digest.digest()
-            if len(self._known) > KNOWN:
-                self._known.popitem(last=False)
+            digest = self._cached[tag] = hashing.digest.digest()
+            if len(self._cached) > CACHED:
+                self._cached.popitem(last=False)
             return digest
         finally:
             if (running := self._running.get(tag)) is not None and running.task is asyncio.current_task():
@@ -100,7 +100,7 @@ class Digests:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A computation, and how many requests wait for it."""
+    """A computation, and the number of requests that wait for it."""
 
     task: "asyncio.Task[bytes | None]"
     waiting: int = 0
@@ -108,7 +108,7 @@ class _Running:
 
 @dataclass(slots=True, eq=False)
 class _Hashing:
-    """How far a file is hashed."""
+    """The progress of hashing a file."""
 
     reader: Reader
     size: int
@@ -116,7 +116,7 @@ class _Hashing:
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     given_up: threading.Event = field(default_factory=threading.Event)
 
-    def go_on(self) -> bool:
+    def hash_slice(self) -> bool:
         """Hash up to SLICE bytes; return whether there are more. Raises OSError, and EOFError for a changed file."""
         end = min(self.size, self.done + SLICE)
         while self.done < end and not self.given_up.is_set():

@@ -1,4 +1,4 @@
-"""Which bytes a Range asks for, and how they are framed: RFC 9110 section 14, as pure functions."""
+"""The bytes that a Range requests, and their framing: RFC 9110 section 14, as pure functions."""
 
 import re
 import secrets
@@ -6,37 +6,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_RANGES = 64
-"""More parts than this, after joining what touches, are not worth framing: the whole is sent instead."""
+"""Maximum number of parts, after joining adjacent ranges; beyond, the whole representation is sent."""
 
 PART_OVERHEAD = 80
-"""Bytes that a part's own head costs at least; a smaller gap between two ranges is sent along with them."""
+"""Minimum size of a part's header, in bytes; ranges with a smaller gap between them are joined."""
 
 _SPEC = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
-r"""A range-spec. `\d` would match the digits of every script; RFC 9110's DIGIT is ASCII (RFC 5234, appendix B.1)."""
+r"""A range-spec. `\d` would match the digits of every script; DIGIT of RFC 9110 is ASCII (RFC 5234, appendix B.1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive bytes: `offset` of the first, and how many."""
+    """Consecutive bytes: the offset of the first, and their number."""
 
     offset: int
     count: int
 
     def content_range(self, size: int) -> str:
-        """The value of Content-Range for this part of `size` bytes."""
+        """Return the value of Content-Range for this part of `size` bytes."""
         return f"bytes {self.offset}-{self.offset + self.count - 1}/{size}"
 
 
 class Unsatisfiable(Exception):
-    """A well-formed Range of which not a single byte exists: 416."""
+    """A valid Range of which no byte exists: 416."""
 
 
 def parse(field: str | None, size: int) -> list[Span] | None:
     """Read a Range for a representation of `size` bytes; None means the whole.
 
     An unknown unit, a malformed field and a set of too many parts are ignored, as section 14.2 allows. Ranges that
-    overlap or nearly touch are joined, so that no answer is much larger than the file. Raises Unsatisfiable. Takes
-    time linear in the field's length but for one sort.
+    overlap or nearly touch are joined, so that no response is much larger than the file. Raises Unsatisfiable. Takes
+    time linear in the field's length, except for one sort.
     """
     if field is None:
         return None
@@ -53,7 +53,7 @@ def parse(field: str | None, size: int) -> list[Span] | None:
         if suffix is not None:
             count = min(int(suffix), size)
             if size == 0 and int(suffix) > 0:
-                return None  # satisfiable, yet no Content-Range can say so
+                return None  # satisfiable, yet no Content-Range can express it
             offset = size - count
         else:
             offset = int(first)
@@ -71,7 +71,7 @@ def parse(field: str | None, size: int) -> list[Span] | None:
 
 
 def _joined(spans: list[Span]) -> list[Span]:
-    """Join spans that overlap or nearly touch; where none do, the order asked for stays."""
+    """Join spans that overlap or nearly touch; if none do, return them in the requested order."""
     ordered = sorted(spans, key=lambda span: span.offset)
     joined = [ordered[0]]
     for span in ordered[1:]:
@@ -86,24 +86,24 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How an answer carries the spans asked for: its status, its own headers, and its body piece by piece."""
+    """How a response carries the requested spans: its status, additional headers, and the parts of its body."""
 
     status: int
     content_type: str
     headers: Mapping[str, str]
     parts: Sequence[tuple[bytes, Span]]
-    """What stands before each span, and the span."""
+    """Each span, with the bytes before it."""
     closing: bytes
-    """What stands after the last."""
+    """The bytes after the last span."""
 
     @property
     def length(self) -> int:
-        """Bytes of the whole body."""
+        """Size of the whole body, in bytes."""
         return sum(len(head) + span.count for head, span in self.parts) + len(self.closing)
 
 
 def frame(spans: Sequence[Span] | None, *, size: int, media_type: str) -> Framing:
-    """Frame the whole (None), one span by Content-Range, several as multipart/byteranges (section 14.6)."""
+    """Frame the whole (None), one span with Content-Range, or several as multipart/byteranges (section 14.6)."""
     if spans is None:
         return Framing(200, media_type, {}, [(b"", Span(0, size))], b"")
     if len(spans) == 1:

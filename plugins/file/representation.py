@@ -1,4 +1,4 @@
-"""Bytes of known length that a download sends: a file of the disk, or a generated pattern."""
+"""Bytes of known length that a download sends: a file on disk, or a generated pattern."""
 
 import asyncio
 import mimetypes
@@ -19,14 +19,14 @@ from streamlab import Stream, Threads, shielded
 from .conditions import Validators
 
 CHUNK = 1024 * 1024
-"""Bytes read at once where they pass through Python."""
+"""Bytes read at once where sendfile is not used."""
 
-PROOF = 64 * 1024
-"""The last bytes of a body are held back until the file is known to be still the one that was promised."""
+HELD_BACK_BYTES = 64 * 1024
+"""Bytes at the end of a body that are held back until the file has been checked for changes."""
 
 
 class Paced:
-    """The writing end of a stream, at most `rate` bytes a second in even steps; without a rate, as fast as it goes."""
+    """A writer to a stream that sends at most `rate` bytes per second in even steps; None is no limit."""
 
     def __init__(self, stream: Stream, rate: int | None) -> None:
         self.stream = stream
@@ -34,25 +34,25 @@ class Paced:
         self._due = 0.0
 
     async def write(self, data: bytes | memoryview) -> None:
-        """Write data, waiting before each tenth of a second's worth until it is due."""
+        """Write data, waiting until each tenth of a second's worth is due."""
         if self.rate is None:
             await self.stream.write(data)
             return
         loop, view, step = asyncio.get_running_loop(), memoryview(data), max(1, self.rate // 10)
         for offset in range(0, len(view), step):
-            piece = view[offset : offset + step]
+            chunk = view[offset : offset + step]
             if (wait := self._due - loop.time()) > 0:
                 await asyncio.sleep(wait)
-            await self.stream.write(piece)
-            self._due = max(self._due, loop.time() - 0.1) + len(piece) / self.rate
+            await self.stream.write(chunk)
+            self._due = max(self._due, loop.time() - 0.1) + len(chunk) / self.rate
 
 
 class Representation(Protocol):
-    """What a download needs to know of its bytes, and the way to send some of them."""
+    """The properties of a download's bytes, and how to send a part of them."""
 
     @property
     def name(self) -> str:
-        """The file name a client should save it under."""
+        """The file name that a client should save it as."""
 
     @property
     def media_type(self) -> str:
@@ -60,30 +60,30 @@ class Representation(Protocol):
 
     @property
     def size(self) -> int:
-        """How many bytes there are."""
+        """Number of bytes."""
 
     @property
     def validators(self) -> Validators:
-        """Entity-tag and date of this very state."""
+        """Entity-tag and date of exactly this state."""
 
     async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
-        """Write `count` bytes from `offset`; `last`: the body ends with them."""
+        """Write `count` bytes from `offset`; `last` if the body ends with them."""
 
     def reader(self) -> "Reader":
-        """Return a reader of all bytes that is independent of this, and to be closed."""
+        """Return an independent reader of all bytes, which the caller closes."""
 
 
 class Reader(Protocol):
     """Bytes as a thread reads them, in any order. Its methods may wait for a disk."""
 
     def read(self, offset: int) -> bytes | memoryview:
-        """Return up to CHUNK bytes from an offset below the size; raises OSError, and EOFError where there are none."""
+        """Return up to CHUNK bytes from an offset below the size; raises OSError, and EOFError if there are none."""
 
     def check(self) -> None:
-        """Raise EOFError where the bytes may have changed since the representation was opened."""
+        """Raise EOFError if the bytes may have changed since the representation was opened."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its resources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class FileRepresentation:
     status: os.stat_result
     name: str
     threads: Threads
-    """Where it is read."""
+    """The threads that read it."""
 
     @property
     def media_type(self) -> str:
-        """By the name's ending; what is compressed stays so."""
+        """The media type by the name's extension; a compressed file is not decoded."""
         guess, encoding = mimetypes.guess_type(self.name)
         if encoding is not None:
             return {"gzip": "application/gzip"}.get(encoding, "application/octet-stream")
@@ -106,27 +106,27 @@ class FileRepresentation:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.status.st_size
 
     @property
     def validators(self) -> Validators:
-        """Strong: inode, size, and both times of change in nanoseconds.
+        """A strong entity-tag of inode, size, and the times of modification and of status change in nanoseconds.
 
-        The time of modification can be put back (`cp -p`, `touch -r`), that of the status cannot: without it, new
-        bytes could be resumed into the old file. The price is a new entity-tag after `chmod` or a new hard link.
+        The time of modification can be set back (`cp -p`, `touch -r`), the time of status change cannot: without it, a
+        client could append new bytes to the old file. The price is a new entity-tag after `chmod` or a new hard link.
         """
         status = self.status
         tag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"'
         return Validators(tag, status.st_mtime_ns // 1_000_000_000)
 
     async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
-        """Send by the kernel where it can be, else read ahead in a thread.
+        """Send with sendfile if possible, else read ahead in a thread.
 
-        Raises EOFError when the file was cut short, RuntimeError when it was changed in the meantime: the stream
-        fails before its last bytes, and no client takes the mixture for the file.
+        Raises EOFError if the file was truncated, RuntimeError if it was changed in the meantime: the stream fails
+        before its last bytes, so that no client takes a mixture for the file.
         """
-        held_back = min(PROOF, count) if last else 0
+        held_back = min(HELD_BACK_BYTES, count) if last else 0
         bulk = count - held_back
         if bulk:
             if out.rate is None and out.stream.can_sendfile:
@@ -134,7 +134,7 @@ class FileRepresentation:
             else:
                 await self._read_and_write(out, offset, bulk)
         if held_back:
-            await out.write(await self.threads.run(self._read_proven, offset + bulk, held_back))
+            await out.write(await self.threads.run(self._read_verified, offset + bulk, held_back))
 
     async def _read_and_write(self, out: Paced, offset: int, count: int) -> None:
         file = wrap(self.file, executor=self.threads.executor)
@@ -150,7 +150,7 @@ class FileRepresentation:
                     ahead = group.create_task(shielded(file.read(min(CHUNK, count))))
                 await out.write(chunk)
 
-    def _read_proven(self, offset: int, count: int) -> bytes:
+    def _read_verified(self, offset: int, count: int) -> bytes:
         self.file.seek(offset)
         data = self.file.read(count)
         now = os.fstat(self.file.fileno())
@@ -161,25 +161,25 @@ class FileRepresentation:
         return data
 
     def reader(self) -> "_FileReader":
-        """Open the same file once more, so that it can be read for longer than this one is open; raises OSError."""
+        """Duplicate the descriptor, so that the reader can outlive this object; raises OSError."""
         return _FileReader(os.dup(self.file.fileno()), self.status)
 
 
 class _FileReader:
-    """A descriptor of a file whose position others move: it is read at given offsets."""
+    """A descriptor whose position is shared with others, so it is read at given offsets."""
 
     def __init__(self, descriptor: int, status: os.stat_result) -> None:
         self._descriptor = descriptor
         self._status = status
 
     def read(self, offset: int) -> bytes:
-        """Read up to CHUNK bytes; raises EOFError where there are none, and OSError."""
+        """Read up to CHUNK bytes; raises EOFError if there are none, and OSError."""
         if chunk := os.pread(self._descriptor, CHUNK, offset):
             return chunk
-        raise EOFError("the file was cut short")
+        raise EOFError("the file was truncated")
 
     def check(self) -> None:
-        """Raise EOFError where the file is not as it was when it was opened."""
+        """Raise EOFError if the file has changed since it was opened."""
         if _changed(self._status, os.fstat(self._descriptor)):
             raise EOFError("the file was changed")
 
@@ -191,8 +191,8 @@ class _FileReader:
 def _changed(before: os.stat_result, now: os.stat_result) -> bool:
     """Return whether the bytes of an open file may differ from what they were.
 
-    A changed time of status counts, as the time of modification can be put back; not where the number of links changed
-    with it: a file that is replaced or deleted while it is sent has its old bytes to the end.
+    A changed status time counts, as the time of modification can be set back; but not if the number of links changed
+    with it: a file that is replaced or deleted while it is sent retains its old bytes until it is closed.
     """
     if (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
         return True
@@ -201,7 +201,7 @@ def _changed(before: os.stat_result, now: os.stat_result) -> bool:
 
 @asynccontextmanager
 async def held(file: BinaryIO, name: str, threads: Threads) -> AsyncIterator[FileRepresentation]:
-    """Hold an open file while it is sent, then close it in a thread: no other uses it any more."""
+    """Yield the representation of an open file, and close the file in a thread when no other thread uses it."""
     try:
         yield FileRepresentation(file, os.fstat(file.fileno()), name, threads)
     finally:
@@ -209,14 +209,14 @@ async def held(file: BinaryIO, name: str, threads: Threads) -> AsyncIterator[Fil
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file that the operator named; anything else is FileNotFoundError."""
+    """Open a regular file that the operator configured; raise FileNotFoundError for anything else."""
     return regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
-    """Open what `parts` name below `root`, never anything outside, whatever changes meanwhile; return a descriptor.
+    """Open `parts` below `root`, never anything outside, whatever changes meanwhile; return a descriptor.
 
-    Symbolic links are followed as long as they stay inside. Raises ValueError for what leads out, and OSError.
+    Symbolic links are followed if they stay inside. Raises ValueError for a path that leads out, and OSError.
     """
     home = Path(os.path.realpath(root, strict=True))
     beneath = Path(os.path.realpath(home.joinpath(*parts), strict=True)).relative_to(home)
@@ -232,7 +232,7 @@ def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
 
 
 def regular(descriptor: int) -> BinaryIO:
-    """Take over a descriptor of a regular file; anything else is closed, and FileNotFoundError."""
+    """Return the file of a descriptor; close it and raise FileNotFoundError if it is not a regular file."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError("not a regular file")
@@ -246,7 +246,7 @@ def regular(descriptor: int) -> BinaryIO:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Bytes that no disk holds: a fixed pattern whose every MiB begins with its number, so that it can be resumed."""
+    """Bytes that are not on disk: a fixed pattern whose every MiB begins with its number, so that it can resume."""
 
     size: int
     name: str = "large-file.bin"
@@ -254,16 +254,16 @@ class Generated:
 
     @property
     def validators(self) -> Validators:
-        """The pattern never changes."""
+        """Validators of the pattern, which never changes."""
         return Validators(f'"generated-1-{self.size:x}"', 0)
 
     async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
         """Write a part of the pattern."""
         while count:
             start = offset % CHUNK
-            piece = memoryview(block(offset // CHUNK))[start : start + count]
-            await out.write(piece)
-            offset, count = offset + len(piece), count - len(piece)
+            chunk = memoryview(block(offset // CHUNK))[start : start + count]
+            await out.write(chunk)
+            offset, count = offset + len(chunk), count - len(chunk)
 
     def reader(self) -> "_PatternReader":
         """Return a reader of the whole pattern."""
@@ -272,23 +272,23 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class _PatternReader:
-    """Reads the pattern, which needs nothing and never changes."""
+    """A reader of the pattern, which holds no resources and never changes."""
 
     size: int
 
     def read(self, offset: int) -> memoryview:
-        """Make up to CHUNK bytes."""
+        """Generate up to CHUNK bytes."""
         return memoryview(block(offset // CHUNK))[offset % CHUNK : offset % CHUNK + self.size - offset]
 
     def check(self) -> None:
-        """Accept it."""
+        """Do nothing: the pattern never changes."""
 
     def close(self) -> None:
-        """Release nothing."""
+        """Do nothing: there is nothing to release."""
 
 
 def block(number: int) -> bytes:
-    """The MiB `number` of the pattern: 8 bytes of its number, big-endian, then always the same noise."""
+    """Return MiB `number` of the pattern: its number in 8 bytes, big-endian, then always the same noise."""
     return number.to_bytes(8, "big") + _noise()
 
 

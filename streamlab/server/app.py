@@ -21,6 +21,7 @@ from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
 from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
 from streamlab.scenario import Endpoint, Handler, Route
+from streamlab.served_files import FILES, ServedFiles
 from streamlab.streaming.drain import STREAMS, Streams
 from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.stream import SCENARIO, STREAM, HeadersOnly, Stream, open_stream
@@ -83,7 +84,7 @@ def create_app(config: Config) -> web.Application:
 
     app = web.Application(middlewares=[_error_middleware], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
-    app[EVENTS], app[TASKS] = events, registry.tasks()
+    app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))

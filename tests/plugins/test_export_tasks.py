@@ -237,7 +237,7 @@ def test_at_the_budget_a_new_export_fails_and_no_file_is_lost(start: Callable[..
     assert second["state"] == "failed"
     assert second["error"]["status"] == 507
     begin, _, date = second["error"]["detail"].partition("; the oldest is deleted at ")
-    assert begin == "The files of exports have 1 MB, which is all they may have (keep_mb)"
+    assert begin == "The files of exports have reached their limit of 1 MB (keep_mb)"
     assert date
     assert [path.name for path in folder.iterdir()] == [first["result"]["file"]]
     assert run_task(server, limit=1)["state"] == "done"
@@ -262,7 +262,7 @@ def test_a_start_deletes_what_a_process_that_died_left_and_not_what_another_writ
     server = start(config())
     assert not left.exists()
     assert writer.exists()
-    assert "deleted .unfinished-left, which a process that died has left" in server.log
+    assert "deleted .unfinished-left, left by a process that died" in server.log
 
 
 def test_what_a_killed_server_was_writing_is_gone_after_the_next_start(start: Callable[..., Running]) -> None:

@@ -611,7 +611,7 @@ async def test_sample_that_does_not_fit_is_503_and_leaves_nothing(aiohttp_client
         response, body = await get(client)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (response.status, b"Point large_file at a file of yours" in body) == (503, True)
+    assert (response.status, b"Set large_file to a file of yours" in body) == (503, True)
     assert list((tmp_path / "var/files").iterdir()) == []
     assert len((await get(client))[1]) == 5_000_000
 
