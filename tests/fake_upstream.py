@@ -1,4 +1,4 @@
-"""An OpenAI-compatible upstream that does what a test wants: real sockets, every byte and every fault scripted."""
+"""An OpenAI-compatible upstream for tests: real sockets, every byte and every fault scripted."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
 def event(text: str = "", *, finish: str | None = None, **others: Any) -> bytes:
-    """One event of a completion."""
+    """Return one event of a completion."""
     delta = {"content": text} if text else {}
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
     chunk = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice], **others}
@@ -36,13 +36,13 @@ def chunked(data: bytes) -> bytes:
 
 @dataclass
 class Exchange:
-    """A request that has come, and the connection to answer on."""
+    """A request, and the connection to respond on."""
 
     head: str
     body: dict[str, Any]
     connection: socket.socket
     closed: threading.Event = field(default_factory=threading.Event)
-    """Set once the client has been seen to leave."""
+    """Set once the client has been seen to disconnect."""
 
     @property
     def prompt(self) -> str:
@@ -52,42 +52,43 @@ class Exchange:
         self.connection.sendall(data)
 
     def begin(self) -> None:
-        """The head of an event stream in chunks."""
+        """Send the head of an event stream in chunks."""
         self.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
 
-    def tell(self, *events: bytes) -> None:
-        """Events, a chunk each."""
+    def send_events(self, *events: bytes) -> None:
+        """Send events, a chunk each."""
         for one in events:
             self.send(chunked(one))
 
     def end(self) -> None:
-        """The last chunk."""
+        """Send the last chunk."""
         self.send(b"0\r\n\r\n")
 
-    def answer(self, *events: bytes) -> None:
-        """A whole event stream."""
+    def respond(self, *events: bytes) -> None:
+        """Send a complete event stream."""
         self.begin()
-        self.tell(*events)
+        self.send_events(*events)
         self.end()
 
-    def refuse(self, status: int, body: bytes = b"", *headers: bytes) -> None:
+    def respond_with(self, status: int, body: bytes = b"", *headers: bytes) -> None:
+        """Send a response that is not streamed."""
         lines = [b"HTTP/1.1 %d Something" % status, b"Content-Length: %d" % len(body), *headers]
         self.send(b"\r\n".join(lines) + b"\r\n\r\n" + body)
 
     def reset(self) -> None:
-        """Break the connection off in mid-stream."""
+        """Reset the connection."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
 
-    def wait_until_left(self, seconds: float = 10) -> bool:
-        """Wait until the client closes the connection; whether it did."""
+    def wait_until_closed(self, seconds: float = 10) -> bool:
+        """Wait until the client closes the connection; return whether it did."""
         self.connection.settimeout(seconds)
         with contextlib.suppress(TimeoutError):
             try:
-                gone = not self.connection.recv(1)
+                closed = not self.connection.recv(1)
             except ConnectionError:
-                gone = True
-            if gone:
+                closed = True
+            if closed:
                 self.closed.set()
         return self.closed.is_set()
 

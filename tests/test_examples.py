@@ -42,7 +42,7 @@ STORY = ["Once ", "upon ", "a time\nthere was ", "a café."]
 
 
 def tell(exchange: Exchange) -> None:
-    exchange.answer(*map(event, STORY), FINISH, USED, DONE)
+    exchange.respond(*map(event, STORY), FINISH, USED, DONE)
 
 
 @pytest.fixture

@@ -249,13 +249,13 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
 
 
 def speak(exchange: Exchange) -> None:
-    exchange.answer(event("Strea"), event("ming"), event(" <b>is</b> fun"), FINISH, USED, DONE)
+    exchange.respond(event("Strea"), event("ming"), event(" <b>is</b> fun"), FINISH, USED, DONE)
 
 
 def stall(exchange: Exchange) -> None:
     exchange.begin()
-    exchange.tell(event("one"))
-    exchange.wait_until_left()
+    exchange.send_events(event("one"))
+    exchange.wait_until_closed()
 
 
 def offsets(text: str) -> list[int]:

@@ -417,7 +417,9 @@ def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> N
 def test_a_conversation_remembers_what_was_said(start: Start, folder: Path) -> None:
     def reply(exchange: Exchange) -> None:
         said = [message["content"] for message in exchange.body["messages"]]
-        exchange.answer(event(f"heard {exchange.body['max_tokens']}: "), event("\x1b, ".join(said)), FINISH, USED, DONE)
+        exchange.respond(
+            event(f"heard {exchange.body['max_tokens']}: "), event("\x1b, ".join(said)), FINISH, USED, DONE
+        )
 
     with fake_upstream({"one": reply, "two": reply, "three": reply}) as upstream:
         server = start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n')

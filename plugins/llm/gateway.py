@@ -113,7 +113,7 @@ class Gateway:
         return tokens
 
     async def _count_tokens(self, messages: Any) -> int:
-        """Let the embedded model count, in the words that its template makes of the messages."""
+        """Return the number of tokens that the embedded model counts, after its template has been applied."""
         prompt = await self._call_embedded("/apply-template", {"messages": messages}, "prompt")
         return len(await self._call_embedded("/tokenize", {"content": prompt, "parse_special": True}, "tokens"))
 

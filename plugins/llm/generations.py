@@ -45,7 +45,7 @@ MAX_EVENTS = 10_000_000
 UNKNOWN = "There is no generation with this id, or its events have expired."
 
 CONTROL = "llm"
-"""The channel on which processes that share the log request each other to stop a generation, or to keep it alive."""
+"""The channel on which processes that share the log request each other to stop or continue a generation."""
 
 State = Literal["unknown", "running", "ended"]
 
@@ -142,7 +142,7 @@ class Generations:
         except TimeoutError:
             pass
         except asyncio.CancelledError:
-            generation.stop("abandoned")  # its client has left without its id, so nobody can resume it
+            generation.stop("abandoned")  # its client has disconnected without its id, so nobody can resume it
             raise
         return generation
 

@@ -265,13 +265,13 @@ class Tasks(Scenario):
 
     # -- new tasks
 
-    def _read(self, kind: str, given: Mapping[str, Any], place: str, prefix: str) -> dict[str, Any]:
+    def _read(self, kind: str, given: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
         """Validate the parameters of a new task; return all of them, as JSON. Raises Problem 422."""
         known = self._kinds.get(kind)
         if known is None:
             detail = f"unknown task kind; known: {', '.join(sorted(self._kinds)) or 'none'}"
-            raise Problem.parameter("kind", detail, place)
-        return known.read(given, place=place, prefix=prefix)
+            raise Problem.parameter("kind", detail, where)
+        return known.read(given, place=where, prefix=prefix)
 
     async def _submit(
         self,
@@ -303,7 +303,7 @@ def client_of(request: web.Request) -> str:
 
 def _response(record: Record, *, status: int = 200) -> web.Response:
     headers = {"Vary": "Accept"}
-    if not record.is_over:
+    if not record.has_ended:
         headers["Retry-After"] = str(RETRY_SECONDS)
     if status == 202:
         headers["Location"] = f"/process/tasks/{record.id}"

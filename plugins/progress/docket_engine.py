@@ -125,7 +125,7 @@ class DocketEngine(Engine):
         while True:
             try:
                 for record in await self.store.all():
-                    if not record.is_over:
+                    if not record.has_ended:
                         await self._enqueue(record)
             except (EventLogError, RedisError) as error:
                 log.error("cannot list the tasks: %s", error)

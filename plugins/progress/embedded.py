@@ -110,7 +110,7 @@ class EmbeddedEngine(Engine):
     async def _watch_dead_owners(self) -> None:
         """Take over the tasks of processes that died before this one started."""
         await self.caught_up.wait()
-        for owner in dict.fromkeys(record.owner for record in await self._all_records() if not record.is_over):
+        for owner in dict.fromkeys(record.owner for record in await self._all_records() if not record.has_ended):
             self._watch_owner(owner)
 
     async def _all_records(self) -> list[Record]:
@@ -135,7 +135,7 @@ class EmbeddedEngine(Engine):
     async def _take_over(self, owner: str) -> None:
         async with self.runner.ownership_lock:
             unfinished = [
-                record for record in await self._all_records() if record.owner == owner and not record.is_over
+                record for record in await self._all_records() if record.owner == owner and not record.has_ended
             ]
             orphans = [record for record in unfinished if not self._has(record.id)]
             for first in range(0, len(orphans), TAKE_OVER_BATCH):
@@ -144,7 +144,7 @@ class EmbeddedEngine(Engine):
                     for record in batch:
                         group.create_task(self._requeue(record))
                 for record in batch:
-                    if not record.is_over:
+                    if not record.has_ended:
                         self._enqueue(record.client, record.id)
         if orphans:
             log.info("took over %d tasks of a dead process", len(orphans))

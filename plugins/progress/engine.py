@@ -107,7 +107,7 @@ class Engine(ABC):
         Raises Problem 404, 410, and 409 where it has ended.
         """
         record = await self.store.get(id)
-        if record.is_over:
+        if record.has_ended:
             raise Problem(409, f"This task has already ended: {record.state}.")
         if self.runner.cancel(id):
             return record
@@ -115,7 +115,7 @@ class Engine(ABC):
             if self.runner.cancel(id):
                 return record
             record = await self.store.get(id)
-            if record.is_over:
+            if record.has_ended:
                 return record
             if record.owner == self.process:
                 await self.runner.end_cancelled(record)
@@ -123,7 +123,7 @@ class Engine(ABC):
             async with self.events.lease(self.lease(record)) as free:
                 if free:
                     record = await self.store.get(id)
-                    if not record.is_over:
+                    if not record.has_ended:
                         await self.runner.end_cancelled(record)
                     return record
         await self.control.publish({"cancel": id})

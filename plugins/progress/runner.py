@@ -146,7 +146,7 @@ class Runner:
 
     async def _start(self, id: str, owner: str) -> Record | None:  # noqa: A002
         record = await self._store.find(id)
-        if record is None or record.is_over or record.owner != owner or not await self.prepare(record):
+        if record is None or record.has_ended or record.owner != owner or not await self.prepare(record):
             return None
         record.state, record.attempts, record.started = "running", record.attempts + 1, record.started or now()
         await self._store.save(record, encode_event(record.progress_data(), "progress"), retry_forever=True)
@@ -167,7 +167,7 @@ class Runner:
         elif record.state == "running":
             record.state, record.crashes = "queued", record.crashes + 1
             record.message = f"{CRASHED}; the task resumes from its last checkpoint."
-        return not record.is_over
+        return not record.has_ended
 
     async def end_cancelled(self, record: Record) -> None:
         """End a task that no process runs as cancelled, under the lock."""

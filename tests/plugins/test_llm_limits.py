@@ -51,16 +51,16 @@ def gateway(start: Start) -> Iterator[Gateway]:
 
 def hello(exchange: Exchange) -> None:
     if exchange.body.get("stream"):
-        exchange.answer(event("Hel"), event("lo"), FINISH, USED, DONE)
+        exchange.respond(event("Hel"), event("lo"), FINISH, USED, DONE)
     else:
-        exchange.refuse(200, b'{"choices": []}', b"Content-Type: application/json")
+        exchange.respond_with(200, b'{"choices": []}', b"Content-Type: application/json")
 
 
 def complete(server: Running, **fields: Any) -> tuple[int, Any, Any]:
     """Request a completion; return status, headers and the document."""
     body = json.dumps({"messages": MESSAGES, **fields}).encode()
-    status, headers, answer = server.get("/v1/chat/completions", JSON, method="POST", body=body)
-    return status, headers, json.loads(answer)
+    status, headers, response = server.get("/v1/chat/completions", JSON, method="POST", body=body)
+    return status, headers, json.loads(response)
 
 
 def rejected(server: Running, **fields: Any) -> tuple[str | None, str | None]:
@@ -82,7 +82,7 @@ def received(server: Running, path: str, **options: Any) -> bytes:
         return cut.partial
 
 
-def ask(prompt: str) -> str:
+def text_path(prompt: str) -> str:
     return f"/ai/chat-stream?{httpx.QueryParams({'prompt': prompt})}"
 
 
@@ -105,7 +105,7 @@ LIMITS_OF_SERVERS = {
 }  # fmt: skip
 
 
-def test_an_upstream_is_sent_the_fields_that_are_listed_and_always_a_limit(gateway: Gateway) -> None:
+def test_an_upstream_receives_the_listed_fields_and_always_a_limit(gateway: Gateway) -> None:
     server, upstream = gateway({"default": hello})
 
     def sent(**fields: Any) -> dict[str, Any]:
@@ -131,22 +131,22 @@ def test_an_upstream_is_sent_the_fields_that_are_listed_and_always_a_limit(gatew
     assert len(upstream.exchanges) == count
 
 
-def test_an_operator_lets_fields_through_but_none_that_is_a_limit(gateway: Gateway, tmp_path: Path) -> None:
+def test_an_operator_allows_fields_but_none_that_sets_a_limit(gateway: Gateway, tmp_path: Path) -> None:
     extended = ('extra_fields = ["top_k", "service_tier"]', 'limit_field = "max_completion_tokens"')
     server, upstream = gateway({"default": hello}, *extended)
     assert complete(server, top_k=3, service_tier="flex", store=True, max_tokens=8)[0] == 200
     expected = {"messages": MESSAGES, "model": MODEL, "top_k": 3, "service_tier": "flex", "max_completion_tokens": 8}
     assert upstream.exchanges[-1].body == expected
-    assert server.get(ask("x"))[2] == b"Hello"
+    assert server.get(text_path("x"))[2] == b"Hello"
     assert upstream.exchanges[-1].body["max_completion_tokens"] == 512
     assert "max_tokens" not in upstream.exchanges[-1].body
     assert rejected(server, min_p=0.1) == ("min_p", "unknown_parameter")
     assert rejected(server, top_k=["x" * 5000]) == ("messages", "context_length_exceeded")
     limits = ["n_predict", "max_new_tokens", "ignore_eos", "dry_penalty_last_n", "n", "max_tokens", "best_of"]
     (tmp_path / "config.toml").write_text(f"[scenarios.llm]\nextra_fields = {limits}\n")
-    status, _, said = run_streamlab("check", cwd=tmp_path)
+    status, _, output = run_streamlab("check", cwd=tmp_path)
     assert status == 2
-    assert [name for name in limits if f"'{name}' " in said] == limits
+    assert [name for name in limits if f"'{name}' " in output] == limits
 
 
 OUT_OF_RANGE: list[tuple[str, Any]] = [
@@ -191,7 +191,7 @@ def test_everything_that_becomes_prompt_is_counted(gateway: Gateway) -> None:
     assert not upstream.exchanges
 
 
-def test_n_answers_take_n_slots(gateway: Gateway) -> None:
+def test_n_responses_take_n_slots(gateway: Gateway) -> None:
     begun, gate = threading.Event(), threading.Event()
 
     def slow(exchange: Exchange) -> None:
@@ -212,7 +212,7 @@ def test_n_answers_take_n_slots(gateway: Gateway) -> None:
     assert [exchange.body["n"] for exchange in upstream.exchanges] == [3, 4]
 
 
-async def test_slots_are_given_in_the_order_of_requests_whatever_each_needs() -> None:
+async def test_slots_are_acquired_in_the_order_of_requests_whatever_each_needs() -> None:
     slots = plugin_module("llm", "gateway").GenerationSlots(3, 10, wait_seconds=30)
     order: list[str] = []
     leave = {name: asyncio.Event() for name in "abcde"}
@@ -243,7 +243,7 @@ async def test_slots_are_given_in_the_order_of_requests_whatever_each_needs() ->
         pass  # nothing got lost
 
 
-async def test_a_slot_that_comes_in_the_moment_of_a_cancellation_is_not_lost() -> None:
+async def test_a_slot_that_becomes_free_at_the_moment_of_a_cancellation_is_not_lost() -> None:
     slots = plugin_module("llm", "gateway").GenerationSlots(1, 10, wait_seconds=30)
 
     async def wait() -> None:
@@ -293,9 +293,9 @@ def test_fifty_generations_at_once_are_whole_and_not_mixed(gateway: Gateway) -> 
         exchange.begin()
         for number in range(5):
             together.wait(20)  # the tokens of all fifty arrive at once
-            exchange.tell(event(f"{exchange.prompt} {number};"))
+            exchange.send_events(event(f"{exchange.prompt} {number};"))
         used = {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6}
-        exchange.tell(FINISH, event(choices=[], usage=used), DONE)
+        exchange.send_events(FINISH, event(choices=[], usage=used), DONE)
         exchange.end()
 
     server, _ = gateway({"default": repeat}, "max_generations = 50")
@@ -318,7 +318,7 @@ def test_generations_of_the_embedded_model_at_once_are_whole(start: Start) -> No
 
 
 @needs_model
-def test_the_embedded_model_gets_nothing_that_goes_past_its_limits(start: Start) -> None:
+def test_the_embedded_model_receives_nothing_that_exceeds_its_limits(start: Start) -> None:
     server = start(f"{OTHERS}[scenarios.llm]\nmax_tokens = 24\n")
     server.wait_for_log("is ready", seconds=60)
     for name, value in LIMITS_OF_SERVERS.items():
@@ -343,9 +343,9 @@ def test_the_embedded_model_gets_nothing_that_goes_past_its_limits(start: Start)
     parts = [{"type": "text", "text": "Which "}, {"type": "text", "text": "colour?"}]
     status, _, document = complete(server, **everything | {"messages": [{"role": "user", "content": parts}]})
     assert status == 200, document
-    answers = [json.loads(choice["message"]["content"]) for choice in document["choices"]]
-    assert len(answers) == 2
-    assert all(answer["colour"] in ("red", "blue") for answer in answers)
+    replies = [json.loads(choice["message"]["content"]) for choice in document["choices"]]
+    assert len(replies) == 2
+    assert all(reply["colour"] in ("red", "blue") for reply in replies)
     status, _, document = complete(server, messages=[{"role": "user", "content": "Tell a long story."}], seed=2**62)
     assert (status, document["usage"]["completion_tokens"]) == (200, 24)
     assert document["choices"][0]["finish_reason"] == "length"
@@ -362,8 +362,8 @@ UNBOUNDED: list[dict[str, Any]] = [
 ]
 
 
-def test_a_model_that_is_stuck_is_replaced(start: Start, tmp_path: Path) -> None:
-    """A child that reads requests and answers none is ended once a request has waited for `stall_seconds`."""
+def test_a_stuck_model_is_restarted(start: Start, tmp_path: Path) -> None:
+    """A child that reads requests and replies none is ended once a request has waited for `stall_seconds`."""
     package = tmp_path / "site" / "xllamacpp"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(DEAF)
@@ -481,11 +481,11 @@ def test_the_table_of_fields_in_the_documentation_is_complete() -> None:
         for line in (REPOSITORY / "docs" / "openai.md").read_text().splitlines()
         if line.startswith("| `")
     ]
-    told = {name.strip("` "): row for row in rows for name in row[0].split(",")}
-    assert set(told) == set(completion.ChatCompletionRequest.model_fields)
-    dropped = {name for name, row in told.items() if row[2].startswith("dropped")}
+    documented = {name.strip("` "): row for row in rows for name in row[0].split(",")}
+    assert set(documented) == set(completion.ChatCompletionRequest.model_fields)
+    dropped = {name for name, row in documented.items() if row[2].startswith("dropped")}
     assert dropped == completion.DROPPED | completion.UNUSED_WHEN_EMBEDDED
-    assert {name for name, row in told.items() if row[3].startswith("dropped")} == completion.DROPPED
+    assert {name for name, row in documented.items() if row[3].startswith("dropped")} == completion.DROPPED
 
 
 # -- made-up ids
@@ -529,25 +529,25 @@ def test_made_up_ids_write_nothing_to_the_event_log(gateway: Gateway) -> None:
 def comments_for_ever(exchange: Exchange) -> None:
     exchange.begin()
     with contextlib.suppress(OSError):
-        while not exchange.wait_until_left(0.02):
+        while not exchange.wait_until_closed(0.02):
             exchange.send(chunked(b": busy\n\n"))
 
 
 def tokens_for_ever(exchange: Exchange) -> None:
     exchange.begin()
     with contextlib.suppress(OSError):
-        while not exchange.wait_until_left(0.02):
+        while not exchange.wait_until_closed(0.02):
             exchange.send(chunked(event("a")))
 
 
 def bytes_for_ever(exchange: Exchange) -> None:
     exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
     with contextlib.suppress(OSError):
-        while not exchange.wait_until_left(0.02):
+        while not exchange.wait_until_closed(0.02):
             exchange.send(b" ")
 
 
-def test_comments_do_not_keep_a_generation_alive(gateway: Gateway) -> None:
+def test_comments_do_not_prevent_a_stall(gateway: Gateway) -> None:
     server, _ = gateway({"default": comments_for_ever}, "stall_seconds = 0.5", "max_generations = 1")
     for _ in range(2):  # the slot is free again
         with EventStream(server, "/ai/chat-stream-sse?prompt=x") as stream:
@@ -566,8 +566,8 @@ def test_a_generation_has_a_deadline_however_much_the_upstream_sends(gateway: Ga
         assert "0.6 s" in error.json["detail"]
         assert end.json["finish_reason"] == "error"
     body = json.dumps({"messages": MESSAGES, "stream": True}).encode()
-    answer = received(server, "/v1/chat/completions", headers=JSON, method="POST", body=body)
-    assert b'"code": "generation_timeout"' in answer or b'"code":"generation_timeout"' in answer
+    response = received(server, "/v1/chat/completions", headers=JSON, method="POST", body=body)
+    assert b'"code": "generation_timeout"' in response or b'"code":"generation_timeout"' in response
     status, _, document = complete(server, messages=[{"role": "user", "content": "whole"}])
     assert (status, document["error"]["code"]) == (504, "generation_timeout")
     log = server.wait_for_log("code=generation_timeout")
@@ -577,31 +577,31 @@ def test_a_generation_has_a_deadline_however_much_the_upstream_sends(gateway: Ga
 # -- what an upstream does wrong
 
 
-def test_a_retry_after_that_is_none_is_dropped_and_the_rest_passed_on(gateway: Gateway) -> None:
+def test_an_invalid_retry_after_is_dropped_and_the_rest_passed_on(gateway: Gateway) -> None:
     date = "Sun, 06 Nov 1994 08:49:37 GMT"
     given = {"7": "7", date: date, "x\x01\xff": None, "-1": None, "1.5": None, "9" * 30: None, "soon": None, "": None}
 
-    def refuse(value: str) -> Script:
+    def rejection(value: str) -> Script:
         too_many = b'{"error": {"message": "slow down"}}'
-        return lambda exchange: exchange.refuse(429, too_many, b"Retry-After: " + value.encode("latin-1"))
+        return lambda exchange: exchange.respond_with(429, too_many, b"Retry-After: " + value.encode("latin-1"))
 
-    server, _ = gateway({f"case {number}": refuse(value) for number, value in enumerate(given)})
+    server, _ = gateway({f"case {number}": rejection(value) for number, value in enumerate(given)})
     for number, expected in enumerate(given.values()):
         status, headers, document = complete(server, messages=[{"role": "user", "content": f"case {number}"}])
         assert (status, document["error"]["message"]) == (429, "slow down")
         assert headers.get("retry-after") == expected
 
 
-def test_absurd_usage_is_ignored_and_the_answer_is_whole(gateway: Gateway) -> None:
+def test_absurd_usage_is_ignored_and_the_response_is_complete(gateway: Gateway) -> None:
     def with_usage(usage: Any) -> Script:
-        def answer(exchange: Exchange) -> None:
+        def response(exchange: Exchange) -> None:
             if exchange.body.get("stream"):
-                exchange.answer(event("Hel"), event("lo"), FINISH, event(choices=[], usage=usage), DONE)
+                exchange.respond(event("Hel"), event("lo"), FINISH, event(choices=[], usage=usage), DONE)
             else:
                 document = {"choices": [], "usage": usage}
-                exchange.refuse(200, json.dumps(document).encode(), b"Content-Type: application/json")
+                exchange.respond_with(200, json.dumps(document).encode(), b"Content-Type: application/json")
 
-        return answer
+        return response
 
     absurd: list[Any] = [
         {"prompt_tokens": -3, "completion_tokens": -2}, {"prompt_tokens": 10**30, "completion_tokens": 1},
@@ -624,28 +624,28 @@ def test_a_response_with_a_content_coding_is_rejected_and_not_decoded(gateway: G
 
     def packed(status: int) -> Script:
         head = b"Content-Encoding: gzip\r\nContent-Type: text/event-stream"
-        return lambda exchange: exchange.refuse(status, bomb, head)
+        return lambda exchange: exchange.respond_with(status, bomb, head)
 
-    identity: Script = lambda exchange: exchange.refuse(  # noqa: E731
+    identity: Script = lambda exchange: exchange.respond_with(  # noqa: E731
         200, event("Hello") + DONE, b"Content-Encoding: identity\r\nContent-Type: text/event-stream"
     )
     server, _ = gateway({"200": packed(200), "400": packed(400), "identity": identity})
     for prompt, status, code in (("200", 502, "upstream_failed"), ("400", 400, "upstream_rejected")):
-        found, _, body = server.get(ask(prompt))
+        found, _, body = server.get(text_path(prompt))
         assert (found, json.loads(body)["code"]) == (status, code)
-    assert server.get(ask("identity"))[2] == b"Hello"
+    assert server.get(text_path("identity"))[2] == b"Hello"
 
 
-def test_an_upstream_s_problem_document_is_passed_on_readably_and_the_log_tells_why(gateway: Gateway) -> None:
+def test_a_problem_document_of_the_upstream_is_passed_on_readably_and_the_log_has_the_reason(gateway: Gateway) -> None:
     problem = {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "Nothing is served here."}
     validation = {"detail": [{"loc": ["body", "x"], "msg": "Field required"}]}
     scripts: dict[str, Script] = {
-        "problem": lambda exchange: exchange.refuse(404, json.dumps(problem).encode()),
-        "list": lambda exchange: exchange.refuse(422, json.dumps(validation).encode()),
+        "problem": lambda exchange: exchange.respond_with(404, json.dumps(problem).encode()),
+        "list": lambda exchange: exchange.respond_with(422, json.dumps(validation).encode()),
     }
     server, _ = gateway(scripts)
-    assert json.loads(server.get(ask("problem"))[2])["detail"] == "Nothing is served here."
-    assert json.loads(server.get(ask("list"))[2])["detail"] == json.dumps(validation)
+    assert json.loads(server.get(text_path("problem"))[2])["detail"] == "Nothing is served here."
+    assert json.loads(server.get(text_path("list"))[2])["detail"] == json.dumps(validation)
     server.wait_for_log("outcome=failed code=upstream_rejected")
     server.wait_for_log("upstream: 404: Nothing is served here.")
     assert "Field required" not in server.log  # it may repeat the prompt
@@ -662,11 +662,11 @@ def health(server: Running) -> tuple[str, dict[str, str]]:
 def test_health_reports_an_upstream_that_is_down_until_a_request_succeeds(gateway: Gateway) -> None:
     scripts: dict[str, Script] = {
         "default": hello,
-        "500": lambda exchange: exchange.refuse(500, b"secret prompt"),
-        "404": lambda exchange: exchange.refuse(404, b"secret prompt"),
-        "400": lambda exchange: exchange.refuse(400, b"secret prompt"),
-        "429": lambda exchange: exchange.refuse(429, b"secret prompt"),
-        "cut": lambda exchange: exchange.answer(event("Hel")),
+        "500": lambda exchange: exchange.respond_with(500, b"secret prompt"),
+        "404": lambda exchange: exchange.respond_with(404, b"secret prompt"),
+        "400": lambda exchange: exchange.respond_with(400, b"secret prompt"),
+        "429": lambda exchange: exchange.respond_with(429, b"secret prompt"),
+        "cut": lambda exchange: exchange.respond(event("Hel")),
     }
     server, _ = gateway(scripts)
     well = ("ok", {"state": "ready"})
@@ -678,11 +678,11 @@ def test_health_reports_an_upstream_that_is_down_until_a_request_succeeds(gatewa
         ("429", None),
         ("cut", "upstream_closed"),
     ):
-        received(server, ask(prompt))
+        received(server, text_path(prompt))
         expected = {"state": "degraded", "reason": f"The last request to the upstream failed: {reason}."}
         assert health(server) == (("degraded", expected) if reason else well), prompt
         if reason:
-            assert server.get(ask("well"))[2] == b"Hello"
+            assert server.get(text_path("well"))[2] == b"Hello"
             assert health(server) == well
 
 
@@ -709,7 +709,7 @@ def test_health_and_check_report_a_model_that_is_not_installed(start: Start, tmp
 
 
 @needs_model
-def test_health_reports_a_model_whose_process_ended_until_it_is_back(start: Start) -> None:
+def test_health_reports_a_model_whose_process_ended_until_it_is_restarted(start: Start) -> None:
     server = start(f"{OTHERS}[scenarios.llm]\n")
     server.wait_for_log("is ready", seconds=60)
     assert health(server)[1] == {"state": "ready"}

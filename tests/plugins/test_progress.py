@@ -1,4 +1,4 @@
-"""Long tasks: one contract for both engines, and what each of them does when processes come and go."""
+"""Long tasks: one contract for both engines, and their behaviour when processes start and die."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from streamlab import Problem
 from streamlab.events.channel import Events, open_log
 
 TOIL = '''
-    """Tasks that do what a test wants: they wait for files, and note each run."""
+    """Tasks under the control of a test: they wait for files, and record each run."""
 
     import asyncio
     import sys
@@ -38,7 +38,7 @@ TOIL = '''
 
 
     async def count(progress, until: int, hold_at: int = -1, gate: str = ""):
-        """Count, from where it was, and wait at a number for a file."""
+        """Count from the checkpoint, and wait at a number for a file."""
         start = progress.checkpoint or 0
         with Path("runs").open("a") as file:
             file.write(f"{progress.attempt}:{start}\\n")
@@ -53,7 +53,7 @@ TOIL = '''
 
 
     async def hold(progress, gate: str):
-        """Wait for a file, and keep nothing."""
+        """Wait for a file, without a checkpoint."""
         await progress(0, 1, "held")
         while not Path(gate).exists():
             await asyncio.sleep(0.01)
@@ -61,7 +61,7 @@ TOIL = '''
 
 
     async def fail(progress, how: str):
-        """Fail in some way."""
+        """Fail in the given manner."""
         if how == "problem":
             raise Problem(507, "The disk is full.")
         if how == "exception":
@@ -79,7 +79,7 @@ TOIL = '''
 
 
     async def stubborn(progress, gate: str):
-        """Do not heed that it is cancelled."""
+        """Ignore the cancellation."""
         await progress(0, 1, "held")
         while not Path(gate).exists():
             try:
@@ -89,7 +89,7 @@ TOIL = '''
 
 
     async def compute(progress, seconds: float):
-        """Keep a thread busy, and not the loop."""
+        """Occupy a thread, and not the event loop."""
         def work():
             until = time.monotonic() + seconds
             while time.monotonic() < until:
@@ -98,7 +98,7 @@ TOIL = '''
 
 
     async def tick(progress):
-        """Count for ever, a number in a twentieth of a second."""
+        """Count forever, a number every twentieth of a second."""
         for number in range(progress.checkpoint or 0, 1_000_000):
             progress.checkpoint = number + 1
             await progress(number + 1)
@@ -126,13 +126,14 @@ TOIL = '''
 TASKS = "/process/tasks"
 
 
-def ask(
+def send(
     server: Running, method: str, path: str, document: Any = None, **headers: str
 ) -> tuple[int, dict[str, str], Any]:
+    """Send a request; return status, headers and JSON body of the response."""
     body = None if document is None else json.dumps(document).encode()
     given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    status, answered, text = server.get(path, given, method=method, body=body)
-    return status, answered, json.loads(text) if text else None
+    status, found, text = server.get(path, given, method=method, body=body)
+    return status, found, json.loads(text) if text else None
 
 
 def start_task(server: Running, kind: str, client: str = "127.0.0.1", **parameters: Any) -> dict[str, Any]:
@@ -155,13 +156,13 @@ def post_task(server: Running, kind: str, client: str, **parameters: Any) -> tup
 
 
 def look(server: Running, task: dict[str, Any]) -> dict[str, Any]:
-    status, _, found = ask(server, "GET", task["url"])
+    status, _, found = send(server, "GET", task["url"])
     assert status == 200, found
     return dict(found)
 
 
 def wait_for(server: Running, task: dict[str, Any], seconds: float = 30, **wanted: Any) -> dict[str, Any]:
-    """The task, once it is as wanted."""
+    """Wait until a task has these values; return it."""
     deadline = time.monotonic() + seconds
     while any((found := look(server, task))[name] != value for name, value in wanted.items()):
         assert time.monotonic() < deadline, f"not {wanted} within {seconds} s: {found}"
@@ -176,7 +177,7 @@ def events(server: Running, path: str, after: str | None = None) -> list[Receive
 
 
 def ended(server: Running, task: dict[str, Any]) -> dict[str, Any]:
-    """The data of the task's last event, once it has come."""
+    """Wait for the last event of a task; return its data."""
     last = events(server, task["url"])[-1]
     assert last.event == "end"
     return dict(last.json)
@@ -188,7 +189,7 @@ def offsets(received: list[Received]) -> list[int]:
 
 @dataclass
 class Workshop:
-    """A server, and whatever runs its tasks."""
+    """A server, and the workers that run its tasks, if any."""
 
     engine: str
     config: str
@@ -201,13 +202,13 @@ class Workshop:
     def open(self, **plugins: str) -> None:
         self.server = self.start(self.config, port=self.port, tracebacks=True, toil=TOIL, **plugins)
         if self.engine == "docket":
-            self.hire()
+            self.start_worker()
 
-    def hire(self) -> None:
-        """Start a worker, and wait until it takes tasks."""
+    def start_worker(self) -> None:
+        """Start a worker, and wait until it runs tasks."""
         with (self.base / f"worker-{len(self.workers)}.log").open("w") as errors:
-            words = ("worker", "--config", str(self.base / "config.toml"))
-            worker = begin(words, environ={}, cwd=self.base, stderr=errors)
+            arguments = ("worker", "--config", str(self.base / "config.toml"))
+            worker = begin(arguments, environ={}, cwd=self.base, stderr=errors)
         self.workers.append(worker)
         assert worker.stdout is not None
         assert " runs tasks: " in worker.stdout.readline(), (
@@ -215,23 +216,23 @@ class Workshop:
         ).read_text()
 
     def end(self, number: int) -> None:
-        """End what runs the tasks, by a signal."""
+        """End the process that runs the tasks, by a signal."""
         process = self.workers[-1] if self.engine == "docket" else self.server.process
         process.send_signal(number)
         assert process.wait(20) == (-number if number == signal.SIGKILL else 0)
 
-    def begin_anew(self) -> None:
-        """Start what runs the tasks again."""
+    def restart(self) -> None:
+        """Start the process that runs the tasks again."""
         if self.engine == "docket":
-            self.hire()
+            self.start_worker()
         else:
             self.server = self.start(self.config, port=self.port, tracebacks=True, toil=TOIL)
 
     def runs(self) -> list[str]:
-        """The runs of the task `count` so far: attempt and where it began."""
+        """Return the runs of the task `count` so far: attempt and first number."""
         return (self.base / "runs").read_text().splitlines()
 
-    def let(self, gate: str) -> None:
+    def open_gate(self, gate: str) -> None:
         (self.base / gate).touch()
 
     def close(self) -> None:
@@ -248,10 +249,10 @@ class Workshop:
 
 
 @pytest.fixture(params=["embedded", "docket"])
-def workshop(
+def start_workshop(
     request: pytest.FixtureRequest, start: Callable[..., Running], tmp_path: Path
 ) -> Iterator[Callable[..., Workshop]]:
-    """One workshop, opened: `workshop(max_running=1)` sets keys of [scenarios.progress]."""
+    """Start a workshop: `start_workshop(max_running=1)` sets keys of [scenarios.progress]."""
     opened: list[Workshop] = []
 
     def opening(sample_rows: int = 1000, **keys: Any) -> Workshop:
@@ -262,28 +263,28 @@ def workshop(
             pytest.importorskip("docket", reason="pydocket is not installed")
             valkey: Valkey = request.getfixturevalue("valkey")
             config += f'\n[events]\nurl = "{valkey.url}"\n'
-        place = Workshop(request.param, config, start, tmp_path)
-        opened.append(place)
-        place.open()
-        return place
+        workshop = Workshop(request.param, config, start, tmp_path)
+        opened.append(workshop)
+        workshop.open()
+        return workshop
 
     yield opening
-    for place in opened:
-        place.close()
+    for workshop in opened:
+        workshop.close()
 
 
 # -- the contract
 
 
-def test_a_task_is_started_watched_and_over(workshop: Callable[..., Workshop]) -> None:
-    place = workshop()
-    task = start_task(place.server, "rehearsal", steps=3, delay=0.06)
+def test_a_task_is_started_followed_and_finished(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop()
+    task = start_task(workshop.server, "rehearsal", steps=3, delay=0.06)
     assert (task["state"], task["done"], task["unit"], task["attempts"]) == ("queued", 0, "steps", 0)
     assert task["parameters"] == {"steps": 3, "delay": 0.06, "fail_at": None}
 
-    received = events(place.server, task["url"])
-    told = [(event.event, event.json.get("state"), event.json["done"]) for event in received]
-    assert told == [
+    received = events(workshop.server, task["url"])
+    states = [(event.event, event.json.get("state"), event.json["done"]) for event in received]
+    assert states == [
         ("progress", "queued", 0),
         ("progress", "running", 0),
         ("message", None, 0),
@@ -300,21 +301,21 @@ def test_a_task_is_started_watched_and_over(workshop: Callable[..., Workshop]) -
     end = received[-1].json
     assert (end["result"], end["error"], end["total"], end["attempts"]) == ({"steps": 3}, None, 3, 1)
     assert end["created"] <= end["started"] <= end["ended"]
-    assert look(place.server, task) == end
-    assert "retry-after" not in ask(place.server, "GET", task["url"])[1]
+    assert look(workshop.server, task) == end
+    assert "retry-after" not in send(workshop.server, "GET", task["url"])[1]
 
     for position, event in enumerate(received[:-1]):
-        assert events(place.server, task["url"], event.id) == received[position + 1 :]
-    with EventStream(place.server, task["url"], received[-1].id) as stream:
+        assert events(workshop.server, task["url"], event.id) == received[position + 1 :]
+    with EventStream(workshop.server, task["url"], received[-1].id) as stream:
         assert stream.status == 204
-    if place.engine == "embedded":  # a worker counts for itself, and serves nobody
-        assert 'streamlab_tasks_total{kind="rehearsal",state="done"} 1.0' in place.server.get("/metrics")[2].decode()
+    if workshop.engine == "embedded":  # a worker has its own metrics, which nobody reads
+        assert 'streamlab_tasks_total{kind="rehearsal",state="done"} 1.0' in workshop.server.get("/metrics")[2].decode()
 
 
-def test_a_running_task_says_how_far_it_is(workshop: Callable[..., Workshop]) -> None:
-    place = workshop()
-    task = start_task(place.server, "count", until=100, hold_at=40, gate="go")
-    found = wait_for(place.server, task, done=40)
+def test_a_running_task_reports_its_progress(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop()
+    task = start_task(workshop.server, "count", until=100, hold_at=40, gate="go")
+    found = wait_for(workshop.server, task, done=40)
     assert (found["state"], found["total"], found["message"], found["unit"]) == (
         "running",
         100,
@@ -322,38 +323,38 @@ def test_a_running_task_says_how_far_it_is(workshop: Callable[..., Workshop]) ->
         "numbers",
     )
     assert 0 <= found["heartbeat_age"] < 6
-    status, headers, _ = ask(place.server, "GET", task["url"])
+    status, headers, _ = send(workshop.server, "GET", task["url"])
     assert (status, headers["retry-after"]) == (200, "1")
-    place.let("go")
-    assert ended(place.server, task)["result"] == {"counted": 100}
+    workshop.open_gate("go")
+    assert ended(workshop.server, task)["result"] == {"counted": 100}
 
 
-def test_a_repeated_post_with_its_key_gets_the_same_task(workshop: Callable[..., Workshop]) -> None:
-    place = workshop()
+def test_a_repeated_post_with_its_key_gets_the_same_task(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop()
     wanted = {"kind": "hold", "parameters": {"gate": "go"}}
 
     def post(_: int) -> tuple[int, dict[str, str], Any]:
         while True:
-            answer = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
-            if answer[0] != 409:
-                return answer
-            assert int(answer[1]["retry-after"]) > 0
+            response = send(workshop.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
+            if response[0] != 409:
+                return response
+            assert int(response[1]["retry-after"]) > 0
 
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(post, range(16)))
-    assert {status for status, _, _ in answers} == {202}
-    assert len({task["id"] for _, _, task in answers}) == 1
-    assert len(ask(place.server, "GET", TASKS)[2]["tasks"]) == 1
+        responses = list(threads.map(post, range(16)))
+    assert {status for status, _, _ in responses} == {202}
+    assert len({task["id"] for _, _, task in responses}) == 1
+    assert len(send(workshop.server, "GET", TASKS)[2]["tasks"]) == 1
 
-    status, _, problem = ask(place.server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="a-key")
+    status, _, problem = send(workshop.server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="a-key")
     assert (status, problem["detail"]) == (422, "This Idempotency-Key was used for a different request.")
-    status, _, other = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="another")
-    assert other["id"] != answers[0][2]["id"]
-    place.let("go")
-    for task in (other, answers[0][2]):
-        assert ended(place.server, task)["state"] == "done"
-    status, _, again = ask(place.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
-    assert (status, again["id"], again["state"]) == (202, answers[0][2]["id"], "done")
+    status, _, other = send(workshop.server, "POST", TASKS, wanted, Idempotency_Key="another")
+    assert other["id"] != responses[0][2]["id"]
+    workshop.open_gate("go")
+    for task in (other, responses[0][2]):
+        assert ended(workshop.server, task)["state"] == "done"
+    status, _, again = send(workshop.server, "POST", TASKS, wanted, Idempotency_Key="a-key")
+    assert (status, again["id"], again["state"]) == (202, responses[0][2]["id"], "done")
 
 
 REQUEST = {"kind": "hold", "parameters": {"gate": "go"}}
@@ -369,7 +370,7 @@ async def claims(monkeypatch: pytest.MonkeyPatch, *, claim_seconds: float) -> As
         yield store.Store(events, keep_seconds=60)
 
 
-async def test_a_key_whose_request_died_is_free_in_time_however_often_it_is_requested_meanwhile(
+async def test_a_key_whose_request_died_becomes_free_however_often_it_is_requested_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with claims(monkeypatch, claim_seconds=0.5) as store:
@@ -397,8 +398,8 @@ async def test_a_key_has_its_task_however_often_it_is_repeated(monkeypatch: pyte
             assert await store.claim("key", REQUEST, f"again-{number}") == "first"
 
 
-def test_a_task_that_fails_says_why_and_hurts_nobody(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=4)
+def test_a_failing_task_reports_why_and_affects_no_other(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=4)
     details = {
         "problem": "The disk is full.",
         "exception": "ValueError: cannot read ...",
@@ -408,117 +409,117 @@ def test_a_task_that_fails_says_why_and_hurts_nobody(workshop: Callable[..., Wor
         "cancel": "The task cancelled itself.",
         "checkpoint": "TypeError: Encoding objects of type object is unsupported",
     }
-    tasks = {how: start_task(place.server, "fail", how=how) for how in details}
+    tasks = {how: start_task(workshop.server, "fail", how=how) for how in details}
     for how, detail in details.items():
-        *_, error, end = events(place.server, tasks[how]["url"])
+        *_, error, end = events(workshop.server, tasks[how]["url"])
         assert (error.event, error.json["detail"]) == ("error", detail), how
         assert (end.event, end.json["state"], end.json["error"]) == ("end", "failed", error.json), how
-    assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
+    assert ended(workshop.server, start_task(workshop.server, "rehearsal", steps=1))["state"] == "done"
 
 
-def test_a_task_is_cancelled_wherever_it_is(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=1)
-    running = start_task(place.server, "hold", gate="never")
-    wait_for(place.server, running, state="running")
-    queued = start_task(place.server, "hold", gate="never")
+def test_a_task_is_cancelled_wherever_it_is(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=1)
+    running = start_task(workshop.server, "hold", gate="never")
+    wait_for(workshop.server, running, state="running")
+    queued = start_task(workshop.server, "hold", gate="never")
     for task in (queued, running):
-        asked = time.monotonic()
-        status, headers, answer = ask(place.server, "DELETE", task["url"])
+        sent = time.monotonic()
+        status, headers, response = send(workshop.server, "DELETE", task["url"])
         assert (status, headers["location"]) == (202, task["url"])
-        assert answer["state"] in ("cancelled", "running", "queued")
-        assert ended(place.server, task)["state"] == "cancelled"
-        assert time.monotonic() - asked < 1, "a cancellation is acknowledged within a second"
-        status, _, problem = ask(place.server, "DELETE", task["url"])
+        assert response["state"] in ("cancelled", "running", "queued")
+        assert ended(workshop.server, task)["state"] == "cancelled"
+        assert time.monotonic() - sent < 1, "a cancellation is acknowledged within a second"
+        status, _, problem = send(workshop.server, "DELETE", task["url"])
         assert (status, problem["detail"]) == (409, "This task has already ended: cancelled.")
-    assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
-    assert [event.event for event in events(place.server, queued["url"])] == ["progress", "end"]
+    assert ended(workshop.server, start_task(workshop.server, "rehearsal", steps=1))["state"] == "done"
+    assert [event.event for event in events(workshop.server, queued["url"])] == ["progress", "end"]
 
 
-def test_a_task_that_does_not_heed_its_cancellation_is_told_as_cancelled(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=1)
-    task = start_task(place.server, "stubborn", gate="go")
-    wait_for(place.server, task, message="held")
-    asked = time.monotonic()
-    assert ask(place.server, "DELETE", task["url"])[0] == 202
-    assert ended(place.server, task)["state"] == "cancelled"
-    assert time.monotonic() - asked < 2
-    assert (place.base / "heard").exists()
-    waiting = start_task(place.server, "rehearsal", steps=1)
-    assert look(place.server, waiting)["state"] == "queued", "its place is free only when its function has returned"
-    place.let("go")
-    assert ended(place.server, waiting)["state"] == "done"
-    assert [event.event for event in events(place.server, task["url"])].count("end") == 1
+def test_a_task_that_ignores_its_cancellation_is_reported_as_cancelled(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=1)
+    task = start_task(workshop.server, "stubborn", gate="go")
+    wait_for(workshop.server, task, message="held")
+    sent = time.monotonic()
+    assert send(workshop.server, "DELETE", task["url"])[0] == 202
+    assert ended(workshop.server, task)["state"] == "cancelled"
+    assert time.monotonic() - sent < 2
+    assert (workshop.base / "heard").exists()
+    waiting = start_task(workshop.server, "rehearsal", steps=1)
+    assert look(workshop.server, waiting)["state"] == "queued", "its slot is free only when its function has returned"
+    workshop.open_gate("go")
+    assert ended(workshop.server, waiting)["state"] == "done"
+    assert [event.event for event in events(workshop.server, task["url"])].count("end") == 1
 
 
-def test_what_waits_is_bounded(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=1, max_queued=2)
-    tasks = [start_task(place.server, "hold", gate="go")]
-    wait_for(place.server, tasks[0], state="running")
+def test_the_queue_is_bounded(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=1, max_queued=2)
+    tasks = [start_task(workshop.server, "hold", gate="go")]
+    wait_for(workshop.server, tasks[0], state="running")
     # Docket's queue counts what it has handed out, too.
-    tasks += [start_task(place.server, "hold", gate="go") for _ in range(2 if place.engine == "embedded" else 1)]
+    tasks += [start_task(workshop.server, "hold", gate="go") for _ in range(2 if workshop.engine == "embedded" else 1)]
     for method, path, document in (
         ("POST", TASKS, {"kind": "hold", "parameters": {"gate": "go"}}),
         ("GET", "/process/long-task?kind=rehearsal", None),
     ):
-        status, headers, problem = ask(place.server, method, path, document)
+        status, headers, problem = send(workshop.server, method, path, document)
         assert (status, headers["retry-after"]) == (429, "5")
         assert problem["detail"] == "Too many tasks are waiting (limit 2)."
-    place.let("go")
-    assert [ended(place.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
-    assert ended(place.server, start_task(place.server, "rehearsal", steps=1))["state"] == "done"
+    workshop.open_gate("go")
+    assert [ended(workshop.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
+    assert ended(workshop.server, start_task(workshop.server, "rehearsal", steps=1))["state"] == "done"
 
 
 # -- deadlines and turns
 
 
-def test_a_task_that_runs_too_long_has_failed_and_its_slot_is_free(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=1, max_seconds=0.7)
+def test_a_task_that_exceeds_its_deadline_fails_and_frees_its_slot(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=1, max_seconds=0.7)
     for kind, seconds in (("hold", "0.7"), ("brief", "0.2")):  # the smaller limit counts
-        asked = time.monotonic()
-        end = ended(place.server, start_task(place.server, kind, gate="never"))
+        sent = time.monotonic()
+        end = ended(workshop.server, start_task(workshop.server, kind, gate="never"))
         assert (end["state"], end["error"]["detail"]) == (
             "failed",
             f"The task took longer than max_seconds = {seconds}.",
         )
-        assert time.monotonic() - asked >= float(seconds)
-    stubborn = start_task(place.server, "stubborn", gate="go")
-    assert ended(place.server, stubborn)["error"]["detail"] == "The task took longer than max_seconds = 0.7."
-    place.let("go")
-    assert ended(place.server, start_task(place.server, "rehearsal", steps=1, delay=0))["state"] == "done"
-    kinds = {kind["kind"]: kind for kind in ask(place.server, "GET", "/process/kinds")[2]["kinds"]}
+        assert time.monotonic() - sent >= float(seconds)
+    stubborn = start_task(workshop.server, "stubborn", gate="go")
+    assert ended(workshop.server, stubborn)["error"]["detail"] == "The task took longer than max_seconds = 0.7."
+    workshop.open_gate("go")
+    assert ended(workshop.server, start_task(workshop.server, "rehearsal", steps=1, delay=0))["state"] == "done"
+    kinds = {kind["kind"]: kind for kind in send(workshop.server, "GET", "/process/kinds")[2]["kinds"]}
     assert (kinds["hold"]["max_seconds"], kinds["brief"]["max_seconds"]) == (0.7, 0.2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_deadline_counts_the_time_of_all_runs(workshop: Callable[..., Workshop], number: int) -> None:
-    place = workshop(max_seconds=6)
-    task = start_task(place.server, "tick")
+def test_a_deadline_counts_the_time_of_all_runs(start_workshop: Callable[..., Workshop], number: int) -> None:
+    workshop = start_workshop(max_seconds=6)
+    task = start_task(workshop.server, "tick")
     deadline = time.monotonic() + 30
-    while look(place.server, task)["done"] < 40:  # two seconds
+    while look(workshop.server, task)["done"] < 40:  # two seconds
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    place.end(number)
-    place.begin_anew()
-    end = ended(place.server, task)
+    workshop.end(number)
+    workshop.restart()
+    end = ended(workshop.server, task)
     assert (end["state"], end["attempts"]) == ("failed", 2)
     assert 40 <= end["done"] < 150, "120 in six seconds, however many runs have shared them"
 
 
-def test_a_client_that_fills_everything_does_not_delay_another(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=1)
-    held = start_task(place.server, "hold", gate="go")
-    wait_for(place.server, held, state="running")
-    many = [start_task(place.server, "rehearsal", steps=1, delay=0.005) for _ in range(30)]
-    two = [start_task(place.server, "rehearsal", "127.0.0.2", steps=1, delay=0.005) for _ in range(2)]
-    one = start_task(place.server, "rehearsal", "127.0.0.3", steps=1, delay=0.005)
-    place.let("go")
-    begun = [ended(place.server, task)["started"] for task in (held, *many, *two, one)]
+def test_a_client_that_fills_the_queue_does_not_delay_another(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=1)
+    held = start_task(workshop.server, "hold", gate="go")
+    wait_for(workshop.server, held, state="running")
+    many = [start_task(workshop.server, "rehearsal", steps=1, delay=0.005) for _ in range(30)]
+    two = [start_task(workshop.server, "rehearsal", "127.0.0.2", steps=1, delay=0.005) for _ in range(2)]
+    one = start_task(workshop.server, "rehearsal", "127.0.0.3", steps=1, delay=0.005)
+    workshop.open_gate("go")
+    begun = [ended(workshop.server, task)["started"] for task in (held, *many, *two, one)]
     order = sorted(range(len(begun)), key=lambda number: begun[number])
     assert order[:6] == [0, 31, 33, 1, 32, 2], "clients take turns, and each has its own order"
     assert order[6:] == list(range(3, 31))
 
 
-def test_turns_are_taken_after_a_crash_too(start: Callable[..., Running]) -> None:
+def test_clients_take_turns_after_a_crash_too(start: Callable[..., Running]) -> None:
     server = embedded(start, "max_running = 1")
     held = start_task(server, "count", until=2, hold_at=1, gate="go")
     many = [start_task(server, "rehearsal", steps=1, delay=0.005) for _ in range(20)]
@@ -531,71 +532,74 @@ def test_turns_are_taken_after_a_crash_too(start: Callable[..., Running]) -> Non
     assert sorted(begun).index(begun[-1]) == 0, "the other client had its turn before the crash"
 
 
-def test_what_waits_is_bounded_for_each_client(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=1, max_queued_per_client=2)
-    tasks = [start_task(place.server, "hold", gate="go")]
-    wait_for(place.server, tasks[0], state="running")
-    tasks += [start_task(place.server, "hold", gate="go") for _ in range(2)]
-    status, headers, problem = post_task(place.server, "hold", "127.0.0.1", gate="go")
+def test_the_queue_is_bounded_for_each_client(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=1, max_queued_per_client=2)
+    tasks = [start_task(workshop.server, "hold", gate="go")]
+    wait_for(workshop.server, tasks[0], state="running")
+    tasks += [start_task(workshop.server, "hold", gate="go") for _ in range(2)]
+    status, headers, problem = post_task(workshop.server, "hold", "127.0.0.1", gate="go")
     assert (status, headers["retry-after"]) == (429, "5")
     assert problem["detail"] == "Too many tasks of this client are waiting (limit 2)."
-    tasks.append(start_task(place.server, "hold", "127.0.0.2", gate="go"))
-    place.let("go")
-    assert [ended(place.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
+    tasks.append(start_task(workshop.server, "hold", "127.0.0.2", gate="go"))
+    workshop.open_gate("go")
+    assert [ended(workshop.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
 
 
-def test_what_is_over_is_kept_for_a_while(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(keep_seconds=1)
-    held = start_task(place.server, "hold", gate="go")
-    task = start_task(place.server, "rehearsal", steps=1, delay=0)
-    end = events(place.server, task["url"])[-1]
+def test_finished_tasks_are_retained_for_a_while(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(keep_seconds=1)
+    held = start_task(workshop.server, "hold", gate="go")
+    task = start_task(workshop.server, "rehearsal", steps=1, delay=0)
+    end = events(workshop.server, task["url"])[-1]
     deadline = time.monotonic() + 15
-    while (answer := ask(place.server, "GET", task["url"]))[0] == 200:
+    while (response := send(workshop.server, "GET", task["url"]))[0] == 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    gone = (410, "This task has ended and expired: results are stored for 1 seconds.")
-    assert (answer[0], answer[2]["detail"]) == gone
-    assert [ask(place.server, "DELETE", task["url"])[0], ask(place.server, "GET", f"{TASKS}/{'f' * 32}")[0]] == [
+    expired = (410, "This task has ended and expired: results are stored for 1 seconds.")
+    assert (response[0], response[2]["detail"]) == expired
+    assert [
+        send(workshop.server, "DELETE", task["url"])[0],
+        send(workshop.server, "GET", f"{TASKS}/{'f' * 32}")[0],
+    ] == [
         410,
         404,
     ]
-    with EventStream(place.server, task["url"]) as stream:
+    with EventStream(workshop.server, task["url"]) as stream:
         assert stream.status == 410
-    with EventStream(place.server, "/process/long-task", end.id) as stream:
+    with EventStream(workshop.server, "/process/long-task", end.id) as stream:
         assert stream.status == 204, "a browser must not start another task instead"
-    assert [listed["id"] for listed in ask(place.server, "GET", TASKS)[2]["tasks"]] == [held["id"]]
-    assert look(place.server, held)["state"] == "running", "what is not over is kept, however long that takes"
-    place.let("go")
-    assert ended(place.server, held)["state"] == "done"
+    assert [listed["id"] for listed in send(workshop.server, "GET", TASKS)[2]["tasks"]] == [held["id"]]
+    assert look(workshop.server, held)["state"] == "running", "an unfinished task is retained, however long it takes"
+    workshop.open_gate("go")
+    assert ended(workshop.server, held)["state"] == "done"
 
 
-def test_the_list_has_the_newest_first_and_goes_on(workshop: Callable[..., Workshop]) -> None:
-    place = workshop()
-    ids = [start_task(place.server, "rehearsal", steps=1, delay=0)["id"] for _ in range(5)]
+def test_the_list_has_the_newest_first_and_has_pages(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop()
+    ids = [start_task(workshop.server, "rehearsal", steps=1, delay=0)["id"] for _ in range(5)]
     path: str | None = f"{TASKS}?limit=2"
     pages: list[list[str]] = []
     while path:
-        page = ask(place.server, "GET", path)[2]
+        page = send(workshop.server, "GET", path)[2]
         pages.append([task["id"] for task in page["tasks"]])
         path = page["next"]
     newest = sorted(ids, reverse=True)
     assert pages == [newest[:2], newest[2:4], newest[4:]]
 
 
-def test_a_report_survives_kill_9_without_a_gap(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(sample_rows=20_000)
-    task = start_task(place.server, "report", steps=400)
+def test_a_report_survives_kill_9_without_a_gap(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(sample_rows=20_000)
+    task = start_task(workshop.server, "report", steps=400)
     before: list[Received] = []
-    with EventStream(place.server, task["url"], timeout=40) as stream:
+    with EventStream(workshop.server, task["url"], timeout=40) as stream:
         for event in stream:
             before.append(event)
             if event.event == "progress" and event.json["done"] > 2000:
                 break
-    place.end(signal.SIGKILL)
-    stood = look(place.server, task)["done"] if place.engine == "docket" else before[-1].json["done"]
+    workshop.end(signal.SIGKILL)
+    stood = look(workshop.server, task)["done"] if workshop.engine == "docket" else before[-1].json["done"]
     assert stood < 20_000
-    place.begin_anew()
-    after = events(place.server, task["url"], before[-1].id)
+    workshop.restart()
+    after = events(workshop.server, task["url"], before[-1].id)
     assert offsets(before + after) == list(range(1, len(before + after) + 1))
     end = after[-1].json
     assert (end["state"], end["attempts"], end["done"], end["total"]) == ("done", 2, 20_000, 20_000)
@@ -603,7 +607,7 @@ def test_a_report_survives_kill_9_without_a_gap(workshop: Callable[..., Workshop
     resumed = [event.json["done"] for event in after if event.event == "progress"]
     assert min(resumed) >= before[-1].json["done"], "what was done is not done twice"
 
-    with contextlib.closing(sqlite3.connect(place.base / "var/sample.db")) as database:
+    with contextlib.closing(sqlite3.connect(workshop.base / "var/sample.db")) as database:
         for table, column in (("countries", "country"), ("months", "substr(created, 1, 7)")):
             totals = database.execute(f"SELECT {column}, count(*), sum(balance) FROM users GROUP BY 1 ORDER BY 1")
             expected = {key: (users, pytest.approx(balance, abs=0.5)) for key, users, balance in totals}
@@ -612,55 +616,55 @@ def test_a_report_survives_kill_9_without_a_gap(workshop: Callable[..., Workshop
     assert end["result"]["users"] == 20_000
 
 
-def test_a_task_that_keeps_nothing_is_interrupted_and_says_why(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=2)
-    broken = start_task(place.server, "hold", gate="never")
-    resumed = start_task(place.server, "count", until=10, hold_at=5, gate="go")
-    wait_for(place.server, resumed, done=5)
-    wait_for(place.server, broken, message="held")
-    waiting = start_task(place.server, "count", until=3)
-    place.end(signal.SIGKILL)
-    place.let("go")
-    place.begin_anew()
-    *_, error, end = events(place.server, broken["url"])
+def test_a_task_without_a_checkpoint_is_interrupted_and_reports_why(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=2)
+    broken = start_task(workshop.server, "hold", gate="never")
+    resumed = start_task(workshop.server, "count", until=10, hold_at=5, gate="go")
+    wait_for(workshop.server, resumed, done=5)
+    wait_for(workshop.server, broken, message="held")
+    waiting = start_task(workshop.server, "count", until=3)
+    workshop.end(signal.SIGKILL)
+    workshop.open_gate("go")
+    workshop.restart()
+    *_, error, end = events(workshop.server, broken["url"])
     reason = "The process that ran it has died, and tasks of the kind hold are not resumable."
     assert (error.event, error.json["detail"]) == ("error", reason)
     assert (end.json["state"], end.json["attempts"]) == ("interrupted", 1)
-    assert ended(place.server, resumed)["attempts"] == 2
-    assert ended(place.server, waiting)["attempts"] == 1
-    assert sorted(place.runs()) == ["1:0", "1:0", "2:5"]
-    assert look(place.server, broken)["state"] == "interrupted"
+    assert ended(workshop.server, resumed)["attempts"] == 2
+    assert ended(workshop.server, waiting)["attempts"] == 1
+    assert sorted(workshop.runs()) == ["1:0", "1:0", "2:5"]
+    assert look(workshop.server, broken)["state"] == "interrupted"
 
 
-def test_a_server_that_stops_hands_its_tasks_on(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_running=2, max_crashes=1)
-    resumed = start_task(place.server, "count", until=10, hold_at=5, gate="go")
-    broken = start_task(place.server, "hold", gate="never")
-    wait_for(place.server, resumed, done=5)
-    wait_for(place.server, broken, message="held")
-    place.end(signal.SIGTERM)
-    place.let("go")
-    place.begin_anew()
-    received = events(place.server, resumed["url"])
+def test_a_server_that_stops_hands_over_its_tasks(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_running=2, max_crashes=1)
+    resumed = start_task(workshop.server, "count", until=10, hold_at=5, gate="go")
+    broken = start_task(workshop.server, "hold", gate="never")
+    wait_for(workshop.server, resumed, done=5)
+    wait_for(workshop.server, broken, message="held")
+    workshop.end(signal.SIGTERM)
+    workshop.open_gate("go")
+    workshop.restart()
+    received = events(workshop.server, resumed["url"])
     assert offsets(received) == list(range(1, len(received) + 1))
     assert "The server stopped; the task resumes when a server starts." in [e.json.get("message") for e in received]
     end = received[-1].json
     assert (end["state"], end["attempts"], end["result"]) == ("done", 2, {"counted": 10})
-    assert place.runs() == ["1:0", "2:5"]
-    end = ended(place.server, broken)
+    assert workshop.runs() == ["1:0", "2:5"]
+    end = ended(workshop.server, broken)
     assert (end["state"], end["error"]["detail"]) == (
         "interrupted",
         "The server stopped, and tasks of the kind hold are not resumable.",
     )
 
 
-def test_a_task_whose_process_dies_again_and_again_is_given_up(workshop: Callable[..., Workshop]) -> None:
-    place = workshop(max_crashes=1)
-    task = start_task(place.server, "count", until=10, hold_at=5, gate="never")
-    wait_for(place.server, task, done=5)
-    place.end(signal.SIGKILL)
-    place.begin_anew()
-    end = ended(place.server, task)
+def test_a_task_whose_process_dies_repeatedly_is_not_resumed_again(start_workshop: Callable[..., Workshop]) -> None:
+    workshop = start_workshop(max_crashes=1)
+    task = start_task(workshop.server, "count", until=10, hold_at=5, gate="never")
+    wait_for(workshop.server, task, done=5)
+    workshop.end(signal.SIGKILL)
+    workshop.restart()
+    end = ended(workshop.server, task)
     assert (end["state"], end["error"]["detail"]) == (
         "interrupted",
         "The process that ran it has died; max_crashes = 1 is reached.",
@@ -682,7 +686,7 @@ def test_a_long_task_is_one_request_and_one_task(start: Callable[..., Running]) 
         location = stream.headers["location"]
         first = stream.take(3)
     assert location == f"{TASKS}/{first[0].json['id']}"
-    assert ask(server, "GET", location)[2]["state"] == "running", "leaving does not stop it"
+    assert send(server, "GET", location)[2]["state"] == "running", "disconnecting does not stop it"
     (server.base / "go").touch()
     rest = events(server, "/process/long-task?kind=count&until=10&hold_at=5&gate=go", first[-1].id)
     assert offsets(first + rest) == list(range(1, len(first + rest) + 1))
@@ -690,14 +694,14 @@ def test_a_long_task_is_one_request_and_one_task(start: Callable[..., Running]) 
     with EventStream(server, "/process/long-task?kind=count&until=10", rest[-1].id) as stream:
         assert stream.status == 204
     assert server.get("/process/long-task", method="HEAD")[0] == 200
-    assert len(ask(server, "GET", TASKS)[2]["tasks"]) == 1
+    assert len(send(server, "GET", TASKS)[2]["tasks"]) == 1
     with EventStream(server, "/process/long-task?kind=rehearsal&steps=1", "7-7") as stream:
         gap, *_, end = list(stream)
     assert (gap.event, gap.json["reason"]) == ("gap", "the id is none of this stream")
     assert (end.event, end.json["state"]) == ("end", "done")
 
 
-def test_the_long_task_of_the_first_day_is_a_report(start: Callable[..., Running]) -> None:
+def test_the_default_long_task_is_a_report(start: Callable[..., Running]) -> None:
     received = events(embedded(start), "/process/long-task?steps=4")
     assert received[0].json["kind"] == "report"
     assert (received[-1].event, received[-1].json["done"]) == ("end", 1000)
@@ -735,33 +739,33 @@ WRONG: list[tuple[str, Any, dict[str, str]]] = [
 ]
 
 
-def test_a_wrong_request_is_told_every_fault(start: Callable[..., Running]) -> None:
+def test_an_invalid_request_lists_every_fault(start: Callable[..., Running]) -> None:
     server = embedded(start)
     for path, document, errors in WRONG:
-        status, _, problem = ask(server, "GET" if document is None else "POST", path, document)
+        status, _, problem = send(server, "GET" if document is None else "POST", path, document)
         assert status == 422, path
         assert {error["name"]: error["detail"] for error in problem["errors"]} == errors, path
-    assert ask(server, "GET", TASKS)[2]["tasks"] == []
+    assert send(server, "GET", TASKS)[2]["tasks"] == []
 
 
-def test_odd_keys_and_bodies_are_taken_or_refused(start: Callable[..., Running]) -> None:
+def test_odd_keys_and_bodies_are_accepted_or_rejected(start: Callable[..., Running]) -> None:
     server = embedded(start)
     half = b'{"kind": "checksum", "parameters": {"path": "\\ud800"}}'
     assert server.get(TASKS, {"Content-Type": "application/json"}, method="POST", body=half)[0] == 400
-    assert ask(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="")[0] == 400
-    ids = [ask(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="\xff\xfe")[2]["id"] for _ in range(2)]
+    assert send(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="")[0] == 400
+    ids = [send(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="\xff\xfe")[2]["id"] for _ in range(2)]
     assert ids[0] == ids[1]
-    assert ask(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="x" * 256)[0] == 400
+    assert send(server, "POST", TASKS, {"kind": "rehearsal"}, Idempotency_Key="x" * 256)[0] == 400
     large = {"kind": "checksum", "parameters": {"path": "x" * 70_000}}
-    assert ask(server, "POST", TASKS, large)[0] == 413
+    assert send(server, "POST", TASKS, large)[0] == 413
     assert "Traceback" not in server.log
 
 
 def test_every_kind_is_listed_with_its_parameters(start: Callable[..., Running]) -> None:
-    listed = ask(embedded(start), "GET", "/process/kinds")[2]
+    listed = send(embedded(start), "GET", "/process/kinds")[2]
     kinds = {kind["kind"]: kind for kind in listed["kinds"]}
     assert (listed["default"], list(kinds)) == ("report", KINDS)
-    assert kinds["count"]["description"] == "Count, from where it was, and wait at a number for a file."
+    assert kinds["count"]["description"] == "Count from the checkpoint, and wait at a number for a file."
     assert (kinds["count"]["unit"], kinds["count"]["resumable"], kinds["hold"]["resumable"]) == ("numbers", True, False)
     assert kinds["count"]["parameters"]["required"] == ["until"]
     assert kinds["rehearsal"]["parameters"]["properties"]["steps"]["maximum"] == 1_000_000
@@ -786,7 +790,7 @@ def test_an_export_is_written_whole_and_can_be_downloaded(start: Callable[..., R
     assert (end["state"], end["error"]["detail"]) == ("failed", "There is no such file.")
 
 
-def test_no_task_that_waits_is_lost_at_a_crash(start: Callable[..., Running]) -> None:
+def test_no_waiting_task_is_lost_at_a_crash(start: Callable[..., Running]) -> None:
     server = embedded(start, "max_running = 1")
     held = start_task(server, "count", until=2, hold_at=1, gate="go")
     tasks = [start_task(server, "rehearsal", steps=1, delay=0) for _ in range(250)]
@@ -795,22 +799,22 @@ def test_no_task_that_waits_is_lost_at_a_crash(start: Callable[..., Running]) ->
     server = embedded(start, "max_running = 1")
     assert ended(server, held)["state"] == "done"
     assert ended(server, tasks[-1])["attempts"] == 1
-    listed = ask(server, "GET", f"{TASKS}?limit=1000")[2]["tasks"]
+    listed = send(server, "GET", f"{TASKS}?limit=1000")[2]["tasks"]
     assert {task["id"]: task["state"] for task in listed} == {task["id"]: "done" for task in (held, *tasks)}
     ends = {task["id"]: task["ended"] for task in listed}
     assert [ends[task["id"]] for task in (held, *tasks)] == sorted(ends.values()), "first come, first served, still"
 
 
-def test_servers_that_share_a_log_cancel_and_inherit_each_others_tasks(start: Callable[..., Running]) -> None:
+def test_servers_that_share_a_log_cancel_and_take_over_each_others_tasks(start: Callable[..., Running]) -> None:
     one, two = embedded(start, "max_running = 1"), embedded(start, "max_running = 1")
     running = start_task(one, "hold", gate="never")
     queued = start_task(one, "hold", gate="never")
     wait_for(two, running, state="running")
     for task in (running, queued):
-        asked = time.monotonic()
-        assert ask(two, "DELETE", task["url"])[0] == 202
+        sent = time.monotonic()
+        assert send(two, "DELETE", task["url"])[0] == 202
         assert ended(two, task)["state"] == "cancelled"
-        assert time.monotonic() - asked < 1
+        assert time.monotonic() - sent < 1
 
     left = start_task(one, "count", until=10, hold_at=5, gate="go")
     waiting = start_task(one, "count", until=3)
@@ -827,16 +831,16 @@ def test_servers_that_share_a_log_cancel_and_inherit_each_others_tasks(start: Ca
     assert (two.base / "runs").read_text().splitlines() == ["1:0", "2:5", "1:0"]
 
 
-def test_a_task_that_computes_leaves_the_loop_to_others(start: Callable[..., Running]) -> None:
+def test_a_computing_task_does_not_block_the_event_loop(start: Callable[..., Running]) -> None:
     server = embedded(start)
     task = start_task(server, "compute", seconds=1)
-    answers = 0
+    responses = 0
     while look(server, task)["state"] in ("queued", "running"):
-        answers += 1
-    assert answers > 10, "nobody else was answered meanwhile"
+        responses += 1
+    assert responses > 10, "the server did not respond meanwhile"
 
 
-def test_a_kind_that_is_not_there_any_more_is_said_so(start: Callable[..., Running]) -> None:
+def test_a_kind_that_no_longer_exists_is_reported(start: Callable[..., Running]) -> None:
     server = embedded(start)
     task = start_task(server, "count", until=10, hold_at=5, gate="never")
     wait_for(server, task, done=5)
@@ -849,9 +853,9 @@ def test_a_kind_that_is_not_there_any_more_is_said_so(start: Callable[..., Runni
 # -- the command line
 
 
-def streamlab(*words: str, cwd: Path) -> "subprocess.Popen[str]":
+def streamlab(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "streamlab", *words],
+        [sys.executable, "-m", "streamlab", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -860,8 +864,8 @@ def streamlab(*words: str, cwd: Path) -> "subprocess.Popen[str]":
     )
 
 
-def said(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command, once it has ended."""
+def output_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Wait for the end of a command; return its exit status, stdout and stderr."""
     out, err = process.communicate(timeout=30)
     return process.returncode, out, err
 
@@ -869,8 +873,8 @@ def said(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> None:
     server = embedded(start)
 
-    def run(*words: str) -> tuple[int, str, str]:
-        return said(streamlab("task", "run", *words, "--url", server.url, cwd=server.base))
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return output_of(streamlab("task", "run", *arguments, "--url", server.url, cwd=server.base))
 
     assert run("rehearsal", "-p", "steps=2", "-p", "delay=0.01") == (0, '{\n "steps": 2\n}\n', "rehearsing\n")
     failure = "streamlab: the task is failed: Step 1 failed, as requested.\n"
@@ -879,12 +883,12 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     status, out, err = run("nap")
     assert (status, out) == (2, "")
     assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: Invalid parameters: kind.")
-    status, out, err = said(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
+    status, out, err = output_of(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
     assert (status, out) == (1, "")
     assert err.endswith("returned 404: There is no task with this id.\n")
 
 
-def test_watching_goes_on_across_a_crash_of_the_server(start: Callable[..., Running]) -> None:
+def test_watching_continues_across_a_crash_of_the_server(start: Callable[..., Running]) -> None:
     port = free_port()
     server = embedded(start, port=port)
     task = start_task(server, "count", until=10, hold_at=5, gate="go")
@@ -894,7 +898,7 @@ def test_watching_goes_on_across_a_crash_of_the_server(start: Callable[..., Runn
     server.terminate(signal.SIGKILL)
     (server.base / "go").touch()
     embedded(start, port=port)
-    status, out, err = said(watching)
+    status, out, err = output_of(watching)
     assert (status, json.loads(out)) == (0, {"counted": 10})
     assert "retrying in" in err
 
@@ -906,16 +910,16 @@ def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]
     watching = streamlab("task", "watch", task["id"], "--url", server.url, cwd=server.base)
     assert watching.stderr is not None
     assert watching.stderr.readline() == "held\n"
-    assert said(streamlab("task", "cancel", task["id"], "--url", server.url, cwd=server.base))[0] == 0
-    assert said(watching) == (1, "", "streamlab: the task is cancelled\n")
+    assert output_of(streamlab("task", "cancel", task["id"], "--url", server.url, cwd=server.base))[0] == 0
+    assert output_of(watching) == (1, "", "streamlab: the task is cancelled\n")
 
 
-def test_a_worker_without_work_refuses_to_start(tmp_path: Path) -> None:
-    refusal = 'defaults: Tasks run in the server; workers need [scenarios.progress] engine = "docket".\n'
-    status, out, err = said(streamlab("worker", cwd=tmp_path))
-    assert (status, out, err) == (2, "", f"{refusal}streamlab: 1 fault; nothing was started\n")
+def test_a_worker_without_work_does_not_start(tmp_path: Path) -> None:
+    fault = 'defaults: Tasks run in the server; workers need [scenarios.progress] engine = "docket".\n'
+    status, out, err = output_of(streamlab("worker", cwd=tmp_path))
+    assert (status, out, err) == (2, "", f"{fault}streamlab: 1 fault; nothing was started\n")
     (tmp_path / "config.toml").write_text('[scenarios.progress]\nengine = "docket"\n')
-    status, _, err = said(streamlab("worker", cwd=tmp_path))
+    status, _, err = output_of(streamlab("worker", cwd=tmp_path))
     assert (status, err.splitlines()[0]) == (
         2,
         'config.toml: engine = "docket" needs a Redis server: [events] url = "redis://..."',
