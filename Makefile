@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock clean
@@ -18,7 +19,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab plugins/comparison plugins/export plugins/file plugins/llm plugins/logs plugins/progress plugins/ticker
+	$(BIN)/mypy --strict streamlab $(PLUGINS)
 
 format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff check --fix
