@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from watchfiles import PythonFilter, run_process
 
-from .client import chat as conversation
-from .client import doctor as examination
-from .client import tasks
+from .client.doctor import examine
 from .client.follow import follow as follow_events
-from .client.terminal import exit_on_error, print_error, printable
+from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, printable
+from .commands import DEFAULT_CONFIG, CommandGroup, plugin_views
 from .config import Config, ConfigError, Fault
 from .problems import Problem
 from .scaffold import write_plugin
@@ -35,16 +34,13 @@ from .server.registry import find
 from .server.site import REGISTRY, ROUTES, version
 from .tasks import TASKS
 
-DEFAULT_CONFIG = Path("config.toml")
-
 cli = typer.Typer(
+    cls=CommandGroup,
     help="Streamlab: a streaming server for backends.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
-
-cli.add_typer(tasks.task, name="task")
 
 ConfigOption = Annotated[
     Path | None,
@@ -268,45 +264,11 @@ def doctor(
 ) -> None:
     """Diagnose whether a URL of any server streams, through any proxy, and what prevents it; exit with 1 if not."""
     with exit_on_error():
-        report = asyncio.run(examination.examine(url, seconds=seconds))
+        report = asyncio.run(examine(url, seconds=seconds))
     for line in report.lines():
         typer.echo(printable(line))
     if not report.is_streaming:
         raise typer.Exit(1)
-
-
-@cli.command()
-def chat(
-    url: Annotated[
-        str, typer.Argument(help="A server with /v1/chat/completions; http:// is optional.", metavar="URL")
-    ] = "http://127.0.0.1:8000",
-    model: Annotated[str, typer.Option(help="The model, if the server has several.", show_default=False)] = "",
-    system: Annotated[str, typer.Option(help="The system prompt.", show_default=False)] = "",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a response.")] = None,
-) -> None:
-    """Chat with a model, token by token. Ctrl-C stops a response, Ctrl-D ends the chat."""
-    interactive = sys.stdin.isatty()
-    talk = conversation.Conversation(url, model=model, system=system, max_tokens=max_tokens)
-    while (line := _read_line("> " if interactive else "")) is not None:
-        if not line.strip():
-            continue
-        try:
-            talk.tell(line)
-        except (conversation.ChatError, ValueError) as error:
-            print_error(f"streamlab: {error}")
-            if not interactive:
-                raise typer.Exit(1) from None
-
-
-def _read_line(prompt: str) -> str | None:
-    """Return a line of input, or None at its end."""
-    try:
-        return input(prompt)
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        typer.echo()
-        raise typer.Exit(130) from None
 
 
 @cli.command("client")
@@ -315,9 +277,9 @@ def open_menu(
         list[str] | None,
         typer.Argument(metavar="[NAME]...", help="Open these views, one after another, instead of the menu."),
     ] = None,
-    url: tasks.Url = tasks.LOCAL,
+    url: UrlOption = LOCAL_URL,
 ) -> None:
-    """Choose from a menu of live views of a server: downloads, prices, logs, exports, chat, tasks, a comparison."""
+    """Choose from a menu of live views of a server, for example downloads, prices, logs and exports."""
     from .client import menu  # not imported by other commands
 
-    raise typer.Exit(menu.run(url, names or ()))
+    raise typer.Exit(menu.run(url, plugin_views(), names or ()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    import typer
     from aiohttp import web
 
     from .scenario import Scenario
@@ -55,3 +56,21 @@ def health() -> str | None:
 @hookspec
 def on_stream_end(request: web.Request, summary: StreamSummary) -> None:
     """React to the end of a stream, whatever the reason; must neither block nor raise."""
+
+
+@hookspec
+def register_commands(cli: typer.Typer) -> None:
+    """Add commands to the command line.
+
+    Terminal hooks are implemented in `terminal.py` of the plugin's folder, which is imported without the rest of the
+    plugin, or in the plugin itself. They are called for `streamlab --help` and for commands that the core does not
+    have, whether or not the plugin is enabled. A command of the core cannot be replaced.
+    """
+
+
+@hookspec
+def register_views() -> Mapping[str, Callable[..., None]]:
+    """Return the views of `streamlab client`, by name: functions of a `streamlab.client.Terminal`.
+
+    The first line of the docstring of a view is its text in the menu.
+    """

@@ -213,6 +213,66 @@ def test_help_names_every_command_and_no_command_is_no_success(tmp_path: Path) -
     assert streamlab(tmp_path)[0] == 2
 
 
+# -- commands of plugins
+
+COMMANDS = """
+    import typer
+    from streamlab import hookimpl
+
+
+    @hookimpl
+    def register_commands(cli):
+        @cli.command()
+        def greet(name: str):
+            \"\"\"Greet somebody.\"\"\"
+            typer.echo(f"hello {name}")
+
+        @cli.command()
+        def check():
+            \"\"\"Never reached: the core has this name.\"\"\"
+            raise SystemExit(9)
+
+
+    @hookimpl
+    def register_views():
+        return {"hello": lambda terminal: terminal.print("shown")}
+"""
+
+
+def test_a_plugin_adds_commands(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": COMMANDS})
+    assert streamlab(tmp_path, "greet", "you") == (0, "hello you\n", "")
+    status, output, _ = streamlab(tmp_path, "--help")
+    assert (status, re.findall(r"\n  greet +(.*)", output)) == (0, ["Greet somebody."])
+    assert streamlab(tmp_path, "check")[0] == 0
+
+
+def test_terminal_commands_of_a_folder_are_loaded_without_the_rest_of_the_plugin(tmp_path: Path) -> None:
+    folder = tmp_path / "plugins" / "hello"
+    write_plugins(tmp_path, {"beside": "raise SystemExit('imported')\n"})
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise SystemExit('imported')\n")
+    (folder / "words.py").write_text("WORD = 'hello'\n")
+    (folder / "terminal.py").write_text("from .words import WORD as WORD\n" + textwrap.dedent(COMMANDS))
+    assert streamlab(tmp_path, "greet", "you") == (0, "hello you\n", "")
+
+
+def test_a_broken_plugin_costs_only_its_own_commands(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hello": COMMANDS, "broken": "def register_commands(cli): ...\nimport no_such_module\n"})
+    reason = "plugin broken: no commands: ModuleNotFoundError: No module named 'no_such_module'"
+    assert streamlab(tmp_path, "greet", "you") == (0, "hello you\n", f"streamlab: {reason}\n")
+    assert run_streamlab("routes", cwd=tmp_path)[0] == 0
+    status, output, errors = streamlab(tmp_path, "--help")
+    assert (status, "\n  greet " in output, errors) == (0, True, f"streamlab: {reason}\n")
+
+
+def test_a_plugin_adds_a_view(start: Callable[..., Running]) -> None:
+    server = start(hello=COMMANDS)
+    words = [*STREAMLAB, "client", "hello", "--url", server.url]
+    done = subprocess.run(words, cwd=server.base, env=environment(), capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "shown\n", "")
+
+
 # -- new
 
 

@@ -164,28 +164,28 @@ def test_the_menu_lists_every_view_and_leaves_with_0(start: Start, folder: Path)
     server = start()
     listed = [
         "",
-        "  1  download    Download a file, with a bar; one that broke off goes on where it stopped.",
-        "  2  ticker      Prices, live.",
-        "  3  logs        Lines of a log, by level and pattern.",
-        "  4  export      Rows of a query, counted, into a file of CSV or JSON lines.",
-        "  5  chat        Talk with a model; an empty line ends it.",
-        "  6  task        A long task, with a bar; Ctrl-C leaves it running.",
-        "  7  comparison  Buffered beside streamed, measured now, as bars.",
+        "  1  chat        Chat with a model; an empty line ends it.",
+        "  2  comparison  Buffered compared with streamed, measured now, as bars.",
+        "  3  download    Download a file with a progress bar; an interrupted one resumes.",
+        "  4  export      Rows of a query, counted, in a file of CSV or JSON lines.",
+        "  5  logs        Lines of a log, by level and pattern.",
+        "  6  task        A long task, with a progress bar; Ctrl-C leaves it running.",
+        "  7  ticker      Live prices.",
         "  8  quit",
     ]
-    assert end(begin(server.url, cwd=folder)) == (0, [*listed, "what: "], [])
+    assert end(begin(server.url, cwd=folder)) == (0, [*listed, "view: "], [])
     wrong = end(begin(server.url, cwd=folder), "", "9", "x\x1b", "8")
     assert wrong == (
         0,
-        [*listed, "what: ", "what: 9", "what: x\x1b", "what: 8"],
-        ["there is no '9' here", r"there is no 'x\x1b' here"],
+        [*listed, "view: ", "view: 9", "view: x\x1b", "view: 8"],
+        ["'9' is not in the menu", r"'x\x1b' is not in the menu"],
     )
     status, out, err = end(begin(server.url, cwd=folder), "ticker", "", "soon")
     assert (status, out[-3:]) == (
         0,
-        ["symbols, as AAPL,MSFT [all]: ", "events [until Ctrl-C]: soon", "events [until Ctrl-C]: "],
+        ["symbols, for example AAPL,MSFT [all]: ", "events [until Ctrl-C]: soon", "events [until Ctrl-C]: "],
     )
-    assert err == ["a whole number from 1 on, please"]
+    assert err == ["'soon' is not a positive integer"]
 
     # A server that goes away is said in a line, and the menu stays.
     process = begin(server.url, cwd=folder)
@@ -195,7 +195,7 @@ def test_the_menu_lists_every_view_and_leaves_with_0(start: Start, folder: Path)
     server.terminate(signal.SIGKILL)
     refused = f"streamlab: {server.url}/health: cannot connect: Connection refused"
     status, out, err = end(process, "ticker", "quit")
-    assert (status, out[-1], err) == (0, "what: quit", [refused])
+    assert (status, out[-1], err) == (0, "view: quit", [refused])
     assert end(begin(server.url, cwd=folder)) == (1, [], [refused])
 
 
@@ -204,12 +204,12 @@ def test_what_is_no_url_or_no_view_leaves_with_2(tmp_path: Path) -> None:
     status, _, err = end(begin("127.0.0.1:1", "tikcer", cwd=tmp_path))
     assert (status, err) == (
         2,
-        ["streamlab: there is no view 'tikcer'; there are download, ticker, logs, export, chat, task, comparison"],
+        ["streamlab: unknown view 'tikcer'; the views are chat, comparison, download, export, logs, task, ticker"],
     )
 
 
 def test_other_commands_do_not_load_it() -> None:
-    script = "import sys, streamlab.cli; sys.exit('streamlab.menu' in sys.modules)"
+    script = "import sys, streamlab.cli; sys.exit('streamlab.client.menu' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
 
@@ -223,7 +223,7 @@ def test_a_download_is_proven_and_replaces_nothing_unasked(start: Start, folder:
         server, folder, "download|||no|other.bin", "download|files/none|", "download||third", "download||third|y"
     ) == (
         1,
-        [f"{name}: 2,000,000 bytes, whole by its SHA-256" for name in ("other.bin", "third", "third")],
+        [f"{name}: 2,000,000 bytes, verified by SHA-256" for name in ("other.bin", "third", "third")],
         [f"streamlab: {server.url}/files/none returned 404: There is no such file."],
     )
     sample = (server.base / "var/files/large-file.bin").read_bytes()
@@ -243,8 +243,8 @@ def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Pa
     server.terminate(signal.SIGKILL)
     server = start(port=port)
     status, out, err = end(process, "quit")
-    assert (status, out[12]) == (0, "four: 4,000,000 bytes, whole by its SHA-256")
-    at = re.fullmatch(r"goes on at byte ([\d,]+) of 4,000,000", err[-1])
+    assert (status, out[12]) == (0, "four: 4,000,000 bytes, verified by SHA-256")
+    at = re.fullmatch(r"resuming at byte ([\d,]+) of 4,000,000", err[-1])
     assert at is not None
     assert int(at[1].replace(",", "")) > 1_000_000
     assert all(" retrying in " in line for line in err[:-1])
@@ -256,17 +256,17 @@ def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Pa
 def test_a_download_that_was_stopped_goes_on_when_it_is_chosen_again(start: Start, folder: Path) -> None:
     server = start()
     process, part = begin(server.url, cwd=folder), folder / "four.part"
-    answer(process, "1", f"{PATTERN}&rate=200000", "four")
+    answer(process, "3", f"{PATTERN}&rate=200000", "four")
     wait_until(lambda: size(part) > 100_000)
     process.send_signal(signal.SIGINT)
     wait_for_followers(server, 0)
     there = size(part)
     assert 100_000 < there < 4_000_000
-    status, out, err = end(process, "1", PATTERN, "four", "quit")
+    status, out, err = end(process, "3", PATTERN, "four", "quit")
     assert status == 0
     assert "[stopped]" in out
-    assert err == [f"goes on at byte {there:,} of 4,000,000"]
-    assert "four: 4,000,000 bytes, whole by its SHA-256" in out
+    assert err == [f"resuming at byte {there:,} of 4,000,000"]
+    assert "four: 4,000,000 bytes, verified by SHA-256" in out
     assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
     assert names(folder) == ["four"]
 
@@ -287,10 +287,10 @@ def test_a_part_is_gone_on_with_only_where_it_is_of_the_same_file(start: Start, 
     first, second, third, fourth = parts
     assert run(server, folder, *(f"download|{PATTERN}|{name}" for name in parts)) == (
         1,
-        [f"{name}: 4,000,000 bytes, whole by its SHA-256" for name in (first, second, third)],
+        [f"{name}: 4,000,000 bytes, verified by SHA-256" for name in (first, second, third)],
         [
-            "goes on at byte 4,000,000",
-            "goes on at byte 100 of 4,000,000",
+            "resuming at byte 4,000,000",
+            "resuming at byte 100 of 4,000,000",
             f"streamlab: {fourth}: the SHA-256 does not match the server's; the file was deleted",
         ],
     )
@@ -317,7 +317,7 @@ def test_what_is_not_what_the_server_says_is_not_kept(start: Start, folder: Path
         ],
     )
     assert names(folder) == ["none.jsonl"]
-    assert re.fullmatch(r"none.jsonl: 2 rows, 18 bytes in .* s \(.* MB/s\), whole by its last chunk", out[0])
+    assert re.fullmatch(r"none.jsonl: 2 rows, 18 bytes in .* s \(.* MB/s\), verified by last chunk", out[0])
     assert (folder / "none.jsonl").read_bytes() == b'{"id":1}\n{"id":2}\n'
 
 
@@ -359,11 +359,11 @@ def test_what_a_stream_says_beside_its_prices_is_said_on_stderr(start: Start, fo
     server = start("[scenarios.ticker]\nenabled = false", odd=ODD)
     assert end(begin(server.url, "ticker", cwd=folder, PYTHONIOENCODING="ascii"), "", "") == (
         1,
-        ["symbols, as AAPL,MSFT [all]: ", "events [until Ctrl-C]: ", r"\xc4 1 - now"],
+        ["symbols, for example AAPL,MSFT [all]: ", "events [until Ctrl-C]: ", r"\xc4 1 - now"],
         [
-            "gap: 3 events are not kept any more",
+            "gap: 3 events are no longer retained",
             "error: no source",
-            r"streamlab: this is no event of /stream/stock-ticker: nonsense \x9b",
+            r"streamlab: invalid event of /stream/stock-ticker: nonsense \x9b",
         ],
     )
 
@@ -396,7 +396,7 @@ def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> N
     )
     assert (status, err) == (
         1,
-        ["streamlab: users.xlsx ends neither in .csv nor in .jsonl, which says what is written"],
+        ["streamlab: users.xlsx: unknown format '.xlsx' (.csv or .jsonl)"],
     )
     written = {
         "users.jsonl": server.get("/export/users/jsonl")[2],
@@ -410,7 +410,7 @@ def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> N
         ("notes.csv", "2", "last chunk"),  # a line break in quotes ends no row
     ]
     for line, (name, rows, proof) in zip(out, said, strict=True):
-        told = rf"{name}: {rows} rows, {len(written[name]):,} bytes in \S+ s \(\S+ MB/s\), whole by its {proof}"
+        told = rf"{name}: {rows} rows, {len(written[name]):,} bytes in \S+ s \(\S+ MB/s\), verified by {proof}"
         assert re.fullmatch(told, line), line
 
 
@@ -427,7 +427,7 @@ def test_a_conversation_remembers_what_was_said(start: Start, folder: Path) -> N
         status, out, err = end(process, "chat", "7", "one", "two", "", "quit")
     assert (status, err) == (0, [])
     assert out[10:15] == [
-        "tokens of an answer at most [200]: 7",
+        "maximum tokens of a response [200]: 7",
         "you: one",
         "heard 7: one",
         "you: two",
@@ -535,7 +535,7 @@ def test_views_are_drawn_live_and_ctrl_c_leads_back_to_the_menu(
     port, config = free_port(), '[scenarios.ticker]\nsource = "push"\n[scenarios.export]\nsample_rows = 10\n'
     server = start(config, port=port)
     shown = terminal(server)
-    shown.wait_for("quit.*what: ")
+    shown.wait_for("quit.*view: ")
     shown.type("ticker\n\n\n")
     shown.wait_for("0 symbols, 0.0 events/s")
     wait_for_followers(server, 1)
@@ -549,14 +549,14 @@ def test_views_are_drawn_live_and_ctrl_c_leads_back_to_the_menu(
     push(server, {"symbol": "BOLT", "price": 7})
     shown.wait_for("2 symbols.*BOLT")
     shown.type("\x03")
-    shown.wait_for(r"\[stopped\].*quit.*what: ")
+    shown.wait_for(r"\[stopped\].*quit.*view: ")
 
-    shown.type(f"1\n{PATTERN}&rate=4000000\nfour\n")
-    shown.wait_for(r"four.*━.*4\.0 MB.*four: 4,000,000 bytes, whole by its SHA-256.*what: ")
+    shown.type(f"3\n{PATTERN}&rate=4000000\nfour\n")
+    shown.wait_for(r"four.*━.*4\.0 MB.*four: 4,000,000 bytes, verified by SHA-256.*view: ")
     assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
     shown.type("export\n")
     shown.wait_for(r"which of data, results, users \[users\]: ")
     shown.interrupt_question()
-    shown.wait_for(r"\[stopped\].*what: ")
+    shown.wait_for(r"\[stopped\].*view: ")
     shown.interrupt_question()
     assert shown.process.wait(10) == 130

@@ -3,10 +3,17 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 
 from .http import RequestRejected
+
+LOCAL_URL = "http://127.0.0.1:8000"
+"""Address of a server with the default configuration on this machine."""
+
+UrlOption = Annotated[str, typer.Option("--url", help="The server; http:// is optional.", metavar="URL")]
+"""The option `--url` of a command that requests a server."""
 
 
 def printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:

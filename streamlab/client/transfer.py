@@ -1,20 +1,16 @@
-"""Transfers into files, complete or not at all: downloads that resume, and exports whose rows are counted.
+"""Downloads into files, complete or not at all, resumed across connections and restarts.
 
-An incomplete file is `NAME.part`. A download keeps it, with its entity-tag in `NAME.part.etag`, so that the next one
-resumes it; an export deletes it.
+An incomplete file is `NAME.part`, with its entity-tag in `NAME.part.etag`, so that the next download resumes it.
 """
 
 import asyncio
 import base64
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import aiohttp
 
@@ -46,9 +42,6 @@ class TransferProgress:
     """Offset at which the last connection resumed; 0 where it started from the beginning."""
     rows: int = 0
     """Rows in the file (exports only)."""
-
-
-# -- downloads
 
 
 async def download(
@@ -189,94 +182,3 @@ async def _sha256(path: Path) -> bytes:
 
     async with Threads("digest", 1) as threads:
         return await threads.run(compute, interrupt=cancelled.set)
-
-
-# -- exports
-
-
-async def export(url: str, path: Path, *, on_progress: Callable[[TransferProgress], None]) -> str:
-    """Write an export in CSV or JSON lines into `path`, count its rows, verify it, and return how.
-
-    A last record `{"@end": {"rows": ..., "sha256": ...}}` is compared with the rows received, and left out of the
-    file. Returns `"row count and SHA-256"` then, otherwise `"last chunk"`: a server that fails closes the connection
-    before it. Raises IntegrityError, ConnectionLost where it breaks off, RequestRejected and ValueError as
-    `stream_response` does, OSError of the disk; then, and on cancellation, no file is left.
-    """
-    part, progress = _part(path), TransferProgress()
-    try:
-        with part.open("wb") as file:
-            async with stream_response("GET", url, headers=IDENTITY) as response:
-                rows: _Lines | _Records = _Records(file) if response.content_type == "text/csv" else _Lines(file)
-                on_progress(progress)
-                async for chunk in response.content.iter_any():
-                    rows.feed(chunk)
-                    progress.done, progress.rows = progress.done + len(chunk), rows.count
-                    on_progress(progress)
-            proof = rows.finish()
-            progress.done, progress.rows = file.tell(), rows.count
-            on_progress(progress)
-        part.replace(path)
-        return proof
-    except IntegrityError as error:
-        raise IntegrityError(f"{path}: {error}; the file was deleted") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class _Records:
-    """Writes a CSV file (RFC 4180) and counts its records; a line break in quotes does not end one."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._ends = 0
-        self._quoted = False
-
-    @property
-    def count(self) -> int:
-        return max(self._ends - 1, 0)  # the first is the header
-
-    def feed(self, chunk: bytes) -> None:
-        self._file.write(chunk)
-        # A doubled quote within quotes closes and reopens them, with nothing in between.
-        first, *others = chunk.split(b'"')
-        for number, text in enumerate((first, *others)):
-            self._quoted ^= number > 0
-            self._ends += 0 if self._quoted else text.count(b"\n")
-
-    def finish(self) -> str:
-        return "last chunk"
-
-
-class _Lines:
-    """Writes JSON lines and counts them; holds the last one back, because it may be the end record."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._held = b""
-        self._digest = hashlib.sha256()
-        self.count = 0
-
-    def feed(self, chunk: bytes) -> None:
-        text = self._held + chunk
-        start = text.rfind(b"\n", 0, -1) + 1
-        self._write(text[:start])
-        self._held = text[start:]
-
-    def _write(self, lines: bytes) -> None:
-        self._file.write(lines)
-        self._digest.update(lines)
-        self.count += lines.count(b"\n")
-
-    def finish(self) -> str:
-        """Compare with the end record, or write the last line if it is not one; may raise IntegrityError."""
-        end: object = None
-        with suppress(ValueError, TypeError, KeyError):
-            end = json.loads(self._held)["@end"]
-        if not isinstance(end, dict):
-            self._write(self._held)
-            return "last chunk"
-        if end.get("rows") != self.count:
-            raise IntegrityError(f"received {self.count:,} rows, expected {end.get('rows')!r}")
-        if end.get("sha256") != self._digest.hexdigest():
-            raise IntegrityError("the SHA-256 does not match the server's")
-        return "row count and SHA-256"

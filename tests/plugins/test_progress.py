@@ -879,7 +879,7 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     assert run("rehearsal", "-p", "steps=2", "-p", "delay=0.01") == (0, '{\n "steps": 2\n}\n', "rehearsing\n")
     failure = "streamlab: the task is failed: Step 1 failed, as requested.\n"
     assert run("rehearsal", "-p", "fail_at=1") == (1, "", f"rehearsing\n{failure}")
-    assert run("rehearsal", "-p", "steps") == (2, "", "streamlab: 'steps' is no NAME=VALUE\n")
+    assert run("rehearsal", "-p", "steps") == (2, "", "streamlab: 'steps' is not NAME=VALUE\n")
     status, out, err = run("nap")
     assert (status, out) == (2, "")
     assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: Invalid parameters: kind.")
