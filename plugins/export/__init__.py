@@ -1,4 +1,4 @@
-"""Export the result of any configured SQL query: as CSV, JSON lines and more, in constant memory."""
+"""Export the results of configured SQL queries as CSV, JSON lines and more, in constant memory."""
 
 import asyncio
 import hashlib
@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +22,18 @@ from streamlab import (
     FILES,
     ConfigPath,
     Problem,
+    ResumeQuery,
     Scenario,
+    Slots,
     Task,
     Threads,
     endpoint,
     hookimpl,
+    no_more_events,
     open_event_stream,
     open_stream,
-    sse_event,
+    resume_id,
+    wants_events,
     weights,
 )
 
@@ -58,18 +63,19 @@ from .sqlite_source import SqliteSource
 log = logging.getLogger(__name__)
 
 THREADS = 8
-"""Threads in which queries of SQLite run."""
+"""Number of threads that run queries of SQLite."""
 
 EVENT_ENDS = (16, 80, 336)
-"""After so many rows the first events end, so that the first of them comes soon;"""
+"""Number of rows at the end of each of the first events, which are small so that they arrive early."""
 
 EVENT_ROWS = 1000
-"""each event after those has so many."""
+"""Number of rows in each later event."""
 
-NOT_INSTALLED = "The library that this format, or the database, needs is not installed: no retry helps."
-"""The meaning of 501 in the API document."""
+NOT_INSTALLED = "A library that the format or the database requires is not installed; a retry does not help."
+"""Description of 501 in the API document."""
 
 SAMPLE = "sample"
+"""Name of the sample database."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
@@ -88,74 +94,80 @@ class Table(BaseModel):
 
 
 class Database(Table):
-    """Where results come from."""
+    """A database that exports read from."""
 
     url: Annotated[str, AfterValidator(_database_url)]
-    """`sqlite:///PATH` (a relative path starts at the folder of config.toml), or `postgresql://user@host/name`."""
+    """`sqlite:///PATH` (relative to the folder of config.toml), or `postgresql://user@host/name`."""
 
 
-class Configured(Table):
-    """An export: a SELECT, and what a request may say about it."""
+class ConfiguredExport(Table):
+    """An export: a SELECT, and the parameters that requests may set."""
 
     sql: str = Field(min_length=1)
-    """A SELECT; `:name` stands for a parameter. It comes from here alone, never from a request."""
+    """A SELECT with parameters as `:name`. SQL is never taken from a request."""
     database: Name = SAMPLE
-    """The name of its database."""
+    """Name of its database."""
     parameters: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")], Parameter] = Field(
         default_factory=dict, max_length=50
     )
-    """The values it names."""
+    """Its parameters by name."""
     description: str = ""
-    """What it is, for people."""
+    """Description for people."""
 
     @model_validator(mode="after")
-    def _names_are_free(self) -> "Configured":
+    def _names_are_free(self) -> "ConfiguredExport":
         if taken := sorted(set(self.parameters) & set(RESERVED)):
-            raise ValueError(f"every export has {', '.join(taken)}: a parameter needs another name")
+            raise ValueError(f"{', '.join(taken)}: reserved in every export; rename the parameter")
         return self
 
 
 SAMPLES = {
-    "users": Configured(
+    "users": ConfiguredExport(
         sql="SELECT id, name, email, country, balance, created, active, note FROM users ORDER BY id",
-        description="Every user of the sample database.",
+        description="All users of the sample database.",
     ),
-    "data": Configured(
+    "data": ConfiguredExport(
         sql="SELECT id, name, country, balance, created FROM users ORDER BY id",
-        description="The users of the sample database, in short.",
+        description="The users of the sample database, with fewer columns.",
     ),
-    "results": Configured(
+    "results": ConfiguredExport(
         sql="SELECT id, name, country, balance FROM users WHERE active ORDER BY id",
-        description="The users who are active.",
+        description="The active users of the sample database.",
     ),
 }
-"""The exports of the sample database."""
+"""The exports of the sample database, by name."""
 
 
-class Which(BaseModel):
-    """Which export is meant."""
+class ExportPath(BaseModel):
+    """The path of an export."""
 
-    name: str = Field(max_length=64, description="The export's name.", examples=["users"])
+    name: str = Field(max_length=64, description="Name of the export.", examples=["users"])
 
 
-class WhichFormat(Which):
-    """Which export is meant, in which format."""
+class ExportFormatPath(ExportPath):
+    """The path of an export in a format."""
 
     format: Format = Field(description="The format.", examples=["csv"])
 
 
-class Asked(RowsQuery):
-    """What is wanted of an export."""
+class ExportQuery(RowsQuery):
+    """The query of an export."""
 
     end: bool = Field(False, description="JSON lines: end with a record of the number of rows and a digest of them.")
 
 
-class Followed(RowsQuery):
-    """What is wanted of a stream of results."""
+class ResultsQuery(RowsQuery, ResumeQuery):
+    """The query of a stream of results."""
 
-    last_event_id: str = Field(
-        "", max_length=100, description="Go on after this event; the header Last-Event-ID says the same, and wins."
-    )
+
+@dataclass(frozen=True, slots=True)
+class OpenExport:
+    """An export whose first rows have been fetched."""
+
+    result: Export
+    encoder: Encoder
+    deadline: float
+    """Time of the loop at which it is cut."""
 
 
 class Exports(Scenario):
@@ -165,30 +177,30 @@ class Exports(Scenario):
 
     databases: dict[Name, Database] = Field({}, max_length=100)
     """Databases by name."""
-    queries: dict[Name, Configured] = Field({}, max_length=1000)
+    queries: dict[Name, ConfiguredExport] = Field({}, max_length=1000)
     """Exports by name."""
     sample: bool = True
-    """Whether there is a database `sample`, made when it is first asked for, with exports users, data and results."""
+    """Whether there is a database `sample`, created at its first use, with the exports users, data and results."""
     sample_rows: int = Field(1_000_000, ge=1, le=100_000_000)
-    """How many users the sample has."""
+    """Number of users in the sample."""
     max_cell_mb: float = Field(16.0, gt=0, le=1000)
-    """Maximum size of a cell, in 1,000,000 bytes: an export with a larger one is rejected or, once begun, cut."""
+    """Maximum size of a cell, in megabytes (1,000,000 bytes); a larger one fails the export or, once begun, cuts it."""
     formula_guard: bool = True
-    """Whether text in CSV that a spreadsheet would run as a formula gets an apostrophe before it."""
+    """Whether an apostrophe is put before text in CSV that a spreadsheet would run as a formula."""
     max_exports: int = Field(100, ge=1, le=10_000)
-    """Exports at once; one more is answered 503 with Retry-After."""
+    """Maximum number of exports at once; more are rejected with 503 and Retry-After."""
     max_seconds: float = Field(3600.0, gt=0, le=7 * 86_400)
-    """How long an export may take; then it is cut."""
+    """Maximum duration of an export, in seconds; then it is cut."""
     folder: ConfigPath = Path("var/files/exports")
-    """Where the task `export` writes its files; below the root of the file scenario, they can be downloaded."""
+    """Folder of the files of the task `export`; they can be downloaded if it is below the root of the file scenario."""
     keep_seconds: float = Field(86_400.0, ge=1, le=365 * 86_400)
-    """How long a file of the task `export` is kept, in seconds from its completion."""
+    """Retention of a file of the task `export`, in seconds from its completion."""
     keep_mb: int = Field(10_000, ge=1, le=100_000_000)
-    """Megabytes (1,000,000 bytes) that all files of the task `export` may have; beyond, the task fails with 507."""
+    """Maximum size of all files of the task `export`, in megabytes (1,000,000 bytes); beyond, it fails with 507."""
 
     _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
     _missing: dict[str, MissingLibrary] = PrivateAttr(default_factory=dict)
-    _running: set[object] = PrivateAttr(default_factory=set)
+    _slots: Slots = PrivateAttr()
     _sample_made: asyncio.Lock = PrivateAttr(default_factory=asyncio.Lock)
     _sample_path: Path = PrivateAttr(default=Path())
     _making: Threads = PrivateAttr()
@@ -223,17 +235,18 @@ class Exports(Scenario):
         return self.sample or SAMPLE in self.databases
 
     @property
-    def exports(self) -> Mapping[str, Configured]:
-        """Every export by name: those of the sample, unless others have their names, and the configured ones."""
+    def exports(self) -> Mapping[str, ConfiguredExport]:
+        """Every export by name: the configured ones, and those of the sample whose names are not used otherwise."""
         return {**(SAMPLES if self.sample and SAMPLE not in self.databases else {}), **self.queries}
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """Keep threads for SQLite and connections to PostgreSQL while the server serves."""
+        """Hold threads for SQLite and connections to PostgreSQL open while the server serves."""
         base = app[CONFIG].base
         self._sample_path = base / "var/sample.db"
         self._file_url = app[FILES].url
+        self._slots = Slots(self.max_exports, what="exports")
         async with AsyncExitStack() as stack:
             threads = await stack.enter_async_context(Threads("export", THREADS))
             self._making = await stack.enter_async_context(Threads("export-sample", 1))
@@ -251,19 +264,19 @@ class Exports(Scenario):
                     continue
                 try:
                     self._sources[name] = await _open_postgres(stack, url, self.max_seconds, self._max_cell)
-                except MissingLibrary as error:  # the exports of other databases need not go without
+                except MissingLibrary as error:  # the exports of other databases still work
                     log.warning("the database %s cannot be read: %s", name, error)
                     self._missing[name] = error
             yield
 
     @hookimpl
     def worker_lifespan(self, app: web.Application) -> AbstractAsyncContextManager[None]:
-        """Keep the same while a worker runs tasks."""
+        """Hold the same open while a worker runs tasks."""
         return self.lifespan(app)
 
     @hookimpl
     def register_tasks(self) -> list[Task]:
-        """Bring the report over the sample, and exports into files."""
+        """Register the report on the sample, and exports to files."""
         jobs = Jobs(self)
         report = [Task(jobs.report, unit="users", resumable=True)] if self.has_sample else []
         return [*report, Task(jobs.export, unit="rows", resumable=True)]
@@ -274,11 +287,11 @@ class Exports(Scenario):
     async def index(self, request: web.Request) -> web.Response:
         """List every export with its columns, their types, its parameters and the formats that are installed."""
         listed = [await self._listed(name, query) for name, query in sorted(self.exports.items())]
-        lacking = {form: reason for form, kind in FORMATS.items() if (reason := unavailable(kind))}
-        text = json.dumps({"exports": listed, "unavailable_formats": lacking}, ensure_ascii=False, indent=1) + "\n"
+        missing = {form: reason for form, kind in FORMATS.items() if (reason := unavailable(kind))}
+        text = json.dumps({"exports": listed, "unavailable_formats": missing}, ensure_ascii=False, indent=1) + "\n"
         return web.Response(text=text, content_type="application/json")
 
-    async def _listed(self, name: str, query: Configured) -> dict[str, Any]:
+    async def _listed(self, name: str, query: ConfiguredExport) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "description": query.description, "database": query.database}
         entry["urls"] = {form: f"/export/{name}/{form}" for form in _installed()}
         entry["parameters"] = {key: value.model_dump(exclude_defaults=True) for key, value in query.parameters.items()}
@@ -292,156 +305,141 @@ class Exports(Scenario):
     @endpoint(
         "GET",
         "/export/{name}",
-        path_model=Which,
-        query=Asked,
+        path_model=ExportPath,
+        query=ExportQuery,
         sends=tuple(form.media_type for form in FORMATS.values()),
-        responses={406: "Accept names none of the formats that are installed.", 501: NOT_INSTALLED},
+        responses={406: "Accept allows none of the installed formats.", 501: NOT_INSTALLED},
         curl="-H 'Accept: application/jsonl' {url}",
     )
-    async def negotiated(self, request: web.Request, path: Which, query: Asked) -> web.StreamResponse:
-        """Export a result in the format that Accept names; CSV where it names none."""
+    async def negotiated(self, request: web.Request, path: ExportPath, query: ExportQuery) -> web.StreamResponse:
+        """Export a result in the format that Accept prefers; CSV without Accept."""
         form = _preferred(request.headers.get("Accept", ""))
         return await self._send(request, path.name, form, query, {"Vary": "Accept"})
 
     @endpoint(
         "GET",
         "/export/{name}/{format}",
-        path_model=WhichFormat,
-        query=Asked,
+        path_model=ExportFormatPath,
+        query=ExportQuery,
         sends=tuple(form.media_type for form in FORMATS.values()),
         responses={501: NOT_INSTALLED},
         curl="-OJ {url}",
     )
-    async def export(self, request: web.Request, path: WhichFormat, query: Asked) -> web.StreamResponse:
+    async def export(self, request: web.Request, path: ExportFormatPath, query: ExportQuery) -> web.StreamResponse:
         """Export a result as CSV, JSON lines, a JSON array, an Arrow stream or Parquet."""
         return await self._send(request, path.name, path.format, query, {})
 
     @endpoint(
         "GET",
         "/stream/database-results",
-        query=Followed,
+        query=ResultsQuery,
         sends=("application/jsonl", "text/event-stream"),
-        responses={204: "The client has the end of the stream already."},
+        responses={204: "The client has received the end of the stream."},
         curl="-N {url}",
     )
-    async def results(self, request: web.Request, query: Followed) -> web.StreamResponse:
-        """Stream the rows of the export `results` as JSON lines, or as events, a batch each, that resume by row."""
-        if "text/event-stream" in request.headers.get("Accept", ""):
-            return await self._follow(request, "results", query)
+    async def results(self, request: web.Request, query: ResultsQuery) -> web.StreamResponse:
+        """Stream the rows of the export `results` as JSON lines, or as events of a batch each that resume by row."""
+        if wants_events(request):
+            return await self._send_events(request, "results", query)
         return await self._send(request, "results", "jsonl", query, {"Vary": "Accept"})
 
-    # -- the answer
+    # -- the response
 
     async def _send(
-        self, request: web.Request, name: str, form: str, wanted: Asked | Followed, headers: Mapping[str, str]
+        self, request: web.Request, name: str, form: str, query: ExportQuery | ResultsQuery, headers: Mapping[str, str]
     ) -> web.StreamResponse:
-        end = isinstance(wanted, Asked) and wanted.end
+        end = isinstance(query, ExportQuery) and query.end
         if end and form != "jsonl":
-            errors = [{"in": "query", "name": "end", "detail": f"only jsonl ends with a record; this is {form}"}]
-            raise Problem(422, "This format has no end record.", errors=errors)
-        async with self.opened(name, form, wanted, 0) as (export, encoder, deadline):
-            filename = f"{name}.{encoder.extension}"
-            headers = {"Content-Disposition": f'attachment; filename="{filename}"', **headers}
+            raise Problem.parameter("end", f"only jsonl has an end record, not {form}")
+        async with self.opened(name, form, query) as export:
+            encoder, digest = export.encoder, hashlib.sha256() if end else None
+            headers = {"Content-Disposition": f'attachment; filename="{name}.{encoder.extension}"', **headers}
             async with (
                 open_stream(request, encoder.media_type, headers=headers, compress=True) as stream,
-                self.limited(name, deadline),
+                self.limited(name, export.deadline),
             ):
-                digest = hashlib.sha256() if end else None
-                async for data in body(export):
+                async for data in body(export.result):
                     if digest is not None:
                         digest.update(data)
                     await stream.write(data)
-                altered = self.report_altered(name, export)
-                await stream.write(encoder.end(export.rows, digest.hexdigest() if digest else None, altered))
+                altered = self.report_altered(name, export.result)
+                await stream.write(encoder.end(export.result.rows, digest.hexdigest() if digest else None, altered))
         return stream
 
-    async def _follow(self, request: web.Request, name: str, wanted: Followed) -> web.StreamResponse:
-        """Send batches of rows as events. An id is the data's version and the number of rows up to there."""
-        asked = request.headers.get("Last-Event-ID") or wanted.last_event_id
-        if asked.endswith(".end"):
-            return web.Response(status=204, headers={"Cache-Control": "no-store"})
-        match = re.fullmatch(r"([0-9a-f]{1,16})-([0-9]{1,15})(?:\.[a-z]+)?", asked)
-        skip = int(match[2]) if match else 0
-        async with AsyncExitStack() as stack:
-            export, _, deadline = await stack.enter_async_context(self.opened(name, "jsonl", wanted, skip))
-            changed = bool(asked) and (match is None or match[1] != export.version)
-            if changed and skip:  # those rows may be others by now: all are sent again
-                await stack.aclose()
-                skip = 0
-                export, _, deadline = await stack.enter_async_context(self.opened(name, "jsonl", wanted, 0))
-            stream = await stack.enter_async_context(open_event_stream(request))
-            place = f"{export.version}-{skip}"
-            await stack.enter_async_context(self.limited(name, deadline))
-            stream.event_id = lambda kind: f"{place}.{kind}"
-            if changed:
-                gap = {"reason": "the data may have changed since", "missing": None}
-                await stream.write(sse_event(gap, "gap", id=f"{place}.gap"))
-            async for count, rows in _batches(export.chunks(), skip):
-                identity = f"{export.version}-{count}"
-                await stream.write(sse_event(b'{"count":%d,"rows":[%b]}' % (count, rows), "rows", id=identity))
-                place = identity  # not before the write, which may be interrupted
-            total = {"count": skip + export.rows, "altered": self.report_altered(name, export)}
-            await stream.write(sse_event(total, "end", id=f"{place}.end"))
+    async def _send_events(self, request: web.Request, name: str, query: ResultsQuery) -> web.StreamResponse:
+        """Send batches of rows as events. An id is the version of the data and the number of rows up to its event."""
+        last_id = resume_id(request, query.last_event_id)
+        if last_id.endswith(".end"):
+            return no_more_events()
+        match = re.fullmatch(r"([0-9a-f]{1,16})-([0-9]{1,15})(?:\.[a-z]+)?", last_id)
+        version, count = (match[1], int(match[2])) if match else ("", 0)
+        async with self.opened(name, "jsonl", query, skip=count) as export:
+            has_changed = bool(last_id) and version != export.result.version
+            if not (has_changed and count):
+                return await self._send_batches(request, name, export, count, has_changed=has_changed)
+        # The rows before `count` may have changed, too: all are sent again.
+        async with self.opened(name, "jsonl", query) as export:
+            return await self._send_batches(request, name, export, 0, has_changed=True)
+
+    async def _send_batches(
+        self, request: web.Request, name: str, export: OpenExport, count: int, *, has_changed: bool
+    ) -> web.StreamResponse:
+        """Send the rows after the first `count` as events."""
+        result = export.result
+        async with (
+            open_event_stream(request, headers={"Vary": "Accept"}, position=f"{result.version}-{count}") as stream,
+            self.limited(name, export.deadline),
+        ):
+            if has_changed:
+                await stream.gap("the data may have changed since")
+            async for end, rows in _batches(result.chunks(), count):
+                await stream.send(b'{"count":%d,"rows":[%b]}' % (end, rows), f"{result.version}-{end}", "rows")
+            total = {"count": count + result.rows, "altered": self.report_altered(name, result)}
+            await stream.send(total, f"{stream.position}.end", "end")
         return stream
 
     @staticmethod
     def report_altered(name: str, export: Export) -> int:
-        """Return how many values of a finished export were altered, and log it: few formats have an end record."""
+        """Return the number of altered values of a finished export, and log it: most formats cannot report it."""
         if export.altered:
             log.warning("the export %s altered %d values that its format cannot hold", name, export.altered)
         return export.altered
 
     @asynccontextmanager
-    async def opened(
-        self, name: str, form: str, wanted: RowsQuery, skip: int
-    ) -> AsyncIterator[tuple[Export, Encoder, float]]:
-        """Run an export within the limits, and say until when; what it may be refused for becomes a refusal."""
+    async def opened(self, name: str, form: str, query: RowsQuery, skip: int = 0) -> AsyncIterator[OpenExport]:
+        """Run an export within the limits, without its first `skip` rows; raises Problem if it fails at the start."""
         configured = self.exports.get(name)
         if configured is None:
             known = ", ".join(sorted(self.exports)) or "none"
             raise Problem(404, f"There is no export of this name; GET /export lists them: {known}.")
-        values, where = wanted.read_values(configured.parameters)
-        limit = None if wanted.limit is None else max(0, wanted.limit - skip)
-        selection = Selection(wanted.columns, where, limit, skip)
+        values, where = query.read_values(configured.parameters)
+        limit = None if query.limit is None else max(0, query.limit - skip)
+        selection = Selection(query.columns, where, limit, skip)
         deadline = asyncio.get_running_loop().time() + self.max_seconds
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._place())
+            await stack.enter_async_context(self._slots.held())
             async with self.limited(name, deadline):
                 source = await self.source(configured.database)
-                query = Query(configured.sql, values)
-                guard = self.formula_guard
-                running = source.export(query, selection, form, formula_guard=guard, strict=wanted.strict)
-                export, encoder = await stack.enter_async_context(running)
-            yield export, encoder, deadline
+                sql, guard = Query(configured.sql, values), self.formula_guard
+                running = source.export(sql, selection, form, formula_guard=guard, strict=query.strict)
+                result, encoder = await stack.enter_async_context(running)
+            yield OpenExport(result, encoder, deadline)
 
     @asynccontextmanager
     async def limited(self, name: str, deadline: float | None = None) -> AsyncIterator[None]:
-        """Refuse, or break off, what fails or takes too long in the block.
+        """Turn errors and a timeout in the block into Problems.
 
-        Inside the block of an open stream, for as soon as that is cut the handler is cancelled.
+        Enter it inside the block of an open stream: that cancels the handler as soon as it is cut.
         """
-        with _refusing(name):
+        with _error_responses(name):
             try:
                 async with asyncio.timeout_at(deadline):
                     yield
             except TimeoutError:
-                raise Interrupted(f"it took more than the {self.max_seconds:g} seconds it may") from None
-
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        """Hold one of the places for exports."""
-        if len(self._running) >= self.max_exports:
-            detail = f"This server runs {self.max_exports} exports, which is all it takes."
-            raise Problem(503, detail, headers={"Retry-After": "5"})
-        place = object()
-        self._running.add(place)
-        try:
-            yield
-        finally:
-            self._running.discard(place)
+                raise Interrupted(f"it took longer than {self.max_seconds:g} s (max_seconds)") from None
 
     async def source(self, database: str = SAMPLE) -> Source:
-        """The source of a database; the sample is made when it is first asked for."""
+        """Return the source of a database; create the sample database at its first use."""
         path = self._sample_path
         if database == SAMPLE and SAMPLE not in self.databases:
             async with self._sample_made:
@@ -452,7 +450,7 @@ class Exports(Scenario):
                         await self._making.run(make, interrupt=stop.set)
                     except (OSError, sqlite3.Error) as error:
                         reason = error.strerror if isinstance(error, OSError) else str(error)
-                        raise Problem(503, f"The sample database cannot be made: {reason}.") from error
+                        raise Problem(503, f"The sample database cannot be created: {reason}.") from error
         if database in self._missing:
             raise self._missing[database]
         return self._sources[database]
@@ -467,38 +465,37 @@ async def _open_postgres(stack: AsyncExitStack, url: str, seconds: float, max_ce
 
 
 @contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Say what an export is refused for: to the client as far as it is its fault, to the operator in the log."""
+def _error_responses(name: str) -> Iterator[None]:
+    """Turn errors of an export into Problems with what concerns the client, and log what concerns the operator."""
     try:
         yield
     except UnknownColumn as error:
         detail = f"the result has no column {error.name!r}; known: {', '.join(error.known)}"
-        errors = [{"in": "query", "name": "columns", "detail": detail}]
-        raise Problem(422, "The result does not have every column asked for.", errors=errors) from None
+        raise Problem.parameter("columns", detail) from None
     except BadValue as error:
-        raise Problem.of_parameters([{"in": "query", "name": error.name, "detail": error.detail}]) from None
+        raise Problem.parameter(error.name, error.detail) from None
     except TooLarge as error:
         log.warning("the export %s is rejected: %s", name, error)
-        detail = f"{error}, which max_cell_mb limits. `columns` can leave a column out."
+        detail = f"{error}; the limit is max_cell_mb. `columns` can exclude a column."
         raise Problem(422, detail[:1].upper() + detail[1:]) from None
     except UnrepresentableValue as error:
         log.warning("the export %s cannot be sent in this format: %s", name, error)
         raise Problem(422, f"This format cannot hold the result: {error}.") from None
-    except MissingLibrary as error:  # 501 and not 503: nothing but an installation changes it
+    except MissingLibrary as error:  # 501 and not 503: only an installation changes it
         raise Problem(501, str(error)) from None
     except Unavailable as error:
-        log.warning("the export %s is refused: %s", name, error)
+        log.warning("the export %s is unavailable: %s", name, error)
         raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
     except BadQuery as error:
-        log.error("the SQL of the export %s is wrong: %s", name, error)
-        raise Problem(500, "The database refuses the SQL of this export; the server's log says why.") from None
+        log.error("the SQL of the export %s is invalid: %s", name, error)
+        raise Problem(500, "The database rejects the SQL of this export; see the server's log.") from None
     except Interrupted as error:
-        log.warning("the export %s broke off: %s", name, error)
-        raise Problem(503, "The database broke off.", headers={"Retry-After": "5"}) from None
+        log.warning("the export %s was interrupted: %s", name, error)
+        raise Problem(503, "The export was interrupted.", headers={"Retry-After": "5"}) from None
 
 
-def _example(query: Configured) -> Query:
-    """The query with some value for every parameter, to be described, not to be run."""
+def _example(query: ConfiguredExport) -> Query:
+    """Return the query with a value for every parameter, to be described, not run."""
     zero = {"text": "", "integer": 0, "real": 0.0, "boolean": False}
     return Query(query.sql, {name: zero[parameter.type] for name, parameter in query.parameters.items()})
 
@@ -509,25 +506,25 @@ def _installed() -> Mapping[str, str]:
 
 
 def _preferred(accept: str) -> str:
-    """Return the installed format that Accept likes best (RFC 9110 section 12.5.1); raises Problem 406."""
-    liked = weights(accept)
-    if not liked:
+    """Return the installed format that Accept prefers (RFC 9110 section 12.5.1); raises Problem 406."""
+    accepted = weights(accept)
+    if not accepted:
         return "csv"
 
     def weight(media: str) -> float:
-        return liked.get(media, liked.get(media.partition("/")[0] + "/*", liked.get("*/*", 0.0)))
+        return accepted.get(media, accepted.get(media.partition("/")[0] + "/*", accepted.get("*/*", 0.0)))
 
     formats = _installed()
     best = max(formats, key=lambda form: weight(formats[form]))
     if weight(formats[best]) <= 0:
-        raise Problem(406, f"This export comes as {', '.join(formats.values())}.")
+        raise Problem(406, f"Accept allows none of the available formats: {', '.join(formats.values())}.")
     return best
 
 
 async def _batches(chunks: AsyncIterator[bytes], count: int) -> AsyncIterator[tuple[int, bytes]]:
-    """JSON lines after `count` rows as the rows of events, each with how many there are up to its end.
+    """Yield JSON lines after `count` rows as the rows of events, each with the number of rows up to its end.
 
-    Where an event ends depends on the number of rows alone, so that a client that comes back gets the same bytes.
+    The end of an event depends only on the number of rows, so that a client that resumes gets the same bytes.
     """
     waiting: list[bytes] = []
     async for data in chunks:
@@ -541,12 +538,12 @@ async def _batches(chunks: AsyncIterator[bytes], count: int) -> AsyncIterator[tu
 
 
 def _event_end(count: int) -> int:
-    """How many rows there are at the end of the event that begins after `count`."""
-    begun = next((end for end in EVENT_ENDS if count < end), None)
-    return begun or EVENT_ENDS[-1] + ((count - EVENT_ENDS[-1]) // EVENT_ROWS + 1) * EVENT_ROWS
+    """Return the number of rows at the end of the event that begins after `count`."""
+    early = next((end for end in EVENT_ENDS if count < end), None)
+    return early or EVENT_ENDS[-1] + ((count - EVENT_ENDS[-1]) // EVENT_ROWS + 1) * EVENT_ROWS
 
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the exports."""
+    """Register the exports."""
     return [Exports]

@@ -73,25 +73,26 @@ class Jobs:
         strict: Annotated[bool, Field(description="Fail instead of altering values.")] = False,
     ) -> dict[str, Any]:
         """Write an export to a file, completely or not at all, for a later download."""
-        wanted = RowsQuery(columns=columns, limit=limit, strict=strict)
+        query = RowsQuery(columns=columns, limit=limit, strict=strict)
         async with (
-            self._exports.opened(name, format, wanted, 0) as (export, encoder, deadline),
+            self._exports.opened(name, format, query) as export,
             # The whole id: it begins with the time, which tasks of one millisecond share.
-            self._exports.files.writing(f"{name}-{progress.id}.{encoder.extension}") as file,
+            self._exports.files.writing(f"{name}-{progress.id}.{export.encoder.extension}") as file,
         ):
+            result = export.result
             await progress(0, limit, f"writing {file.name}")
-            async with self._exports.limited(name, deadline), aclosing(body(export)) as chunks:
+            async with self._exports.limited(name, export.deadline), aclosing(body(result)) as chunks:
                 async for data in chunks:
                     await file.write(data)
-                    await progress(export.rows)
-            altered = self._exports.report_altered(name, export)
-            await file.write(encoder.end(export.rows, None, altered))
+                    await progress(result.rows)
+            altered = self._exports.report_altered(name, result)
+            await file.write(export.encoder.end(result.rows, None, altered))
             await file.commit()
-        await progress(export.rows, export.rows)
+        await progress(result.rows, result.rows)
         return {
             "file": file.name,
             "url": self._exports.file_url(file.name),
-            "rows": export.rows,
+            "rows": result.rows,
             "altered": altered,
             "bytes": file.size,
             "sha256": file.sha256,

@@ -281,7 +281,7 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
         ("/export/users/csv?offset=5", 422, "unknown parameter"),
         ("/export/users/csv?limit=-1", 422, "greater than or equal to 0"),
         ("/export/users/csv?where.id=1&where.id=2", 422, "given 2 times"),
-        ("/export/users/csv?end=true", 422, "only jsonl ends with a record"),
+        ("/export/users/csv?end=true", 422, "only jsonl has an end record, not csv"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_named(shared: Running, path: str, status: int, said: str) -> None:
@@ -355,9 +355,9 @@ def test_sql_that_is_more_than_a_select_is_refused_by_the_connection_itself(
     else:
         assert (status, json.loads(body)["detail"]) == (
             500,
-            "The database refuses the SQL of this export; the server's log says why.",
+            "The database rejects the SQL of this export; see the server's log.",
         )
-        server.wait_for_log("the SQL of the export evil is wrong")
+        server.wait_for_log("the SQL of the export evil is invalid")
     assert (tmp_path / "var/sample.db").read_bytes() == before
     assert not (tmp_path / "evil.db").exists()
 
@@ -386,7 +386,7 @@ def test_a_query_that_fails_in_the_middle_never_looks_whole(
             ["curl", "-sS", *options, f"{server.url}/export/fails/{form}"], capture_output=True, check=False
         )
         assert done.returncode == status, done.stderr
-    server.wait_for_log("the export fails broke off: the query failed after")
+    server.wait_for_log("the export fails was interrupted: the query failed after")
 
 
 def test_a_database_that_is_not_there_is_503_until_it_is(
@@ -527,7 +527,7 @@ def test_an_export_that_takes_too_long_is_refused_or_cut(serve: Callable[..., Ru
     received = read_all(server.send("GET /export/endless/csv HTTP/1.1\nHost: localhost"))
     assert received.startswith(b"HTTP/1.1 200 OK")
     assert not received.endswith(b"0\r\n\r\n")
-    server.wait_for_log("the export endless broke off: it took more than the 0.5 seconds it may")
+    server.wait_for_log("the export endless was interrupted: it took longer than 0.5 s (max_seconds)")
 
 
 def test_more_exports_than_may_run_are_503(serve: Callable[..., Running]) -> None:
@@ -643,7 +643,10 @@ def test_the_index_lists_every_export_with_columns_and_types(serve: Callable[...
         ('[scenarios.export.queries.a]\nsql = "SELECT 1"\ndatabase = "nowhere"\n', "a names the database 'nowhere'"),
         ('[scenarios.export.databases.a]\nurl = "mysql://x"\n', "must be sqlite:///"),
         ('[scenarios.export.queries.a]\nsql = ""\n', "scenarios.export.queries.a.sql"),
-        ('[scenarios.export.queries.a]\nsql = "SELECT 1"\nparameters.limit = {}\n', "a parameter needs another name"),
+        (
+            '[scenarios.export.queries.a]\nsql = "SELECT 1"\nparameters.limit = {}\n',
+            "limit: reserved in every export; rename the parameter",
+        ),
         ('[scenarios.export.queries.a]\nsql = "x"\nparameters.n = { type = "integer", default = "x" }\n', "integer"),
     ],
 )
