@@ -1,4 +1,4 @@
-"""A long task: its function, what it may be given, and the progress that it tells."""
+"""Long tasks: the function of a task, its parameters, and the progress that it reports."""
 
 import asyncio
 import inspect
@@ -17,27 +17,28 @@ from .problems import Problem, faults, public_message
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.005
-"""How long a task that only tells its progress may keep the event loop before others get a turn."""
+"""Maximum time that a task which only reports progress runs without yielding to the event loop, in seconds."""
 
-MOST = 2**53
-"""How much may be done: what every client of JSON can count."""
+MAX_AMOUNT = 2**53
+"""Maximum of a number that a task reports: every client of JSON represents integers up to it exactly."""
 
 MESSAGE_BYTES = 10_000
+"""Maximum size of a message, in bytes."""
 
 CHECKPOINT_BYTES = 1024 * 1024
-"""What a task may leave for the run that goes on where it was broken off."""
+"""Maximum size of a checkpoint as JSON, in bytes."""
 
 RESULT_BYTES = 1024 * 1024
-"""What a task may return, as JSON."""
+"""Maximum size of a task's result as JSON, in bytes."""
 
-MESSAGES = 100
-"""Messages that may wait to be told; a task that has more waits for them."""
+MAX_MESSAGES = 100
+"""Maximum number of unpublished messages; a task that reports more waits until they are published."""
 
 
 class Progress:
-    """How far a task is: called by its function, read by whoever runs it.
+    """The progress of a task: its function calls it, its runner publishes it.
 
-    A call costs microseconds: what is told is joined into some events a second, the last of them always sent.
+    A call takes microseconds: reports are combined into a few events per second, and the last one is always published.
     """
 
     def __init__(
@@ -50,28 +51,28 @@ class Progress:
         attempt: int = 1,
     ) -> None:
         self.id = id
-        """The task's, the same in all its runs."""
+        """The id of the task, the same in all its runs."""
         self.done = done
-        """In the task's unit."""
+        """The amount done, in the task's unit."""
         self.total = total
-        """None as long as nobody knows."""
+        """The total amount, in the task's unit; None while it is unknown."""
         self.message = ""
         self.attempt = attempt
-        """1 in the first run, one more in each that goes on after one that was broken off."""
+        """1 in the first run, one more in each run that resumes an interrupted one."""
         self.saved = checkpoint
         """The checkpoint as JSON; empty where there is none."""
         self.messages: list[str] = []
-        """What has been said and is still to be told."""
+        """Messages that are not published yet."""
         self.changed = asyncio.Event()
-        self.told = asyncio.Event()
-        """Set by who tells, whenever it has told everything."""
+        self.published = asyncio.Event()
+        """Set by the runner whenever it has published all messages."""
         self._turn = time.monotonic()
 
     async def __call__(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Tell that so much is done, of a total where that is known, and what is being done in words.
+        """Report the amount done, the total if it is known, and a message about the current step.
 
-        A message is told each time it changes, in an event of its own. Raises TypeError or ValueError for what is no
-        number up to MOST or no text of MESSAGE_BYTES.
+        Each change of the message is published in its own event. Raises TypeError or ValueError for what is not a
+        number up to MAX_AMOUNT or not a text of up to MESSAGE_BYTES.
         """
         self.done = _number(done)
         if total is not None:
@@ -81,10 +82,10 @@ class Progress:
                 raise ValueError(f"a message is longer than {MESSAGE_BYTES} bytes")
             self.message = message
             self.messages.append(message)
-            if len(self.messages) >= MESSAGES:
-                self.told.clear()
+            if len(self.messages) >= MAX_MESSAGES:
+                self.published.clear()
                 self.changed.set()
-                await self.told.wait()
+                await self.published.wait()
         if not self.changed.is_set():
             self.changed.set()
         if (now := time.monotonic()) - self._turn > TURN_SECONDS:
@@ -93,10 +94,10 @@ class Progress:
 
     @property
     def checkpoint(self) -> Any:
-        """What the run before this one has left; None in the first, or where it left nothing.
+        """The checkpoint of the run before this one; None in the first run, or if that run assigned none.
 
-        What is assigned is kept with the progress that is told next: JSON, of CHECKPOINT_BYTES at most. Raises
-        TypeError and ValueError for other things.
+        An assigned value is stored with the progress that is published next. Raises TypeError or ValueError for what
+        is not JSON of at most CHECKPOINT_BYTES.
         """
         return msgspec.json.decode(self.saved) if self.saved else None
 
@@ -109,27 +110,27 @@ class Progress:
 
 
 def _number(value: float) -> float:
-    """A number as JSON has it, whatever library it is of."""
+    """Return a number as an int or float that JSON can represent, whatever library it comes from."""
     plain = value if type(value) is int or type(value) is float else float(value)
-    if not -MOST <= plain <= MOST:
-        raise ValueError(f"{value} is more than can be done")
+    if not -MAX_AMOUNT <= plain <= MAX_AMOUNT:
+        raise ValueError(f"{value} is not a number from -2^53 to 2^53")
     return plain
 
 
 class Task:
-    """A kind of task that a plugin brings: `async def NAME(progress, ...)`, or a method, and how it is to be run.
+    """A kind of task of a plugin: `async def NAME(progress, ...)`, or a method, and how it runs.
 
-    The function's parameters behind the first, with annotations and defaults as in a pydantic model, are what a client
-    may give; its docstring tells of it, and what it returns, JSON, is the result. It is cancelled where a client says
-    so or the server stops, and raises where it fails: the words of a `Problem` are for clients as they are. What
-    computes or waits for a disk belongs into a thread (`Threads`).
+    The function's parameters after the first, with annotations and defaults as in a pydantic model, are those that a
+    client may give; its docstring is the description, and what it returns, JSON, is the result. It is cancelled when
+    a client cancels the task or the server stops, and raises when it fails: clients read the detail of a `Problem`.
+    What computes or waits for a disk belongs into a thread (`Threads`).
 
-    A function must end when it is cancelled: one that does not keeps its place, and its server from stopping.
+    A function must end when it is cancelled: otherwise it holds its slot, and delays the stop of its server.
 
-    `resumable` says that it goes on from `progress.checkpoint`, and may run twice from there on; one that is not is
-    never begun anew. `unit` is what is counted. A task that has run longer than `max_seconds`, all its runs together,
-    is cancelled and fails; the server has a limit for all kinds, and the smaller one counts. Raises TypeError for a
-    function that is none of this kind, and ValueError for a limit that is not a positive number.
+    `resumable`: it resumes from `progress.checkpoint`, and may run the same step twice; other tasks are never run
+    again. `unit` is the unit of progress. A task that has run longer than `max_seconds`, over all its runs, is
+    cancelled and fails; the server has a limit for all kinds, and the smaller one applies. Raises TypeError for a
+    function of another form, and ValueError for a limit that is not a positive number.
     """
 
     def __init__(
@@ -147,20 +148,20 @@ class Task:
         self.unit = unit
         self.resumable = resumable
         self.max_seconds = max_seconds
-        """How long a task of this kind may run, in seconds; None where only the server's limit counts."""
+        """Maximum time of a task of this kind, in seconds; None where only the server's limit applies."""
         self.description = inspect.cleandoc(function.__doc__ or "")
         self.parameters = _parameters(self.name, function)
-        """What a client may give, as a model."""
+        """The model of the parameters that a client may give."""
 
-    def read(self, given: Mapping[str, Any], *, place: str, prefix: str = "") -> dict[str, Any]:
-        """Validate parameters that stand in a request's `place`, under names behind `prefix`.
+    def read(self, given: Mapping[str, Any], *, where: str, prefix: str = "") -> dict[str, Any]:
+        """Validate parameters of a request's `where` (`query` or `body`), whose names there begin with `prefix`.
 
-        Returns all of them, with defaults, as JSON has them; raises Problem 422 that names every fault.
+        Returns all of them, with defaults, as JSON values; raises Problem 422 that names every fault.
         """
         try:
             return self.parameters.model_validate(given).model_dump(mode="json")
         except ValidationError as error:
-            found = faults(error, place)
+            found = faults(error, where)
         for fault in found:
             if fault["name"] in given and fault["name"] not in self.parameters.model_fields:
                 known = ", ".join(self.parameters.model_fields) or "it has none"
@@ -169,14 +170,14 @@ class Task:
         raise Problem.of_parameters(found)
 
     async def run(self, progress: Progress, parameters: Mapping[str, Any]) -> Any:
-        """Run the function with parameters that its model takes, and return its result, as JSON has it.
+        """Run the function with parameters that its model accepts, and return its result as a JSON value.
 
-        Raises Problem for whatever the function raises, and for a result that is no JSON or larger than RESULT_BYTES.
+        Raises Problem for whatever the function raises, and for a result that is not JSON or exceeds RESULT_BYTES.
         """
         try:
             valid = self.parameters.model_validate(parameters)
         except ValidationError:
-            raise Problem(422, "The parameters of this task are not valid any more.") from None
+            raise Problem(422, "The parameters of this task are no longer valid.") from None
         try:
             values = {name: getattr(valid, name) for name in self.parameters.model_fields}
             result = await self.function(progress, **values)
@@ -187,7 +188,7 @@ class Task:
             log.exception("a task %s failed", self.name)
             raise Problem(500, f"{type(error).__name__}: {public_message(error)}".rstrip(": ")) from None
         if len(encoded) > RESULT_BYTES:
-            raise Problem(500, f"The result has {len(encoded)} bytes; {RESULT_BYTES} is what a task may return.")
+            raise Problem(500, f"The result has {len(encoded)} bytes; the maximum is {RESULT_BYTES}.")
         return msgspec.json.decode(encoded)
 
 
@@ -210,4 +211,4 @@ def _parameters(name: str, function: Callable[..., Awaitable[Any]]) -> type[Base
 
 
 TASKS = web.AppKey("tasks", Mapping[str, Task])
-"""Key of the application: every kind of task that its plugins bring, by name."""
+"""Key of the application: every kind of task of its plugins, by name."""

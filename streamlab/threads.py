@@ -15,7 +15,7 @@ INTERRUPT_SECONDS = 0.02
 
 
 class _Call(NamedTuple):
-    """Work that waits for a thread, or runs in one."""
+    """Work that waits for a thread or runs in one."""
 
     job: "Future[Any]"
     interrupt: Callable[[], object] | None
@@ -31,8 +31,7 @@ class Threads:
     """Up to `count` threads for one kind of blocking work, named `kind` in stack traces; an async context manager.
 
     Each kind has its own threads, so that digests cannot delay downloads, or exports the event log. Work that finds no
-    thread free waits, in the order in which it came; as each caller waits for its own, there is no more of it than
-    callers.
+    free thread is queued, first come, first served; the queue is bounded by the number of callers, which all wait.
     """
 
     def __init__(self, kind: str, count: int) -> None:
@@ -50,7 +49,7 @@ class Threads:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Accept no more work; drop what waits, interrupt what runs, and return when no thread is busy with either.
+        """Accept no more work; drop what is queued, interrupt what runs, and return when no thread is busy.
 
         A request may still be handled when the server closes what its handler uses. Its work then ends as if
         interrupted, or with RuntimeError.
@@ -58,11 +57,11 @@ class Threads:
         executor = self.executor
         self._executor = None
         try:
-            await shielded(self._ended())
+            await shielded(self._end_calls())
         finally:
             executor.shutdown(wait=False)
 
-    async def _ended(self) -> None:
+    async def _end_calls(self) -> None:
         while self._calls:
             for call in tuple(self._calls.values()):
                 call.end()
@@ -88,13 +87,13 @@ class Threads:
         interrupt: Callable[[], object] | None = None,
         discard: Callable[[T], object] | None = None,
     ) -> T:
-        """Call `work` in a thread and return its result; never return before the thread is done with it.
+        """Call `work` in a thread and return its result; never return before the thread has finished it.
 
-        If the caller is cancelled, once or many times, work that still waits for a thread is dropped; work that runs
-        is interrupted and waited for; then CancelledError is raised. `interrupt` is called from the event loop, again
-        and again until the work ends: it must be safe while the work runs, and before and after it. Without it the
-        work must be short, since nothing else ends it. `discard` is called in a thread with a result that a cancelled
-        caller never gets, as the `close` of what was opened.
+        If the caller is cancelled, once or many times, queued work is dropped; running work is interrupted and waited
+        for; then CancelledError is raised. `interrupt` is called from the event loop, repeatedly until the work ends:
+        it must be safe while the work runs, and before and after it. Without it the work must be short, since nothing
+        else ends it. `discard` is called in a thread with a result that a cancelled caller does not get, as the `close`
+        of what was opened.
 
         Raises what the work raises, and RuntimeError outside the context.
         """
@@ -106,15 +105,15 @@ class Threads:
                 await asyncio.wait({done})  # unlike the future itself, a wait can be cancelled alone
             except asyncio.CancelledError:
                 if not job.cancel():
-                    await _settle(done, interrupt)
+                    await _interrupt_and_wait(done, interrupt)
                     if discard is not None and done.exception() is None:
                         await self.finish(discard, done.result())
                 raise
         finally:
-            self._leave(done)
+            self._forget(done)
         try:
             if done.cancelled():
-                raise RuntimeError(f"the threads for {self.kind} were closed before it was its turn")
+                raise RuntimeError(f"the threads for {self.kind} were closed before the work began")
             return done.result()
         finally:
             del job, done  # the traceback of an exception holds this frame: without them, there is no cycle
@@ -122,8 +121,8 @@ class Threads:
     async def finish(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call short `work` in a thread, also when the caller is cancelled before or while it runs.
 
-        For what ends something, as the `close` of a file: it is never dropped, so it must not depend on who waits.
-        Outside the context, where no threads are left, it is called at once.
+        For what ends something, as the `close` of a file: it is never dropped, so it must not depend on its caller.
+        Outside the context, where there are no threads, it is called at once.
         """
         if self._executor is None:
             return work(*arguments)
@@ -133,9 +132,9 @@ class Threads:
         try:
             return await shielded(done)
         finally:
-            self._leave(done)
+            self._forget(done)
 
-    def _leave(self, done: "asyncio.Future[Any]") -> None:
+    def _forget(self, done: "asyncio.Future[Any]") -> None:
         del self._calls[done]
         if not self._calls:
             self._idle.set()
@@ -144,9 +143,9 @@ class Threads:
 async def shielded(operation: Awaitable[T]) -> T:
     """Wait for `operation` through any number of cancellations of the caller, and return its result or raise its error.
 
-    A cancelled caller gets CancelledError, but only when the operation has ended, whose error then nobody gets. For
-    short operations that must not be abandoned halfway: those of aiofiles, whose thread would go on without a waiter,
-    and what ends a transaction. Unlike `asyncio.shield`, nothing runs on behind the caller's back.
+    A cancelled caller gets CancelledError, but only when the operation has ended; an error of the operation is then
+    dropped. For short operations that must not be abandoned halfway: those of aiofiles, whose thread would run on
+    without a waiter, and what ends a transaction. Unlike with `asyncio.shield`, nothing runs in the background.
     """
     task = asyncio.ensure_future(operation)
     cancelled = False
@@ -158,12 +157,12 @@ async def shielded(operation: Awaitable[T]) -> T:
     if not cancelled:
         return task.result()
     if not task.cancelled():
-        task.exception()  # retrieved, or it would be logged as one that nobody has seen
+        task.exception()  # retrieved, or asyncio would log it as never retrieved
     raise asyncio.CancelledError
 
 
-async def _settle(done: asyncio.Future[Any], interrupt: Callable[[], object] | None) -> None:
-    """Wait for running work through any number of cancellations, and retrieve its exception: nobody else will."""
+async def _interrupt_and_wait(done: asyncio.Future[Any], interrupt: Callable[[], object] | None) -> None:
+    """Wait for running work through any number of cancellations, and retrieve its exception: nothing else does."""
     while not done.done():
         if interrupt is not None:
             interrupt()
@@ -173,7 +172,7 @@ async def _settle(done: asyncio.Future[Any], interrupt: Callable[[], object] | N
 
 
 def _called(work: Callable[[*Ts], T], arguments: tuple[*Ts]) -> T:
-    """Call work in its thread. A future takes no StopIteration: its waiter would wait for ever."""
+    """Call work in its thread. A future does not accept StopIteration: its waiter would wait forever."""
     try:
         return work(*arguments)
     except StopIteration as error:

@@ -16,7 +16,7 @@ from streamlab import TASKS, Problem, Progress, Task
 from streamlab.config import Config, ConfigError
 from streamlab.server.app import create_app
 from streamlab.server.site import REGISTRY
-from streamlab.tasks import MESSAGES
+from streamlab.tasks import MAX_MESSAGES
 
 
 async def bake(progress: Progress, cakes: Annotated[int, Field(ge=1)], *, icing: list[str] = []) -> dict[str, Any]:  # noqa: B006
@@ -31,10 +31,10 @@ async def test_a_task_is_what_its_function_says() -> None:
     task = Task(bake, unit="cakes", resumable=True)
     assert (task.name, task.unit, task.resumable) == ("bake", "cakes", True)
     assert task.description == "Bake some cakes.\n\nWith icing, if there is some."
-    assert task.read({"cakes": "2"}, place="query") == {"cakes": 2, "icing": []}
+    assert task.read({"cakes": "2"}, where="query") == {"cakes": 2, "icing": []}
     assert await task.run(Progress(attempt=3), {"cakes": 2}) == {"cakes": 2, "icing": [], "attempt": 3}
     with pytest.raises(Problem) as raised:
-        task.read({"cakes": 0, "icing": "x", "cherries": 1}, place="body", prefix="parameters.")
+        task.read({"cakes": 0, "icing": "x", "cherries": 1}, where="body", prefix="parameters.")
     assert raised.value.errors == (
         {"in": "body", "name": "parameters.cakes", "detail": "input should be greater than or equal to 1"},
         {"in": "body", "name": "parameters.icing", "detail": "input should be a valid list"},
@@ -44,7 +44,7 @@ async def test_a_task_is_what_its_function_says() -> None:
             "detail": "unknown parameter of the task bake; known: cakes, icing",
         },
     )
-    with pytest.raises(Problem, match="The parameters of this task are not valid any more"):
+    with pytest.raises(Problem, match="The parameters of this task are no longer valid"):
         await task.run(Progress(), {"cakes": 0})
 
 
@@ -98,7 +98,7 @@ async def test_progress_takes_what_json_can_say() -> None:
     await progress(Decimal("1.5"), True)  # type: ignore[arg-type]
     assert (progress.done, progress.total) == (1.5, 1.0)
     for wrong in (math.nan, math.inf, 2**60):
-        with pytest.raises(ValueError, match="is more than can be done"):
+        with pytest.raises(ValueError, match="is not a number from"):
             await progress(wrong)
     for nothing in ("many", None):
         with pytest.raises((TypeError, ValueError)):
@@ -112,13 +112,13 @@ async def test_progress_takes_what_json_can_say() -> None:
 
 async def test_a_task_with_too_much_to_say_waits_until_it_is_told() -> None:
     progress = Progress()
-    for number in range(MESSAGES - 1):
+    for number in range(MAX_MESSAGES - 1):
         await progress(number, message=str(number))
-    telling = asyncio.ensure_future(progress(MESSAGES, message="the last"))
+    telling = asyncio.ensure_future(progress(MAX_MESSAGES, message="the last"))
     await asyncio.sleep(0)
     assert not telling.done()
     progress.messages = []
-    progress.told.set()
+    progress.published.set()
     await telling
 
 

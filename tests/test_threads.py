@@ -157,7 +157,7 @@ async def test_leaving_the_context_interrupts_what_runs_and_drops_what_waits() -
     assert running.ended.is_set()
     with pytest.raises(OSError, match="interrupted"):
         await first
-    with pytest.raises(RuntimeError, match="the threads for test were closed before it was its turn"):
+    with pytest.raises(RuntimeError, match="the threads for test were closed before the work began"):
         await second
     assert not waiting.began.is_set()
 

@@ -271,7 +271,7 @@ class Tasks(Scenario):
         if known is None:
             detail = f"unknown task kind; known: {', '.join(sorted(self._kinds)) or 'none'}"
             raise Problem.parameter("kind", detail, where)
-        return known.read(given, place=where, prefix=prefix)
+        return known.read(given, where=where, prefix=prefix)
 
     async def _submit(
         self,

@@ -283,7 +283,7 @@ class _ProgressPublisher:
             record.checkpoint = msgspec.Raw(progress.saved or b"null")
             self._estimate()
             events.append(encode_event(record.progress_data(), "progress"))
-        progress.told.set()
+        progress.published.set()
         return events
 
     def _sample(self) -> tuple[float, float]:

@@ -405,7 +405,7 @@ def test_a_failing_task_reports_why_and_affects_no_other(start_workshop: Callabl
         "exception": "ValueError: cannot read ...",
         "exit": "SystemExit: 3",
         "result": "TypeError: Encoding objects of type object is unsupported",
-        "large": "The result has 2000002 bytes; 1048576 is what a task may return.",
+        "large": "The result has 2000002 bytes; the maximum is 1048576.",
         "cancel": "The task cancelled itself.",
         "checkpoint": "TypeError: Encoding objects of type object is unsupported",
     }
