@@ -152,6 +152,7 @@ BARE = "        response = web.StreamResponse(headers={'Content-Type': 'text/pla
 PAUSE = "                await asyncio.sleep(0.05 if query.width < 100 else 0.001)\n"
 EVENT = r'await stream.write(f"id: c-{number}\ndata: {data}\n\n".encode())'
 END = r'await stream.write(f"id: c-{number + 1}\nevent: end'
+SENT = EVENTS[EVENTS.index("async with open_event_stream") : EVENTS.index(END) + len(END)]
 
 DEFECTS = {
     # -- every endpoint
@@ -328,7 +329,14 @@ DEFECTS = {
         '        if last and not known:\n            raise Problem(400, "No such id.")\n        async with',
     ),
     "says_nothing_of_bad_ids": Defect("bad_ids_are_told_and_do_no_harm", EVENTS, "if last and not known:", "if False:"),
-    "silent": Defect("silence_is_never_long", EVENTS, END, "await asyncio.sleep(60)\n            " + END),
+    "silent": Defect(
+        "silence_is_never_long",
+        EVENTS,
+        SENT,
+        SENT.replace("(request)", "(request, heartbeat_seconds=None)").replace(
+            END, f"await asyncio.sleep(60)\n{' ' * 12}{END}"
+        ),
+    ),
     "no_end": Defect("end_is_said_and_kept", EVENTS, END, "return stream\n            " + END),
     "comes_back_for_ever": Defect("end_is_said_and_kept", EVENTS, "if number > query.to:", "if False:"),
     # -- downloads
