@@ -374,7 +374,7 @@ async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_tidy_e
 
 async def test_sqlite_says_where_it_cannot_keep_events(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    names = rf"cannot keep events there: {tmp_path}/file/events\.db: .+ \(`url` of \[events\] names the file\)"
+    names = rf"cannot store events there: {tmp_path}/file/events\.db: .+ \(`url` of \[events\] names the file\)"
     with pytest.raises(EventLogError, match=names):
         async with opened(f"sqlite:///{tmp_path}/file/events.db"):
             pass
@@ -509,7 +509,7 @@ async def test_redis_away_makes_publishers_and_watchers_wait_and_nothing_is_lost
             waiting = [group.create_task(publish(log, f"{n}")) for n in range(20)]
             reading = group.create_task(log.read("c", ORIGIN, 100))
             async with asyncio.timeout(10):
-                while log.state()["state"] != "away":
+                while log.state()["state"] != "disconnected":
                     await asyncio.sleep(0.01)
             assert not any(task.done() for task in (*waiting, reading))
             valkey.start()
@@ -734,8 +734,8 @@ async def test_redis_lease_moves_when_its_holder_is_gone(valkey: Valkey, monkeyp
 async def test_redis_that_is_away_at_the_start_may_come_later(valkey: Valkey) -> None:
     valkey.kill()
     async with opened(valkey.url) as log:
-        assert log.state()["state"] == "away"
-        with pytest.raises(EventLogError, match="does not answer"):
+        assert log.state()["state"] == "disconnected"
+        with pytest.raises(EventLogError, match="does not respond"):
             await log.hold("l")
         valkey.start()
         assert (await publish(log, "a")).offset == 1
@@ -743,5 +743,5 @@ async def test_redis_that_is_away_at_the_start_may_come_later(valkey: Valkey) ->
 
 
 def test_redis_address_that_is_none_is_refused() -> None:
-    with pytest.raises(EventLogError, match="no address of a Redis server"):
+    with pytest.raises(EventLogError, match="is not a valid URL of a Redis server"):
         open_log("redis://localhost:port/0")

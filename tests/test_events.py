@@ -330,7 +330,7 @@ def test_an_id_whose_events_are_not_kept_any_more_is_told_how_many_are_missing(s
     epoch = ids[0].partition("-")[0]
     assert (gap.event, gap.id) == ("gap", f"{epoch}-30.gap")
     assert gap.json == {
-        "reason": "the events after that id are not kept any more",
+        "reason": "the events after that id are no longer retained",
         "missing": 28,
         "after": ids[1],
         "until": f"{epoch}-30",
@@ -683,8 +683,8 @@ def test_a_log_that_cannot_keep_up_refuses_with_503(serve: Callable[..., Running
             "degraded",
             {
                 "engine": "redis",
-                "state": "away",
-                "reason": "The Redis server of the event log does not answer.",
+                "state": "disconnected",
+                "reason": "The Redis server of the event log does not respond.",
             },
         )
         valkey.start()

@@ -17,7 +17,7 @@ class Kept:
     def __init__(self) -> None:
         self.written: list[bytes] = []
 
-    def attach_writer(self, pusher: object) -> tuple["Kept", bool]:
+    def attach_writer(self, fanout: object) -> tuple["Kept", bool]:
         return self, False
 
     def write(self, data: bytes) -> None:
@@ -53,6 +53,6 @@ async def test_a_follower_that_leaves_and_comes_back_in_the_middle_of_a_flush_ge
         for follower in followers:
             follower.fall_behind()
         await asyncio.wait(tasks)
-        await one.room()
+        await one.wait_for_capacity()
         running.cancel()
     assert {tuple(stream.written) for stream in streams} == {(b"from the log",)}

@@ -196,7 +196,7 @@ class DocketEngine(Engine):
 
         self._chosen.add(id)
         try:
-            await self.events.if_free(_lease(id), run)
+            await self.events.try_run_as_leader(_lease(id), run)
         finally:
             self._chosen.discard(id)
         return ran

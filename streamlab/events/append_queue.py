@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from .log import Append, EventLogError, Position
 
 PENDING_BYTES = 8 * 1024 * 1024
-"""Bytes that may wait to be appended; what would go beyond is refused, since a publisher must hear of it."""
+"""Maximum bytes that wait to be appended; an append beyond it is rejected, so that its publisher knows."""
 
 COMMIT_EVENTS = 2000
-"""Events appended in one commit at most, so that no publisher waits for all the others."""
+"""Maximum number of events of one commit, so that no publisher waits for all others."""
 
 
 @dataclass(slots=True)
@@ -21,16 +21,16 @@ class _Waiting:
 
 @dataclass(slots=True)
 class AppendQueue:
-    """Appends that wait for their engine: bounded in bytes, committed together in the order they came."""
+    """Appends that wait for their engine: bounded in bytes, committed together, in order of arrival."""
 
     commit: Callable[[Sequence[Append]], Awaitable[Sequence[Position | EventLogError]]]
-    """Keeps them, or says why it did not; in order."""
+    """Stores appends; returns a position or an error for each, in order."""
     _waiting: list[_Waiting] = field(default_factory=list)
     _size: int = 0
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def append(self, append: Append) -> Position:
-        """Wait until an append is kept; raises EventLogError where it was not, or where too much waits already."""
+        """Wait until an append is stored; raises EventLogError if it was not, or if the queue is full."""
         size = append.size
         if self._size and self._size + size > PENDING_BYTES:
             raise EventLogError("The event log cannot keep up with what is published; try again.")
@@ -41,7 +41,7 @@ class AppendQueue:
         return await waiting.done
 
     async def run(self) -> None:
-        """Commit what waits, until cancelled; what a cancelled publisher had handed in is kept all the same."""
+        """Commit waiting appends, until cancelled; also those whose publisher has been cancelled."""
         try:
             while True:
                 await self._news.wait()

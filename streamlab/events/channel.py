@@ -1,4 +1,4 @@
-"""Channels of events, and what holds them: publishing, reading, leadership."""
+"""Channels of events: publishing, reading, leadership."""
 
 import asyncio
 import logging
@@ -34,26 +34,25 @@ from .views import MAX_FILTERS, Filters
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-"""How often every follower gets a comment; proxies and clients give up after 15 s and more of silence."""
+"""Interval between two heartbeats, in seconds; proxies and clients give up after 15 s and more of silence."""
 
 RETRY_SECONDS = 1.0
-"""How long a producer that insists waits before it tries again."""
+"""Delay before a publisher with `retry_forever` tries again, in seconds."""
 
 EVENT_BYTES = 8 * 1024 * 1024
-"""The largest data an event may have."""
+"""Maximum data of an event, in bytes."""
 
 
 _LEASE: ContextVar[str] = ContextVar("lease", default="")
-"""The lease for whose holder the running code produces: what it publishes is rejected once another has that."""
+"""The lease under which the running code publishes: its events are rejected once the lease is lost."""
 
 
 class Channel:
     """A named, ordered stream of events that any number of clients follow, from any id.
 
-    A value: making one costs nothing, and what it names exists from the first event on. `finite` says that it is to
-    end with an event `end`, after which a client that comes back is told 204. `id_prefix` stands before the ids of its
-    events, always the same for a name: where one route serves many channels, the id that a client comes back with says
-    which it means.
+    A value: creating one costs nothing, and the channel exists from its first event on. A `finite` one ends with an
+    event `end`, after which a client that reconnects gets 204. `id_prefix` precedes the ids of its events, always the
+    same for a name: where one route serves many channels, the id of a client that reconnects names its channel.
     """
 
     def __init__(
@@ -66,15 +65,15 @@ class Channel:
         self.id_prefix = id_prefix
 
     def position(self, id: str) -> Position | None:  # noqa: A002
-        """Read the place in this channel that an event's id means; None where it means none."""
+        """Return the position that an event's id has in this channel; None for an invalid id."""
         return Position.parse(id.removeprefix(self.id_prefix)) if id.startswith(self.id_prefix) else None
 
     async def publish(self, data: Any, event: str = "", *, key: str = "") -> str:
         """Publish an event and return its id, once the log has it; followers get it after that, never before.
 
-        `data` is sent as JSON; a str or bytes (UTF-8) as it is. `event` is its name, `key` what it is about (views
-        choose by it). Waits while the log's server is away. Raises ValueError for data that is no JSON or larger than
-        EVENT_BYTES, EventLogError where the event is not kept.
+        `data` is sent as JSON; a str or bytes (UTF-8) as it is. `event` is its name, `key` its subject (views choose by
+        it). Waits while the server of the log is unavailable. Raises ValueError for data that is not JSON or larger
+        than EVENT_BYTES, EventLogError if the event was not stored.
         """
         return (await self.publish_all([encode_event(data, event, key=key)]))[0]
 
@@ -83,8 +82,8 @@ class Channel:
     ) -> list[str]:
         """Publish events together, or none of them, and return their ids.
 
-        `checkpoint`, a name and a text, is kept with them: where their producer stands, for `checkpoint` to find after
-        a crash. With `retry_forever` a refusal of the log is not raised, but waited out: a producer does not give up.
+        `checkpoint`, a name and a text, is stored with them: the position of their producer, which `checkpoint` returns
+        after a crash. With `retry_forever`, retries until the log accepts the events.
         """
         if not drafts and checkpoint is None:
             return []
@@ -96,46 +95,46 @@ class Channel:
             except EventLogError as error:
                 if not retry_forever or isinstance(error, LeaseLost):
                     raise
-                log.warning("what is published on %s waits: %s", self.name, error)
+                log.warning("publishing on %s is retried: %s", self.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
-        await self.events.room(self.name)
+        await self.events.wait_for_capacity(self.name)
         first = last.offset - len(drafts) + 1
         return [f"{self.id_prefix}{Position(last.epoch, first + number)}" for number in range(len(drafts))]
 
     async def checkpoint(self, name: str) -> str | None:
-        """Return the text that was last published under a name; None where there is none."""
+        """Return the text that was last published under a name; None if there is none."""
         return await self.events.log.checkpoint(self.name, name)
 
     async def last(self) -> Position:
-        """Return the position of the newest event; ORIGIN where there was none."""
+        """Return the position of the newest event; ORIGIN if there was none."""
         return (await self.events.log.read(self.name, LATEST, 1)).last
 
     async def read(self, after: Position = ORIGIN) -> AsyncIterator[Event]:
-        """Go through the events that are kept, from a position on, to the newest."""
+        """Yield the retained events after a position, to the newest."""
         while (batch := await self.events.log.read(self.name, after, BATCH_EVENTS)).events:
             for event in batch.events:
                 yield event
             after = batch.events[-1].position
 
     async def listen(self, after: Position) -> AsyncIterator[Event]:
-        """Go through the events after a position, and all that will be published."""
-        hub = self.events.enter(self, after)
+        """Yield the events after a position, and all that will be published."""
+        hub = self.events.acquire_hub(self, after)
         try:
             while True:
                 async for event in self.read(after):
                     yield event
                     after = event.position
-                await hub.beyond(after)
+                await hub.wait_past(after)
         finally:
-            self.events.leave(self)
+            self.events.release_hub(self)
 
     async def delete(self) -> None:
-        """Forget the channel and all that belongs to it."""
+        """Delete the channel, with its events and checkpoints."""
         await self.events.log.delete(self.name)
 
 
 def encode_event(data: Any, event: str = "", *, key: str = "") -> EncodedEvent:
-    """Make an event to be published; raises ValueError where it cannot be one."""
+    """Return an event for `publish_all`; raises ValueError for invalid data or an invalid name."""
     encoded = sse.encode(data)
     if len(encoded) > EVENT_BYTES:
         raise ValueError(f"an event of {len(encoded)} bytes is larger than {EVENT_BYTES}")
@@ -145,7 +144,7 @@ def encode_event(data: Any, event: str = "", *, key: str = "") -> EncodedEvent:
 
 
 class Events:
-    """The channels of one server: their log, and who follows them."""
+    """The channels of one server: their log, and their followers."""
 
     def __init__(self, log: EventLog, *, keep: Retention | None = None, max_filters: int = MAX_FILTERS) -> None:
         self.log = log
@@ -154,18 +153,18 @@ class Events:
         self._keep = keep or Retention()
         self._hubs: dict[str, tuple[Hub, asyncio.Task[None]]] = {}
         self.followers: set[Follower] = set()
-        """Who follows a channel, and gets heartbeats."""
+        """The followers of all channels, which get heartbeats."""
         self._group: asyncio.TaskGroup | None = None
 
     def channel(
         self, name: str, *, keep: Retention | None = None, finite: bool = False, id_prefix: str = ""
     ) -> Channel:
-        """Name a channel; without `keep` it keeps what config.toml says under [events]."""
+        """Return a channel by name; `keep` defaults to the retention of [events] in config.toml."""
         return Channel(self, name, keep or self._keep, finite=finite, id_prefix=id_prefix)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Hold the log open and the followers alive; raises EventLogError where the log cannot be opened."""
+        """Hold the log open and send heartbeats; raises EventLogError if the log cannot be opened."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.log.opened())
             await stack.enter_async_context(self.filters)
@@ -183,30 +182,30 @@ class Events:
         return await self.log.checkpoints(prefix, name)
 
     def state(self) -> Mapping[str, object]:
-        """How the log is, for /health."""
+        """Return the state of the log, for /health."""
         return self.log.state()
 
-    async def room(self, channel: str) -> None:
-        """Wait until followers of this process have what was published, as far as they are quick enough."""
+    async def wait_for_capacity(self, channel: str) -> None:
+        """Apply back-pressure: wait while too many bytes of a channel wait to be pushed in this process."""
         if channel in self._hubs:
-            await self._hubs[channel][0].room()
+            await self._hubs[channel][0].wait_for_capacity()
 
-    def enter(self, channel: Channel, position: Position) -> Hub:
-        """Lend the hub of a channel until `leave`; the first who needs it makes it at its own position."""
+    def acquire_hub(self, channel: Channel, position: Position) -> Hub:
+        """Return the hub of a channel until `release_hub`; the first caller creates it at its position."""
         if channel.name not in self._hubs:
-            assert self._group is not None, "the server has not started, or is over"
+            assert self._group is not None, "the server has not started, or has ended"
             hub = Hub(channel.name, position, channel.id_prefix, self.filters)
             self._hubs[channel.name] = hub, self._group.create_task(hub.run())
             self.log.watch(channel.name, position, hub.deliver)
         hub, _ = self._hubs[channel.name]
-        hub.members += 1
+        hub.users += 1
         return hub
 
-    def leave(self, channel: Channel) -> None:
-        """Give a hub back; the last who does takes it down."""
+    def release_hub(self, channel: Channel) -> None:
+        """Release a hub; the last caller stops it."""
         hub, task = self._hubs[channel.name]
-        hub.members -= 1
-        if not hub.members:
+        hub.users -= 1
+        if not hub.users:
             del self._hubs[channel.name]
             self.log.unwatch(channel.name)
             task.cancel()
@@ -221,11 +220,11 @@ class Events:
                     await asyncio.sleep(0)
 
     async def run_as_leader(self, lease: str, produce: Callable[[], Awaitable[None]]) -> None:
-        """Run `produce` in one process of all that share the log, for as long as it takes; wait while another runs it.
+        """Run `produce` to its end in one of the processes that share the log; wait while another process runs it.
 
-        When the process that runs it dies, another begins within LEASE_SECONDS and a little more. `produce` is
-        cancelled if the lease is lost: the log's server was away for too long, or the process was stopped. What it
-        publishes then is rejected (LeaseLost), its checkpoint too, so that no other process's events are doubled.
+        When the process that runs it dies, another starts after little more than LEASE_SECONDS. `produce` is cancelled
+        when the lease is lost: the server of the log was unavailable for too long, or the process was suspended. Events
+        that it publishes after that are rejected (LeaseLost) with their checkpoint, so that none is published twice.
         """
         done = False
         while not done:
@@ -235,20 +234,20 @@ class Events:
             finally:
                 await self.log.release(lease)
 
-    async def if_free(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
-        """Run `produce` as `run_as_leader` does, unless another process has the lease; whether it was run to its end.
+    async def try_run_as_leader(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
+        """Run `produce` as `run_as_leader` does, unless another process has the lease.
 
-        Raises EventLogError where the log cannot tell.
+        Returns whether it ran to its end. Raises EventLogError if the log is unavailable.
         """
         async with self.lease(lease) as held:
             return held and await self._produce(lease, produce)
 
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[bool]:
-        """Hold a lease in the block if nobody has it, and say whether that is so; the block is short.
+        """Hold a lease in the block unless another process has it, and yield whether it is held; the block is short.
 
-        A lease belongs to a process: two blocks of one must not want the same. Raises EventLogError where the log
-        cannot tell.
+        A lease belongs to a process: two blocks of one process must not use the same. Raises EventLogError if the log
+        is unavailable.
         """
         held = await self.log.hold(name)
         try:
@@ -267,28 +266,28 @@ class Events:
             await asyncio.sleep(RENEW_SECONDS)
 
     async def _produce(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
-        """Run the producer while the lease is held; True when it is done by itself."""
+        """Run the producer while the lease is held; return True if it ran to its end."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
             task = group.create_task(_fenced(lease, produce))
-            sure = loop.time()
+            held_at = loop.time()
             while not (await asyncio.wait({task}, timeout=RENEW_SECONDS))[0]:
-                asked = loop.time()
+                requested_at = loop.time()
                 try:
-                    held, sure = await self.log.hold(lease), asked
+                    held, held_at = await self.log.hold(lease), requested_at
                 except EventLogError:
-                    held = loop.time() - sure < LEASE_SECONDS - RENEW_SECONDS
+                    held = loop.time() - held_at < LEASE_SECONDS - RENEW_SECONDS
                 if not held:
                     log.warning("the lease %s is lost; another process may have it", lease)
                     task.cancel()
                     return False
         if not (done := task.cancelled() or task.result()):
-            log.warning("the lease %s is lost: what was published was rejected", lease)
+            log.warning("the lease %s is lost: events were rejected", lease)
         return done
 
 
 async def _fenced(lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
-    """Run a producer, and return whether it came to its end with the lease."""
+    """Run a producer, and return whether it ended without having lost the lease."""
     _LEASE.set(lease)  # in this task, and those that it starts
     lost = False
     try:
@@ -299,9 +298,9 @@ async def _fenced(lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
 
 
 def open_log(url: str) -> EventLog:
-    """Choose the engine of an address: `sqlite:///PATH`, `sqlite://` (in memory), `redis://`, `rediss://`, `unix://`.
+    """Return the engine for a URL: `sqlite:///PATH`, `sqlite://` (in memory), `redis://`, `rediss://`, `unix://`.
 
-    Nothing is opened yet. Raises EventLogError where the engine's library is missing or the address is none.
+    Opens nothing yet. Raises EventLogError for a missing library of the engine or an invalid URL.
     """
     scheme, _, rest = url.partition("://")
     if scheme == "sqlite":

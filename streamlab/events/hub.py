@@ -1,4 +1,4 @@
-"""Fan-out: what is published on a channel, framed once and pushed to every follower of this process."""
+"""Fan-out: events of a channel, framed once and pushed to every follower of this process."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from streamlab import sse
-from streamlab.streaming.connection import Piece, Pusher, Writer
+from streamlab.streaming.connection import Chunk, FanoutWriter, Writer
 from streamlab.streaming.event_stream import EventStream
 
 from .log import END, ORIGIN, Event, Position
@@ -16,39 +16,39 @@ from .views import Filters, View
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 64 * 1024
-"""Bytes pushed to a follower at once; a larger event is written by the follower's own task."""
+FRAME_BATCH_BYTES = 64 * 1024
+"""Maximum bytes pushed to a follower at once; a larger event is written by the follower's own task."""
 
 SLICE = 32
-"""Followers served between two looks at the clock,"""
+"""Number of followers served between two checks of the clock."""
 
 TURN_SECONDS = 0.0005
-"""and how long they are served before whatever else the loop has to do gets its turn."""
+"""Seconds for which followers are served before other tasks of the event loop run."""
 
 PENDING_BYTES = 1024 * 1024
-"""Bytes that may wait to be pushed before publishers of this process wait too."""
+"""Bytes waiting to be pushed above which publishers of this process wait."""
 
 OVERRUN_BYTES = 4 * PENDING_BYTES
-"""Bytes at which nothing is kept waiting any more (other processes publish faster than this one can push): the
-followers catch up from the log, each at its own pace."""
+"""Bytes waiting to be pushed above which they are dropped (other processes publish faster than this one can push),
+and the followers catch up from the log, each at its own pace."""
 
 
-class Framed(NamedTuple):
-    """An event and its bytes."""
+class Frame(NamedTuple):
+    """An event of the log, and its bytes in an event stream."""
 
     event: Event
     frame: bytes
 
 
-def framed(event: Event, id_prefix: str) -> Framed:
-    """Frame an event of the log, `id_prefix` before its id; the same bytes whenever and wherever it is sent."""
-    return Framed(event, sse.sse_event(event.data, event.event, id=f"{id_prefix}{event.position}"))
+def make_frame(event: Event, id_prefix: str) -> Frame:
+    """Encode an event of the log, `id_prefix` before its id; always the same bytes."""
+    return Frame(event, sse.sse_event(event.data, event.event, id=f"{id_prefix}{event.position}"))
 
 
-def latest(items: Sequence[Framed]) -> list[Framed]:
-    """Leave, of the events of one key, only the last; what has no key stays."""
+def latest(items: Sequence[Frame]) -> list[Frame]:
+    """Return the last event of each key, and all events without a key."""
     seen: set[str] = set()
-    kept: list[Framed] = []
+    kept: list[Frame] = []
     for item in reversed(items):
         if item.event.key not in seen:
             kept.append(item)
@@ -57,11 +57,11 @@ def latest(items: Sequence[Framed]) -> list[Framed]:
     return kept[::-1]
 
 
-class Follower(Pusher):
+class Follower(FanoutWriter):
     """One client of a channel. Either its own task writes (it catches up), or the hub pushes (it is live).
 
-    While it is live, a push touches this object and the transport, and no other: with thousands of followers, what an
-    event costs is memory that is not in the processor's cache.
+    While it is live, a push uses this object and the transport, and no other: with thousands of followers, the cost of
+    an event is memory that is not in the cache of the processor.
     """
 
     __slots__ = ("chunked", "id_prefix", "live", "position", "released", "remaining", "stream", "transport", "view")
@@ -74,62 +74,62 @@ class Follower(Pusher):
         self.stream = stream
         self.view = view
         self.position = position
-        """What it has been given, or has no wish for, ends here."""
+        """Position of the last event that was sent to it or that its view excludes."""
         self.remaining = remaining
-        """Events it still wants; None for no end."""
+        """Number of events until its limit; None for no limit."""
         self.live = False
         self.released: asyncio.Future[bool] | None = None
-        """While live: done when its task must take over, True because everything has been sent."""
+        """While live: done when its task must take over; True if everything has been sent."""
         self.transport: Writer | None = None
         self.chunked = False
 
     @property
     def audience_key(self) -> tuple[View, bool, bool]:
-        """What its audience has in common."""
+        """Return what its audience has in common."""
         return self.view, self.chunked, self.remaining is not None
 
     def event_id(self, name: str) -> str:
-        """The id of an event that is not in the log: it tells where the follower stands."""
+        """Return the id of an event that is not in the log: the position of the follower, and a name."""
         return f"{self.id_prefix}{self.position}.{name}"
 
     def fall_behind(self) -> None:
-        """Let its task take over, which waits for the client."""
+        """Return it to its task, which waits for the client."""
         self.release(done=False)
 
     def release(self, *, done: bool) -> None:
-        """Hand a live follower back to its task."""
+        """Return a live follower to its task."""
         self.live = False
         if self.released is not None and not self.released.done():
             self.released.set_result(done)
 
 
-class Cut(NamedTuple):
-    """Whole frames of a bounded size; one frame that is larger stands alone."""
+class FrameBatch(NamedTuple):
+    """Whole frames of at most FRAME_BATCH_BYTES together, or one that is larger."""
 
     body: bytes
     events: int
     after: Position
-    """Where a follower stands that has it."""
-    last: bool
+    """Position of a follower that has it."""
+    is_last: bool
     """Whether it ends the channel."""
 
 
-def cuts(items: Sequence[Framed], after: Position) -> list[Cut]:
-    """Join frames into pieces of bounded size; whoever has them all stands at `after`."""
-    groups: list[list[Framed]] = []
-    size = PIECE_BYTES
+def batch_frames(items: Sequence[Frame], after: Position) -> list[FrameBatch]:
+    """Join frames into batches of bounded size; a follower that has all of them is at `after`."""
+    groups: list[list[Frame]] = []
+    size = FRAME_BATCH_BYTES
     for item in items:
         size += len(item.frame)
-        if size > PIECE_BYTES:
+        if size > FRAME_BATCH_BYTES:
             groups.append([])
             size = len(item.frame)
         groups[-1].append(item)
     return [
-        Cut(
+        FrameBatch(
             body=b"".join(item.frame for item in group),
             events=len(group),
             after=after if group is groups[-1] else group[-1].event.position,
-            last=group[-1].event.event == END,
+            is_last=group[-1].event.event == END,
         )
         for group in groups
     ]
@@ -137,26 +137,26 @@ def cuts(items: Sequence[Framed], after: Position) -> list[Cut]:
 
 @dataclass(slots=True)
 class Audience:
-    """The live followers that want the same bytes, and what a conflating view holds back for them."""
+    """The live followers that get the same bytes, and the events that a conflating view delays for them."""
 
     view: View
     chunked: bool
     limited: bool
-    """Whether its followers want so many events and no more."""
+    """Whether its followers have a limit."""
     followers: set[Follower] = field(default_factory=set)
-    held: list[Framed] = field(default_factory=list)
+    held: list[Frame] = field(default_factory=list)
     timer: asyncio.TimerHandle | None = None
 
     backlog: list[Event] = field(default_factory=list)
-    """What its filter has not seen yet; empty where the view has none."""
+    """Events that its filter has not seen yet; empty for a view without one."""
     backlog_bytes: int = 0
     filtered: Position = ORIGIN
-    """What its filter has seen ends here."""
+    """Position of the last event that its filter has seen."""
     filtering: asyncio.Task[None] | None = None
-    """Filters the backlog and pushes what is accepted, for as long as there is one."""
+    """Filters the backlog and pushes the accepted events, until the backlog is empty."""
 
-    def select(self, chosen: list[Framed], due: Callable[[], None]) -> list[Framed]:
-        """Choose, of what the view wants, what to send now; `due` is called when something held back may go."""
+    def select(self, chosen: list[Frame], due: Callable[[], None]) -> list[Frame]:
+        """Return which of the chosen events to send now; `due` is called when delayed ones may be sent."""
         if not self.view.conflate:
             return chosen
         self.held = latest(self.held + chosen)
@@ -172,42 +172,42 @@ class Audience:
             due()
 
     def release(self) -> None:
-        """Hand the followers back to their tasks, which read the log from where each of them stands."""
+        """Return the followers to their tasks, which read the log from their positions."""
         self.backlog, self.backlog_bytes = [], 0
         for follower in self.followers:
             follower.release(done=False)
 
     def close(self) -> None:
-        """Hold nothing back any more, there being nobody."""
+        """Cancel the timer and the filter: the last follower has left."""
         if self.timer is not None:
             self.timer.cancel()
         if self.filtering is not None:
             self.filtering.cancel()
 
-    def pieces(self, items: Sequence[Framed], after: Position) -> list["Pushed"]:
-        """What to write to each follower; whoever has it all stands at `after`."""
+    def wire_batches(self, items: Sequence[Frame], after: Position) -> list["WireBatch"]:
+        """Return what to write to each follower; one that has all of it is at `after`."""
         return [
-            Pushed(
-                Piece(cut.body).chunk if self.chunked else cut.body,
-                len(cut.body),
-                len(cut.body) > PIECE_BYTES,
-                cut.events,
-                cut.after,
-                cut.last,
+            WireBatch(
+                wire=Chunk(batch.body).framed if self.chunked else batch.body,
+                size=len(batch.body),
+                is_too_large=len(batch.body) > FRAME_BATCH_BYTES,
+                events=batch.events,
+                after=batch.after,
+                is_last=batch.is_last,
             )
-            for cut in cuts(items, after)
+            for batch in batch_frames(items, after)
         ]
 
 
-class Pushed(NamedTuple):
-    """A cut, framed for an audience."""
+class WireBatch(NamedTuple):
+    """A batch of frames, as an audience gets it."""
 
     wire: bytes
     size: int
-    too_large: bool
+    is_too_large: bool
     events: int
     after: Position
-    last: bool
+    is_last: bool
 
 
 class Hub:
@@ -218,24 +218,24 @@ class Hub:
         self._id_prefix = id_prefix
         self._filters = filters
         self._group = asyncio.TaskGroup()
-        """What filters; open while the hub runs."""
+        """The tasks that filter; open while the hub runs."""
         self.position = position
-        """What has been pushed, or is being pushed, ends here."""
-        self.members = 0
-        """How many use this hub, live or not."""
+        """Position of the last event that has been pushed, or is being pushed."""
+        self.users = 0
+        """Number of users of this hub, live followers or not."""
         self._audiences: dict[tuple[View, bool, bool], Audience] = {}
         self._pending: list[Event] = []
         self._pending_bytes = 0
         self._overrun: Position | None = None
         self._joins = 0
-        """How many have joined so far. Who joins while something is pushed may have it from the log already."""
+        """Number of joins so far. A follower that joins during a push may have the events from the log already."""
         self._news = asyncio.Event()
-        self._moved: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """Take events from the log, in order, to be pushed in the loop's next turn."""
+        """Take events of the log, in order, to be pushed in the next turn of the event loop."""
         size = sum(len(event.data) for event in events)
         if self._overrun is not None or self._pending_bytes + size > OVERRUN_BYTES:
             self._overrun = events[-1].position
@@ -247,25 +247,25 @@ class Hub:
         self._idle.clear()
         self._news.set()
 
-    async def room(self) -> None:
-        """Wait until a publisher may publish more: its events are pushed no slower than it makes them."""
+    async def wait_for_capacity(self) -> None:
+        """Apply back-pressure: wait while more than PENDING_BYTES wait to be pushed."""
         while self._pending_bytes > PENDING_BYTES:
             await self._idle.wait()
 
-    async def beyond(self, position: Position) -> None:
-        """Wait until something after a position has come."""
+    async def wait_past(self, position: Position) -> None:
+        """Wait until an event after a position has come."""
         while self.position <= position:
-            moved = asyncio.get_running_loop().create_future()
-            self._moved.add(moved)
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
             try:
-                await moved
+                await waiter
             finally:
-                self._moved.discard(moved)
+                self._waiters.discard(waiter)
 
     def join(self, follower: Follower) -> "asyncio.Future[bool]":
-        """Push, from now on, to a follower that stands where the hub does.
+        """Push from now on to a follower that is at the position of the hub.
 
-        What is returned is done when its task must take over: True when it has everything, False when it lags.
+        The future is done when its task must take over: True when it has everything, False when it lags.
         """
         follower.transport, follower.chunked = follower.stream.attach_writer(follower)
         key = follower.audience_key
@@ -279,7 +279,7 @@ class Hub:
         return follower.released
 
     def leave(self, follower: Follower) -> None:
-        """Push nothing more to a follower."""
+        """Stop pushing to a follower."""
         follower.live = False
         audience = self._audiences.get(follower.audience_key)
         if audience is not None:
@@ -289,7 +289,7 @@ class Hub:
                 audience.close()
 
     async def run(self) -> None:
-        """Push what is delivered, until cancelled."""
+        """Push the events that are delivered, until cancelled."""
         try:
             async with self._group:
                 while True:
@@ -303,19 +303,19 @@ class Hub:
             self._idle.set()
 
     async def _flush(self) -> None:
-        """Push what is pending: framed once for all, joined once a view, written once a follower."""
+        """Push the pending events: framed once for all, joined once per view, written once per follower."""
         events, self._pending, self._pending_bytes = self._pending, [], 0
         overrun, self._overrun = self._overrun, None
         before = position = self.position
         if overrun is not None or events:
             self.position = position = overrun if overrun is not None else events[-1].position
-        for moved in self._moved:
-            if not moved.done():
-                moved.set_result(None)
-        # What is missing, each follower's own task finds in the log, and says so.
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        # The task of each follower reads the missing events from the log, or reports a gap.
         gap = overrun is not None or bool(events and not before.precedes(events[0].position))
-        items = [] if gap else [framed(event, self._id_prefix) for event in events]
-        # Who joins from here on stands after these events already, so all audiences are noted before the first await.
+        items = [] if gap else [make_frame(event, self._id_prefix) for event in events]
+        # Followers that join from here on are past these events, so all audiences are noted before the first await.
         noted = [(audience, tuple(audience.followers)) for audience in self._audiences.values()]
         joins, began = self._joins, time.monotonic()
         for audience, followers in noted:
@@ -330,27 +330,27 @@ class Hub:
     async def _push(
         self,
         audience: Audience,
-        chosen: Sequence[Framed],
+        chosen: Sequence[Frame],
         followers: Sequence[Follower],
         after: Position,
         joins: int,
         began: float,
     ) -> float:
-        """Push events to followers, who stand at `after` then; return when the loop last had its turn."""
-        pieces = audience.pieces(chosen, after)
-        push = self._push_some if audience.limited or audience.view.conflate or len(pieces) != 1 else _push_one
+        """Push events to followers, which are at `after` then; return when the event loop last had its turn."""
+        batches = audience.wire_batches(chosen, after)
+        push = self._push_some if audience.limited or audience.view.conflate or len(batches) != 1 else _push_one
         for start in range(0, len(followers), SLICE):
             some: Sequence[Follower] = followers[start : start + SLICE]
-            if self._joins != joins:  # one may have left and come back meanwhile, and be among them
+            if self._joins != joins:  # one of these may have left and joined again
                 some = [follower for follower in some if follower.position < after]
-            push(some, pieces, audience, chosen, after)
+            push(some, batches, audience, chosen, after)
             if time.monotonic() - began >= TURN_SECONDS:
                 await asyncio.sleep(0)
                 began = time.monotonic()
         return began
 
     def _leave_to_filter(self, audience: Audience, events: Sequence[Event]) -> None:
-        """Let a filter choose among events in its own time; followers of one that lags far behind read the log."""
+        """Add events to the backlog of a filter; followers of one that lags far behind read the log."""
         audience.backlog_bytes += sum(len(event.data) for event in events)
         if audience.backlog_bytes > PENDING_BYTES:
             audience.release()
@@ -360,16 +360,16 @@ class Hub:
             audience.filtering = self._group.create_task(self._filter(audience))
 
     async def _filter(self, audience: Audience) -> None:
-        """Push to an audience what its filter accepts, until its backlog is empty."""
+        """Push the events that its filter accepts to an audience, until its backlog is empty."""
         while True:
             events, audience.backlog, audience.backlog_bytes = audience.backlog, [], 0
             try:
                 wanted = await self._filters.chosen(self._channel, audience.view, events)
             except Exception:
                 log.exception("a filter of the channel %s failed", self._channel)
-                audience.release()  # each follower fails by itself
+                audience.release()  # the stream of each follower fails by itself
                 break
-            chosen = audience.select([framed(event, self._id_prefix) for event in wanted], self._news.set)
+            chosen = audience.select([make_frame(event, self._id_prefix) for event in wanted], self._news.set)
             after = events[-1].position if events else audience.filtered
             audience.filtered = after
             followers = [follower for follower in audience.followers if follower.position < after]
@@ -381,47 +381,47 @@ class Hub:
     def _push_some(
         self,
         followers: Sequence[Follower],
-        pieces: Sequence[Pushed],
+        batches: Sequence[WireBatch],
         audience: Audience,
-        chosen: Sequence[Framed],
+        chosen: Sequence[Frame],
         after: Position,
     ) -> None:
-        """Push several pieces, or to followers that may not want everything."""
+        """Push several batches, or to followers that do not get all of them."""
         for follower in followers:
-            mine = pieces
+            mine = batches
             if audience.view.conflate and chosen and follower.position >= chosen[0].event.position:
-                # It joined after some of these had been held back for the others, and has them from the log.
-                lacking = [item for item in chosen if item.event.position > follower.position]
-                mine = audience.pieces(lacking, after)
-            for piece in mine:
-                if piece.too_large or (follower.remaining is not None and piece.events > follower.remaining):
-                    follower.release(done=False)  # its task takes from the log as many as it wants, and as it may
+                # It joined after some of these were delayed for the others, and has them from the log.
+                missing = [item for item in chosen if item.event.position > follower.position]
+                mine = audience.wire_batches(missing, after)
+            for batch in mine:
+                if batch.is_too_large or (follower.remaining is not None and batch.events > follower.remaining):
+                    follower.release(done=False)  # its task reads from the log as many as the limit allows
                 if not follower.live:
                     break
                 if follower.remaining is not None:
-                    follower.remaining -= piece.events
-                _push(follower, piece, piece.last or follower.remaining == 0)
+                    follower.remaining -= batch.events
+                _push(follower, batch, batch.is_last or follower.remaining == 0)
             if follower.live and not chosen and not audience.view.conflate:
                 follower.position = after
 
 
-def _push_one(followers: Sequence[Follower], pieces: Sequence[Pushed], *_: object) -> None:
-    """Push one piece to followers that want it: the loop in which a server with many clients spends its time."""
-    piece = pieces[0]
+def _push_one(followers: Sequence[Follower], batches: Sequence[WireBatch], *_: object) -> None:
+    """Push one batch to followers: the loop in which a server with many clients spends its time."""
+    batch = batches[0]
     for follower in followers:
-        if piece.too_large:
+        if batch.is_too_large:
             follower.release(done=False)
         if follower.live:
-            _push(follower, piece, piece.last)
+            _push(follower, batch, batch.is_last)
 
 
-def _push(follower: Follower, piece: Pushed, done: bool) -> None:
-    """Push a piece to a live follower, which has all that it wants then if `done`."""
-    if done:  # before the write, from within which it may be said to fall behind: it lacks nothing any more
+def _push(follower: Follower, batch: WireBatch, done: bool) -> None:
+    """Push a batch to a live follower, which has everything then if `done`."""
+    if done:  # before the write, which may call `fall_behind`: nothing is missing any more
         follower.release(done=True)
     assert follower.transport is not None
-    follower.transport.write(piece.wire)
-    if not follower.pushed:
+    follower.transport.write(batch.wire)
+    if not follower.bytes_written:
         follower.stream.note_first_byte()
-    follower.pushed += piece.size
-    follower.position = piece.after
+    follower.bytes_written += batch.size
+    follower.position = batch.after

@@ -1,4 +1,4 @@
-"""Leases among the processes of one machine: locked files, each unlocked in the moment its process is gone."""
+"""Leases among the processes of one machine: locked files, which the kernel unlocks when their process ends."""
 
 import fcntl
 import hashlib
@@ -17,16 +17,16 @@ LOCK_SECONDS = 0.01
 
 
 class Leases:
-    """The leases that this process holds, as files of a folder, which is made when the first is asked for."""
+    """The leases that this process holds, as files in a folder, which is created with the first."""
 
     def __init__(self, folder: Path, threads: Threads) -> None:
         self._folder = folder
         self._threads = threads
         self._held: dict[str, int] = {}
-        """The descriptor of each locked file."""
+        """Descriptor of each locked file."""
 
     async def hold(self, lease: str) -> bool:
-        """Take a lease, or keep it: True while this process is the one that holds it."""
+        """Take or renew a lease; return whether this process holds it."""
         if lease in self._held:
             if await self._threads.run(self._is_in_place, lease, self._held[lease]):
                 return True
@@ -43,12 +43,12 @@ class Leases:
         return lease in self._held
 
     def release(self, lease: str) -> None:
-        """Give a lease back."""
+        """Release a lease."""
         self._unlock(lease, self._held.pop(lease, None))
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold a lock of this folder in the block, after waiting for it in this thread."""
+        """Hold a lock of this folder in the block; block this thread until it is free."""
         while (descriptor := self._lock(name)) is None:
             time.sleep(LOCK_SECONDS)
         try:
@@ -57,13 +57,13 @@ class Leases:
             self._unlock(name, descriptor)
 
     def _is_in_place(self, lease: str, descriptor: int) -> bool:
-        """Return whether the name of a lease stands for the file that is locked."""
+        """Return whether the file of a lease is still the one that is locked."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(descriptor), self._file(lease).stat())
         return False
 
     def close(self) -> None:
-        """Give all back."""
+        """Release all leases."""
         for lease in tuple(self._held):
             self.release(lease)
 
@@ -79,15 +79,15 @@ class Leases:
             except BlockingIOError:
                 os.close(descriptor)
                 return None
-            os.close(descriptor)  # it was given back meanwhile, and its file is gone: this lock holds nothing
+            os.close(descriptor)  # it was released meanwhile, and its file is deleted: this lock is void
 
     def _unlock(self, lease: str, descriptor: int | None) -> None:
-        """Unlock what `_lock` has locked."""
+        """Unlock a file that `_lock` has locked."""
         if descriptor is not None:
             if self._is_in_place(lease, descriptor):
                 self._file(lease).unlink(
                     missing_ok=True
-                )  # none is left behind: many leases have names that are used once
+                )  # or files would pile up: many leases have names that are used once
             os.close(descriptor)
 
     def _file(self, lease: str) -> Path:

@@ -1,4 +1,4 @@
-"""Events kept in Redis or Valkey streams, shared by the processes of many machines."""
+"""The event log in Redis or Valkey streams, shared by the processes of many machines."""
 
 import asyncio
 import logging
@@ -39,39 +39,39 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
-"""What a server that is away, starting, or out of reach looks like; all else is an answer."""
+DISCONNECTED = (RedisConnectionError, RedisTimeoutError, OSError)
+"""Errors of a server that is down, starting, or unreachable; all others are responses."""
 
 BLOCK_SECONDS = 2.0
-"""How long one XREAD waits before the watched streams are looked at for lost history."""
+"""Seconds that one XREAD waits before the watched streams are checked for lost history."""
 
 COMMAND_SECONDS = 5.0
-"""A server that answers nothing for so long counts as away."""
+"""Timeout of a command, in seconds, after which the server counts as disconnected."""
 
 READ_EVENTS = 500
-"""Events of one stream that one XREAD may bring."""
+"""Maximum number of events per stream of one XREAD."""
 
 AGING_SECONDS = 20.0
-"""How often the streams that this process publishes to are trimmed by age."""
+"""Interval at which the streams that this process publishes to are trimmed by age, in seconds."""
 
 AGING_CHANNELS = 1000
-"""Streams it remembers for that; those of channels that vanish by themselves need no trimming."""
+"""Maximum number of streams that are trimmed by age; those of channels that expire are not."""
 
 TYPICAL_BYTES = 1024
-"""How large an event is thought to be before one of its channel has been read."""
+"""Assumed size of an event before one of its channel has been read, in bytes."""
 
 SIZES = 1000
-"""Channels whose events' size is remembered."""
+"""Maximum number of channels whose event size is remembered."""
 
 SCAN_KEYS = 1000
-"""Keys that the server looks at in one step where all of some kind are searched."""
+"""Number of keys that the server scans in one step."""
 
 TOKEN_SECONDS = 86_400
-"""How long the server remembers an append whose acknowledgement may have been lost, in seconds."""
+"""Seconds for which the server remembers an append whose acknowledgement may have been lost."""
 
 # An entry's id is the event's position. An epoch is the server's time in milliseconds, but later than every epoch that
-# the calling process knows of (ARGV), since the clock may have been set back: a stream that was lost and begun anew has
-# greater ids than the lost one, and a reader that waits for more of the old one gets it at once.
+# the calling process knows of (ARGV), since the clock may have been set back: a stream that was lost and recreated has
+# greater ids than the lost one, and a reader that waits for more of the old one gets its events at once.
 _NEW_EPOCH = """
 local function new_epoch(seen)
     local time = redis.call('TIME')
@@ -117,8 +117,8 @@ return {epoch, last}
 """
 )
 
-# What a watch has been given lies after the end of the stream: 1 where the end was lost, and the stream begins a new
-# epoch; 2 where all was lost, and another process, which did not know of the old epoch, began with an earlier one.
+# Compares the position of a watch with the end of its stream: 1 if the end was lost, and the stream begins a new epoch;
+# 2 if all was lost, and another process, which did not know of the old epoch, began with an earlier one.
 _RENEW = (
     _NEW_EPOCH
     + """
@@ -153,8 +153,8 @@ while true do
 end
 """
 
-# A lease is taken with a new token (ARGV 3 is 1), and kept with the same: one that has ended in between is lost, even
-# if nobody else has had it.
+# A lease is taken with a new token (ARGV 3 is 1), and renewed with the same: one that expired in between is lost, even
+# if no other process has had it.
 _HOLD = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -175,55 +175,55 @@ class _Watch:
 class RedisLog:
     """An event log in a Redis >= 7 or Valkey server. `url` is redis://, rediss:// or unix://.
 
-    While the server is away, appends and reads wait and go on by themselves. What an append acknowledged is as safe as
-    the server keeps it: switch its append-only file on.
+    While the server is disconnected, appends and reads wait, and continue by themselves. The durability of an append is
+    that of the server: enable its append-only file.
     """
 
     def __init__(self, url: str) -> None:
-        never = Retry(NoBackoff(), 0)  # it waits below, where it can be seen
+        never = Retry(NoBackoff(), 0)  # `_retry_while_disconnected` waits instead, and reports it
         options: dict[str, Any] = {"retry": never, "socket_connect_timeout": COMMAND_SECONDS, "protocol": 2}
         try:
             self._redis = redis.asyncio.Redis.from_url(url, socket_timeout=COMMAND_SECONDS, **options)
-            # One connection waits in XREAD, and it alone: a client that blocked others would stop them all.
+            # A dedicated connection blocks in XREAD: a shared one would block all other commands.
             patience = BLOCK_SECONDS + COMMAND_SECONDS
             self._blocking = redis.asyncio.Redis.from_url(url, socket_timeout=patience, **options)
         except ValueError as error:
-            raise EventLogError(f"is no address of a Redis server: {error}") from None
-        self._queue = AppendQueue(self._keep)
+            raise EventLogError(f"is not a valid URL of a Redis server: {error}") from None
+        self._queue = AppendQueue(self._commit)
         self._watches: dict[str, _Watch] = {}
         self._changed = asyncio.Event()
-        """Whether a watch began that the waiting XREAD does not know of."""
+        """Set when a watch began that the waiting XREAD does not include."""
         self._reader_id = 0
         self._aging: OrderedDict[str, Retention] = OrderedDict()
         self._leases: dict[str, str] = {}
-        """The token with which this process took each lease that it holds."""
+        """Token of each lease that this process holds."""
         self._seen = 0
-        """The greatest epoch that this process has appended to, read, or been given."""
+        """Greatest epoch that this process has appended to, read, or received."""
         self._acknowledged: list[str] = []
-        """Keys of tokens that the server need not remember any more."""
+        """Keys of tokens that the server no longer needs."""
         self._sizes: dict[str, int] = {}
-        self._away = ""
+        self._problem = ""
         self._scripts: dict[str, str] = {}
 
     # -- life
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Serve until the block ends; a server that is away now may come later."""
+        """Serve until the block ends; the server may be disconnected at the start."""
         try:
-            await self._look_at_server()
-        except AWAY as error:
-            self._lost(error)
+            await self._check_server()
+        except DISCONNECTED as error:
+            self._mark_disconnected(error)
         except RedisError as error:
-            raise EventLogError(f"the server refuses: {error}") from None
+            raise EventLogError(f"the server rejects commands: {error}") from None
         try:
             async with asyncio.TaskGroup() as group:
-                works = (self._queue.run, self._tail, self._nudge, self._keep_house)
+                works = (self._queue.run, self._tail, self._wake_reader, self._run_housekeeping)
                 tasks = [group.create_task(work()) for work in works]
                 try:
                     yield
                 finally:
-                    # A cancellation can get lost in a command (python/cpython#86296, in 3.11), so: until it is heard.
+                    # A cancellation can get lost in a command (python/cpython#86296, in 3.11), so it is repeated.
                     while pending := [task for task in tasks if not task.done()]:
                         for task in pending:
                             task.cancel()
@@ -232,51 +232,53 @@ class RedisLog:
             await self._redis.aclose()
             await self._blocking.aclose()
 
-    async def _look_at_server(self) -> None:
+    async def _check_server(self) -> None:
         info = await self._redis.info("persistence")
         if not info.get("aof_enabled"):
-            log.warning("the Redis server has no append-only file: what it loses in a crash, clients see as a gap")
+            log.warning(
+                "the Redis server has no append-only file: events that it loses in a crash become gaps for clients"
+            )
 
-    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do something with the server, again and again while it is away."""
+    async def _retry_while_disconnected(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run a command, and retry it while the server is disconnected."""
         loop, delays = asyncio.get_running_loop(), _backoff()
         while True:
             begun = loop.time()
             try:
                 result = await work()
-            except AWAY as error:
-                self._lost(error)
+            except DISCONNECTED as error:
+                self._mark_disconnected(error)
                 if loop.time() - begun > 2 * COMMAND_SECONDS:
-                    delays = _backoff()  # it has been there in between
+                    delays = _backoff()  # it was connected in between
                 await asyncio.sleep(next(delays))
             else:
-                self._found()
+                self._mark_connected()
                 return result
 
-    def _lost(self, error: BaseException) -> None:
-        if not self._away:
-            self._away = "The Redis server of the event log does not answer."
-            log.warning("the event log's Redis server is away (%s); waiting for it", type(error).__name__)
+    def _mark_disconnected(self, error: BaseException) -> None:
+        if not self._problem:
+            self._problem = "The Redis server of the event log does not respond."
+            log.warning("the Redis server of the event log is disconnected (%s); waiting for it", type(error).__name__)
 
-    def _found(self) -> None:
-        if self._away:
-            self._away = ""
-            log.info("the event log's Redis server is back")
+    def _mark_connected(self) -> None:
+        if self._problem:
+            self._problem = ""
+            log.info("the Redis server of the event log is connected again")
 
     def state(self) -> Mapping[str, object]:
-        """Say whether the server answers."""
-        if self._away:
-            return {"engine": "redis", "state": "away", "reason": self._away}
+        """Return whether the server responds."""
+        if self._problem:
+            return {"engine": "redis", "state": "disconnected", "reason": self._problem}
         return {"engine": "redis", "state": "ok"}
 
     async def _call(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
-        """Run a script, which the server may not know (any more)."""
+        """Run a script, loading it if the server does not have it."""
         for _ in range(2):
             try:
                 return await self._redis.evalsha(await self._sha(script), len(keys), *keys, *arguments)  # type: ignore[arg-type]
             except NoScriptError:
                 self._scripts.pop(script, None)
-        raise EventLogError("The Redis server forgets scripts as soon as it has them.")
+        raise EventLogError("The Redis server does not keep scripts that were loaded.")
 
     async def _sha(self, script: str) -> str:
         if script not in self._scripts:
@@ -286,7 +288,7 @@ class RedisLog:
     # -- appending
 
     async def append(self, append: Append) -> Position:
-        """Add events; the server has them when this returns, each once, however often the connection broke."""
+        """Add events; the server has each of them once when this returns, however often the connection broke."""
         if append.lease:
             if append.lease not in self._leases:
                 raise LeaseLost
@@ -300,7 +302,7 @@ class RedisLog:
             self._aging.pop(append.channel, None)
         return await self._queue.append(append)
 
-    async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
+    async def _commit(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
         tokens = [secrets.token_hex(8) for _ in appends]
         results: list[Position | EventLogError | None] = [None] * len(appends)
 
@@ -315,33 +317,33 @@ class RedisLog:
                 pipe.evalsha(sha, len(keys), *keys, *_arguments(append, self._seen))
             for key in self._acknowledged:
                 pipe.unlink(key)
-            answers = await pipe.execute(raise_on_error=False)
-            for number, answer in zip(todo, answers, strict=False):
-                if isinstance(answer, NoScriptError):
+            replies = await pipe.execute(raise_on_error=False)
+            for number, reply in zip(todo, replies, strict=False):
+                if isinstance(reply, NoScriptError):
                     self._scripts.clear()
-                elif isinstance(answer, AWAY):
-                    raise answer
-                elif isinstance(answer, ResponseError) and str(answer).startswith("LEASELOST"):
+                elif isinstance(reply, DISCONNECTED):
+                    raise reply
+                elif isinstance(reply, ResponseError) and str(reply).startswith("LEASELOST"):
                     results[number] = LeaseLost()
-                elif isinstance(answer, Exception):
-                    log.error("events cannot be kept: %s", answer)
-                    results[number] = EventLogError("The Redis server of the event log refuses to write.")
+                elif isinstance(reply, Exception):
+                    log.error("events cannot be stored: %s", reply)
+                    results[number] = EventLogError("The Redis server of the event log rejects writes.")
                 else:
-                    results[number] = Position(int(answer[0]), int(answer[1]))
-                    self._seen = max(self._seen, int(answer[0]))
+                    results[number] = Position(int(reply[0]), int(reply[1]))
+                    self._seen = max(self._seen, int(reply[0]))
             self._acknowledged.clear()
 
         while None in results:
-            await self._patiently(send)
+            await self._retry_while_disconnected(send)
         for append, token, result in zip(appends, tokens, results, strict=True):
             if isinstance(result, Position):
                 self._acknowledged.append(_token_key(append.channel, token))
         return [result for result in results if result is not None]
 
-    # -- passing on
+    # -- delivering
 
     def watch(self, channel: str, after: Position, deliver: Deliver) -> None:
-        """Deliver what follows a position, whoever publishes it."""
+        """Deliver the events after a position, whichever process publishes them."""
         self._watches[channel] = _Watch(after, deliver)
         self._changed.set()
 
@@ -349,47 +351,47 @@ class RedisLog:
         """End a watch."""
         self._watches.pop(channel, None)
 
-    async def _nudge(self) -> None:
-        """Interrupt the waiting XREAD when it must read more streams than it knows of."""
+    async def _wake_reader(self) -> None:
+        """Interrupt the waiting XREAD when it must include more streams."""
         while True:
             await self._changed.wait()
             if self._reader_id:
                 try:
                     await self._redis.client_unblock(self._reader_id)
-                except AWAY as error:
-                    self._lost(error)
-            await asyncio.sleep(0.005)  # it may not have been waiting yet: see whether it has heard
+                except DISCONNECTED as error:
+                    self._mark_disconnected(error)
+            await asyncio.sleep(0.005)  # it may not have been waiting yet: check whether it woke
 
     async def _tail(self) -> None:
-        """Read every watched stream with one XREAD at a time, for as long as the server lives, and again after."""
+        """Read all watched streams with one XREAD at a time, and again after a failure of the server."""
         while True:
             try:
-                await self._patiently(self._read_on)
+                await self._retry_while_disconnected(self._read_on)
             except RedisError as error:
-                log.error("the event log's Redis server refuses: %s", error)
+                log.error("the Redis server of the event log rejects commands: %s", error)
                 await asyncio.sleep(1)
 
     async def _read_on(self) -> None:
         async with self._blocking.client() as reader:
             self._reader_id = 0
-            await self._renew_what_is_lost()
-            looked = asyncio.get_running_loop().time()
+            await self._renew_truncated_streams()
+            checked_at = asyncio.get_running_loop().time()
             try:
                 self._reader_id = int(await reader.client_id())
                 while True:
                     if not self._watches:
                         await self._changed.wait()
                     self._changed.clear()
-                    self._found()
+                    self._mark_connected()
                     streams = {_stream(channel): str(watch.position) for channel, watch in self._watches.items()}
                     if not streams:
                         continue
-                    answer: Any = await reader.xread(streams, READ_EVENTS, int(BLOCK_SECONDS * 1000))  # type: ignore[arg-type]
-                    for name, entries in answer or ():
+                    reply: Any = await reader.xread(streams, READ_EVENTS, int(BLOCK_SECONDS * 1000))  # type: ignore[arg-type]
+                    for name, entries in reply or ():
                         self._deliver(_channel(_text(name)), entries)
-                    if asyncio.get_running_loop().time() - looked >= BLOCK_SECONDS:
-                        await self._renew_what_is_lost()
-                        looked = asyncio.get_running_loop().time()
+                    if asyncio.get_running_loop().time() - checked_at >= BLOCK_SECONDS:
+                        await self._renew_truncated_streams()
+                        checked_at = asyncio.get_running_loop().time()
             finally:
                 self._reader_id = 0
 
@@ -401,14 +403,14 @@ class RedisLog:
             self._seen = max(self._seen, watch.position.epoch)
             watch.deliver(events)
 
-    async def _renew_what_is_lost(self) -> None:
-        """Begin a new epoch for streams that the server has lost the end of, for it has been seen by this process."""
+    async def _renew_truncated_streams(self) -> None:
+        """Begin a new epoch for streams whose end the server has lost after this process received it."""
         for channel, watch in tuple(self._watches.items()):
             if watch.position == ORIGIN:
                 continue
             found = await self._call(_RENEW, [_stream(channel)], *watch.position, self._seen)
             if found == 1:
-                log.warning("the Redis server has lost the end of %s: it begins a new epoch", channel)
+                log.warning("the Redis server has lost the end of %s: a new epoch begins", channel)
             elif found == 2:
                 log.warning("the Redis server has lost %s, and its clock was set back", channel)
                 watch.position = ORIGIN
@@ -416,33 +418,33 @@ class RedisLog:
     # -- reading
 
     async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
-        """Return up to `limit` events that follow a position, and about `size` bytes."""
+        """Return up to `limit` events after a position, and about `size` bytes."""
         limit = min(limit, 1 + size // self._sizes.get(channel, TYPICAL_BYTES))
 
-        async def ask() -> Sequence[Any]:
+        async def fetch() -> Sequence[Any]:
             pipe = self._redis.pipeline(transaction=False)
             pipe.xinfo_stream(_stream(channel))  # before the events: `last` must not be later than they are
             pipe.xrange(_stream(channel), f"({after}", "+", limit)
-            answers = await pipe.execute(raise_on_error=False)
-            for answer in answers:
-                if isinstance(answer, AWAY):
-                    raise answer
-            return answers
+            replies = await pipe.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, DISCONNECTED):
+                    raise reply
+            return replies
 
-        info, entries = await self._patiently(ask)
+        info, entries = await self._retry_while_disconnected(fetch)
         if isinstance(entries, Exception):
-            raise EventLogError("The Redis server of the event log refuses to read.") from entries
+            raise EventLogError("The Redis server of the event log rejects reads.") from entries
         last = ORIGIN if isinstance(info, ResponseError) else Position.parse(_text(info["last-generated-id"])) or ORIGIN
         self._seen = max(self._seen, last.epoch)
         if is_replaced(after, last):
             return await self.read(channel, ORIGIN, limit, size)
         events = [_event(entry) for entry in entries]
         if events:
-            self._note_size(channel, sum(len(event.data) for event in events) // len(events))
+            self._record_size(channel, sum(len(event.data) for event in events) // len(events))
         return Batch(within(events, size), last)
 
-    def _note_size(self, channel: str, size: int) -> None:
-        """Remember how large events of a channel are, for the server counts them and does not weigh them."""
+    def _record_size(self, channel: str, size: int) -> None:
+        """Record the size of the events of a channel: the server limits their number, not their bytes."""
         if len(self._sizes) >= SIZES:
             self._sizes.clear()
         self._sizes[channel] = max(1, size)
@@ -450,71 +452,71 @@ class RedisLog:
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
 
-        async def ask() -> Any:
+        async def fetch() -> Any:
             return await self._redis.hget(_keys(channel)[1], name)
 
-        value = await self._patiently(ask)
+        value = await self._retry_while_disconnected(fetch)
         return None if value is None else _text(value)
 
     async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
-        """Return the texts last appended under a name, by the names of their channels, which begin with a prefix."""
+        """Return the texts last appended under a name, by channel, of channels whose names begin with a prefix."""
         pattern = _keys(re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*")[1]
 
-        async def ask() -> tuple[list[str], list[Any]]:
+        async def fetch() -> tuple[list[str], list[Any]]:
             keys = [_text(key) async for key in self._redis.scan_iter(match=pattern, count=SCAN_KEYS)]
-            keys = list(dict.fromkeys(keys))  # a scan may name one twice
+            keys = list(dict.fromkeys(keys))  # a scan may return one twice
             pipe = self._redis.pipeline(transaction=False)
             for key in keys:
                 pipe.hget(key, name)
             return keys, await pipe.execute()
 
-        keys, values = await self._patiently(ask)
+        keys, values = await self._retry_while_disconnected(fetch)
         found = zip(keys, values, strict=True)
         return {_channel(key): _text(value) for key, value in found if value is not None}
 
-    # -- forgetting
+    # -- deleting
 
     async def trim(self, channel: str, retention: Retention) -> None:
-        """Forget what retention does not keep."""
+        """Delete the events beyond the retention."""
 
-        async def ask() -> None:
+        async def fetch() -> None:
             seconds, micros = await self._redis.time()
             before = seconds * 1000 + micros // 1000 - int(retention.seconds * 1000)
             await self._call(_TRIM, [_stream(channel)], before)
             await self._redis.xtrim(_stream(channel), maxlen=retention.events, approximate=False)
 
-        await self._patiently(ask)
+        await self._retry_while_disconnected(fetch)
 
-    async def _keep_house(self) -> None:
+    async def _run_housekeeping(self) -> None:
         while True:
             await asyncio.sleep(AGING_SECONDS)
             for channel, retention in tuple(self._aging.items()):
                 await self.trim(channel, retention)
 
     async def delete(self, channel: str) -> None:
-        """Forget a channel and all that belongs to it."""
+        """Delete a channel, with its events and checkpoints."""
 
-        async def ask() -> None:
+        async def fetch() -> None:
             await self._redis.delete(*_keys(channel))
 
         self._aging.pop(channel, None)
-        await self._patiently(ask)
+        await self._retry_while_disconnected(fetch)
 
     # -- leases
 
     async def hold(self, lease: str) -> bool:
-        """Take a lease, or keep it for LEASE_SECONDS more; raises EventLogError while the server is away."""
+        """Take a lease, or renew it for LEASE_SECONDS; raises EventLogError while the server is disconnected."""
         token = self._leases.get(lease, "")
         fresh = not token
         token = token or secrets.token_hex(8)
         try:
             held = await self._call(_HOLD, [_lease_key(lease)], token, int(LEASE_SECONDS * 1000), int(fresh))
-        except AWAY as error:
-            self._lost(error)
-            raise EventLogError(self._away) from None
+        except DISCONNECTED as error:
+            self._mark_disconnected(error)
+            raise EventLogError(self._problem) from None
         except RedisError as error:
             log.error("the lease %s cannot be held: %s", lease, error)
-            raise EventLogError("The Redis server of the event log refuses to write.") from None
+            raise EventLogError("The Redis server of the event log rejects writes.") from None
         if held:
             self._leases[lease] = token
         else:
@@ -522,16 +524,16 @@ class RedisLog:
         return bool(held)
 
     async def release(self, lease: str) -> None:
-        """Give a lease back; one that cannot be given back ends by itself."""
+        """Release a lease; one that cannot be released expires."""
         if token := self._leases.pop(lease, ""):
             try:
                 await self._call(_RELEASE, [_lease_key(lease)], token)
             except RedisError as error:
-                log.warning("the lease %s cannot be given back: %s", lease, error)
+                log.warning("the lease %s cannot be released: %s", lease, error)
 
 
 def _keys(channel: str) -> tuple[str, str]:
-    """The keys of a channel: its stream, and its state. (A cluster keeps what stands in braces together.)"""
+    """Return the keys of a channel: stream and state. A cluster stores keys with equal braces together."""
     return _stream(channel), f"streamlab:{{{channel}}}:state"
 
 
@@ -540,7 +542,7 @@ def _stream(channel: str) -> str:
 
 
 def _channel(key: str) -> str:
-    """The channel that a key of `_keys` belongs to."""
+    """Return the channel of a key of `_keys`."""
     return key.removeprefix("streamlab:{").rpartition("}:")[0]
 
 
@@ -573,7 +575,7 @@ def _text(value: bytes | str) -> str:
 
 
 def _backoff() -> Iterator[float]:
-    """Seconds between tries: short at first, two at most, never the same for all."""
+    """Yield the seconds between two attempts: short at first, at most two, different for each process."""
     delay = 0.05
     while True:
         yield delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, keeps no secret

@@ -1,4 +1,4 @@
-"""Events kept in a SQLite file that the processes of one machine share, or in memory."""
+"""The event log in a SQLite file that the processes of one machine share, or in memory."""
 
 import asyncio
 import logging
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL_SECONDS = 0.02
-"""How often a process looks for what other processes of the machine have committed."""
+"""Interval at which a process checks for commits of other processes of the machine, in seconds."""
 
 HOUSEKEEPING_SECONDS = 2.0
-"""How often the write-ahead log goes into the file, and what is too old goes out of it."""
+"""Interval at which the write-ahead log is moved into the file, and expired events are deleted, in seconds."""
 
 BUSY_SECONDS = 10.0
-"""How long a commit waits for another process's."""
+"""Maximum seconds that a commit waits for one of another process."""
 
 TAIL_EVENTS = 1000
-"""Events that are read at once to catch up with another process."""
+"""Maximum number of events read at once to catch up with another process."""
 
 SUFFIXES = ("", "-wal", "-shm")
-"""Names of the files of a database, after its own: itself, its write-ahead log, and that log's index."""
+"""Suffixes of the files of a database: itself, its write-ahead log, and the index of that log."""
 
 MOVED = "moved"
-"""How the triggers are named, and what they say, that keep events out of a file whose copy has taken its place."""
+"""Name and message of the triggers that reject events in a file that has been replaced by its copy."""
 
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-"""Error codes of a file whose content is not what SQLite has written."""
+"""Error codes of a damaged file."""
 
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -75,7 +75,7 @@ _SCHEMA = """
 
 
 _Identity = tuple[int, int] | None
-"""Device and inode of a file; None where there is none."""
+"""Device and inode of a file; None if it does not exist."""
 
 
 @dataclass(slots=True)
@@ -83,67 +83,69 @@ class _Watch:
     position: Position
     deliver: Deliver
     behind: bool = False
-    """Whether something was committed that cannot be delivered before it has been read from the file."""
+    """Whether there are commits that must be read from the file before they can be delivered."""
 
 
-class _Replaced(Exception):
-    """Another file was put in place of the one that a commit went into."""
+class _FileReplaced(Exception):
+    """The file of a commit was replaced by another."""
 
 
 class SqliteLog:
-    """An event log in one file in WAL mode. `path` None keeps it in memory, for one process and its life.
+    """An event log in one file in WAL mode; in memory, for this process alone, if `path` is None.
 
-    A commit is safe when the process dies (SIGKILL). When the machine dies, the last seconds may be lost: every
-    channel then begins a new epoch at the next start, so that clients hear of it.
+    A commit survives the death of the process (SIGKILL). When the machine fails, the last seconds may be lost: every
+    channel then begins a new epoch at the next start, so that clients get a gap.
 
-    No commit is acknowledged before both names, the database's and its write-ahead log's, have been found to stand for
-    the files that are open. Where one was deleted, all that the open files hold is copied into a new database in its
-    place, and nothing is lost. Where another database was put there, it is the log from then on, with new epochs. A
-    damaged file rejects all events until it is moved away or replaced. Source: sqlite.org/howtocorrupt.html, section 2.
+    A commit is acknowledged only after the paths of the database and its write-ahead log have been found to name the
+    open files. If one was deleted, the content of the open files is copied into a new database in its place, and
+    nothing is lost. If another database was put there, it is the log from then on, with new epochs. A damaged file
+    rejects all events until it is moved away or replaced. Source: sqlite.org/howtocorrupt.html, section 2.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._files = () if path is None else tuple(path.with_name(path.name + suffix) for suffix in SUFFIXES)
         self._opened: tuple[_Identity, ...] = ()
-        """The identities of these files as they were opened."""
+        """Identities of the open files."""
         self._problems: dict[str, str] = {}
-        """Why events cannot be written or read (`database`), or leases be held (`leases`), for clients."""
+        """Why events cannot be written or read (`database`), or leases be held (`leases`); sent to clients."""
         self._damaged = False
-        self._keeping = threading.Lock()
-        """Held while a thread uses or closes the connection that housekeeping has."""
+        self._keeper_lock = threading.Lock()
+        """Held while a thread uses or closes the connection of housekeeping."""
         self._filled = False
-        """Whether the database has been seen with a schema: a new one has it in its write-ahead log alone at first."""
+        """Whether the file was seen with a schema: that of a new one is only in its write-ahead log at first."""
         self._seen = 0
-        """The greatest epoch that this process has committed to or read."""
-        self._queue = AppendQueue(self._keep)
+        """Greatest epoch that this process has committed to or read."""
+        self._queue = AppendQueue(self._commit_all)
         self._watches: dict[str, _Watch] = {}
         self._watched = asyncio.Event()
         self._behind = asyncio.Event()
-        # One thread writes and one reads, each with its connection; in memory there is one of both.
+        # One thread writes and one reads, each with its connection; in memory they are the same.
         self._writing = Threads("eventlog-write", 1)
         self._reading = self._writing if path is None else Threads("eventlog-read", 1)
-        self._beside = Threads("eventlog-beside", 1)
-        """Takes leases and moves the write-ahead log into the file, so that no event waits for either."""
-        self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"), self._beside)
+        self._background = Threads("eventlog-background", 1)
+        """Thread that takes leases and moves the write-ahead log into the file, so that no event waits for either."""
+        self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"), self._background)
         self._dirty = False
 
     # -- life
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Open the file, making it if need be, and keep house until the block ends."""
+        """Open the file, creating it if necessary, and run housekeeping until the block ends."""
         async with AsyncExitStack() as stack:
-            for threads in dict.fromkeys((self._beside, self._writing, self._reading)):
+            for threads in dict.fromkeys((self._background, self._writing, self._reading)):
                 await stack.enter_async_context(threads)
             try:
                 await self._writing.run(self._open, discard=self._undo_open)
             except (OSError, sqlite3.Error) as error:
                 reason = f"{self._path}: {_reason(error)} (`url` of [events] names the file)"
-                raise EventLogError(f"cannot keep events there: {reason}") from None
+                raise EventLogError(f"cannot store events there: {reason}") from None
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(work()) for work in (self._queue.run, self._tail, self._keep_house)]
+                    tasks = [
+                        group.create_task(work()) for work in (self._queue.run, self._tail, self._run_housekeeping)
+                    ]
                     try:
                         yield
                     finally:
@@ -152,7 +154,7 @@ class SqliteLog:
             finally:
                 if self._leases is not None:
                     self._leases.close()
-                # Each on its own thread: what was asked for last may still be read there.
+                # Each on its own thread, where the last read may still be running.
                 try:
                     await self._reading.finish(self._close_reader)
                 finally:
@@ -183,8 +185,8 @@ class SqliteLog:
         try:
             self._db.executescript(_SCHEMA)
             with self._transaction():
-                self._count_opening()
-            self._opened = self._found()
+                self._renew_epochs_after_power_loss()
+            self._opened = self._current_files()
             self._version = self._data_version()
             self._readers, self._read_from = (self._db if self._path is None else self._connect()), self._db
             self._keeper = self._db if self._path is None else self._connect()
@@ -205,16 +207,16 @@ class SqliteLog:
             with self._durably(), self._transaction():
                 self._db.execute("UPDATE meta SET value = value - 1 WHERE name = 'open'")
         except sqlite3.Error as error:
-            log.warning("the event log could not be closed in good order: %s", error)
-        with self._keeping:
+            log.warning("the event log could not be closed cleanly: %s", error)
+        with self._keeper_lock:
             self._keeper.close()
         self._db.close()
 
-    def _count_opening(self) -> None:
-        """Begin new epochs where the machine has been started anew while somebody had this file open.
+    def _renew_epochs_after_power_loss(self) -> None:
+        """Begin new epochs if the machine was restarted while the file was open, and count this opening.
 
-        With `synchronous = NORMAL`, commits of the last seconds are lost if the machine stops without warning. A
-        client may have seen them, and must not take what is published now for what comes after them.
+        With `synchronous = NORMAL`, commits of the last seconds are lost if the machine fails. A client may have
+        received them, and must not take the events published from now on for their continuation.
         """
         boot, meta = _boot_id(), dict(self._db.execute("SELECT name, value FROM meta"))
         opened = int(meta.get("open", "0"))
@@ -248,7 +250,7 @@ class SqliteLog:
 
     @contextmanager
     def _durably(self) -> Iterator[None]:
-        """Make commits of the block safe from a machine that stops."""
+        """Make commits of the block survive a failure of the machine."""
         self._db.execute("PRAGMA synchronous = FULL")
         try:
             yield
@@ -256,11 +258,11 @@ class SqliteLog:
             self._db.execute("PRAGMA synchronous = NORMAL")
 
     def _data_version(self) -> int:
-        """A number that changes when another process commits. (The reading connection never does.)"""
+        """Return a number that changes when another process commits. (The reading connection never does.)"""
         return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def _new_epoch(self) -> int:
-        """An epoch later than every other of this file, whatever the clock says."""
+        """Return an epoch later than every other of this file, whatever the clock says."""
         row = self._db.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
         epoch = max(_now(), int(row[0]) + 1 if row else 0)
         self._set_meta("epoch", str(epoch))
@@ -268,37 +270,37 @@ class SqliteLog:
 
     # -- files that are deleted, replaced or damaged
 
-    def _found(self, count: int = len(SUFFIXES)) -> tuple[_Identity, ...]:
-        """Return which files the first `count` names stand for now: a system call each."""
+    def _current_files(self, count: int = len(SUFFIXES)) -> tuple[_Identity, ...]:
+        """Return the identities of the first `count` files at their paths: a system call each."""
         return tuple(_identity(file) for file in self._files[:count])
 
     def _ensure_in_place(self, count: int = len(SUFFIXES)) -> bool:
-        """Return whether all that was committed is in the files that the first `count` names stand for.
+        """Return whether all commits are in the files at the first `count` paths.
 
-        Where they stand for others, the log goes on in those. Raises OSError or sqlite3.Error where it cannot, now.
+        If these are other files, the log continues in them. Raises OSError or sqlite3.Error if it cannot at present.
         """
-        if not self._damaged and self._found(count) == self._opened[:count]:
+        if not self._damaged and self._current_files(count) == self._opened[:count]:
             return True
         assert self._leases is not None, "a log in memory has no files"
-        with self._leases.locked("files"):  # one process mends, and the others find that it has
-            (database, *others), (opened, *others_opened) = self._found(), self._opened
+        with self._leases.locked("files"):  # one process repairs, and the others find it repaired
+            (database, *others), (opened, *others_opened) = self._current_files(), self._opened
             if database in (None, opened) and not self._damaged:
                 self._copy()
             elif database == opened:
                 raise sqlite3.DatabaseError("the file is damaged; move it away, or a backup into its place")
-            else:  # what belongs to the old database must not be applied to the new one
+            else:  # files of the old database must not be applied to the new one
                 for file, identity, before in zip(self._files[1:], others, others_opened, strict=True):
                     if identity == before:
                         file.unlink(missing_ok=True)
-            complete = self._open_again()
-        outcome = "all that it held is in a new file" if complete else "what the present file does not hold is lost"
+            complete = self._reopen()
+        outcome = "all its events are in a new file" if complete else "events that the present file lacks are lost"
         log.warning("the event log's file %s was deleted or replaced while in use; %s", self._path, outcome)
         return complete
 
     def _copy(self) -> None:
-        """Put a copy of all that the open files hold in the place of those that were deleted.
+        """Replace the deleted files by a copy of the open ones.
 
-        Other processes that have the old files open cannot commit meanwhile, and no events after it.
+        Other processes that have the old files open cannot commit meanwhile, and cannot add events to them later.
         """
         database, log_file, index = self._files
         copy = database.with_name(f"{database.name}-copy")
@@ -306,10 +308,10 @@ class SqliteLog:
         copy.unlink(missing_ok=True)
         with self._transaction():
             log_file.unlink(missing_ok=True)
-            with self._keeping:
-                self._keeper.execute("VACUUM INTO ?", (str(copy),))  # the connection of a transaction cannot
+            with self._keeper_lock:
+                self._keeper.execute("VACUUM INTO ?", (str(copy),))  # a connection in a transaction cannot
             with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
-                # Each process that has the old file open will count itself in the new one.
+                # Each process that has the old file open will count its opening in the new one.
                 connection.execute("UPDATE meta SET value = '0' WHERE name = 'open'")
                 connection.execute("UPDATE meta SET value = ? WHERE name = 'inode'", (_inode(copy),))
             with copy.open("rb") as file:
@@ -322,10 +324,10 @@ class SqliteLog:
                     f"BEGIN SELECT RAISE(ABORT, '{MOVED}'); END"
                 )
 
-    def _open_again(self) -> bool:
-        """Open what the name stands for now, and return whether it holds all that was committed to the old file.
+    def _reopen(self) -> bool:
+        """Open the file that is at the path now, and return whether it has all commits of the old file.
 
-        Every channel of a file that no streamlab put there begins a new epoch.
+        Every channel of a file that streamlab did not put there begins a new epoch.
 
         The old connections can be closed: SQLite deletes no write-ahead log of a database that has moved.
         """
@@ -338,14 +340,14 @@ class SqliteLog:
                 self._set_meta("epoch", str(max(self._seen, int(meta.get("epoch", "0")))))
                 if foreign := meta.get("inode") != _inode(self._path):
                     self._renew_epochs()
-                self._count_opening()
-            self._opened = self._found()
+                self._renew_epochs_after_power_loss()
+            self._opened = self._current_files()
         except BaseException:
             self._db.close()
             self._db = old
             raise
-        self._damaged, self._filled, self._version = False, False, -1  # every watch has to look
-        with self._keeping:
+        self._damaged, self._filled, self._version = False, False, -1  # every watch has to read
+        with self._keeper_lock:
             self._keeper.close()
             self._keeper = keeper
         with suppress(sqlite3.Error), closing(old):
@@ -362,40 +364,40 @@ class SqliteLog:
             self._readers, self._read_from = readers, db
         return self._readers
 
-    def _failed(self, error: OSError | sqlite3.Error | _Replaced, part: str = "database") -> EventLogError:
-        """Note what failed, for /health, and return the error for the caller."""
+    def _mark_failed(self, error: OSError | sqlite3.Error | _FileReplaced, part: str = "database") -> EventLogError:
+        """Record a failure for /health, and return the error for the caller."""
         self._damaged = self._damaged or getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE
         if (reason := _reason(error)) != self._problems.get(part):
             log.error("the event log %s fails (%s): %s", self._path or "in memory", part, reason)
         self._problems[part] = reason
         return EventLogError(f"The event log fails: {reason}.")
 
-    def _works(self, part: str = "database") -> None:
+    def _mark_working(self, part: str = "database") -> None:
         if self._problems.pop(part, ""):
             log.warning("the event log %s works again (%s)", self._path or "in memory", part)
 
     # -- appending
 
     async def append(self, append: Append) -> Position:
-        """Add events; they are in the file's write-ahead log when this returns.
+        """Add events; they are in the write-ahead log of the file when this returns.
 
-        A process that is stopped keeps the locks of its leases, so that nothing has to be compared at the commit.
+        A suspended process keeps the locks of its leases, so that no fence has to be compared at the commit.
         """
         if append.lease and self._leases is not None and not self._leases.holds(append.lease):
             raise LeaseLost
         return await self._queue.append(append)
 
-    async def _keep(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
+    async def _commit_all(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
         try:
             now, positions = await self._writing.run(self._commit, appends)
-        except (OSError, sqlite3.Error, _Replaced) as error:
-            failure = self._failed(error)
+        except (OSError, sqlite3.Error, _FileReplaced) as error:
+            failure = self._mark_failed(error)
             return [failure for _ in appends]
         self._dirty = True
         self._seen = max(self._seen, *(position.epoch for position in positions))
         for append, last in zip(appends, positions, strict=True):
             if watch := self._watches.get(append.channel):
-                self._pass_on(watch, append, last, now)
+                self._deliver_commit(watch, append, last, now)
         return positions
 
     def _commit(self, appends: Sequence[Append]) -> tuple[int, list[Position]]:
@@ -408,7 +410,7 @@ class SqliteLog:
             self._ensure_in_place(2)
             positions = self._commit_once(appends, now)
         if not self._ensure_in_place(2):
-            raise _Replaced("its file was replaced while this was written")
+            raise _FileReplaced("its file was replaced while this was written")
         return now, positions
 
     def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position]:
@@ -443,19 +445,19 @@ class SqliteLog:
         if append.checkpoint is not None:
             db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", (channel, *append.checkpoint))
         step = max(1, keep.events // 8)
-        if end // step != last // step:  # now and then, and then many
-            self._forget_surplus(channel, epoch, end - keep.events)
+        if end // step != last // step:  # seldom, and then many at once
+            self._delete_surplus(channel, epoch, end - keep.events)
         return Position(epoch, end)
 
-    def _forget_surplus(self, channel: int, epoch: int, until: int) -> None:
+    def _delete_surplus(self, channel: int, epoch: int, until: int) -> None:
         if until > 0:
             forgotten = (channel, epoch, until)
             self._db.execute("DELETE FROM events WHERE channel = ? AND (epoch, offset) <= (?, ?)", forgotten)
 
-    # -- passing on
+    # -- delivering
 
-    def _pass_on(self, watch: _Watch, append: Append, last: Position, now: int) -> None:
-        """Deliver what was just committed, unless another process's events come before it."""
+    def _deliver_commit(self, watch: _Watch, append: Append, last: Position, now: int) -> None:
+        """Deliver a commit of this process, unless events of another process precede it."""
         if not append.drafts:
             return
         first = Position(last.epoch, last.offset - len(append.drafts) + 1)
@@ -472,7 +474,7 @@ class SqliteLog:
         )
 
     def watch(self, channel: str, after: Position, deliver: Deliver) -> None:
-        """Deliver what follows a position: this process's commits at once, those of others within POLL_SECONDS."""
+        """Deliver the events after a position: own commits at once, those of other processes within POLL_SECONDS."""
         self._watches[channel] = _Watch(after, deliver, behind=True)
         self._watched.set()
         self._behind.set()
@@ -482,7 +484,7 @@ class SqliteLog:
         self._watches.pop(channel, None)
 
     async def _tail(self) -> None:
-        """Read, for every watch that is behind, what it lacks; look for what other processes commit."""
+        """Read the missing events of every watch that is behind; check for commits of other processes."""
         while True:
             if not self._watches:
                 self._watched.clear()
@@ -492,7 +494,7 @@ class SqliteLog:
                     await self._behind.wait()
             self._behind.clear()
             try:
-                version = await self._writing.run(self._look)
+                version = await self._writing.run(self._check_version)
                 if version != self._version:
                     self._version = version
                     for watch in self._watches.values():
@@ -503,17 +505,17 @@ class SqliteLog:
             except EventLogError:
                 await asyncio.sleep(1)
             except (OSError, sqlite3.Error) as error:
-                self._failed(error)
+                self._mark_failed(error)
                 await asyncio.sleep(1)
 
-    def _look(self) -> int:
-        """Return the data version of the file that the name stands for."""
+    def _check_version(self) -> int:
+        """Return the data version of the file at the path."""
         if not self._damaged:
             self._ensure_in_place(2)
         return self._data_version()
 
     async def _catch_up(self, channel: str, watch: _Watch) -> None:
-        watch.behind = False  # what is committed from here on sets it again
+        watch.behind = False  # commits from here on set it again
         while self._watches.get(channel) is watch:
             batch = await self.read(channel, watch.position, TAIL_EVENTS)
             replaced = is_replaced(watch.position, batch.last)
@@ -526,21 +528,21 @@ class SqliteLog:
 
     # -- reading
 
-    async def _asked(self, work: Callable[..., T], *arguments: object) -> T:
+    async def _run_read(self, work: Callable[..., T], *arguments: object) -> T:
         try:
             return await self._reading.run(work, *arguments)
         except sqlite3.Error as error:
-            raise self._failed(error) from error
+            raise self._mark_failed(error) from error
 
     async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
-        """Return up to `limit` events that follow a position, and about `size` bytes."""
-        batch = await self._asked(self._read, channel, after, limit, size)
+        """Return up to `limit` events after a position, and about `size` bytes."""
+        batch = await self._run_read(self._read, channel, after, limit, size)
         self._seen = max(self._seen, batch.last.epoch)
         return batch
 
     def _read(self, channel: str, after: Position, limit: int, size: int) -> Batch:
         db = self._reader()
-        db.execute("BEGIN")  # one snapshot for both questions
+        db.execute("BEGIN")  # one snapshot for both queries
         try:
             row = db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (channel,)).fetchone()
             if row is None:
@@ -560,7 +562,7 @@ class SqliteLog:
 
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
-        return await self._asked(self._read_checkpoint, channel, name)
+        return await self._run_read(self._read_checkpoint, channel, name)
 
     def _read_checkpoint(self, channel: str, name: str) -> str | None:
         row = (
@@ -574,8 +576,8 @@ class SqliteLog:
         return row[0] if row else None
 
     async def checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
-        """Return the texts last appended under a name, by the names of their channels, which begin with a prefix."""
-        return await self._asked(self._read_checkpoints, prefix, name)
+        """Return the texts last appended under a name, by channel, of channels whose names begin with a prefix."""
+        return await self._run_read(self._read_checkpoints, prefix, name)
 
     def _read_checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
         rows = self._reader().execute(
@@ -585,28 +587,28 @@ class SqliteLog:
         )
         return dict(rows.fetchall())
 
-    # -- forgetting
+    # -- deleting
 
-    async def _changed(self, work: Callable[..., T], *arguments: object) -> T:
+    async def _run_write(self, work: Callable[..., T], *arguments: object) -> T:
         try:
             return await self._writing.run(work, *arguments)
         except sqlite3.Error as error:
-            raise self._failed(error) from error
+            raise self._mark_failed(error) from error
 
     async def trim(self, channel: str, retention: Retention) -> None:
-        """Forget what retention does not keep."""
-        await self._changed(self._trim, channel, retention)
+        """Delete the events beyond the retention."""
+        await self._run_write(self._trim, channel, retention)
 
     def _trim(self, channel: str, retention: Retention) -> None:
         with self._transaction():
             row = self._db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (channel,)).fetchone()
             if row is not None:
                 number, epoch, last = row
-                self._forget_surplus(number, epoch, last - retention.events)
-                self._forget_aged(number, _now() - int(retention.seconds * 1000))
+                self._delete_surplus(number, epoch, last - retention.events)
+                self._delete_aged(number, _now() - int(retention.seconds * 1000))
 
-    def _forget_aged(self, channel: int, before: int) -> None:
-        # Events are in the order of their times, so this reads only what it deletes, and one more.
+    def _delete_aged(self, channel: int, before: int) -> None:
+        # Events are ordered by time, so this reads only those that it deletes, and one more.
         kept = self._db.execute(
             "SELECT epoch, offset FROM events WHERE channel = ? AND time >= ? ORDER BY epoch, offset LIMIT 1",
             (channel, before),
@@ -617,8 +619,8 @@ class SqliteLog:
             self._db.execute("DELETE FROM events WHERE channel = ? AND (epoch, offset) < (?, ?)", (channel, *kept))
 
     async def delete(self, channel: str) -> None:
-        """Forget a channel and all that belongs to it."""
-        await self._changed(self._delete, "name = ?", channel)
+        """Delete a channel, with its events and checkpoints."""
+        await self._run_write(self._delete, "name = ?", channel)
 
     def _delete(self, condition: str, value: object) -> None:
         with self._transaction():
@@ -627,7 +629,7 @@ class SqliteLog:
                 for table, column in (("events", "channel"), ("checkpoints", "channel"), ("channels", "id")):
                     self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", channel)  # noqa: S608
 
-    async def _keep_house(self) -> None:
+    async def _run_housekeeping(self) -> None:
         turn = 0
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
@@ -635,15 +637,15 @@ class SqliteLog:
                 await self._writing.run(self._tidy, turn % 10 == 0)
                 if self._path is not None:
                     dirty, self._dirty = self._dirty, False
-                    await self._beside.run(self._visit_file, dirty)
+                    await self._background.run(self._visit_file, dirty)
             except (OSError, sqlite3.Error) as error:
-                self._failed(error)
+                self._mark_failed(error)
             else:
-                self._works()
+                self._mark_working()
             turn += 1
 
     def _tidy(self, aged_too: bool) -> None:
-        """Mend what can be mended, see whether events can be written if they could not, and forget what is too old."""
+        """Repair the files if possible, probe writing after a failure, and delete expired events."""
         self._ensure_in_place()
         if "database" in self._problems:
             with self._transaction():
@@ -659,13 +661,13 @@ class SqliteLog:
                 ).fetchone()
                 if oldest and oldest[0] < (before := now - int(seconds * 1000)):
                     with self._transaction():
-                        self._forget_aged(channel, before)
+                        self._delete_aged(channel, before)
 
     def _visit_file(self, dirty: bool) -> None:
-        """See whether the file is still a database, and move the write-ahead log into it if `dirty`.
+        """Check that the file is still a database, and move the write-ahead log into it if `dirty`.
 
-        On connections of its own, while others read and write: theirs hold in memory, or in the write-ahead log, what
-        the file may not hold any more.
+        On dedicated connections, while others read and write: those have pages in memory, or in the write-ahead log,
+        that may be missing in the file.
         """
         assert self._path is not None
         name = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
@@ -675,34 +677,34 @@ class SqliteLog:
             except sqlite3.DatabaseError as error:
                 if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
                     raise
-            else:  # other errors may come of pages that another process moves into the file just now
+            else:  # other errors may be due to pages that another process is moving into the file
                 if self._filled and not version:
                     empty = sqlite3.DatabaseError("file is empty")
                     empty.sqlite_errorcode = sqlite3.SQLITE_NOTADB
                     raise empty
                 self._filled = bool(version)
         if dirty:
-            with self._keeping:
+            with self._keeper_lock:
                 self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     # -- leases
 
     async def hold(self, lease: str) -> bool:
-        """Take a lease; in memory there is nobody else who could. Raises EventLogError where it has no file."""
+        """Take or renew a lease; always succeeds in memory. Raises EventLogError if its file cannot be created."""
         try:
             held = self._leases is None or await self._leases.hold(lease)
         except OSError as error:
-            raise self._failed(error, "leases") from error
-        self._works("leases")
+            raise self._mark_failed(error, "leases") from error
+        self._mark_working("leases")
         return held
 
     async def release(self, lease: str) -> None:
-        """Give a lease back."""
+        """Release a lease."""
         if self._leases is not None:
             self._leases.release(lease)
 
     def state(self) -> Mapping[str, object]:
-        """Report whether events can be written and read, and what keeps them from it."""
+        """Return whether events can be written and read, and the reason if not."""
         engine = "sqlite" if self._path else "memory"
         for reason in self._problems.values():
             return {"engine": engine, "state": "degraded", "reason": f"The event log fails: {reason}."}
@@ -718,12 +720,12 @@ def _identity(path: Path) -> _Identity:
 
 
 def _inode(path: Path | None) -> str:
-    """Return what names a file in its own table `meta`, so that a copy of it does not pass for it."""
+    """Return the inode that a file has in its table `meta`, which tells it from a copy."""
     return "" if path is None else str(path.stat().st_ino)
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong, for clients: no path."""
+    """Return the reason for clients, without a path."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
 
 
@@ -732,7 +734,7 @@ def _now() -> int:
 
 
 def _boot_id() -> str:
-    """What changes when the machine is started anew; empty where the system does not tell."""
+    """Return an id that changes when the machine restarts; empty on systems without one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

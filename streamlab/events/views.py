@@ -13,16 +13,16 @@ from streamlab.threads import Threads
 from .log import END, Event
 
 FILTER_THREADS = 2
-"""Threads for filters that are quick, and as many for those that are not."""
+"""Number of threads for quick filters, and of those for slow ones."""
 
 SLICE_SECONDS = 0.05
-"""Time after which a filter lets others have its thread, in seconds; it has looked at one event at least."""
+"""Seconds after which a filter yields its thread to others; it has handled at least one event."""
 
 SLOW_SECONDS = 0.01
-"""Time for one event, in seconds, above which a filter counts as slow: slow ones wait for each other alone."""
+"""Seconds for one event above which a filter is slow: slow filters wait only for each other."""
 
 MAX_FILTERS = 100
-"""Default of the maximum number of distinct filters that followers of one channel have at the same time."""
+"""Default of the maximum number of distinct concurrent filters per channel."""
 
 RETRY_SECONDS = 5
 """Retry-After of a request with one filter too many, in seconds."""
@@ -36,11 +36,11 @@ class View:
     """
 
     keys: Collection[str] | None = None
-    """Only events with one of these keys; None for all. Kept as a frozenset."""
+    """Only events with one of these keys; None for all. Stored as a frozenset."""
     accepts: Callable[[Event], bool] | None = None
     """Only events for which it returns True. It must be hashable, and equal to another that accepts the same events.
 
-    It runs in a thread, so that it may take its time, but must be safe to call from several threads at once.
+    It runs in a thread, so that it may be slow, but must be safe to call from several threads at once.
     """
     conflate: float = 0.0
     """Seconds in which at most one event of a key, the latest, is sent; 0 sends every event."""
@@ -64,17 +64,17 @@ EVERYTHING = View()
 
 @dataclass(slots=True)
 class _Use:
-    """What is known of a filter while streams use it."""
+    """A filter in use."""
 
     followers: int = 0
     slow: bool = False
 
 
 class Filters:
-    """The filters (`accepts`) of all views of one server: where they run, and how many there may be.
+    """The filters (`accepts`) of all views of one server: their threads, and their limit.
 
-    An async context manager. What a filter costs may be up to a client (a regular expression, say), so none runs on
-    the event loop: they share a few threads, in turns of SLICE_SECONDS. A filter that turned out to be slow moves to
+    An async context manager. A client may determine the cost of a filter (as with a regular expression), so none runs
+    on the event loop: they share a few threads, in turns of SLICE_SECONDS. A filter that turns out to be slow moves to
     threads that only slow ones share.
     """
 
@@ -83,7 +83,7 @@ class Filters:
         self._quick = Threads("filters", FILTER_THREADS)
         self._slow = Threads("slow-filters", FILTER_THREADS)
         self._used: dict[str, dict[View, _Use]] = {}
-        """By channel."""
+        """Filters in use, by channel."""
 
     async def __aenter__(self) -> Self:
         """Start to accept work."""
@@ -100,7 +100,7 @@ class Filters:
 
     @contextmanager
     def admitted(self, channel: str, view: View) -> Iterator[None]:
-        """Count a follower's filter in the block; raises Problem 429 where its channel has too many others."""
+        """Count the filter of a follower in the block; raises Problem 429 above the limit of its channel."""
         if view.accepts is None:
             yield
             return
@@ -135,7 +135,7 @@ class Filters:
 
 
 def _slice(view: View, events: Sequence[Event], start: int) -> tuple[list[Event], int, float]:
-    """Filter events from an index on, for SLICE_SECONDS or one event; return them, where it ended, and the seconds."""
+    """Filter events from an index on, for SLICE_SECONDS or one event; return them, the end index and the seconds."""
     began = time.monotonic()
     chosen: list[Event] = []
     end, seconds = start, 0.0

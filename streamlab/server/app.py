@@ -320,7 +320,7 @@ async def _error_middleware(
 def _error_response(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:
     """Return the response for what a handler raised; a fault of the server is logged here, once."""
     stream: Stream | None = request.get(STREAM)
-    if stream is not None and stream.client_gone and stream.error is None:
+    if stream is not None and stream.is_disconnected and stream.error is None:
         return stream
     if isinstance(error, web.HTTPException) and error.status < 400:
         return error

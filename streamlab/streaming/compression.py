@@ -10,16 +10,16 @@ from streamlab.negotiation import weights
 from streamlab.threads import Threads
 
 IN_THREAD = 128 * 1024
-"""A larger piece is compressed off the loop."""
+"""Size in bytes above which a chunk is compressed in a thread."""
 
 
 class Encoder(ABC):
-    """Compresses a stream piece by piece; each piece can be decompressed whole as soon as it has arrived."""
+    """Compresses a stream chunk by chunk; each can be decompressed completely as soon as it has arrived."""
 
     name: str
 
     async def encode(self, data: bytes | bytearray | memoryview, threads: Threads) -> bytes:
-        """Return the piece compressed and flushed; in a thread where it is long."""
+        """Return the chunk compressed and flushed; a large one is compressed in a thread."""
         return await threads.run(self._encode, data) if len(data) > IN_THREAD else self._encode(data)
 
     @abstractmethod
@@ -27,11 +27,11 @@ class Encoder(ABC):
 
     @abstractmethod
     def finish(self) -> bytes:
-        """Return what ends the body: without it, a decompressor sees that something is missing."""
+        """Return the end of the body, without which a decompressor reports truncation."""
 
 
 class GzipEncoder(Encoder):
-    """RFC 1952, by ISA-L: as small as zlib makes it at its lowest level, at several times the speed."""
+    """RFC 1952, by ISA-L: the size of zlib at its lowest level, at several times the speed."""
 
     name = "gzip"
 
@@ -39,7 +39,7 @@ class GzipEncoder(Encoder):
         self._compressor = isal_zlib.compressobj(1, wbits=31)
 
     def _encode(self, data: bytes | bytearray | memoryview) -> bytes:
-        # RFC 1951 section 3.2.4: an empty stored block ends the piece.
+        # RFC 1951 section 3.2.4: an empty stored block ends the chunk.
         return self._compressor.compress(data) + self._compressor.flush(isal_zlib.Z_SYNC_FLUSH)
 
     def finish(self) -> bytes:
@@ -48,7 +48,7 @@ class GzipEncoder(Encoder):
 
 
 class ZstdEncoder(Encoder):
-    """RFC 8878, where Python has it (3.14) or `backports.zstd` is installed."""
+    """RFC 8878, with Python 3.14 or `backports.zstd`."""
 
     name = "zstd"
 

@@ -1,4 +1,4 @@
-"""Connections to clients, and what is written to many of them at once."""
+"""Connections to clients, and chunks that are written to many of them."""
 
 import asyncio
 from typing import Any, Protocol
@@ -6,62 +6,63 @@ from typing import Any, Protocol
 from aiohttp import web
 
 HIGH_WATER = 64 * 1024
-"""What may wait in this process for a client before `push` passes it by."""
+"""Maximum bytes that wait in this process for a client before `push` skips it."""
 
 
-class Piece:
-    """Bytes framed once and pushed to many streams: as they are, and as one chunk (RFC 9112 section 7.1)."""
+class Chunk:
+    """Bytes framed once and pushed to many streams: plain, and as one chunk (RFC 9112 section 7.1)."""
 
-    __slots__ = ("body", "chunk")
+    __slots__ = ("body", "framed")
 
     def __init__(self, body: bytes) -> None:
         self.body = body
-        self.chunk = b"%x\r\n%b\r\n" % (len(body), body)
+        self.framed = b"%x\r\n%b\r\n" % (len(body), body)
 
 
-class Pusher:
-    """Somebody else who writes to the connection of a stream: what they wrote so far is counted."""
+class FanoutWriter:
+    """A second writer on the connection of a stream, which counts its bytes."""
 
-    __slots__ = ("pushed",)
+    __slots__ = ("bytes_written",)
 
     def __init__(self) -> None:
-        self.pushed = 0
+        self.bytes_written = 0
 
     def fall_behind(self) -> None:
-        """Hear, from within a write, that more than HIGH_WATER bytes wait for the client now: write no more."""
+        """Stop writing: more than HIGH_WATER bytes wait for the client. Called from within a write."""
 
 
 class Connection(web.RequestHandler):
-    """A connection of aiohttp that says when its client falls behind, so that a pusher need not ask at each write."""
+    """A connection of aiohttp that notifies its fan-out writer when the client falls behind."""
 
-    __slots__ = ("pusher",)
+    __slots__ = ("fanout",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pusher: Pusher | None = None
+        self.fanout: FanoutWriter | None = None
 
     def pause_writing(self) -> None:
-        """Pass on what the transport says when more than HIGH_WATER bytes (its own default, too) wait."""
+        """Notify the fan-out writer that more than HIGH_WATER bytes wait (the default of the transport, too)."""
         super().pause_writing()
-        if self.pusher is not None:
-            self.pusher.fall_behind()
+        if self.fanout is not None:
+            self.fanout.fall_behind()
 
 
-class _Asked:
-    """A transport of a connection that does not say it (aiohttp's own, under TestServer): it is asked instead."""
+class PollingWriter:
+    """Writer for a connection without `pause_writing` (aiohttp's own, under TestServer): polls the buffer size."""
 
-    def __init__(self, transport: asyncio.Transport, pusher: Pusher) -> None:
+    def __init__(self, transport: asyncio.Transport, fanout: FanoutWriter) -> None:
         self._transport = transport
-        self._pusher = pusher
+        self._fanout = fanout
 
     def write(self, data: bytes) -> None:
+        """Send or buffer bytes, and notify the fan-out writer above HIGH_WATER."""
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > HIGH_WATER:
-            self._pusher.fall_behind()
+            self._fanout.fall_behind()
 
 
 class Writer(Protocol):
-    """Where a pusher writes."""
+    """Where a fan-out writer writes."""
 
     def write(self, data: bytes) -> None:
-        """Send some bytes, or keep them until the client takes them; never waits."""
+        """Send bytes, or buffer them until the client reads; never waits."""

@@ -1,4 +1,4 @@
-"""All open streams of one server: how many there may be, and how all of them end."""
+"""All open streams of one server: their limit, and how they end when it stops."""
 
 import asyncio
 import socket
@@ -14,17 +14,17 @@ from streamlab.threads import Threads
 from .outcome import OnStop, Outcome, StreamSummary
 
 FAREWELL_SECONDS = 0.5
-"""What an event stream may take to send its end at shutdown; a client that reads none of it is cut then."""
+"""Seconds in which event streams send their end at shutdown; a client that does not read it is cut then."""
 
 UNSENT_BYTES = 64 * 1024
-"""What the kernel may hold unsent for a client that does not read (its default grows to 4 MB)."""
+"""Maximum unsent bytes in the kernel for a client that does not read (its default grows to 4 MB)."""
 
 COMPRESSING_THREADS = 2
-"""Threads in which long pieces of all streams are compressed."""
+"""Number of threads in which large chunks of all streams are compressed."""
 
 
 class OpenStream(Protocol):
-    """What a drain needs of an open stream."""
+    """Interface of an open stream that a drain uses."""
 
     on_stop: OnStop
     outcome: Outcome | None
@@ -42,13 +42,13 @@ class OpenStream(Protocol):
         """Interrupt it: `end` with a last chunk, `cut` without one."""
 
     def summary(self) -> StreamSummary:
-        """Return what is known of it by now."""
+        """Return its summary so far."""
 
 
 class Streams:
-    """The open streams of one server: how many there may be, which there are, and how all of them end.
+    """The open streams of one server: at most `limit`, and all of them end when it drains.
 
-    `on_end` is called once for each stream that is over; it must not raise.
+    `on_end` is called once for each stream that has ended; it must not raise.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Streams:
     ) -> None:
         self.draining = False
         self.drained_at: float | None = None
-        """Time of the loop by which every stream has ended, once the server drains."""
+        """Time of the event loop by which every stream has ended, once the server drains."""
         self.compressing = Threads("compress", COMPRESSING_THREADS)
-        """Where long pieces of streams are compressed; opened by who owns the streams."""
+        """Threads that compress large chunks; opened by the owner of the streams."""
         self._limit = limit
         self._stall_milliseconds = int(stall_seconds * 1000)
         self._on_end = on_end
@@ -88,26 +88,26 @@ class Streams:
             self._requests.discard(task)
             self._changed.set()
 
-    def admit(self, request: web.Request, stream: OpenStream) -> None:
-        """Give a stream a place; raises Problem 503 where there is none."""
+    def register(self, request: web.Request, stream: OpenStream) -> None:
+        """Add a stream; raises Problem 503 at the limit, and while the server drains."""
         if self.draining:
             raise Problem(503, "The server is stopping.", headers={"Retry-After": "5", "Connection": "close"})
         if len(self._open) >= self._limit:
             raise Problem(
-                503, f"This server has {self._limit} streams open, which is all it takes.", headers={"Retry-After": "5"}
+                503, f"This server has {self._limit} streams open, its maximum.", headers={"Retry-After": "5"}
             )
         self._open.add(stream)
         self._bound(request)
 
-    def dismiss(self, request: web.Request, stream: OpenStream) -> None:
-        """Take its place back from a stream that is over, and tell how it ended."""
+    def unregister(self, request: web.Request, stream: OpenStream) -> None:
+        """Remove a stream that has ended, and report how."""
         self._open.discard(stream)
         self._changed.set()
         if stream.outcome is not None:
             self._on_end(request, stream.summary())
 
     def _bound(self, request: web.Request) -> None:
-        """Bound what a client that does not read, or has vanished, costs: bytes in the kernel, and time."""
+        """Limit the kernel memory and the time that a client costs that does not read or has vanished."""
         sock = request.transport.get_extra_info("socket") if request.transport else None
         if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
@@ -118,10 +118,10 @@ class Streams:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_milliseconds)
 
     async def drain(self, seconds: float) -> None:
-        """End every stream and request: event streams now and tidily, the others within `seconds`.
+        """End every stream and request: event streams now, with a farewell, the others within `seconds`.
 
-        Takes at most the larger of `seconds` and FAREWELL_SECONDS, and half of FAREWELL_SECONDS for what is cut then,
-        whether clients read or not. Does nothing where the server has been drained before.
+        Takes at most max(`seconds`, FAREWELL_SECONDS), and then FAREWELL_SECONDS / 2 to cut the rest, whether clients
+        read or not. Does nothing on the second call.
         """
         if self.draining:
             return
@@ -141,7 +141,7 @@ class Streams:
             await self._wait(FAREWELL_SECONDS / 2, lambda: not self._open and not self._requests)
 
     def cut(self) -> None:
-        """Interrupt every stream and every other request, so that none of them looks whole."""
+        """Interrupt every stream and every other request, so that none of them looks complete."""
         for stream in self:
             stream.stop("cut")
         for task in self._requests - {stream.task for stream in self}:

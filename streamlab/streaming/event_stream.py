@@ -1,4 +1,4 @@
-"""A response that sends events to one client: encoded, kept alive, and ended with the event that says why."""
+"""A response that sends events to one client: encoded, with heartbeats, and ended by an event that gives the reason."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from aiohttp_sse import EventSourceResponse
 from streamlab import sse
 from streamlab.problems import Problem
 
-from .connection import Connection, Piece, Pusher, Writer, _Asked
+from .connection import Chunk, Connection, FanoutWriter, PollingWriter, Writer
 from .drain import STREAMS, Streams
 from .outcome import OnStop
 from .stream import SCENARIO, SOURCE_FAILED, Stream, stream_headers
@@ -25,7 +25,7 @@ HEARTBEAT_SECONDS = 5.0
 STEP_BYTES = 64 * 1024
 """Maximum bytes of an event that are written before the client must have taken some of them."""
 
-_HEARTBEAT = Piece(sse.HEARTBEAT)
+_HEARTBEAT = Chunk(sse.HEARTBEAT)
 
 
 class EventStream(Stream, EventSourceResponse):
@@ -42,11 +42,11 @@ class EventStream(Stream, EventSourceResponse):
 
     __slots__ = (
         "_bytes_checked",
+        "_fanout",
         "_heartbeat_seconds",
         "_heartbeat_timer",
         "_ping_interval",
         "_ping_task",
-        "_pusher",
         "_saved_tcp_user_timeout",
         "_sep",
         "_tcp_sock",
@@ -75,7 +75,7 @@ class EventStream(Stream, EventSourceResponse):
         """Id of the last event sent: the events of the stream itself, as `stop`, have it in their ids."""
         self.event_id: Callable[[str], str] | None = None
         """Makes the id of an event of the stream itself from its name, where `position` is not the source."""
-        self._pusher: Pusher | None = None
+        self._fanout: FanoutWriter | None = None
         self._torn = False
         """Whether a part of an event was written, so that nothing but its rest may follow."""
         self._heartbeat_seconds = heartbeat_seconds
@@ -83,7 +83,7 @@ class EventStream(Stream, EventSourceResponse):
         self._bytes_checked = -1
 
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
-        """Make the headers ready; as any stream does."""
+        """Prepare the headers as any stream does."""
         return await web.StreamResponse.prepare(self, request)
 
     # -- writing
@@ -115,7 +115,7 @@ class EventStream(Stream, EventSourceResponse):
         await self._write_events(sse.sse_event(data, "gap", id=id or self.own_id("gap")), self.position)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send whole events that are encoded already; `send` is the common way."""
+        """Send whole events that are encoded already; `send` encodes them."""
         await self._write_events(data, self.position)
 
     async def _write_events(self, data: bytes | bytearray | memoryview, position: str) -> None:
@@ -126,48 +126,48 @@ class EventStream(Stream, EventSourceResponse):
             return
         self.send_headers()
         for offset in range(0, len(data), STEP_BYTES):
-            piece = Piece(bytes(data[offset : offset + STEP_BYTES]))
+            chunk = Chunk(bytes(data[offset : offset + STEP_BYTES]))
             while True:
-                if self.client_gone:
+                if self.is_disconnected:
                     raise ConnectionResetError("the client has disconnected")
-                if self.push(piece):
+                if self.push(chunk):
                     break
-                await self.ready()
+                await self.wait_writable()
             self._torn = offset + STEP_BYTES < len(data)
         self.position = position
         await self._yield_after(len(data))
 
     def hold_headers(self, seconds: float) -> None:
-        """Give the source more time than HEADERS_GRACE before the headers leave without a first byte."""
+        """Wait longer than HEADERS_GRACE for the first byte before the headers are sent without it."""
         if not self.headers_sent:
-            self.forget_timer()
+            self._cancel_headers_timer()
             self._headers_timer = asyncio.get_running_loop().call_later(seconds, self.send_headers)
 
-    def attach_writer(self, pusher: Pusher) -> tuple[Writer | None, bool]:
-        """Send the headers, and let `pusher` write to the connection; return where, and whether it wants chunks.
+    def attach_writer(self, fanout: FanoutWriter) -> tuple[Writer | None, bool]:
+        """Send the headers, and let `fanout` write to the connection; return the writer, and whether it takes chunks.
 
-        The caller sees to it that nothing else writes meanwhile, writes framed pieces until `fall_behind` is called,
-        and counts them. None while too much waits for the client, and when it has disconnected.
+        The caller ensures that nothing else writes meanwhile, writes until `fall_behind` is called, and counts the
+        bytes. The writer is None while more than HIGH_WATER bytes wait for the client, and after it has disconnected.
         """
         self.send_headers()
         self.headers.clear()  # they are sent, and would take as much memory as everything else of a follower
-        self._pusher = pusher
+        self._fanout = fanout
         protocol, transport = self._request.protocol, self._transport
         if transport is None or protocol.writing_paused:
             return None, self._is_chunked
         if not isinstance(protocol, Connection):
-            return _Asked(transport, pusher), self._is_chunked
-        protocol.pusher = pusher
+            return PollingWriter(transport, fanout), self._is_chunked
+        protocol.fanout = fanout
         return transport, self._is_chunked
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of the body handed to the connection, by whichever writer."""
-        return self._bytes_sent + (self._pusher.pushed if self._pusher is not None else 0)
+        """Return the bytes of the body handed to the connection, by this stream or its fan-out writer."""
+        return self._bytes_sent + (self._fanout.bytes_written if self._fanout is not None else 0)
 
     def beat(self) -> None:
         """Send a comment, unless an event is half written or the client does not read."""
-        if self.headers_sent and not (self._torn or self._eof_begun or self.client_gone):
+        if self.headers_sent and not (self._torn or self._eof_begun or self.is_disconnected):
             self.push(_HEARTBEAT)
 
     def _beat_when_silent(self) -> None:
@@ -186,7 +186,7 @@ class EventStream(Stream, EventSourceResponse):
     # -- ending
 
     async def __aenter__(self) -> Self:
-        """Make the headers ready, and start the heartbeats; HEAD ends here, with HeadersOnly."""
+        """Prepare the headers and start the heartbeats; raise HeadersOnly for HEAD."""
         await super().__aenter__()
         self._start_heartbeat()
         return self
@@ -194,17 +194,17 @@ class EventStream(Stream, EventSourceResponse):
     async def __aexit__(  # type: ignore[override]  # aiohttp-sse never suppresses an error
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """End the response as the block ended; True where the handler may go on after an error."""
+        """End the response as the block ended; return True to suppress its error."""
         try:
             return await Stream.__aexit__(self, kind, error, trace)
         finally:
             if self._heartbeat_timer is not None:
                 self._heartbeat_timer.cancel()
-            if self._pusher is not None and isinstance(self._request.protocol, Connection):
-                self._request.protocol.pusher = None
+            if self._fanout is not None and isinstance(self._request.protocol, Connection):
+                self._request.protocol.fanout = None
 
     def own_id(self, name: str) -> str:
-        """Return the id of an event of the stream itself: its name, after the position that a client resumes from."""
+        """Return the id of an event of the stream itself: the position that a client resumes from, and its name."""
         if self.event_id is not None:
             return self.event_id(name)
         return f"{self.position}.{name}" if self.position else ""
@@ -225,7 +225,7 @@ class EventStream(Stream, EventSourceResponse):
 
     def is_connected(self) -> bool:
         """Return whether the response has begun and the client is still connected."""
-        return self.prepared and not self.client_gone
+        return self.prepared and not self.is_disconnected
 
     async def wait(self) -> None:
         """Wait until the client disconnects or the server stops, either of which cancels the handler."""

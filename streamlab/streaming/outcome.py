@@ -1,4 +1,4 @@
-"""How a stream ends, and what is known of it then."""
+"""Outcomes of streams, and the summary of one that has ended."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,19 +18,19 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StreamSummary:
-    """What is known of a stream when it is over; handed to the hook `on_stream_end`."""
+    """Summary of a stream that has ended; passed to the hook `on_stream_end`."""
 
     scenario: str
     route: str
-    """The route's template, as `/files/{path}`; never the path asked for."""
+    """Template of the route, as `/files/{path}`; never the requested path."""
     method: str
     status: int
     outcome: Outcome
     seconds: float
-    """From open_stream to the end."""
+    """Seconds from `open_stream` to the end."""
     first_byte_seconds: float | None
-    """From open_stream to the first byte of the body; None where there was none."""
+    """Seconds from `open_stream` to the first byte of the body; None for an empty body."""
     bytes: int
     """Bytes of the body handed to the connection, after compression, without framing."""
     error: BaseException | None
-    """What the source raised, where the outcome is `failed`."""
+    """Exception of the source, if the outcome is `failed`."""

@@ -1,4 +1,4 @@
-"""An open response: its headers, its writes, every way it can end."""
+"""An open response: its headers, its writes, and every ending."""
 
 import asyncio
 import errno
@@ -18,45 +18,52 @@ from streamlab import sse
 from streamlab.problems import Problem
 
 from .compression import Encoder, choose_encoder
-from .connection import HIGH_WATER, Piece
+from .connection import HIGH_WATER, Chunk
 from .drain import STREAMS, Streams
 from .outcome import OnStop, Outcome, StreamSummary
 
 
 class HeadersOnly(BaseException):
-    """Unwinds a handler whose request was HEAD: the headers are sent and nothing else is to be.
+    """Unwinds the handler of a HEAD request: the headers are sent, and no body follows.
 
-    Not an Exception, so that no `except Exception` of a scenario mistakes it for a failure of its source.
+    Not an Exception, so that no `except Exception` of a scenario takes it for a failure of its source.
     """
 
 
 HEADERS_GRACE = 0.05
-"""Seconds a source has to fail with a real status before the headers go out without a first byte."""
+"""Seconds in which a source can fail with an error status before the headers are sent without a first byte."""
 
 YIELD_BYTES = 256 * 1024
-"""A writer that never has to wait yields to the other streams after so many bytes,"""
+"""Bytes after which a writer that never has to wait yields to the other streams."""
 
 YIELD_WRITES = 64
-"""or so many writes."""
+"""Writes after which a writer that never has to wait yields to the other streams."""
 
-SOURCE_FAILED = "The source of this response failed; the server's log says why."
+SOURCE_FAILED = "The source of this response failed; see the log of the server."
 
 SMALL_BYTES = 16 * 1024
-"""Writes up to this take the short way: what they cost is steps, and not copies."""
+"""Maximum bytes of a write that bypasses aiohttp's writer: small writes cost calls, not copies."""
 
 SENDFILE_SEGMENT = 16 * 1024 * 1024
-"""Bytes of a file handed to the kernel at once, so that what was sent of a long download is known as it goes."""
+"""Bytes of a file passed to the kernel at once, so that the progress of a long download is known."""
 
-_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT}
+_DISCONNECT_ERRNOS = {
+    errno.EPIPE,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ETIMEDOUT,
+}
 
 
 class Stream(web.StreamResponse):
     """A response being written, made by `open_stream`. One task writes to it.
 
-    `write` takes bytes, waits while the client is slow, and raises ConnectionError when the client has left.
+    `write` takes bytes, waits while the client is slow, and raises ConnectionError when the client has disconnected.
     """
 
-    # An idle stream is to cost little, and what has a slot is not in the instance's dictionary.
+    # Slots keep the memory of an idle stream small: they are not in the dictionary of the instance.
     __slots__ = (
         "_bytes_sent",
         "_cancellations",
@@ -67,8 +74,8 @@ class Stream(web.StreamResponse):
         "_request",
         "_since_yield_bytes",
         "_since_yield_writes",
-        "_stopping",
-        "_stops",
+        "_stop_count",
+        "_stop_mode",
         "_streams",
         "_task",
         "_transport",
@@ -82,8 +89,8 @@ class Stream(web.StreamResponse):
         "scenario",
     )
 
-    # The headers wait for the first write or the grace time, so that a source that fails at once can still be
-    # answered with its real status, and so that a short answer is one packet. aiohttp's own Response does the same.
+    # The headers wait for the first write or the grace time, so that a source that fails at once still gets its error
+    # status, and a short response is one packet. aiohttp's own Response does the same.
     _send_headers_immediately = False
 
     def __init__(
@@ -112,8 +119,8 @@ class Stream(web.StreamResponse):
         self._writer: AbstractStreamWriter | None = None
         self.headers_sent = False
         self._headers_timer: asyncio.TimerHandle | None = None
-        self._stopping: Literal["end", "cut"] | None = None
-        self._stops = 0
+        self._stop_mode: Literal["end", "cut"] | None = None
+        self._stop_count = 0
         self._eof_begun = False
         self._encoder = encoder
         self._transport = request.transport
@@ -124,18 +131,18 @@ class Stream(web.StreamResponse):
     # -- writing
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send bytes; returns when the connection can take more. Empty data is nothing, not an end."""
+        """Send bytes; returns when the connection can take more. Empty data is ignored, and does not end the body."""
         if self._encoder is not None and data:
             data = await self._encoder.encode(data, self._streams.compressing)
         if not data:
             return
-        if not (len(data) <= SMALL_BYTES and self._takes_pieces and self.push(Piece(bytes(data)))):
+        if not (len(data) <= SMALL_BYTES and self._can_push and self.push(Chunk(bytes(data)))):
             self._send_headers_with(data)
             await super().write(data)
         await self._yield_after(len(data))
 
     async def _yield_after(self, size: int) -> None:
-        """Give the other streams their turn, now and then, after a write of `size` bytes."""
+        """Yield to the other streams after YIELD_BYTES or YIELD_WRITES, the last of which had `size` bytes."""
         self._since_yield_bytes += size
         self._since_yield_writes += 1
         if self._since_yield_bytes >= YIELD_BYTES or self._since_yield_writes >= YIELD_WRITES:
@@ -143,48 +150,48 @@ class Stream(web.StreamResponse):
             await asyncio.sleep(0)
 
     @property
-    def _takes_pieces(self) -> bool:
-        """Whether a chunk may go straight to the connection: what aiohttp does, in fewer steps."""
+    def _can_push(self) -> bool:
+        """Whether `push` may write a chunk to the connection, as aiohttp would in more calls."""
         return (
             self.headers_sent
             and self._is_chunked
             and self._encoder is None
             and not self._eof_begun
             and self.content_length is None
-            and not self.client_gone
+            and not self.is_disconnected
         )
 
-    async def ready(self) -> None:
+    async def wait_writable(self) -> None:
         """Wait until no more than HIGH_WATER bytes wait for the client."""
         if self._writer is not None and self.headers_sent:
             await self._writer.drain()
 
     def note_first_byte(self) -> None:
-        """Remember that the body has begun."""
+        """Record that the body has begun."""
         if self.first_byte_at is None:
             self.first_byte_at = time.monotonic()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of the body handed to the connection."""
+        """Return the bytes of the body handed to the connection."""
         return self._bytes_sent
 
-    def push(self, piece: Piece) -> bool:
-        """Write a piece without waiting; False, and nothing is written, where too much waits for the client already.
+    def push(self, chunk: Chunk) -> bool:
+        """Write a chunk without waiting; return False, having written nothing, if more than HIGH_WATER bytes wait.
 
         For a body of unknown length that is not compressed, once the headers are sent, and while nothing else writes.
         """
         transport = self._transport
         if transport is None or transport.get_write_buffer_size() > HIGH_WATER:
             return False
-        transport.write(piece.chunk if self._is_chunked else piece.body)
-        self._bytes_sent += len(piece.body)
+        transport.write(chunk.framed if self._is_chunked else chunk.body)
+        self._bytes_sent += len(chunk.body)
         self.note_first_byte()
         return True
 
     @property
     def can_sendfile(self) -> bool:
-        """Whether `sendfile` works here: a length is declared, nothing is compressed, no TLS, asyncio's own loop."""
+        """Whether `sendfile` works: a declared length, no compression, no TLS, the event loop of asyncio."""
         transport = self._request.transport
         return (
             self._encoder is None
@@ -201,7 +208,7 @@ class Stream(web.StreamResponse):
         """
         transport = self._request.transport
         if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client has left")
+            raise ConnectionResetError("the client has disconnected")
         self._send_headers_with(b"")
         self.note_first_byte()
         loop = asyncio.get_running_loop()
@@ -211,17 +218,17 @@ class Stream(web.StreamResponse):
             try:
                 sent = await loop.sendfile(transport, file, offset, segment, fallback=False)
             except OSError as error:
-                if error.errno not in _GONE:
+                if error.errno not in _DISCONNECT_ERRNOS:
                     raise
                 transport.abort()
-                raise ConnectionResetError("the client has left") from error
+                raise ConnectionResetError("the client has disconnected") from error
             self._bytes_sent += sent
             offset += sent
             if sent < segment:
                 raise EOFError(f"the file ended {end - offset} bytes early")
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """End the body with its last chunk. `open_stream` calls it; a stream that was cut stays cut."""
+        """End the body with its last chunk. `open_stream` calls it; has no effect on a stream that was cut."""
         if self.outcome is not None or self._eof_begun:
             return
         self._eof_begun = True
@@ -233,14 +240,14 @@ class Stream(web.StreamResponse):
 
     def send_headers(self) -> None:
         """Send the headers now, without waiting for the first write."""
-        self.forget_timer()
+        self._cancel_headers_timer()
         if not self.headers_sent and self._writer is not None:
             self.headers_sent = True
             with suppress(ConnectionError):
                 self._writer.send_headers()
 
-    def forget_timer(self) -> None:
-        """Do not send headers by the clock any more."""
+    def _cancel_headers_timer(self) -> None:
+        """Cancel the timer that sends the headers."""
         if self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None
@@ -258,33 +265,33 @@ class Stream(web.StreamResponse):
 
     @property
     def task(self) -> asyncio.Task[Any] | None:
-        """The task that writes to it."""
+        """Return the task that writes to it."""
         return self._task
 
     @property
-    def client_gone(self) -> bool:
-        """Whether the connection is closed or closing."""
+    def is_disconnected(self) -> bool:
+        """Whether the connection to the client is closed or closing."""
         transport = self._request.transport
         return transport is None or transport.is_closing()
 
     @property
-    def stalled(self) -> bool:
-        """Whether bytes wait for a client that does not take them."""
+    def is_stalled(self) -> bool:
+        """Whether bytes wait for a client that does not read them."""
         transport = self._request.transport
         return transport is not None and transport.get_write_buffer_size() > 0
 
     def stop(self, how: Literal["end", "cut"]) -> None:
-        """Interrupt the handler because the server stops: `end` with a last chunk, `cut` without one."""
-        if self._task is not None and self.outcome is None and self._stopping != how:
-            self._stopping = how
-            self._stops += 1
+        """Cancel the handler because the server stops: `end` with a last chunk, `cut` without one."""
+        if self._task is not None and self.outcome is None and self._stop_mode != how:
+            self._stop_mode = how
+            self._stop_count += 1
             self._task.cancel()
 
     def cut(self) -> None:
-        """Close the connection in a way that no client can take for a tidy end (RFC 9112 section 8).
+        """Close the connection so that no client takes the body for complete (RFC 9112 section 8).
 
-        What was written is delivered first, but where only the end of the connection would end the body (HTTP/1.0
-        without Content-Length): there it is reset.
+        What was written is delivered first. Where the end of the connection ends the body (HTTP/1.0 without
+        Content-Length), the connection is reset instead.
         """
         transport = self._request.transport
         if transport is None:
@@ -294,15 +301,15 @@ class Stream(web.StreamResponse):
             with suppress(OSError, AttributeError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             transport.abort()
-        elif self.stalled and self._stopping:
+        elif self.is_stalled and self._stop_mode:
             transport.abort()
         else:
             transport.close()
 
     async def __aenter__(self) -> Self:
-        """Make the headers ready, and see to it that they leave in time; HEAD ends here, with HeadersOnly."""
+        """Prepare the headers, and start the timer that sends them; raise HeadersOnly for HEAD."""
         request = self._request
-        self._streams.admit(request, self)
+        self._streams.register(request, self)
         try:
             stream: Stream = self
             request[STREAM] = stream
@@ -312,7 +319,7 @@ class Stream(web.StreamResponse):
                 self.outcome = Outcome.FINISHED
                 raise HeadersOnly
         except BaseException:
-            self._streams.dismiss(request, self)
+            self._streams.unregister(request, self)
             raise
         self._headers_timer = asyncio.get_running_loop().call_later(HEADERS_GRACE, self.send_headers)
         return self
@@ -320,24 +327,24 @@ class Stream(web.StreamResponse):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """End the response as the block ended; True where the handler may go on after an error."""
+        """End the response as the block ended; return True to suppress its error."""
         try:
             if error is not None:
-                return await self.ended_by(error)
-            if self._stopping == "cut":  # the block has kept its cancellation to itself: what it sent is a part
-                return await self._settle_stop()
+                return await self._end_after_error(error)
+            if self._stop_mode == "cut":  # the block suppressed its cancellation: what it sent is incomplete
+                return await self._end_after_stop()
             try:
-                await self.finish()
+                await self._finish()
             except BaseException as failure:
-                if not await self.ended_by(failure):
+                if not await self._end_after_error(failure):
                     raise
             return False
         finally:
-            self.forget_timer()
-            self._streams.dismiss(self._request, self)
+            self._cancel_headers_timer()
+            self._streams.unregister(self._request, self)
 
-    async def finish(self) -> None:
-        """End the body, the block being done; raises ValueError where it is not as long as was declared."""
+    async def _finish(self) -> None:
+        """End the body after the block; raises ValueError if its length is not the declared one."""
         if self.content_length is not None and self.bytes_sent != self.content_length:
             raise ValueError(f"{self.content_length} bytes were declared, {self.bytes_sent} were written")
         await self.write_eof()
@@ -345,7 +352,7 @@ class Stream(web.StreamResponse):
         self.outcome = Outcome.FINISHED
 
     async def _flush(self) -> None:
-        """Wait until the kernel has taken every byte: what waits in this process is lost if it stops."""
+        """Wait until the kernel has every byte: what is buffered in this process is lost when it stops."""
         transport = self._request.transport
         if transport is None or self._writer is None or not transport.get_write_buffer_size():
             return
@@ -355,20 +362,20 @@ class Stream(web.StreamResponse):
         finally:
             transport.set_write_buffer_limits()
         if self._request.transport is None:
-            raise ConnectionResetError("the client left before it had everything")
+            raise ConnectionResetError("the client disconnected before it had the complete body")
 
-    async def ended_by(self, error: BaseException) -> bool:
-        """Settle a stream whose block raised; True where the handler may go on after it, False to raise on."""
-        if self._stops and isinstance(error, asyncio.CancelledError):
-            return await self._settle_stop()
-        if self.client_gone and _is_disconnect(error):
-            # A client that has the whole body may leave before the block is over.
-            whole = self.bytes_sent == self.content_length and not self._eof_begun
-            self.outcome = Outcome.FINISHED if whole else Outcome.CLIENT_LEFT
+    async def _end_after_error(self, error: BaseException) -> bool:
+        """End the stream after an exception of its block; return True to suppress it."""
+        if self._stop_count and isinstance(error, asyncio.CancelledError):
+            return await self._end_after_stop()
+        if self.is_disconnected and _is_disconnect(error):
+            # A client that has the complete body may disconnect before the block ends.
+            complete = self.bytes_sent == self.content_length and not self._eof_begun
+            self.outcome = Outcome.FINISHED if complete else Outcome.CLIENT_LEFT
             return False
         self.error = error
         if not self.headers_sent:
-            self._forget_headers()
+            self._discard_headers()
         else:
             with suppress(ConnectionError, asyncio.CancelledError):
                 await self._send_error(error)
@@ -376,21 +383,21 @@ class Stream(web.StreamResponse):
         self.outcome = Outcome.FAILED
         return False
 
-    async def _settle_stop(self) -> bool:
-        """End a stream that the server interrupted; False where the client has left as well."""
-        tidy = self._stopping == "end" and not self.client_gone and self._can_end
-        if tidy:
+    async def _end_after_stop(self) -> bool:
+        """End a stream that the server interrupted; return True to suppress the cancellation."""
+        ended = self._stop_mode == "end" and not self.is_disconnected and self._can_end
+        if ended:
             try:
                 await self._send_farewell()
                 await self.write_eof()
                 await self._flush()
             except (ConnectionError, asyncio.CancelledError):
-                tidy = False
+                ended = False
         self.outcome = Outcome.SERVER_STOPPED
-        if not tidy:
+        if not ended:
             self.cut()
         assert self._task is not None
-        for _ in range(self._stops):
+        for _ in range(self._stop_count):
             self._task.uncancel()
         return self._task.cancelling() <= self._cancellations
 
@@ -405,26 +412,26 @@ class Stream(web.StreamResponse):
     async def _send_farewell(self) -> None:
         """Report in the body that the server stops, in formats that have a way to: this one has none."""
 
-    def _forget_headers(self) -> None:
-        """Take back headers that have not left, so that the request can be answered with the error's own status."""
-        self.forget_timer()
+    def _discard_headers(self) -> None:
+        """Discard headers that have not been sent, so that the response can have the status of the error."""
+        self._cancel_headers_timer()
         if isinstance(self._writer, StreamWriter):
             self._writer.chunked = False
 
-    def _answered_status(self) -> int:
-        """The status the client got: an error before the headers left has its own."""
+    def _response_status(self) -> int:
+        """Return the status that the client got: that of the error, if the headers were not sent before it."""
         if self.error is None or self.headers_sent:
             return self.status
         return self.error.status if isinstance(self.error, Problem | web.HTTPException) else 500
 
     def summary(self) -> StreamSummary:
-        """What is known of this stream by now."""
+        """Return the summary of this stream so far."""
         first, resource = self.first_byte_at, self._request.match_info.route.resource
         return StreamSummary(
             scenario=self.scenario,
             route=resource.canonical if resource else "",
             method=self._request.method,
-            status=self._answered_status(),
+            status=self._response_status(),
             outcome=self.outcome or Outcome.FAILED,
             seconds=time.monotonic() - self.opened_at,
             first_byte_seconds=None if first is None else first - self.opened_at,
@@ -448,24 +455,24 @@ def open_stream(
     compress: bool = False,
     on_stop: OnStop = "finish",
 ) -> AbstractAsyncContextManager[Stream, bool]:
-    """Open a response, lend it to the block, and end it in the one way that tells the client the truth.
+    """Open a response, yield it to the block, and end it so that the client knows whether it is complete.
 
     Headers leave with the first write, at the latest after `HEADERS_GRACE`. `length` is the body's Content-Length in
     bytes, where it is known. `compress` offers gzip, and zstd where it is installed, negotiated by q-values and flushed
     at every write. `on_stop` is what SIGTERM does: let the stream `finish` within `drain_seconds`, or `end` it at once
     with its last chunk. Event streams have `open_event_stream`.
 
-    The block ends in one of these ways, and the hook `on_stream_end` hears which:
+    The hook `on_stream_end` gets one of these outcomes:
 
-    - it is done: the last chunk is sent; `finished`
-    - the client left: the block is cancelled, or its write raises ConnectionError; `client left`
-    - the server stops: the block is cancelled, and the handler goes on after it; `server stopped`
-    - it raises: before the first byte the error reaches the client as a status (raise Problem to choose which);
-      after it the connection is cut without the last chunk, event streams send `event: error` first; `failed`
+    - `finished`: the block ended, and the last chunk is sent
+    - `client left`: the client disconnected; the block is cancelled, or its write raises ConnectionError
+    - `server stopped`: the block is cancelled, and the handler continues after it
+    - `failed`: the block raised. Before the first byte the error becomes the status of the response (raise Problem to
+      choose it); after it the connection is cut without the last chunk, in event streams after an event `error`
 
     Raises Problem 503 when the server has too many streams or is stopping. Unwinds the handler where the request is
-    HEAD, ValueError for an event stream. A body of unknown length asks proxies not to collect it (`Incremental`,
-    draft-ietf-httpbis-incremental).
+    HEAD, ValueError for an event stream. A body of unknown length has `Incremental: ?1`, so that proxies do not
+    collect it (draft-ietf-httpbis-incremental).
     Source: RFC 9112 sections 7 and 8; RFC 9110 sections 9.3.2 and 12.5.3; WHATWG HTML 9.2.
     """
     if content_type.startswith(sse.MEDIA_TYPE):
@@ -488,7 +495,7 @@ def open_stream(
 
 
 def _is_disconnect(error: BaseException) -> bool:
-    """Whether an error, or every error of a group, is what a lost connection looks like."""
+    """Return whether an error, or every error of a group, is that of a lost connection."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_disconnect, error.exceptions))
     return isinstance(error, ConnectionError | asyncio.CancelledError)

@@ -697,7 +697,7 @@ def test_a_long_task_is_one_request_and_one_task(start: Callable[..., Running]) 
     assert len(send(server, "GET", TASKS)[2]["tasks"]) == 1
     with EventStream(server, "/process/long-task?kind=rehearsal&steps=1", "7-7") as stream:
         gap, *_, end = list(stream)
-    assert (gap.event, gap.json["reason"]) == ("gap", "the id is none of this stream")
+    assert (gap.event, gap.json["reason"]) == ("gap", "the id is not one of this stream")
     assert (end.event, end.json["state"]) == ("end", "done")
 
 
