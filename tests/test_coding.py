@@ -1,4 +1,4 @@
-"""Content codings are chosen by weight, and each piece can be read when it has come."""
+"""Content codings are chosen by weight, and each chunk can be decompressed when it has arrived."""
 
 import zlib
 
@@ -33,7 +33,7 @@ def test_coding_is_chosen_by_weight(field: str, chosen: bool) -> None:
     assert (choose_encoder(field) is not None) == chosen
 
 
-async def test_each_piece_can_be_read_when_it_has_come() -> None:
+async def test_each_chunk_can_be_read_when_it_has_arrived() -> None:
     encoder, decoder = GzipEncoder(), zlib.decompressobj(wbits=31)
     async with Threads("compress", 1) as threads:
         for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
@@ -43,7 +43,7 @@ async def test_each_piece_can_be_read_when_it_has_come() -> None:
     assert decoder.eof
 
 
-async def test_each_piece_of_zstd_can_be_read_when_it_has_come() -> None:
+async def test_each_chunk_of_zstd_can_be_read_when_it_has_arrived() -> None:
     zstd = pytest.importorskip("backports.zstd", reason="no zstd: Python 3.14 or backports.zstd has it")
     encoder, decoder = ZstdEncoder(), zstd.ZstdDecompressor()
     async with Threads("compress", 1) as threads:

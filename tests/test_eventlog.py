@@ -141,7 +141,7 @@ async def test_events_survive_a_restart(url: str, shared: str) -> None:
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "c"]
 
 
-async def test_more_than_may_wait_is_refused_and_the_rest_is_kept(url: str) -> None:
+async def test_more_than_may_wait_is_rejected_and_the_rest_is_stored(url: str) -> None:
     async with opened(url) as log:
         half = "x" * (PENDING_BYTES // 2)
         results = await asyncio.gather(*(publish(log, half) for _ in range(3)), return_exceptions=True)
@@ -150,7 +150,7 @@ async def test_more_than_may_wait_is_refused_and_the_rest_is_kept(url: str) -> N
         assert (await log.read("c", LATEST, 1)).last.offset == 3 - len(refused)
 
 
-async def test_a_publisher_that_goes_away_takes_no_other_along(url: str) -> None:
+async def test_a_cancelled_publisher_cancels_no_other(url: str) -> None:
     async with opened(url) as log:
         async with asyncio.TaskGroup() as group:
             leaving = group.create_task(publish(log, "a"))
@@ -163,7 +163,7 @@ async def test_a_publisher_that_goes_away_takes_no_other_along(url: str) -> None
 # -- checkpoints
 
 
-async def test_a_checkpoint_is_kept_with_the_events_it_came_with(url: str) -> None:
+async def test_a_checkpoint_is_stored_with_its_events(url: str) -> None:
     async with opened(url) as log:
         assert await log.checkpoint("c", "file") is None
         await log.append(Append("c", [EncodedEvent(b"a")], KEEP, ("file", "10")))
@@ -173,7 +173,7 @@ async def test_a_checkpoint_is_kept_with_the_events_it_came_with(url: str) -> No
         assert await log.checkpoint("d", "file") is None
 
 
-async def test_a_checkpoint_can_be_kept_alone(url: str) -> None:
+async def test_a_checkpoint_can_be_stored_alone(url: str) -> None:
     async with opened(url) as log:
         watcher = Watcher()
         log.watch("c", ORIGIN, watcher)
@@ -248,7 +248,7 @@ async def test_two_processes_publish_and_both_see_everything_in_one_order(shared
 # -- forgetting
 
 
-async def test_trim_keeps_as_many_as_retention_says_and_positions_go_on(url: str) -> None:
+async def test_trim_retains_the_number_of_the_retention_and_positions_continue(url: str) -> None:
     async with opened(url) as log:
         last = await publish(log, *map(str, range(50)))
         await log.trim("c", Retention(10, 3600))
@@ -260,7 +260,7 @@ async def test_trim_keeps_as_many_as_retention_says_and_positions_go_on(url: str
         assert (await publish(log, "next")) == last._replace(offset=51)
 
 
-async def test_trim_by_age_keeps_what_is_young(url: str) -> None:
+async def test_trim_by_age_retains_young_events(url: str) -> None:
     async with opened(url) as log:
         await publish(log, "old", "old")
         await asyncio.sleep(0.25)
@@ -361,7 +361,7 @@ async def test_sqlite_begins_new_epochs_when_the_machine_stopped_while_the_file_
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "c"]
 
 
-async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_tidy_end(tmp_path: Path) -> None:
+async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_clean_end(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with opened(f"sqlite:///{path}") as log:
         old = await publish(log, "a")
@@ -372,7 +372,7 @@ async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_tidy_e
         assert (await publish(log, "b")).epoch == old.epoch
 
 
-async def test_sqlite_says_where_it_cannot_keep_events(tmp_path: Path) -> None:
+async def test_sqlite_names_the_file_in_which_it_cannot_store_events(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     names = rf"cannot store events there: {tmp_path}/file/events\.db: .+ \(`url` of \[events\] names the file\)"
     with pytest.raises(EventLogError, match=names):
@@ -486,7 +486,7 @@ async def test_sqlite_lease_whose_file_is_deleted_is_lost_and_one_process_has_it
         assert [await two.hold("l"), await one.hold("l")] == [True, False]
 
 
-async def test_sqlite_lease_that_has_no_file_is_told_as_an_error_of_the_log(tmp_path: Path) -> None:
+async def test_sqlite_lease_without_a_file_is_an_error_of_the_log(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'events.db'}"
     (tmp_path / "events.db-leases").write_text("in the way")
     async with opened(url) as log:
@@ -498,7 +498,9 @@ async def test_sqlite_lease_that_has_no_file_is_told_as_an_error_of_the_log(tmp_
         assert log.state()["state"] == "ok"
 
 
-async def test_redis_away_makes_publishers_and_watchers_wait_and_nothing_is_lost_or_doubled(valkey: Valkey) -> None:
+async def test_disconnected_redis_makes_publishers_and_watchers_wait_and_nothing_is_lost_or_doubled(
+    valkey: Valkey,
+) -> None:
     async with opened(valkey.url) as log:
         watcher = Watcher()
         log.watch("c", ORIGIN, watcher)
@@ -540,13 +542,13 @@ async def test_redis_killed_again_and_again_while_publishing_keeps_every_event_o
 
 
 class Proxy:
-    """Stands before a Valkey server, and breaks the connection instead of passing on the answer to a request."""
+    """A proxy of a Valkey server that breaks the connection instead of passing on the response to a request."""
 
     def __init__(self, valkey: Valkey) -> None:
         self._valkey = valkey
         self.path = valkey.folder / "p"
         self.lose = b"never sent"
-        """What is in the request whose answer is lost; no connection is accepted after that until `open` is set."""
+        """Part of the request whose response is lost; no connection is accepted after that until `open` is set."""
         self._serving = 0
         self.lost = asyncio.Event()
         self.open = asyncio.Event()
@@ -592,7 +594,7 @@ class Proxy:
                 writer.write(data)
 
 
-async def test_redis_append_whose_answer_is_lost_is_applied_once_whatever_came_in_between(valkey: Valkey) -> None:
+async def test_redis_append_whose_response_is_lost_is_applied_once_whatever_came_in_between(valkey: Valkey) -> None:
     proxy = Proxy(valkey)
     async with proxy.running() as url, opened(url) as log, opened(valkey.url) as other:
         first = await publish(log, "first")
@@ -719,7 +721,7 @@ async def test_a_lease_leaves_no_file_behind(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-async def test_redis_lease_moves_when_its_holder_is_gone(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_redis_lease_moves_when_its_holder_dies(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamlab.events import redis as eventlog_redis
 
     monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
@@ -731,7 +733,7 @@ async def test_redis_lease_moves_when_its_holder_is_gone(valkey: Valkey, monkeyp
         assert not await one.hold("l")
 
 
-async def test_redis_that_is_away_at_the_start_may_come_later(valkey: Valkey) -> None:
+async def test_redis_may_be_disconnected_at_the_start(valkey: Valkey) -> None:
     valkey.kill()
     async with opened(valkey.url) as log:
         assert log.state()["state"] == "disconnected"
@@ -742,6 +744,6 @@ async def test_redis_that_is_away_at_the_start_may_come_later(valkey: Valkey) ->
         assert log.state()["state"] == "ok"
 
 
-def test_redis_address_that_is_none_is_refused() -> None:
+def test_invalid_url_of_redis_is_rejected() -> None:
     with pytest.raises(EventLogError, match="is not a valid URL of a Redis server"):
         open_log("redis://localhost:port/0")

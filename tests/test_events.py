@@ -296,7 +296,7 @@ def test_history_and_live_events_meet_without_gap_or_repeat(serve: Callable[...,
         "\u00ff\u00fe",
     ],
 )
-def test_an_id_that_is_none_is_a_gap_and_then_everything_kept(serve: Callable[..., Running], wrong: str) -> None:
+def test_an_invalid_id_is_a_gap_and_then_every_retained_event(serve: Callable[..., Running], wrong: str) -> None:
     server = serve()
     ids = publish(server, 1, 2)
     head = f"GET /board/c?limit=2 HTTP/1.1\nHost: localhost\nConnection: close\nLast-Event-ID: {wrong}"
@@ -321,7 +321,7 @@ def test_a_line_break_in_an_id_is_not_http(serve: Callable[..., Running]) -> Non
     assert (status, b"\ndata: x" in body) == (200, False)
 
 
-def test_an_id_whose_events_are_not_kept_any_more_is_told_how_many_are_missing(serve: Callable[..., Running]) -> None:
+def test_an_id_before_the_retention_gets_the_number_of_missing_events(serve: Callable[..., Running]) -> None:
     server = serve("[scenarios.board]\nkeep = 10")
     ids = publish(server, *range(8))
     publish(server, *range(8, 40))
@@ -396,7 +396,7 @@ def test_an_id_of_a_channel_that_was_forgotten_never_means_a_new_event(serve: Ca
         assert [(event.event, event.data) for event in stream][1:] == [("", '"new"')]
 
 
-def test_followers_of_a_channel_that_is_forgotten_and_begun_anew_are_told(serve: Callable[..., Running]) -> None:
+def test_followers_of_a_channel_that_is_deleted_and_recreated_get_a_gap(serve: Callable[..., Running]) -> None:
     server = serve()
     publish(server, 1, 2)
     with EventStream(server, "/board/c?tail=2") as stream:
@@ -439,7 +439,7 @@ HASTY = """
 """
 
 
-def test_a_comment_keeps_every_follower_connected_and_is_no_event(serve: Callable[..., Running]) -> None:
+def test_a_comment_keeps_every_follower_connected_and_is_not_an_event(serve: Callable[..., Running]) -> None:
     server = serve(hasty=HASTY)
     with server.send("GET /board/c HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
@@ -540,7 +540,7 @@ def said(events: Iterable[Received]) -> list[str]:
     return [event.data for event in events]
 
 
-def test_a_slow_filter_delays_nobody_else_and_keeps_the_order(serve: Callable[..., Running]) -> None:
+def test_a_slow_filter_delays_no_other_follower_and_preserves_the_order(serve: Callable[..., Running]) -> None:
     """The follower with the filter gets the same as others, later; they, and /health, do not wait for it."""
     server = serve()
     numbers = [f"event {number}" for number in range(20)]
@@ -621,11 +621,11 @@ def test_limit_ends_the_stream_after_so_many_events_however_they_come(serve: Cal
     ids = publish(server, *range(5))
     with EventStream(server, "/board/c?limit=8", after=ids[0]) as stream:
         wait_for_followers(server, 1)
-        publish(server, *range(5, 20))  # one piece for all, more than this one wants
+        publish(server, *range(5, 20))  # one batch for all, more than the limit of this one
         assert data(list(stream)) == list(range(1, 9))
 
 
-def test_a_finite_channel_ends_and_a_client_that_has_its_end_is_told_204(serve: Callable[..., Running]) -> None:
+def test_a_finite_channel_ends_and_a_client_that_has_its_end_gets_204(serve: Callable[..., Running]) -> None:
     server = serve()
     first = publish(server, 1, channel="finite")[0]
     with EventStream(server, "/board/finite", after=first) as live:
@@ -636,13 +636,13 @@ def test_a_finite_channel_ends_and_a_client_that_has_its_end_is_told_204(serve: 
     assert [(event.event, event.json) for event in events] == [("", 2), ("end", {"total": 2})]
     with EventStream(server, "/board/finite", after=first) as late:
         assert list(late) == events
-    with EventStream(server, "/board/finite") as latest:  # whoever comes without an id gets it from its beginning
+    with EventStream(server, "/board/finite") as latest:  # a client without an id gets it from its beginning
         assert next((event.id, event.json) for event in latest) == (first, 1)
     status, _, body = server.get("/board/finite", {"Last-Event-ID": events[-1].id})
     assert (status, body) == (204, b"")
 
 
-def test_sigterm_says_farewell_with_an_id_to_resume_from(serve: Callable[..., Running]) -> None:
+def test_sigterm_sends_a_farewell_with_an_id_to_resume_from(serve: Callable[..., Running]) -> None:
     server = serve()
     publish(server, 1, 2)
     with EventStream(server, "/board/c?tail=2") as stream, EventStream(server, "/board/none") as empty:
@@ -663,13 +663,13 @@ def test_sigterm_says_farewell_with_an_id_to_resume_from(serve: Callable[..., Ru
         assert [(event.event, event.json) for event in stream] == [("", 4)]
 
 
-def test_a_log_that_cannot_keep_up_refuses_with_503(serve: Callable[..., Running], valkey: Valkey) -> None:
+def test_a_log_that_cannot_keep_up_responds_503(serve: Callable[..., Running], valkey: Valkey) -> None:
     server = serve(f'[events]\nurl = "{valkey.url}"\n')
     valkey.kill()
     body = json.dumps([["x" * 1_000_000, "", ""]]).encode()
     with ExitStack() as held:
         waiting = []
-        for _ in range(9):  # more than may wait while the server of the log is away
+        for _ in range(9):  # more than may wait while the server of the log is unavailable
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
             held.enter_context(closing(connection))
             connection.request("POST", "/board/c", body, {"Content-Type": "application/json"})
@@ -707,7 +707,7 @@ def health_of_log(server: Running, state: str) -> dict[str, Any]:
         time.sleep(0.05)
 
 
-def test_a_log_deleted_while_two_servers_use_it_keeps_what_was_acknowledged(serve: Callable[..., Running]) -> None:
+def test_a_log_deleted_while_two_servers_use_it_loses_no_acknowledged_event(serve: Callable[..., Running]) -> None:
     servers = serve(), serve()
     with EventStream(servers[1], "/board/c") as stream:
         events = iter(stream)
@@ -848,7 +848,7 @@ def read_all_chunks(connection: socket.socket) -> bytes:
     return bytes(body)
 
 
-def test_a_slow_client_that_retention_overtakes_is_told_how_many_it_missed(serve: Callable[..., Running]) -> None:
+def test_a_slow_client_that_retention_overtakes_gets_the_number_of_missed_events(serve: Callable[..., Running]) -> None:
     server = serve("[scenarios.board]\nkeep = 50")
     text = "x" * 10_000
     with stalled(server, "/board/c") as connection:
@@ -869,7 +869,7 @@ def test_stalled_clients_cost_a_bounded_amount_each_and_are_cut(serve: Callable[
     status = Path(f"/proc/{server.process.pid}/status")
     if not status.exists():
         pytest.skip("reads memory from /proc, which this system does not have")
-    for _ in range(30):  # until what the server keeps for itself does not grow any more
+    for _ in range(30):  # until the memory of the server no longer grows
         publish(server, *({"n": n, "text": text} for n in range(100)))
     with ExitStack() as held:
         for _ in range(count):
@@ -884,7 +884,7 @@ def test_stalled_clients_cost_a_bounded_amount_each_and_are_cut(serve: Callable[
         wait_for_followers(server, 0)
 
 
-def test_a_large_event_comes_whole_and_a_client_that_stalls_in_it_is_cut_untidily(
+def test_a_large_event_comes_completely_and_a_client_that_stalls_in_it_is_cut(
     serve: Callable[..., Running],
 ) -> None:
     server = serve()

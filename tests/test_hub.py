@@ -1,4 +1,4 @@
-"""The hub by itself: what a turn of the loop in the middle of a flush may change."""
+"""The hub by itself: what may change in a turn of the event loop during a flush."""
 
 import asyncio
 from typing import Any
@@ -11,20 +11,20 @@ from streamlab.events.log import Event, Position
 from streamlab.events.views import EVERYTHING, Filters
 
 
-class Kept:
-    """What a follower's stream is to the hub, keeping what is written."""
+class RecordingStream:
+    """The stream of a follower, as the hub sees it: records the bytes written."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
 
-    def attach_writer(self, fanout: object) -> tuple["Kept", bool]:
+    def attach_writer(self, fanout: object) -> tuple["RecordingStream", bool]:
         return self, False
 
     def write(self, data: bytes) -> None:
         self.written.append(data)
 
     def note_first_byte(self) -> None:
-        """Nothing to be told here."""
+        """Do nothing."""
 
 
 async def test_a_follower_that_leaves_and_comes_back_in_the_middle_of_a_flush_gets_nothing_twice(
@@ -33,12 +33,12 @@ async def test_a_follower_that_leaves_and_comes_back_in_the_middle_of_a_flush_ge
     monkeypatch.setattr(hub, "TURN_SECONDS", 0.0)  # a turn for the others after each slice
     before, after = Position(1, 1), Position(1, 2)
     one = Hub("c", before, "", Filters())
-    streams = [Kept() for _ in range(3 * hub.SLICE)]
+    streams = [RecordingStream() for _ in range(3 * hub.SLICE)]
     followers = [Follower(stream, EVERYTHING, before) for stream in streams]  # type: ignore[arg-type]
     released: list[Any] = [one.join(follower) for follower in followers]
 
     async def come_back(number: int) -> None:
-        """As its task does: what it lacks is read from the log, and then it stands where the hub does."""
+        """Do what its task does: read the missing events from the log, and join the hub at its position."""
         await released[number]
         one.leave(followers[number])
         streams[number].written.append(b"from the log")

@@ -42,7 +42,7 @@ class Crowd:
                 task.cancel()
 
     async def publish(self, count: int) -> None:
-        """Push prices until `count` more have been acknowledged; one whose answer was lost may be pushed twice."""
+        """Push prices until `count` more have been acknowledged; one whose response was lost may be pushed twice."""
         goal = len(self.acknowledged) + count
         while len(self.acknowledged) < goal:
             price = {"symbol": "ACME", "price": next(self._numbers)}

@@ -262,7 +262,7 @@ def test_first_byte_arrives_before_the_last_exists(serve: Callable[..., Running]
         assert read_until(connection, LAST_CHUNK).endswith(b"5\r\ndone\n\r\n" + LAST_CHUNK)
 
 
-def test_every_stream_tells_proxies_not_to_buffer(serve: Callable[..., Running]) -> None:
+def test_every_stream_has_headers_against_buffering_proxies(serve: Callable[..., Running]) -> None:
     server = serve()
     for path in ("/empty", "/lines", "/compressed-events", "/download/large-file?size_mb=1"):
         _, headers, _ = server.get(path)
@@ -409,7 +409,7 @@ def test_source_that_fails_before_the_first_byte_is_a_real_status(serve: Callabl
     assert (fields["status"], fields["bytes"]) == ("500", "0")
 
 
-def test_source_that_refuses_before_the_first_byte_chooses_the_status(serve: Callable[..., Running]) -> None:
+def test_problem_before_the_first_byte_chooses_the_status(serve: Callable[..., Running]) -> None:
     server = serve()
     status, headers, body = server.get("/refuses-at-once")
     assert (status, json.loads(body)["detail"]) == (502, "The upstream does not answer.")
@@ -427,7 +427,7 @@ def test_source_that_refuses_before_the_first_byte_chooses_the_status(serve: Cal
         "/shorter-than-declared",
     ],
 )
-def test_source_that_fails_after_the_first_byte_never_looks_whole(serve: Callable[..., Running], path: str) -> None:
+def test_source_that_fails_after_the_first_byte_never_looks_complete(serve: Callable[..., Running], path: str) -> None:
     server = serve(tracebacks=True)
     received = read_all(server.send(f"GET {path} HTTP/1.1\nHost: localhost\nAccept-Encoding: gzip"))
     assert received.startswith(b"HTTP/1.1 200 OK")
@@ -438,7 +438,7 @@ def test_source_that_fails_after_the_first_byte_never_looks_whole(serve: Callabl
     server.wait_for_log("Traceback (most recent call last)")
 
 
-def test_body_longer_than_declared_is_a_failure_that_the_log_tells(serve: Callable[..., Running]) -> None:
+def test_body_longer_than_declared_is_a_logged_failure(serve: Callable[..., Running]) -> None:
     server = serve(tracebacks=True)
     assert server.get("/longer-than-declared")[2] == b"fir"
     server.wait_for_log("ValueError: 3 bytes were declared, 6 were written")
@@ -453,7 +453,7 @@ def test_curl_sees_a_failure_in_mid_stream(serve: Callable[..., Running], versio
     assert done.returncode == status, done.stderr
 
 
-def test_event_stream_says_that_it_failed_before_it_is_cut(serve: Callable[..., Running]) -> None:
+def test_event_stream_reports_its_failure_before_it_is_cut(serve: Callable[..., Running]) -> None:
     server = serve()
     received = read_all(server.send("GET /events-fail-later HTTP/1.0"))
     head, _, last = received.partition(b"\r\n\r\n")[2].partition(b"event: error\n")
@@ -469,7 +469,7 @@ def test_handler_that_returns_nothing_is_a_500(serve: Callable[..., Running]) ->
 # -- the server stops
 
 
-def test_sigterm_ends_200_event_streams_tidily_within_a_second(serve: Callable[..., Running]) -> None:
+def test_sigterm_ends_200_event_streams_with_a_last_chunk_within_a_second(serve: Callable[..., Running]) -> None:
     server = serve()
     with ExitStack() as held:
         connections = [
@@ -537,7 +537,7 @@ def test_sigterm_loses_nothing_of_a_body_that_waits_for_a_slow_client(serve: Cal
     assert ended(server, "finished")["path"] == "/kilobytes"
 
 
-def test_sigterm_lets_a_download_finish_and_refuses_newcomers(serve: Callable[..., Running]) -> None:
+def test_sigterm_lets_a_download_finish_and_rejects_new_connections(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /slow HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"begun\n")
@@ -549,7 +549,7 @@ def test_sigterm_lets_a_download_finish_and_refuses_newcomers(serve: Callable[..
     assert ended(server, "finished")["path"] == "/slow"
 
 
-def test_sigterm_cuts_what_does_not_finish_in_time_so_that_it_does_not_look_whole(
+def test_sigterm_cuts_what_does_not_finish_in_time_so_that_it_does_not_look_complete(
     serve: Callable[..., Running],
 ) -> None:
     server = serve("[server]\ndrain_seconds = 0.2")
@@ -562,7 +562,7 @@ def test_sigterm_cuts_what_does_not_finish_in_time_so_that_it_does_not_look_whol
     assert "source released" in server.log
 
 
-def test_block_that_keeps_its_cancellation_to_itself_does_not_look_whole(serve: Callable[..., Running]) -> None:
+def test_block_that_suppresses_its_cancellation_does_not_look_complete(serve: Callable[..., Running]) -> None:
     server = serve("[server]\ndrain_seconds = 0.2")
     with server.send("GET /swallows HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"begun\n")
@@ -624,9 +624,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     ("accepted", "coding"),
     [("gzip", "gzip"), ("br;q=1, gzip;q=0.1", "gzip"), ("gzip;q=0", None), ("identity, gzip;q=0.5", None), ("", None)],
 )
-def test_compression_is_negotiated_by_weight_and_told_to_caches(
-    shared: Running, accepted: str, coding: str | None
-) -> None:
+def test_compression_is_negotiated_by_weight_and_in_vary(shared: Running, accepted: str, coding: str | None) -> None:
     _, headers, body = shared.get("/lines", {"Accept-Encoding": accepted})
     assert (headers.get("content-encoding"), headers["vary"]) == (coding, "Accept-Encoding")
     assert (gzip.decompress(body) if coding else body) == b"one\n" + b"two\n" * 100_000
