@@ -1,4 +1,4 @@
-"""What a command prints, line by line, for as long as somebody listens."""
+"""Run a command and read its output, line by line."""
 
 import asyncio
 import logging
@@ -8,23 +8,24 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .pieces import Line, cut_lines
+from .chunks import Line, split_lines
 
 log = logging.getLogger(__name__)
 
 READ = 64 * 1024
+"""Maximum bytes of one read from the pipe."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before a command that ended is started anew: longer each time, unless it ran for a while."""
+"""Minimum and maximum pause before a restart, in seconds; it doubles unless the command ran for `LONGEST_PAUSE`."""
 
 TERMINATE_SECONDS = 2.0
-"""What a command may take to end when it is asked to."""
+"""Maximum time for a command to end after SIGTERM, in seconds."""
 
 
 async def output(command: Sequence[str]) -> AsyncGenerator[list[Line | int], None]:
-    """Run a command again and again; yield its lines (stdout and stderr) as they come, and its status when it ends.
+    """Run a command repeatedly. Yield its lines (stdout and stderr) as they come, and its exit status when it ends.
 
-    It is not read faster than the caller takes: its pipe is the buffer. When the caller leaves, it is terminated.
+    It is read at the pace of the caller: its pipe is the buffer. It is terminated when the generator is closed.
     """
     program, pause, loop = Path(command[0]).name, FIRST_PAUSE, asyncio.get_running_loop()
     while True:
@@ -35,7 +36,7 @@ async def output(command: Sequence[str]) -> AsyncGenerator[list[Line | int], Non
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the server, which then ends it in order
+                start_new_session=True,  # Ctrl-C must reach the server only, which then ends the command
             )
         except OSError as error:
             log.warning("the command %s cannot be started: %s", program, error.strerror)
@@ -59,7 +60,7 @@ async def _lines(process: asyncio.subprocess.Process, program: str) -> AsyncIter
         data = await process.stdout.read(READ)
         held += data
         end, lines = 0, list[Line | int]()
-        for text, end_of_text, continued in cut_lines(held, 0, final=not data):
+        for text, end_of_text, continued in split_lines(held, 0, final=not data):
             lines.append(Line(text.decode(errors="replace"), program, continued))
             end = end_of_text
         held = held[end:]
@@ -70,7 +71,7 @@ async def _lines(process: asyncio.subprocess.Process, program: str) -> AsyncIter
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a command and all that it started, unless it has ended."""
+    """End a command and its children, unless it has ended."""
     if process.returncode is not None:
         return
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -23,7 +23,7 @@ _ROUTES = (
     ("POST", "/orders", 201, 60),
     ("GET", "/orders/{order}", 200, 14),
 )
-"""Method, path, status when all is well, and milliseconds as they usually are."""
+"""Method, path, status without an error, and usual duration in milliseconds."""
 
 _REMARKS = (
     ("DEBUG", "shop.cache", "hit products:{product}"),
@@ -33,7 +33,7 @@ _REMARKS = (
     ("INFO", "shop.payment", "order {order} paid by user={user}"),
     ("WARNING", "shop.stock", "product {product}: only {few} left"),
     ("WARNING", "shop.database", "slow query: {slow} ms"),
-    ("WARNING", "shop.payment", "order {order}: provider did not answer, trying again"),
+    ("WARNING", "shop.payment", "order {order}: provider did not respond, trying again"),
 )
 _WEIGHTS = (4, 3, 4, 3, 3, 1, 1, 1)
 
@@ -42,7 +42,7 @@ _FRAMES = (
     ("shop/orders.py", 57, "place", "receipt = payment.charge(order.user, order.total)"),
     ("shop/payment.py", 203, "charge", "raise PaymentError(answer.reason) from error"),
 )
-"""Where the exceptions of the imaginary service come from: file, line, function, source."""
+"""Stack of the exceptions of the simulated service: file, line, function, source."""
 
 _CAUSE = (("shop/payment.py", 199, "charge", "answer = provider.post(card, total)"),)
 
@@ -50,12 +50,12 @@ _CAUSE = (("shop/payment.py", 199, "charge", "answer = provider.post(card, total
 async def serve(
     path: Path, *, interval: float = 0.5, seed: int | None = None, max_bytes: int = 64 * 1024, backups: int = 3
 ) -> None:
-    """Append a record of an imaginary shop about every `interval` seconds, until cancelled.
+    """Append a record of a simulated shop about every `interval` seconds, until cancelled.
 
-    Most records are one line; a failed request brings a traceback of several. Before the file would be larger than
-    `max_bytes` it is renamed to `path.1`, that to `path.2`, and so on up to `backups`. The folder is made. What the
-    disk refuses is dropped, and warned of once until it works again. The same `seed` gives the same records, but for
-    their times.
+    Most records are one line; a failed request has a traceback of several. Before the file would exceed
+    `max_bytes` it is renamed to `path.1`, that to `path.2`, and so on up to `backups`. The folder is created. A record
+    that cannot be written is dropped, with one warning until writing succeeds again. The same `seed` gives the same
+    records, except for their times.
     """
     chance = random.Random(seed)  # noqa: S311 - a simulation, not a secret
     failing = False
@@ -73,13 +73,13 @@ async def serve(
 
 
 class PaymentError(Exception):
-    """What now and then goes wrong in the imaginary shop."""
+    """An occasional failure in the simulated shop."""
 
     __module__ = "shop.payment"
 
 
 def _records(chance: random.Random) -> Iterator[tuple[str, str, str]]:
-    """Level, logger and message of one record after the other, without end; a message may have several lines."""
+    """Yield level, logger and message of one record after the other, without end; a message may have several lines."""
     while True:
         names = {
             "product": chance.randint(100, 999),
@@ -99,7 +99,7 @@ def _records(chance: random.Random) -> Iterator[tuple[str, str, str]]:
         level, report = "INFO", ""
         fate = chance.random()
         if fate < 0.15 and status == 201 and route == "/orders":
-            level, status, report = "ERROR", 500, "\n" + _traceback(f"card of user {names['user']} refused")
+            level, status, report = "ERROR", 500, "\n" + _traceback(f"card of user {names['user']} declined")
         elif fate < 0.01:
             level, status, milliseconds = "ERROR", 504, 30_000.0
         elif fate < 0.08 and "{" in route:
@@ -109,7 +109,7 @@ def _records(chance: random.Random) -> Iterator[tuple[str, str, str]]:
 
 
 def _traceback(reason: str) -> str:
-    """An exception that really was raised, told as if it had happened in the imaginary service."""
+    """Return the traceback of a real exception, with the stack of the simulated service."""
     try:
         try:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
@@ -124,7 +124,7 @@ def _traceback(reason: str) -> str:
 
 
 def _append(path: Path, record: bytes, max_bytes: int, backups: int) -> None:
-    """Write one record, or nothing of it; opened each time, so that a file that was deleted is made again."""
+    """Write one record, or nothing of it. The file is opened each time, so that a deleted file is created again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         size = path.stat().st_size
@@ -135,7 +135,7 @@ def _append(path: Path, record: bytes, max_bytes: int, backups: int) -> None:
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if file.write(record) != len(record):
-            # Half a line would be continued by the next one.
+            # The next record would continue an incomplete line.
             file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

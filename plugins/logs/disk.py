@@ -1,4 +1,4 @@
-"""Which files a pattern means, what they are, and which are rotations of others: all that is asked of the disk."""
+"""Query the file system: files that match a pattern, their identity, and which are rotations of others."""
 
 import io
 import os
@@ -16,7 +16,7 @@ COMPRESSED = {".gz", ".xz", ".zst", ".bz2", ".lz4", ".zip"}
 Identity = tuple[int, int]
 """Device and inode."""
 Found = list[tuple[os.stat_result, Path]]
-"""Regular files, and what they were when they were looked at."""
+"""Regular files, each with its status at the time of the look."""
 
 _ROTATED = re.compile(r"[.\-_]\d[\d.\-_:+TZ]*")
 _ROTATION_OF = re.compile(rf"(.+?){_ROTATED.pattern}")
@@ -24,7 +24,7 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 def look(path: Path) -> os.stat_result | None:
-    """What a path is; None if there is no regular file."""
+    """Return the status of a path; None if it is not a regular file."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -33,35 +33,35 @@ def look(path: Path) -> os.stat_result | None:
 
 
 def found(paths: Iterable[Path]) -> Found:
-    """Those of some paths that are regular files, as far as the disk tells."""
-    there = []
+    """Return the paths that are regular files; paths with an OSError are omitted."""
+    files = []
     for path in paths:
         with suppress(OSError):
             if (status := look(path)) is not None:
-                there.append((status, path))
-    return there
+                files.append((status, path))
+    return files
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What a file is, under whatever name."""
+    """Return the device and the inode of a file, which identify it under any name."""
     return status.st_dev, status.st_ino
 
 
 def state(status: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file is written to or renamed."""
+    """Return the values that change when a file is written to or renamed."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def age(status: os.stat_result, path: Path) -> tuple[int, float, str]:
-    """To sort by, the oldest content first; where the clock was too coarse, the higher number, or the lower date."""
+    """Return a sort key for the oldest content first; at equal times the higher number, or the lower date, is older."""
     number = re.search(r"(?<!\d)[.\-_](\d{1,4})$", path.name)
     return status.st_mtime_ns, -int(number[1]) if number else 0, path.name
 
 
 def open_file(path: Path, status: os.stat_result) -> io.FileIO | None:
-    """Open a file that was seen a moment ago; None if the path is another one by now."""
+    """Open a file whose status was just read; None if the path is another file by now."""
     try:
-        # A pipe may have taken the name: opening must not wait for its writer.
+        # A pipe may have replaced the file: opening must not wait for its writer.
         file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
@@ -72,25 +72,25 @@ def open_file(path: Path, status: os.stat_result) -> io.FileIO | None:
 
 
 def siblings(followed: Path, *others: str) -> Found:
-    """The plain files whose names begin as that of a path, what it links to, or one of the others before rotation."""
-    there: dict[Path, os.stat_result] = {}
+    """Return the uncompressed files whose names start with that of a path, its link target, or an unrotated other."""
+    files: dict[Path, os.stat_result] = {}
     for base in {followed, Path(os.path.realpath(followed)), *(unrotated(Path(other)) for other in others)}:
         try:
-            names = os.listdir(base.parent)  # noqa: PTH208 - names alone: most of them are not looked at
+            names = os.listdir(base.parent)  # noqa: PTH208 - only names: most of them need no status
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         for name in names:
             path = base.with_name(name)
-            if name.startswith(base.name) and path.suffix not in COMPRESSED and path not in there:
+            if name.startswith(base.name) and path.suffix not in COMPRESSED and path not in files:
                 with suppress(PermissionError):
                     status = look(path)
                     if status is not None:
-                        there[path] = status
-    return [(status, path) for path, status in there.items()]
+                        files[path] = status
+    return [(status, path) for path, status in files.items()]
 
 
 def is_rotation(path: Path, base: Path) -> bool:
-    """Whether the name of a path is that of another with what rotation adds: `.1`, `-20261101`."""
+    """Return whether a path has the name of another with the suffix of a rotation: `.1`, `-20261101`."""
     return (
         path.parent == base.parent
         and path.name.startswith(base.name)
@@ -99,13 +99,13 @@ def is_rotation(path: Path, base: Path) -> bool:
 
 
 def unrotated(path: Path) -> Path:
-    """A path without what rotation has added to its name, if it has."""
+    """Return a path without the suffix of a rotation."""
     match = _ROTATION_OF.fullmatch(path.name)
     return path.with_name(match[1]) if match else path
 
 
 def matches(pattern: Path, followed: Iterable[Path] = ()) -> list[Path]:
-    """The paths a pattern means: no compressed ones, no links to others, no rotations of them or those followed."""
+    """Return the paths that match, without compressed files, links to others, rotations of them or of `followed`."""
     if not _MAGIC.search(str(pattern)) or os.path.isfile(pattern):  # noqa: PTH113 - it never raises
         return [pattern]
     names = glob(str(pattern), recursive=True)  # noqa: PTH207 - the pattern may be absolute
@@ -121,15 +121,15 @@ def matches(pattern: Path, followed: Iterable[Path] = ()) -> list[Path]:
     )
 
 
-def means(pattern: Path, path: str) -> bool:
-    """Whether a pattern, as far as its words go, means a path that may not be there."""
-    # A star of fnmatch goes through folders, and `**/` may stand for none.
-    said = str(pattern).replace("**/", "*")
-    return path == str(pattern) or (_MAGIC.search(said) is not None and fnmatchcase(path, said))
+def is_match(pattern: Path, path: str) -> bool:
+    """Return whether a pattern matches a path, by its text alone: the path need not exist."""
+    # A star of fnmatch matches across folders, and `**/` may match no folder.
+    text = str(pattern).replace("**/", "*")
+    return path == str(pattern) or (_MAGIC.search(text) is not None and fnmatchcase(path, text))
 
 
 def root(pattern: Path) -> Path | None:
-    """The deepest folder of a pattern that is not a pattern itself."""
+    """Return the deepest folder of a pattern that is not a pattern itself."""
     for parent in pattern.parents:
         if not _MAGIC.search(str(parent)):
             return parent
@@ -137,10 +137,10 @@ def root(pattern: Path) -> Path | None:
 
 
 def history(pattern: str | Path) -> list[Path]:
-    """The files behind a pattern, rotated ones included, the oldest content of each path first; asks the disk.
+    """Return the files of a pattern, rotated ones included, the oldest content of each path first. Reads the disk.
 
-    For each path that matches, in the order of names: its plain siblings that look like rotations (`name.1`,
-    `name-20261101`), as they were last modified, then the path itself. What is missing or compressed is left out.
+    For each path that matches, in the order of names: its uncompressed rotations (`name.1`, `name-20261101`) by their
+    time of modification, then the path itself. Missing files are omitted.
     """
     files: list[Path] = []
     for match in matches(Path(pattern).absolute()):
@@ -156,7 +156,7 @@ def history(pattern: str | Path) -> list[Path]:
 
 
 class Fault(NamedTuple):
-    """Why a log cannot be read, for clients: the status of an error response, and a reason without a folder's name."""
+    """Why a log cannot be read: the status of the error response, and a reason that names no folder."""
 
     status: int
     reason: str
@@ -165,7 +165,7 @@ class Fault(NamedTuple):
 
 
 def fault(pattern: Path) -> Fault | None:
-    """Return what is wrong with the files of a pattern, or None where all can be read; opens each of them."""
+    """Return why files of a pattern cannot be read, or None if all can. Opens each of them."""
     readable, faults = 0, list[Fault]()
     for path in matches(pattern):
         try:
@@ -188,6 +188,6 @@ def fault(pattern: Path) -> Fault | None:
 
 
 def fault_of_history(pattern: Path) -> Fault | None:
-    """Return why nothing can be read of a pattern's files and their rotations, or None."""
+    """Return why neither a pattern's files nor their rotations can be read, or None."""
     found = fault(pattern)
     return None if found is None or found.partly or (found.status == 404 and history(pattern)) else found

@@ -1,4 +1,4 @@
-"""The past of a log as text: the lines of its files, rotated ones first, that somebody wants."""
+"""The history of a log as text: the selected lines of its files, rotated ones first."""
 
 import json
 import os
@@ -10,34 +10,33 @@ from typing import BinaryIO
 
 from streamlab import Event, Threads
 
+from .chunks import CHUNK
 from .disk import history
 from .filters import LineFilter
 from .lines import Reader
-from .pieces import PIECE
 
 EVENTS = 500
-"""Events of a command's log that are looked at together."""
+"""Number of events of a command's log that are filtered together."""
 
 BLOCK = 64 * 1024
-"""Bytes that are handed out at once, about."""
+"""Approximate size of a block of output, in bytes."""
 
 SCAN = 4 * 1024 * 1024
-"""Bytes that are read, in a thread, before the reader may leave,"""
+"""Maximum number of bytes that one download scans in a thread before others have their turn."""
 
 SCAN_SECONDS = 0.05
-"""or seconds, and one line: a thread is for all downloads."""
+"""Maximum time that one download scans in a thread before others have their turn, in seconds (and one line)."""
 
 
 async def matching_lines(
     threads: Threads, pattern: Path, lines: LineFilter | None, since: float | None
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the bytes of the lines that are wanted, as they stand in the files when this begins; none is lost to a
-    rotation meanwhile."""
+    """Yield the bytes of the selected lines in the files as of now. A rotation meanwhile loses none of them."""
     files = await threads.run(_open, pattern, discard=_close)
     try:
         for file, size in files:
-            found = _wanted(file, size, lines, since)
-            while (block := await threads.run(next, found, None)) is not None:
+            blocks = _selected(file, size, lines, since)
+            while (block := await threads.run(next, blocks, None)) is not None:
                 if block:
                     yield block
     finally:
@@ -45,33 +44,35 @@ async def matching_lines(
 
 
 async def matching_events(
-    threads: Threads, events: AsyncIterator[Event], wanted: Callable[[Event], bool]
+    threads: Threads, events: AsyncIterator[Event], is_selected: Callable[[Event], bool]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the lines of the events that are wanted; `wanted` is called in a thread, with each event in order."""
+    """Yield the lines of the selected events. `is_selected` is called in a thread, with each event in order."""
     batch: list[Event] = []
     async for event in events:
         batch.append(event)
         if len(batch) == EVENTS:
-            async for block in _blocks(threads, batch, wanted):
+            async for block in _blocks(threads, batch, is_selected):
                 yield block
             batch.clear()
-    async for block in _blocks(threads, batch, wanted):
+    async for block in _blocks(threads, batch, is_selected):
         yield block
 
 
-async def _blocks(threads: Threads, events: Sequence[Event], wanted: Callable[[Event], bool]) -> AsyncIterator[bytes]:
+async def _blocks(
+    threads: Threads, events: Sequence[Event], is_selected: Callable[[Event], bool]
+) -> AsyncIterator[bytes]:
     start = 0
     while start < len(events):
-        block, start = await threads.run(_scan, events, start, wanted)
+        block, start = await threads.run(_scan, events, start, is_selected)
         if block:
             yield block
 
 
-def _scan(events: Sequence[Event], start: int, wanted: Callable[[Event], bool]) -> tuple[bytes, int]:
-    """Return the wanted lines of the events from an index on, and how far it came in SCAN_SECONDS, or one event."""
+def _scan(events: Sequence[Event], start: int, is_selected: Callable[[Event], bool]) -> tuple[bytes, int]:
+    """Return the selected lines from an index on, and the next index: after SCAN_SECONDS, but at least one event."""
     block, due = bytearray(), time.monotonic() + SCAN_SECONDS
     for number in range(start, len(events)):
-        if wanted(events[number]):
+        if is_selected(events[number]):
             block += (json.loads(events[number].data)["line"] + "\n").encode()
         if time.monotonic() >= due:
             return bytes(block), number + 1
@@ -79,7 +80,7 @@ def _scan(events: Sequence[Event], start: int, wanted: Callable[[Event], bool]) 
 
 
 def _open(pattern: Path) -> list[tuple[BinaryIO, int]]:
-    """Open all files at once, each with its size now."""
+    """Open all files at once, each with its current size."""
     files: list[tuple[BinaryIO, int]] = []
     for path in history(pattern):
         with suppress(OSError):
@@ -93,25 +94,25 @@ def _close(files: list[tuple[BinaryIO, int]]) -> None:
         file.close()
 
 
-def _wanted(file: BinaryIO, size: int, lines: LineFilter | None, since: float | None) -> Iterator[bytes]:
-    """The wanted lines in blocks; an empty block says that much was read and nothing found."""
-    reader, block, scanned, goes_on, wanted = Reader(), bytearray(), 0, False, False
+def _selected(file: BinaryIO, size: int, lines: LineFilter | None, since: float | None) -> Iterator[bytes]:
+    """Yield the selected lines in blocks; an empty block after a long scan without one."""
+    reader, block, scanned, is_continued, is_selected = Reader(), bytearray(), 0, False, False
     due = time.monotonic() + SCAN_SECONDS
-    while size > 0 and (raw := file.readline(min(PIECE, size))):
+    while size > 0 and (raw := file.readline(min(CHUNK, size))):
         size -= len(raw)
         scanned += len(raw)
-        if not goes_on:  # what follows of a very long line goes the way of its beginning
+        if not is_continued:  # all chunks of a very long line are selected by the first
             text = raw.decode(errors="replace").rstrip("\r\n")
             level, when = reader.read(text)
-            young = since is None or (when is not None and when >= since)
-            wanted = young and (lines is None or lines.takes(level, lambda text=text: text))
-        goes_on = not raw.endswith(b"\n")
-        if wanted:
+            is_recent = since is None or (when is not None and when >= since)
+            is_selected = is_recent and (lines is None or lines.accepts(level, lambda text=text: text))
+        is_continued = not raw.endswith(b"\n")
+        if is_selected:
             block += raw
         if len(block) >= BLOCK or scanned >= SCAN or time.monotonic() >= due:
             yield bytes(block)
             block.clear()
             scanned, due = 0, time.monotonic() + SCAN_SECONDS
-    if wanted and goes_on:
+    if is_selected and is_continued:
         block += b"\n"
     yield bytes(block)

@@ -1,4 +1,4 @@
-"""Which lines somebody wants: by level, by a regular expression that takes linear time, and since when."""
+"""Filters of lines: by level, by a regular expression that takes linear time, and by time."""
 
 import json
 import re
@@ -22,16 +22,16 @@ PATTERN_BYTES = 64 * 1024
 """Memory for the compiled program of a pattern, in bytes: bounds how long compiling takes (a few milliseconds)."""
 
 PATTERN_SIZE = 2000
-"""Maximum instructions of a compiled pattern; a class of Unicode characters, as \\pL, has some hundred."""
+"""Maximum number of instructions of a compiled pattern; a Unicode class such as \\pL has about a hundred."""
 
 CLASSES = 10
 """Maximum number of classes of Unicode characters in a pattern: each takes a tenth of a millisecond to parse."""
 
 MATCHING_BYTES = 256 * 1024
-"""Memory in which a pattern is matched fast, in bytes. A hostile one needs more: then RE2 takes STEPS of work."""
+"""Memory for fast matching, in bytes. If a hostile pattern needs more, RE2 takes up to `STEPS` steps per line."""
 
 STEPS = 4_000_000
-"""Work for one line: instructions of the pattern times characters that are searched. 0.4 s at the worst."""
+"""Maximum work per line, as instructions of the pattern times characters that are searched: at most 0.4 s."""
 
 
 class BadPattern(ValueError):
@@ -74,15 +74,15 @@ def _compile(text: str, size: int) -> Any:
 
 @lru_cache(maxsize=64)
 def _line(data: bytes) -> str:
-    """The text of an event's line; several patterns look at the same event, one after the other."""
+    """Return the text of an event's line. It is cached, since several patterns are matched against the same event."""
     return str(json.loads(data).get("line", ""))
 
 
 @dataclass(frozen=True, slots=True)
 class LineFilter:
-    """Lines of a level, or above it, in which a pattern matches. Equal filters share what is made for them.
+    """Lines of a level, or above it, that match a pattern. Equal filters share their work.
 
-    A long line is searched as far as STEPS go: 2,000 characters for the largest pattern, 360,000 for `user=1`.
+    `STEPS` limits how far a long line is searched: 2,000 characters for the largest pattern, 360,000 for `user=1`.
     """
 
     level: int
@@ -90,20 +90,20 @@ class LineFilter:
     pattern: Any = field(compare=False)
 
     def __call__(self, event: Event) -> bool:
-        """Whether an event is wanted; what is told of the log itself (a rotation) always is."""
+        """Return whether an event is selected; events about the log itself (a rotation) always are."""
         if event.event:
             return True
-        return self.takes(event.key, lambda: _line(event.data))
+        return self.accepts(event.key, lambda: _line(event.data))
 
-    def takes(self, level: str, text: Any) -> bool:
-        """Whether a line of a level is wanted; `text` is called for what it says, if need be."""
+    def accepts(self, level: str, text: Any) -> bool:
+        """Return whether a line of a level is selected; `text` is called for its text if the pattern is needed."""
         if LEVELS.get(level, 0) < self.level:
             return False
         return self.pattern is None or self.pattern.search(text()[: STEPS // self.pattern.programsize]) is not None
 
 
 def moment(text: str) -> float:
-    """Read a time as Unix seconds: ISO 8601 (without an offset: UTC), Unix seconds, or how long ago, as `15m`.
+    """Return a time as Unix seconds: ISO 8601 (without an offset: UTC), Unix seconds, or an age such as `15m`.
 
     Raises ValueError.
     """
@@ -112,8 +112,10 @@ def moment(text: str) -> float:
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
         return float(text)
     try:
-        # A "+" that was not escaped comes as a space: "2026-11-25T12:00:00 02:00".
-        said = datetime.fromisoformat(re.sub(r" ([0-9]{2}:?[0-9]{2})$", r"+\1", text) if "T" in text else text)
-        return (said if said.tzinfo else said.replace(tzinfo=UTC)).timestamp()
+        # A "+" that was not escaped is decoded as a space: "2026-11-25T12:00:00 02:00".
+        parsed = datetime.fromisoformat(re.sub(r" ([0-9]{2}:?[0-9]{2})$", r"+\1", text) if "T" in text else text)
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise ValueError("is no time: 2026-11-25T12:00:00Z, Unix seconds, or 90s, 15m, 2h, 3d ago") from None
+        raise ValueError(
+            "is not a valid time: 2026-11-25T12:00:00Z, Unix seconds, or an age such as 90s, 15m, 2h or 3d"
+        ) from None

@@ -1,7 +1,7 @@
-"""What a log line says of itself: its level and its time.
+"""The level and the time of a log line.
 
-Only the beginning of a line is looked at (and the end of one that is JSON), with patterns in which no repetition can
-match in two ways: the cost of a line has a bound, whatever somebody writes into a log.
+Only the beginning of a line is parsed (and the end of a JSON line), with patterns in which no repetition can
+match in two ways: the cost of a line is bounded, whatever its content.
 """
 
 import math
@@ -11,10 +11,10 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
 
 LEVELS: Final = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
-"""The levels there are, with numbers that order them; an unknown level, "", is below them all."""
+"""All levels, with numbers that order them; an unknown level, "", is below them all."""
 
 HEAD = 512
-"""Characters of a line that are looked at."""
+"""Number of characters of a line that are parsed."""
 
 _ALIASES = {
     "DEBUG": ("debug", "trace", "verbose", "dbg", "fine", "finer", "finest"),
@@ -41,7 +41,7 @@ _BSD = re.compile(rf"(?:<\d{{1,3}}>)?({_MONTH}) ([ \d]\d) {_CLOCK}")
 _KLOG = re.compile(rf"([IWEF])(\d\d)(\d\d) {_CLOCK}\.(\d{{1,9}})")
 
 _UPPER = "|".join(sorted((alias.upper() for alias in _LEVEL), key=len, reverse=True))
-# "Error:" is not among them: so begins the trace of an exception in JavaScript.
+# "Error:" is not among them: stack traces of JavaScript start with it.
 _ANY = f"{_UPPER}|{_UPPER.lower()}"
 # Not within a path or a name: a level stands alone, or at the end of a channel ("production.ERROR:").
 _WORD = re.compile(rf"(?<![^\s\[(<|:.])({_UPPER})(?=[\s\])>|:,]|$)")
@@ -61,17 +61,17 @@ _COLOUR = re.compile(r"\x1b\[[\d;]{0,16}m")
 
 
 class Reader:
-    """The lines of one file, in their order: a line that continues a record has the level and the time of it."""
+    """Reads the lines of one file in order: a line that continues a record has its level and its time."""
 
     def __init__(self) -> None:
         self._record: tuple[str, float | None] = ("", None)
 
     def read(self, text: str) -> tuple[str, float | None]:
-        """The level of a line, one of `LEVELS` or "" if unknown, and its time in Unix seconds, or None.
+        """Return the level of a line, one of `LEVELS` or "" if unknown, and its time in Unix seconds, or None.
 
         A line continues the record before it if it begins with white space, "Traceback (most recent call last):" or
-        "Caused by", and if it has neither level nor time. A time without a zone is taken for UTC; one without a year
-        for the latest that is not in the future.
+        "Caused by", or if it has neither level nor time. A time without a zone is UTC; one without a year
+        is the latest that is not in the future.
         """
         if not text or text[0].isspace() or text.startswith(("Traceback (most recent call last):", "Caused by")):
             return self._record
@@ -85,7 +85,7 @@ class Reader:
 
 
 def _json(text: str, head: str) -> tuple[str, float | None]:
-    """Level and time of a JSON text, at its beginning or, where a long message comes first, at its end."""
+    """Return level and time of a JSON text, from its beginning or, if a long message comes first, from its end."""
     level, moment = _members(head)
     if len(text) > HEAD and (not level or moment is None):
         later_level, later_moment = _members(text[-HEAD:])
@@ -108,7 +108,7 @@ def _members(part: str) -> tuple[str, float | None]:
 
 
 def _numbered(number: int) -> str:
-    """GELF counts severities from 0 to 7 as syslog does, bunyan and pino from 10 (trace) to 60 (fatal)."""
+    """Return the level of a number: 0 to 7 as in GELF and syslog, 10 (trace) to 60 (fatal) as in bunyan and pino."""
     if number < len(_SEVERITIES):
         return _SEVERITIES[number]
     return ("DEBUG", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")[min(max(number // 10, 1), 6) - 1]
@@ -134,11 +134,11 @@ def _plain(head: str) -> tuple[str, float | None]:
 
 
 def _level(head: str, end: int) -> str:
-    """The level of a line whose time ends at `end`, 0 without one: then it must be what the line begins with."""
+    """Return the level of a line whose time ends at `end`. Without a time, `end` is 0 and the level must come first."""
     pair = _PAIR_LEVEL.search(head) if "=" in head else None
     word = _FIRST.match(head)
     if word is None and end:
-        # Lower case counts only where no other word can be expected: right behind the time, or in brackets.
+        # Lower case counts only right after the time, or in brackets, where no other word is expected.
         word = (
             _AFTER_TIME.match(head, end) or _WORD.search(head, end, end + 100) or _BRACKETED.search(head, end, end + 40)
         )
@@ -150,7 +150,7 @@ def _level(head: str, end: int) -> str:
 
 
 def _time(head: str) -> tuple[float | None, int]:
-    """The time at, or near, the beginning of a line, and where it ends."""
+    """Return the time at, or near, the beginning of a line, and the index of its end."""
     if match := _ISO.search(head, 0, 96):
         return _moment(match), match.end()
     if match := _COMMON.search(head):
@@ -175,7 +175,7 @@ def _moment(match: re.Match[str]) -> float | None:
 
 def _unix(year: int, month: int, day: int, hour: int, minute: int, second: int, zone: str | None) -> float | None:
     try:
-        # A leap second, 60, is the first of the next minute, as for the clock of the system.
+        # A leap second, 60, is the first of the next minute, as in the system clock.
         leap = second == 60
         moment = datetime(year, month, day, hour, minute, second - leap, tzinfo=_zone(zone))
         return moment.timestamp() + leap
@@ -193,7 +193,7 @@ def _zone(written: str | None) -> timezone:
 def _yearless(month: int, day: int, hour: int, minute: int, second: int) -> float | None:
     now = time.time()
     year = time.gmtime(now).tm_year
-    # A day ahead may be no more than another zone; the year after a leap year has no 29th of February.
+    # Up to a day ahead may be another time zone; older years are tried for the 29th of February.
     for candidate in (year + 1, year, year - 1, year - 2, year - 3, year - 4):
         moment = _unix(candidate, month, day, hour, minute, second, None)
         if moment is not None and moment < now + 86400:
@@ -202,7 +202,7 @@ def _yearless(month: int, day: int, hour: int, minute: int, second: int) -> floa
 
 
 def _epoch(written: str) -> float | None:
-    """Unix seconds of a number of seconds, milli-, micro- or nanoseconds, told apart by its size."""
+    """Return Unix seconds from a number of seconds, milli-, micro- or nanoseconds, distinguished by magnitude."""
     try:
         number = float(written)
     except ValueError:

@@ -1,15 +1,14 @@
-"""Follow log files as `tail -F` does: no line lost, none twice, every rotation told.
+"""Follow log files as `tail -F` does: no line lost, none duplicated, every rotation reported.
 
-A `Tail` goes round and round: look (ask the disk what became of every file, and decide what that means), read, tell
-(yield a `Batch`), and wait for a change once there is nothing more to tell. A position is all that is ever remembered
-of a file, and it proves itself against the bytes before it; so what happened while nobody was looking is found out in
-the same way as what happens under our eyes.
+A `Tail` is a loop: look (read the status of every file, and decide what changed), read, yield a `Batch`, and wait for a
+change when there is nothing more to yield. Only positions are stored. A position has a checksum of the bytes before
+it, so changes while the server was down are found in the same way as changes while it runs.
 
-What no reader can save is lost, and told where it can be known: lines that were truncated away before they were read,
-unless a plain copy of them stands beside the file; what a writer adds to a renamed file after it had been silent for
-the whole grace; the content of a file that was emptied before its very first line was read; and a file of the very
-same inode whose new content repeats the old one up to our position. On a file system that does not note a renaming in
-the file's time of change, the grace runs from the last write instead.
+Some losses cannot be prevented, and are reported if they can be detected: lines that were truncated before they were
+read, unless an uncompressed copy of them is in the same folder; lines added to a renamed file after it was silent for
+the whole grace period; the content of a file that was emptied before its first line was read; and a file of the
+same inode whose new content repeats the old one up to our position. On a file system that does not update the status
+change time of a renamed file, the grace period starts at the last write instead.
 """
 
 import asyncio
@@ -32,35 +31,35 @@ from watchfiles import awatch
 from streamlab import Threads, shielded
 
 from . import disk
-from .pieces import PIECE, Line, cut_lines
+from .chunks import CHUNK, Line, split_lines
 
 log = logging.getLogger(__name__)
 
 ITEMS = 500
-"""Items in one batch at most."""
+"""Maximum number of items in one batch."""
 
 BATCH = 1024 * 1024
-"""Bytes of text in one batch, about; a long piece of a line comes alone."""
+"""Approximate maximum of text in one batch, in bytes; a long chunk of a line is a batch alone."""
 
 READ = 64 * 1024
-"""Bytes read at once, unless no line ends within them."""
+"""Number of bytes read at once, unless no line ends within them."""
 
 PROOF = 1024
-"""Bytes before a position that must not have changed for it to hold."""
+"""Number of bytes before a position that its checksum covers."""
 
 MISSING = 20
-"""Files of a glob that vanished while nobody looked, and may come back: positions kept of them at most."""
+"""Maximum number of positions stored for files of a glob that disappeared while the server was down."""
 
 LOOK_MS = 1000
-"""Milliseconds after which the disk is looked at even if no change was heard of."""
+"""Maximum time between two looks at the disk, in milliseconds."""
 
 Kind = Literal["rotated", "truncated"]
 Cursors = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """The content of a file is over: it was renamed, replaced or deleted ("rotated"), or emptied ("truncated")."""
+class Rotation:
+    """The end of a file's content: it was renamed, replaced or deleted ("rotated"), or emptied ("truncated")."""
 
     kind: Kind
     file: str
@@ -70,93 +69,92 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some lines and turns in their order, and where to go on after them.
+    """Lines and rotations in order, and the cursors after them.
 
-    Whoever stores `cursors` together with what it made of `items`, in one transaction, and gives the last ones stored
-    to the next `Tail`, has every line exactly once, however it was stopped. `items` may be empty: then only the
-    cursors are news.
+    A caller that stores `cursors` together with its results of `items`, in one transaction, and passes the last stored
+    ones to the next `Tail`, gets every line exactly once, however it was stopped. `items` may be empty: then only the
+    cursors have changed.
     """
 
-    items: list[Line | Turn]
+    items: list[Line | Rotation]
     cursors: Cursors
-    """By absolute path, as JSON can say it; what it says is no business of the caller's."""
+    """By absolute path, as JSON values; opaque to the caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a content has been read: always to a line's start, or to where a piece of a line was cut."""
+    """How far a content has been read: to the start of a line, or of a chunk of a long line."""
 
     path: str
-    """Where the content was last seen, links resolved."""
+    """Last known path of the content, links resolved."""
     device: int
     inode: int
     offset: int
     check: int
     """CRC-32 of the up to `PROOF` bytes before the offset."""
     modified: int
-    """Of the file, in nanoseconds, when it was last looked at."""
+    """Time of modification of the file at the last look, in nanoseconds."""
     turn: Kind = "rotated"
-    """What the end of this content is called."""
+    """Kind of the rotation that ends this content. (The names of the fields are stored in checkpoints.)"""
     told: bool = False
-    """Whether that end has been told; what is found at the followed path then is another content."""
+    """Whether that rotation was reported; a file at the followed path is then another content."""
 
     @property
     def identity(self) -> disk.Identity:
-        """Device and inode."""
+        """Return device and inode."""
         return self.device, self.inode
 
     def holds(self, file: io.FileIO) -> bool:
-        """Whether the bytes before the offset are those that were read."""
+        """Return whether the bytes before the offset are those that were read."""
         count = min(PROOF, self.offset)
         proof = os.pread(file.fileno(), count, self.offset - count)
         return len(proof) == count and zlib.crc32(proof) == self.check
 
 
 class Content:
-    """One content that is read: a position, and the file it is in, as long as that is known."""
+    """A content that is read: a position, and its open file, if it was found."""
 
     def __init__(self, position: Position, file: io.FileIO | None = None) -> None:
         self.position = position
         self.file = file
         self.dry = False
-        """Whether everything had been read when the file was last looked at."""
+        """Whether everything had been read at the last look."""
         self.half = False
-        """Whether a line without its end follows the position."""
+        """Whether a line without a line break follows the position."""
         self.final = False
-        """Whether the file is given up, so that a line without its end is a line."""
+        """Whether the file is complete, so that its last line needs no line break."""
         self.broken = False
-        """Whether what was read did not follow from the position, so that the content must be sought anew."""
+        """Whether the bytes did not match the position, so that the content must be searched again."""
         self._seen: os.stat_result | None = None
 
     @property
     def deleted(self) -> bool:
-        """Whether the open file has no name any more."""
+        """Return whether the open file was unlinked."""
         return self._seen is not None and self._seen.st_nlink == 0
 
     @property
     def modified(self) -> int:
-        """When the content was last known to change, in nanoseconds."""
+        """Return the last known time of modification, in nanoseconds."""
         return self.position.modified if self._seen is None else self._seen.st_mtime_ns
 
     def silent(self, grace: float) -> bool:
-        """Whether nobody has written for `grace` seconds, nor renamed the file; a copy is silent from the start."""
+        """Return whether the file was neither written nor renamed for `grace` seconds; a copy is always silent."""
         if self.position.turn == "truncated" or self._seen is None:
             return True
         return abs(time.time() - max(self._seen.st_mtime, self._seen.st_ctime)) > grace
 
-    def give_up(self) -> None:
-        """Have it read once more, and the half line with it."""
+    def finish(self) -> None:
+        """Read the file once more, including a last line without a line break."""
         self.final, self.dry = True, False
 
     def find(self, followed: Path, here: os.stat_result | None, elsewhere: disk.Found) -> bool:
-        """Make sure that the content is open: where it was, under another name, or in a copy of it.
+        """Make sure that the content is open, and return whether it is: at its path, under another name, or as a copy.
 
-        `here` is what `followed` is now, `elsewhere` are other files it may have been renamed to. Raises OSError if the
-        disk does not tell.
+        `here` is the status of `followed` now, `elsewhere` are other files it may have been renamed to. Raises OSError.
         """
         if self.file is None or self.broken:
             self.close()
-            self._seek_out(followed, here, elsewhere)
+            self._search(followed, here, elsewhere)
         if self.file is None:
             return False
         status = os.fstat(self.file.fileno())
@@ -165,10 +163,10 @@ class Content:
         self._seen = status
         return True
 
-    def _seek_out(self, followed: Path, here: os.stat_result | None, elsewhere: disk.Found) -> None:
+    def _search(self, followed: Path, here: os.stat_result | None, elsewhere: disk.Found) -> None:
         position = self.position
-        # Told to be over: then even the same bytes at the followed path are those of a new content.
-        if here is not None and not position.told and self._is(here) and self._adopt(here, followed):
+        # After a reported rotation, even the same bytes at the followed path are a new content.
+        if here is not None and not position.told and self._is_same_inode(here) and self._adopt(here, followed):
             return
         siblings = disk.siblings(followed, position.path)
         others = [
@@ -178,9 +176,9 @@ class Content:
         ]
         for status, path in others:
             with suppress(PermissionError):
-                if self._is(status) and self._adopt(status, path):
+                if self._is_same_inode(status) and self._adopt(status, path):
                     return
-        # A copy is never older than what it is a copy of; and where nothing was read, anything would be one.
+        # A copy is never older than its original. If nothing was read yet, any file would match.
         copies = [(status, path) for status, path in siblings if status.st_mtime_ns >= position.modified]
         for status, path in sorted(copies, key=lambda copy: copy[0].st_mtime_ns, reverse=True):
             if position.offset == 0 or (here is not None and disk.identity(status) == disk.identity(here)):
@@ -190,13 +188,13 @@ class Content:
                     self.position = replace(self.position, turn="truncated")
                     return
 
-    def _is(self, status: os.stat_result) -> bool:
-        # A device may have another number after the machine was started anew; the bytes decide.
+    def _is_same_inode(self, status: os.stat_result) -> bool:
+        # A device may have another number after a reboot; then the checksum decides.
         position = self.position
         return status.st_ino == position.inode and (status.st_dev == position.device or position.offset > 0)
 
     def _adopt(self, status: os.stat_result, path: Path) -> bool:
-        """Open a file, if it has what stands before the position."""
+        """Open a file, and return whether it has the bytes before the position."""
         file = disk.open_file(path, status)
         if file is None:
             return False
@@ -208,10 +206,10 @@ class Content:
         self.position = replace(self.position, path=os.path.realpath(path), device=device, inode=inode)
         return True
 
-    async def read(self, name: str, room: int, threads: Threads) -> list[Line]:
-        """Read up to `room` lines that stand after the position, and move it behind them.
+    async def read(self, name: str, limit: int, threads: Threads) -> list[Line]:
+        """Read up to `limit` lines after the position, and advance it.
 
-        Raises OSError; the file is then sought out anew when it is next looked at.
+        Raises OSError; the next look then searches the file again.
         """
         if self.file is None or self.dry or self.broken:
             return []
@@ -219,7 +217,7 @@ class Content:
         start = max(0, position.offset - PROOF)
         known = position.offset - start
         try:
-            for count in (READ, PIECE + 2):
+            for count in (READ, CHUNK + 2):
                 await shielded(file.seek(start))
                 found = await shielded(file.read(known + count))
                 more = len(found) == known + count
@@ -228,16 +226,16 @@ class Content:
         except OSError:
             self.broken = True
             raise
-        # What is read proves itself: the file may have been truncated, even refilled, since it was looked at.
+        # The file may have been truncated, and even refilled, since the look: the checksum detects it.
         if len(found) < known or zlib.crc32(found[:known]) != position.check:
             self.broken = True
             return []
         lines: list[Line] = []
         end = known
-        for text, end_of_text, continued in cut_lines(found, known, final=self.final and not more):
+        for text, end_of_text, continued in split_lines(found, known, final=self.final and not more):
             lines.append(Line(text.decode(errors="replace"), name, continued))
             end = end_of_text
-            if len(lines) == room:
+            if len(lines) == limit:
                 break
         else:
             self.dry = not more
@@ -248,56 +246,55 @@ class Content:
         return lines
 
     def close(self) -> None:
-        """Let the file go; the position stays."""
+        """Close the file; the position remains."""
         if self.file is not None:
             self.file.close()
         self.file, self._seen, self.broken, self.dry = None, None, False, False
 
 
-class Followed:
-    """One path, through all the contents it ever has.
+class FollowedPath:
+    """A path with all its contents over time.
 
-    `contents` are oldest first. The last is the current one. Those before it are over, and kept open for late writers;
-    the one before an unread content is kept as well, as the only proof of where that content begins.
+    `contents` are oldest first. The last is the current one. Those before it were rotated, and stay open for late
+    writers; the one before an unread content stays open, too, since only it proves where that content begins.
     """
 
     def __init__(self, path: Path, contents: list[Content], *, grace: float, backlog: int | None = None) -> None:
         self.path = path
         self.contents = contents
         self.released: list[Position] = []
-        """Where reading ended in contents that were let go, until somebody takes them."""
-        self.turns: list[Turn] = []
+        """Last positions of contents that were closed, until another path adopts them."""
+        self.rotations: list[Rotation] = []
         self.here: os.stat_result | None = None
         self._grace = grace
         self._backlog = backlog
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing to follow, and nothing left to tell."""
-        return self.here is None and not self.contents and not self.turns
+        """Return whether there is nothing to follow, and nothing left to report."""
+        return self.here is None and not self.contents and not self.rotations
 
     @property
     def missing(self) -> bool:
-        """Whether only a position is left, which may or may not be found again."""
+        """Return whether only positions are left, whose files were not found."""
         return self.here is None and bool(self.contents) and all(content.file is None for content in self.contents)
 
     def cursor(self) -> list[dict[str, Any]]:
-        """The positions, as JSON can say them."""
+        """Return the positions as JSON values."""
         return [asdict(content.position) for content in self.contents]
 
     def look(self, elsewhere: disk.Found) -> bool:
-        """See what has become of the file, and decide what it means; True: look again after reading, without waiting.
+        """Check what happened to the file. Return True to look again after reading, without waiting for a change.
 
-        `elsewhere` are other files that its content may have been renamed to. Raises OSError where the disk does not
-        answer; then it may be tried again.
+        `elsewhere` are other files that its content may have been renamed to. Raises OSError; the caller may retry.
         """
         self.here = here = disk.look(self.path)
         if not self.contents:
-            return self._enter()
-        moved = self._let_go(elsewhere)
+            return self._open_first()
+        moved = self._close_rotated(elsewhere)
         current = self.contents[-1]
         if len(self.contents) > 1 and current.position.offset == 0:
-            # Nothing has been read of it, so nothing proves that it is still the content to go on with.
+            # Nothing of it has been read, so nothing proves that it is still the content that comes next.
             before = self.contents[-2]
             before.find(self.path, here, elsewhere)
             after = self._after(before)
@@ -312,49 +309,49 @@ class Followed:
             if not found:
                 if not after:
                     return moved
-                self._tell(complete=False)
+                self._emit_rotation(complete=False)
             else:
                 deleted = current.deleted and not after
                 if not after and not deleted:
                     return moved
-                # The file was looked at after its name: what was written until it was renamed is known to be there.
+                # The file's status is newer than the path's: it includes all writes up to the renaming.
                 if not current.dry:
                     return True
                 if (deleted or current.half) and not current.silent(self._grace):
                     return moved
                 if current.half and not current.final:
-                    current.give_up()
+                    current.finish()
                     return True
-                self._tell(complete=True)
+                self._emit_rotation(complete=True)
                 if deleted:
                     self.close()
                     self.contents.clear()
                     return True
-        return self._begin(*after[0]) if after else moved
+        return self._open_next(*after[0]) if after else moved
 
-    async def read(self, threads: Threads) -> list[Line | Turn]:
-        """Read some of what is to come, in its order; raises OSError."""
-        items: list[Line | Turn] = list(self.turns)
-        self.turns.clear()
-        # Shared out, so that a late writer cannot keep the current content waiting.
-        room = max(1, (ITEMS - len(items)) // max(1, len(self.contents)))
+    async def read(self, threads: Threads) -> list[Line | Rotation]:
+        """Read the next items, in order. Raises OSError."""
+        items: list[Line | Rotation] = list(self.rotations)
+        self.rotations.clear()
+        # Divided among the contents, so that a late writer cannot delay the current one.
+        limit = max(1, (ITEMS - len(items)) // max(1, len(self.contents)))
         for content in self.contents:
             try:
-                items += await content.read(self.path.name, room, threads)
+                items += await content.read(self.path.name, limit, threads)
             except OSError:
                 if not items:
                     raise
         return items
 
     def close(self) -> None:
-        """Let all files go; the positions stay."""
+        """Close all files; the positions remain."""
         for content in self.contents:
             content.close()
 
-    # -- what look decides
+    # -- the decisions of `look`
 
-    def _enter(self) -> bool:
-        """Begin with a path nothing is known of."""
+    def _open_first(self) -> bool:
+        """Open the first content of a path."""
         if self.here is None:
             self._backlog = None
             return False
@@ -371,8 +368,8 @@ class Followed:
         self.contents.append(Content(position, file))
         return True
 
-    def _begin(self, status: os.stat_result, path: Path) -> bool:
-        """Go on with the content that follows the current one."""
+    def _open_next(self, status: os.stat_result, path: Path) -> bool:
+        """Open the content that follows the current one."""
         file = disk.open_file(path, status)
         if file is None:
             return True
@@ -383,16 +380,16 @@ class Followed:
         self.contents.append(Content(position, file))
         return True
 
-    def _tell(self, *, complete: bool) -> None:
+    def _emit_rotation(self, *, complete: bool) -> None:
         current = self.contents[-1]
         turn = current.position.turn
         if not complete and self.here is not None and current.position.inode == self.here.st_ino:
             turn = "truncated"
         current.position = replace(current.position, turn=turn, told=True)
-        self.turns.append(Turn(turn, self.path.name, complete))
+        self.rotations.append(Rotation(turn, self.path.name, complete))
 
-    def _let_go(self, elsewhere: disk.Found) -> bool:
-        """Give up the contents that are over and silent; True: look again after reading."""
+    def _close_rotated(self, elsewhere: disk.Found) -> bool:
+        """Close rotated contents that are silent. Return True to look again after reading."""
         moved = False
         for content in self.contents[:-1]:
             if content is self.contents[-2] and self.contents[-1].position.offset == 0:
@@ -401,7 +398,7 @@ class Followed:
                 if not content.dry or not content.silent(self._grace):
                     continue
                 if content.half and not content.final:
-                    content.give_up()
+                    content.finish()
                     moved = True
                     continue
                 if not content.deleted:
@@ -411,14 +408,14 @@ class Followed:
         return moved
 
     def _after(self, content: Content) -> disk.Found:
-        """What was written since `content`, oldest first: rotated siblings not read so far, and the path itself.
+        """Return the files written after `content`, oldest first: unread rotated siblings, and the path itself.
 
-        Empty as well while names are just being changed.
+        It is empty as well while a rotation is in progress.
         """
-        listed = self._rotations(content)
+        listed = self._rotated_siblings(content)
         for _ in range(10):
-            before, listed = listed, self._rotations(content)
-            # Two equal listings, and the same file behind the path: nothing slipped through between them.
+            before, listed = listed, self._rotated_siblings(content)
+            # Two equal listings, and the same file at the path: no file was missed between them.
             if [(disk.identity(status), path) for status, path in before] == [
                 (disk.identity(status), path) for status, path in listed
             ]:
@@ -443,8 +440,8 @@ class Followed:
         ]
         return after if now is None else [*after, (now, self.path)]
 
-    def _rotations(self, content: Content) -> disk.Found:
-        """The siblings that look like earlier contents of the path, or of what it was a link to."""
+    def _rotated_siblings(self, content: Content) -> disk.Found:
+        """Return the siblings that look like earlier contents of the path, or of its link target."""
         here = self.here and disk.identity(self.here)
         old = disk.unrotated(Path(content.position.path))
         bases = {str(self.path), os.path.realpath(self.path), str(old)}
@@ -457,14 +454,14 @@ class Followed:
 
 
 class Tail:
-    """A file, or all files that match a glob, followed for ever from where an earlier run ended.
+    """A file, or all files that match a glob, followed from the cursors of an earlier run.
 
-    `cursors` are those of the last batch that was stored, or empty: then what exists at the first look is begun at the
-    first line start within its last `backlog` bytes. Everything that is unknown later is read from its beginning.
-    Cursors of paths that `pattern` does not mean are dropped. A file that was renamed or deleted is kept open until
+    `cursors` are those of the last stored batch, or empty: then files that exist at the first look are read from the
+    first line start within their last `backlog` bytes. Files that appear later are read from their beginning.
+    Cursors of paths that `pattern` does not match are dropped. A renamed or deleted file stays open until
     `grace` seconds after the last write to it.
 
-    Raises ValueError if the cursors cannot be ones that a Tail has given.
+    Raises ValueError if the cursors are not those of a Tail.
     """
 
     def __init__(
@@ -478,39 +475,39 @@ class Tail:
         self.pattern = Path(pattern).absolute()
         self._grace = grace
         self._backlog = backlog
-        # The pattern itself stays in the cursors, so that they say "looked at" even when no file is there.
+        # The pattern itself is always in the cursors: it marks that there was a first look, even without a file.
         self._cursors: Cursors = {}
-        self._followed: dict[Path, Followed] = {}
+        self._followed: dict[Path, FollowedPath] = {}
         for key, positions in (cursors or {}).items():
-            if disk.means(self.pattern, key):
+            if disk.is_match(self.pattern, key):
                 try:
                     contents = [Content(Position(**position)) for position in positions]
                 except TypeError:
-                    raise ValueError(f"This is no cursor of a Tail: {positions!r}") from None
+                    raise ValueError(f"This is not a cursor of a Tail: {positions!r}") from None
                 self._cursors[key] = [asdict(content.position) for content in contents]
                 if contents:
-                    self._followed[Path(key)] = Followed(Path(key), contents, grace=grace)
+                    self._followed[Path(key)] = FollowedPath(Path(key), contents, grace=grace)
         self._first = not self._cursors
         self._folders: dict[str, disk.Identity] = {}
         self._warned: dict[Path, str] = {}
         self._begun = False
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
-        """Yield what is new, as soon as it is there, for ever; to be called once, and closed (`aclosing`).
+        """Yield new items as soon as they are written, without end. Call it once, and close it (`aclosing`).
 
-        Nothing is read ahead: as long as the consumer holds a batch, the files wait. No OSError is raised: it is
-        logged once, and tried again every second.
+        Nothing is read ahead: while the consumer processes a batch, no file is read. An OSError is not raised, but
+        logged once, and retried every second.
         """
         if self._begun:
-            raise RuntimeError("A Tail is followed once.")
+            raise RuntimeError("A Tail can be followed only once.")
         self._begun = True
-        # One thread for all that waits for the disk, so that no two of them look or read at once.
+        # One thread for all access to the disk, so that looks and reads never overlap.
         async with Threads("tail", 1) as threads, aclosing(self._batches(threads)) as batches:
             async for batch in batches:
                 yield batch
 
     async def _batches(self, threads: Threads) -> AsyncGenerator[Batch, None]:
-        told: Cursors | None = None if self._first else dict(self._cursors)
+        yielded: Cursors | None = None if self._first else dict(self._cursors)
         self._cursors.setdefault(str(self.pattern), [])
         changes = _Changes()
         try:
@@ -518,7 +515,7 @@ class Tail:
                 moved = await threads.run(self._look)
                 for key in set(self._cursors) - {str(path) for path in [*self._followed, self.pattern]}:
                     del self._cursors[key]
-                items: list[Line | Turn] = []
+                items: list[Line | Rotation] = []
                 failed = False
                 for path, followed in list(self._followed.items()):
                     try:
@@ -528,17 +525,17 @@ class Tail:
                         failed = True
                         continue
                     if items and (len(items) + len(more) > ITEMS or _bytes(items) + _bytes(more) > BATCH):
-                        told = dict(self._cursors)
-                        yield Batch(items, dict(told))
+                        yielded = dict(self._cursors)
+                        yield Batch(items, dict(yielded))
                         items = []
                     items += more
                     self._cursors[str(path)] = followed.cursor()
                     if more:
                         self._warned.pop(path, None)
                     moved = moved or any(content.broken for content in followed.contents)
-                if items or self._cursors != told:
-                    told = dict(self._cursors)
-                    yield Batch(items, dict(told))
+                if items or self._cursors != yielded:
+                    yielded = dict(self._cursors)
+                    yield Batch(items, dict(yielded))
                 elif failed or not moved:
                     await changes.wait(self._folders)
         finally:
@@ -548,7 +545,7 @@ class Tail:
                 await threads.finish(self._close)
 
     def _look(self) -> bool:
-        """Look at every file; True if something turned out that is to be read, and looked at again, at once."""
+        """Look at every file. Return True to look again after reading, without waiting for a change."""
         matches = disk.matches(self.pattern, self._followed)
         contents = [content for followed in self._followed.values() for content in followed.contents]
         elsewhere = disk.found(matches) if any(content.file is None for content in contents) else []
@@ -556,9 +553,9 @@ class Tail:
         for path, followed in list(self._followed.items()):
             moved = self._look_at(path, followed, elsewhere) or moved
         for path in matches:
-            if path not in self._followed and (met := self._meet(path)):
-                self._followed[path] = met
-                moved = self._look_at(path, met, []) or moved
+            if path not in self._followed and (new := self._start_following(path)):
+                self._followed[path] = new
+                moved = self._look_at(path, new, []) or moved
         for followed in self._followed.values():
             followed.released.clear()
         self._first = False
@@ -567,19 +564,19 @@ class Tail:
         self._folders = self._watched()
         return moved
 
-    def _look_at(self, path: Path, followed: Followed, elsewhere: disk.Found) -> bool:
+    def _look_at(self, path: Path, followed: FollowedPath, elsewhere: disk.Found) -> bool:
         try:
             moved = followed.look(elsewhere)
         except OSError as error:
             self._warn(path, error)
             return False
-        # The pattern itself may be one path: that one is waited for.
+        # A pattern that is a single path is never dropped: its file may be created later.
         if followed.over and path != self.pattern:
             del self._followed[path]
         return moved
 
-    def _meet(self, path: Path) -> Followed | None:
-        """Begin to follow a path; not yet, if its content was renamed and is still read under its old name."""
+    def _start_following(self, path: Path) -> FollowedPath | None:
+        """Follow a new path. Return None while its content was renamed and is still read under its old name."""
         contents = []
         for status, _ in disk.found([path]):
             for followed in self._followed.values():
@@ -590,10 +587,10 @@ class Tail:
                     if position.identity == disk.identity(status):
                         contents = [Content(replace(position, turn="rotated", told=False))]
         backlog = self._backlog if self._first else None
-        return Followed(path, contents, grace=self._grace, backlog=backlog)
+        return FollowedPath(path, contents, grace=self._grace, backlog=backlog)
 
     def _watched(self) -> dict[str, disk.Identity]:
-        """The folders in which a change matters, with what they are: one that was made anew is another one."""
+        """Return the folders to watch, with their identity: a folder that was recreated is a new one."""
         paths = {root} if (root := disk.root(self.pattern)) else set()
         for path, followed in self._followed.items():
             paths.add(path.parent)
@@ -610,7 +607,7 @@ class Tail:
         reason = error.strerror or type(error).__name__
         if self._warned.get(path) != reason:
             self._warned[path] = reason
-            log.warning("%s cannot be followed for now: %s", path, reason)
+            log.warning("%s cannot be followed: %s (retrying)", path, reason)
 
     def _close(self) -> None:
         for followed in self._followed.values():
@@ -618,7 +615,7 @@ class Tail:
 
 
 class _Changes:
-    """Waits until something changes in some folders, and a second at most."""
+    """Waits for a change in some folders, at most a second."""
 
     def __init__(self) -> None:
         self._folders: dict[str, disk.Identity] = {}
@@ -626,12 +623,12 @@ class _Changes:
         self._warned = False
 
     async def wait(self, folders: dict[str, disk.Identity]) -> None:
-        """Return after a change in one of the folders; changes since the last call count."""
+        """Return after a change in one of the folders, or at once if there was one since the last call."""
         if folders != self._folders:
             await self.close()
             self._folders = folders
         if self._watch is None and folders:
-            # Short steps: the time until a line is told is between one and two of them.
+            # Short steps: a line is delayed by one to two of them.
             self._watch = awatch(
                 *folders,
                 watch_filter=None,
@@ -647,30 +644,27 @@ class _Changes:
                 return
             except (OSError, RuntimeError, StopAsyncIteration) as error:
                 if not self._warned:
-                    log.warning("Changes of log files are seen once a second only: %s", error)
+                    log.warning("Log files cannot be watched, and are read once a second: %s", error)
                     self._warned = True
                 await self.close()
         await asyncio.sleep(LOOK_MS / 1000)
 
     async def close(self) -> None:
-        """End the watching."""
+        """Stop watching."""
         watch, self._watch, self._folders = self._watch, None, {}
         if watch is not None:
             await watch.aclose()
 
 
-# -- what the bytes say
-
-
-def _bytes(items: list[Line | Turn]) -> int:
+def _bytes(items: list[Line | Rotation]) -> int:
     return sum(len(item.text) for item in items if isinstance(item, Line))
 
 
 def _line_start(file: io.FileIO, size: int, backlog: int) -> int:
-    """The first offset within the last `backlog` bytes at which a line starts; the end, if none does."""
+    """Return the first offset of a line within the last `backlog` bytes, or the end if there is none."""
     if size <= backlog:
         return 0
-    # One byte more: a line starts where the byte before it ends another.
+    # One byte more: a line starts after the line break of another.
     offset = size - backlog - 1
     while offset < size:
         found = os.pread(file.fileno(), READ, offset)

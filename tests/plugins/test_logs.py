@@ -419,7 +419,7 @@ def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
         ('[scenarios.logs.sources."A B"]\npath = "x"\n', "scenarios.logs.sources.A B"),
     ],
 )
-def test_a_source_that_is_none_is_refused_at_the_start(tmp_path: Path, table: str, said: str) -> None:
+def test_an_invalid_source_is_rejected_at_the_start(tmp_path: Path, table: str, said: str) -> None:
     (tmp_path / "config.toml").write_text(table)
     status, _, told = run_streamlab("check", cwd=tmp_path)
     assert status == 2
@@ -493,7 +493,7 @@ def test_a_missing_log_is_404_to_download_and_a_missing_command_503(
     assert refusal(server, "/logs/download") == (404, "This log cannot be read: there is no file app.log.")
     assert refusal(server, "/logs/download?source=many") == (404, "This log cannot be read: there is no file *.txt.")
     for path in (LIVE, "/logs/download"):
-        reason = "This log cannot be read: the command program cannot be started: it is not there."
+        reason = "This log cannot be read: the command program cannot be started: it was not found."
         assert refusal(server, f"{path}?source=talk") == (503, reason)
     status, out, _ = run_streamlab("check", cwd=tmp_path)
     assert (status, "logs: degraded - app: there is no file app.log; talk: the command program" in out) == (0, True)

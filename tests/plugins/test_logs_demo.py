@@ -93,7 +93,7 @@ def test_records_are_of_every_level_and_some_are_tracebacks_without_a_path_of_th
     assert tracebacks
     for message in tracebacks:
         assert "\nTraceback (most recent call last):\n" in message
-        assert re.search(r"\nshop\.payment\.PaymentError: card of user \d+ refused$", message)
+        assert re.search(r"\nshop\.payment\.PaymentError: card of user \d+ declined$", message)
         assert set(re.findall(r'File "([^"]*)"', message)) == {"shop/web.py", "shop/orders.py", "shop/payment.py"}
 
 

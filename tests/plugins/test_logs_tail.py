@@ -16,7 +16,7 @@ from conftest import plugin_module
 
 tail = plugin_module("logs", "tail")
 disk = plugin_module("logs", "disk")
-Line, Turn, Tail = tail.Line, tail.Turn, tail.Tail
+Line, Rotation, Tail = tail.Line, tail.Rotation, tail.Tail
 
 GRACE = 0.3
 
@@ -202,7 +202,7 @@ async def test_a_line_says_which_file_it_is_of(log: Path) -> None:
 
 
 async def test_a_line_of_exactly_one_piece_is_whole(log: Path) -> None:
-    text = "x" * tail.PIECE
+    text = "x" * tail.CHUNK
     add(log, text, "short")
     add(log, text, end="\r\n")
     async with following(log, backlog=10**9) as follower:
@@ -216,8 +216,8 @@ async def test_a_line_of_exactly_one_piece_is_whole(log: Path) -> None:
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-async def test_a_longer_line_comes_in_pieces_that_never_cut_a_character(log: Path, restarts: bool) -> None:
-    text = "€" * (tail.PIECE * 5 // 6) + "end"
+async def test_a_longer_line_comes_in_chunks_that_never_split_a_character(log: Path, restarts: bool) -> None:
+    text = "€" * (tail.CHUNK * 5 // 6) + "end"
     add(log, text, "short")
     lines: list[Any] = []
     follower = Follower(log, backlog=10**9)
@@ -232,13 +232,13 @@ async def test_a_longer_line_comes_in_pieces_that_never_cut_a_character(log: Pat
     await follower.close()
     assert [line.continued for line in lines] == [True, True, False, False]
     assert "".join(line.text for line in lines[:-1]) == text
-    assert all(len(line.text.encode()) <= tail.PIECE for line in lines)
+    assert all(len(line.text.encode()) <= tail.CHUNK for line in lines)
 
 
 async def test_a_line_too_long_is_told_before_its_end_has_come(log: Path) -> None:
-    add(log, "x" * (tail.PIECE + 10), end="")
+    add(log, "x" * (tail.CHUNK + 10), end="")
     async with following(log, backlog=10**9) as follower:
-        assert await follower.take(1) == ["x" * tail.PIECE]
+        assert await follower.take(1) == ["x" * tail.CHUNK]
         add(log, "yz")
         assert await follower.take(1) == ["x" * 10 + "yz"]
 
@@ -298,16 +298,16 @@ async def test_a_file_unknown_to_the_cursors_is_read_from_its_beginning(tmp_path
         assert await again.take(2) == ["b1", "b2"]
 
 
-async def test_what_is_no_cursor_is_refused(log: Path) -> None:
-    with pytest.raises(ValueError, match="no cursor"):
+async def test_an_invalid_cursor_is_rejected(log: Path) -> None:
+    with pytest.raises(ValueError, match="not a cursor"):
         Tail(log, {str(log): [{"offset": 3}]})
 
 
-async def test_a_tail_is_followed_once(log: Path) -> None:
+async def test_a_tail_can_be_followed_only_once(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
-        with pytest.raises(RuntimeError, match="followed once"):
+        with pytest.raises(RuntimeError, match="followed only once"):
             await anext(follower.tail.batches())
 
 
@@ -956,7 +956,7 @@ async def test_every_line_arrives_once_and_in_order_whatever_happens(tmp_path: P
         nonlocal turns, kept
         kept = follower.cursors
         for item in follower.items:
-            if isinstance(item, Turn):
+            if isinstance(item, Rotation):
                 assert item.complete
                 turns += 1
             else:
