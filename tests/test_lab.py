@@ -103,8 +103,8 @@ STRANGER = '''
 
         @endpoint("GET", "/strange/comparison", sends="text/event-stream")
         async def comparison(self, request):
-            def measured(way, ttfb, memory):
-                return event({"way": way, "rows": 100000, "bytes": 5000000, "ttfb_ms": ttfb, "total_ms": 900.0,
+            def measured(mode, ttfb, memory):
+                return event({"mode": mode, "rows": 100000, "bytes": 5000000, "ttfb_ms": ttfb, "total_ms": 900.0,
                               "peak_rss_mb": memory, "cpu_ms": 700.0, "mb_per_s": 5.5}, "measurement")
 
             return await self._send(request, measured("buffered", 800.0, 400.0), measured("streamed", 8.0, 40.0),

@@ -453,7 +453,7 @@ def test_the_comparison_is_drawn_as_bars(start: Start, folder: Path) -> None:
     title, heading, *rows, verdict = out
     assert (title.rstrip(), heading.split()) == (
         "measured",
-        ["rows", "way", "first", "byte", "total", "peak", "memory"],
+        ["rows", "mode", "first", "byte", "total", "peak", "memory"],
     )
     sizes = [tuple(row.split()[:2]) for row in rows]
     assert sizes == [(count, way) for count in ("10", "100", "1,000") for way in ("buffered", "streamed")]

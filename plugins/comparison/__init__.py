@@ -1,207 +1,208 @@
-"""Send the same rows buffered and streamed, and measure what either way costs."""
+"""Send the same rows buffered and streamed, and measure the cost of both modes."""
 
 import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 from pydantic import BaseModel, Field, PrivateAttr
 
 from streamlab import (
-    EventStream,
     Problem,
+    ResumeQuery,
     Scenario,
-    Stream,
+    Slots,
     endpoint,
     hookimpl,
+    no_more_events,
     open_event_stream,
     open_stream,
-    sse_event,
+    resume_id,
+    wants_events,
 )
 
-from . import memory, ways
+from . import memory, modes
 from .measure import Failed, measure
-from .report import EventLines, Table, Teller, reported
+from .report import TABLE_HEADER, End, Update, measure_all, table_line
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS = 100_000_000
+MAX_ROWS = 100_000_000
+"""Upper limit of the number of rows in any configuration."""
 
 FREE_SHARE = 0.5
-"""The part of the memory that is free now that what is collected may take."""
+"""Maximum share of the available memory that buffered responses may take."""
 
 
-class Wanted(BaseModel):
-    """How many rows are wanted."""
+class RowsQuery(BaseModel):
+    """The query of the rows."""
 
-    rows: int = Field(10_000, ge=0, le=MOST_ROWS, description="How many rows.")
+    rows: int = Field(10_000, ge=0, le=MAX_ROWS, description="Number of rows.")
 
 
-class Asked(BaseModel):
-    """How much is to be measured."""
+class ReportQuery(ResumeQuery):
+    """The query of the report."""
 
     rows: int = Field(
-        100_000, ge=100, le=MOST_ROWS, description="The largest size; a tenth and a hundredth of it are measured, too."
+        100_000, ge=100, le=MAX_ROWS, description="The largest size; a tenth and a hundredth of it are measured, too."
     )
-    repeats: int = Field(3, ge=1, le=9, description="How often each size is measured in each way; medians are told.")
-    last_event_id: str = Field(
-        "", max_length=100, description="The last event a client has; the header Last-Event-ID says the same, and wins."
+    repeats: int = Field(
+        3, ge=1, le=9, description="Number of measurements of each size in each mode; the medians are reported."
     )
 
 
 class Comparison(Scenario):
-    """The same rows collected in memory first, or sent as they are made; and what either way costs."""
+    """The same rows buffered in memory first, or streamed as they are generated; and the cost of both modes."""
 
-    max_rows: int = Field(1_000_000, ge=1000, le=MOST_ROWS)
-    """How many rows may be collected in memory, or measured; more are refused."""
+    max_rows: int = Field(1_000_000, ge=1000, le=MAX_ROWS)
+    """Maximum number of rows that may be buffered or measured; more are rejected."""
     max_buffered: int = Field(4, ge=1, le=1000)
-    """Collected answers at once; one more is answered 503 with Retry-After."""
+    """Maximum number of buffered responses at once; more are rejected with 503 and Retry-After."""
     max_reports: int = Field(1, ge=1, le=100)
-    """Reports at once; one more is answered 503 with Retry-After."""
+    """Maximum number of reports at once; more are rejected with 503 and Retry-After."""
     max_seconds: float = Field(120.0, gt=0, le=3600)
-    """How long a report may take; then it is cut."""
+    """Maximum duration of a report, in seconds; then it is cut."""
 
-    _held: list[int] = PrivateAttr(default_factory=list)
-    """Bytes of memory that each collected answer and each report may take."""
-    _buffered: list[None] = PrivateAttr(default_factory=list)
-    _reports: list[None] = PrivateAttr(default_factory=list)
+    _reserved: list[int] = PrivateAttr(default_factory=list)
+    """Memory reserved for each buffered response and each report, in bytes."""
+    _response_slots: Slots = PrivateAttr()
+    _report_slots: Slots = PrivateAttr()
 
-    @endpoint("GET", "/demo/comparison/buffered", query=Wanted, sends="application/json", curl="{url}")
-    async def buffered(self, request: web.Request, query: Wanted) -> web.StreamResponse:
-        """Send rows as one JSON array that is collected in memory first.
+    def model_post_init(self, context: Any, /) -> None:
+        """Create the slots."""
+        self._response_slots = Slots(self.max_buffered, what="buffered responses")
+        self._report_slots = Slots(self.max_reports, what="reports")
 
-        Its length is known, and so is what it took, in Server-Timing; nothing leaves before all is there.
+    @endpoint("GET", "/demo/comparison/buffered", query=RowsQuery, sends="application/json", curl="{url}")
+    async def buffered(self, request: web.Request, query: RowsQuery) -> web.StreamResponse:
+        """Send rows as one JSON array that is buffered in memory first.
+
+        Content-Length has its size and Server-Timing the time to generate it; no byte is sent before the last row.
         """
-        with self._memory(query.rows), _place(self._buffered, self.max_buffered, "collected answers"):
-            started = time.perf_counter()
-            body = await ways.collect(query.rows)
-            headers = _timing("collect", started, f"{query.rows} rows made and held")
-            async with open_stream(request, "application/json", length=len(body), headers=headers) as stream:
-                await ways.send_collected(body, stream.write)
+        with self._memory(query.rows):
+            async with self._response_slots.held():
+                started = time.perf_counter()
+                body = await modes.collect(query.rows)
+                headers = _timing("collect", started, f"{query.rows} rows generated and buffered")
+                async with open_stream(request, "application/json", length=len(body), headers=headers) as stream:
+                    await modes.send_collected(body, stream.write)
         return stream
 
-    @endpoint("GET", "/demo/comparison/streamed", query=Wanted, sends="application/json")
-    async def streamed(self, request: web.Request, query: Wanted) -> web.StreamResponse:
-        """Send the same rows, byte for byte, each as soon as it is made.
+    @endpoint("GET", "/demo/comparison/streamed", query=RowsQuery, sends="application/json")
+    async def streamed(self, request: web.Request, query: RowsQuery) -> web.StreamResponse:
+        """Send the same rows, byte for byte, as soon as they are generated.
 
-        Memory does not grow with their number; Server-Timing says when the first were there.
+        Memory does not grow with their number; Server-Timing has the time to generate the first ones.
         """
         started = time.perf_counter()
-        made = ways.pieces(query.rows)
-        first = next(made)
-        headers = _timing("first", started, "the first rows made")
+        chunks = modes.chunks(query.rows)
+        first = next(chunks)
+        headers = _timing("first", started, "first rows generated")
         async with open_stream(request, "application/json", headers=headers) as stream:
             await stream.write(first)
-            await ways.send_as_made(made, stream.write)
+            await modes.send_streamed(chunks, stream.write)
         return stream
 
     @endpoint(
         "GET",
         "/demo/comparison/report",
-        query=Asked,
+        query=ReportQuery,
         starts_work=True,
         sends=("text/plain", "text/event-stream"),
-        responses={204: "The client has the end of the report already."},
+        responses={204: "The client has received the end of the report."},
     )
-    async def report(self, request: web.Request, query: Asked) -> web.StreamResponse:
-        """Measure both ways at three sizes, and say when streaming pays: a table, or events where Accept names them.
+    async def report(self, request: web.Request, query: ReportQuery) -> web.StreamResponse:
+        """Measure both modes at three sizes, and report when streaming pays: as a table, or as events if preferred.
 
-        Each answer is given by a fresh process on a unix socket, so that memory and processor time are its own. A
-        report belongs to the request: it stops when its reader leaves, and one that comes back gets a new one.
+        Each response is sent by a new process on a unix socket, so that memory and CPU time are its own. The report
+        stops when its client disconnects; a client that reconnects gets a new one.
         """
-        wants_events = "text/event-stream" in request.headers.get("Accept", "")
-        last = (request.headers.get("Last-Event-ID") or query.last_event_id) if wants_events else ""
-        if last.endswith(".end"):
-            return web.Response(status=204, headers={"Cache-Control": "no-store"})
+        as_events = wants_events(request)
+        last_id = resume_id(request, query.last_event_id) if as_events else ""
+        if last_id.endswith(".end"):
+            return no_more_events()
         if not Path("/proc/self/status").exists():  # noqa: ASYNC240 - no disk
-            raise Problem(503, "Memory is measured as Linux tells it, and this is another system.")
-        with self._memory(query.rows), _place(self._reports, self.max_reports, "reports"):
-            events = EventLines(secrets.token_hex(8))
-            teller: Teller = events if wants_events else Table()
-            headers = {"Vary": "Accept"}
-            opened: AbstractAsyncContextManager[Stream, bool] = (
-                open_event_stream(request, headers=headers)
-                if wants_events
-                else open_stream(request, teller.content_type, headers=headers)
-            )
-            async with opened as stream:
-                if isinstance(stream, EventStream):
-                    stream.event_id = events.place
-                if last:
-                    gap = {"reason": "that report ended when its reader left; this is a new one", "missing": None}
-                    await stream.write(sse_event(gap, "gap", id=events.place("gap")))
-                await self._tell(stream, teller, query)
+            raise Problem(503, "A report requires Linux, which exposes the memory of a process in /proc.")
+        with self._memory(query.rows):
+            async with self._report_slots.held():
+                if as_events:
+                    return await self._send_events(request, query, resumes=bool(last_id))
+                return await self._send_table(request, query)
+
+    async def _send_events(self, request: web.Request, query: ReportQuery, *, resumes: bool) -> web.StreamResponse:
+        """Send the report as events: `progress`, `measurement`, and `end` with the verdict."""
+        report, number = secrets.token_hex(8), 0
+        async with open_event_stream(request, headers={"Vary": "Accept"}, position=f"{report}-0") as stream:
+            if resumes:
+                await stream.gap("the report ended when its client disconnected; this is a new one")
+            async with self._updates(query) as updates:
+                async for update in updates:
+                    number += 1
+                    id = f"{report}-{number}" + (".end" if isinstance(update, End) else "")  # noqa: A001
+                    await stream.send(asdict(update), id, type(update).__name__.lower())
         return stream
 
-    async def _tell(self, stream: Stream, teller: Teller, query: Asked) -> None:
-        """Measure, and send each moment of it; raises Problem where that fails or takes too long."""
+    async def _send_table(self, request: web.Request, query: ReportQuery) -> web.StreamResponse:
+        """Send the report as plain text, a line per measurement; a failure is the last line."""
+        async with open_stream(request, "text/plain; charset=utf-8", headers={"Vary": "Accept"}) as stream:
+            await stream.write(TABLE_HEADER)
+            try:
+                async with self._updates(query) as updates:
+                    async for update in updates:
+                        await stream.write(table_line(update))
+            except Problem as problem:
+                await stream.write(f"\n{problem.detail}\n".encode())
+                raise
+        return stream
+
+    @asynccontextmanager
+    async def _updates(self, query: ReportQuery) -> AsyncIterator[AsyncIterator[Update]]:
+        """Yield the updates of a report; raises Problem if measuring fails or takes too long."""
         try:
             async with (
                 asyncio.timeout(self.max_seconds),
-                aclosing(reported(query.rows, query.repeats, measure)) as told,
+                aclosing(measure_all(query.rows, query.repeats, measure)) as updates,
             ):
-                async for moment in told:
-                    await stream.write(teller.tell(moment))
+                yield updates
         except TimeoutError:
-            detail = (
-                f"The report took more than the {self.max_seconds:g} seconds it may: ask for fewer rows, or repeats."
-            )
-            failure = Problem(503, detail)
+            detail = f"The report took longer than {self.max_seconds:g} s (max_seconds). Request fewer rows or repeats."
+            raise Problem(503, detail) from None
         except Failed as error:
-            log.error("a process that was to be measured failed: %s", error)
-            failure = Problem(500, "A process that was to be measured failed; the server's log says why.")
-        else:
-            return
-        await stream.write(teller.fail(failure.detail))
-        raise failure
+            log.error("a measured process failed: %s", error)
+            raise Problem(500, "A measured process failed; see the server's log.") from None
 
     @contextmanager
     def _memory(self, rows: int) -> Iterator[None]:
-        """Hold what so many rows may take in memory; raises Problem where they do not fit."""
-        need, free = ways.collected_bytes(rows), memory.available()
+        """Reserve the memory that `rows` rows may take; raises Problem if they do not fit."""
+        need, free = modes.collected_bytes(rows), memory.available()
         if rows > self.max_rows:
-            raise _too_many(f"must be at most {self.max_rows}, as many as this server collects in memory")
+            raise Problem.parameter("rows", f"must be at most {self.max_rows} (max_rows)")
         if free is not None and need > free * FREE_SHARE:
             megabytes, left = need // 1_000_000, free // 1_000_000
-            raise _too_many(
-                f"would take up to {megabytes} MB of memory, and half of the {left} MB that are free is allowed"
-            )
-        if free is not None and need + sum(self._held) > free * FREE_SHARE:
-            raise Problem(503, "Others have the memory that these rows would take.", headers={"Retry-After": "5"})
-        self._held.append(need)
+            detail = f"would take up to {megabytes} MB of memory; the limit is half of the available {left} MB"
+            raise Problem.parameter("rows", detail)
+        if free is not None and need + sum(self._reserved) > free * FREE_SHARE:
+            detail = "Other requests are using the memory that these rows would take."
+            raise Problem(503, detail, headers={"Retry-After": "5"})
+        self._reserved.append(need)
         try:
             yield
         finally:
-            self._held.remove(need)
-
-
-@contextmanager
-def _place(taken: list[None], limit: int, what: str) -> Iterator[None]:
-    """Hold one of so many places; raises Problem where there is none."""
-    if len(taken) >= limit:
-        raise Problem(503, f"All places for {what} ({limit}) are taken.", headers={"Retry-After": "5"})
-    taken.append(None)
-    try:
-        yield
-    finally:
-        taken.pop()
-
-
-def _too_many(detail: str) -> Problem:
-    errors = [{"in": "query", "name": "rows", "detail": detail}]
-    return Problem(422, "So many rows do not fit into memory at once.", errors=errors)
+            self._reserved.remove(need)
 
 
 def _timing(name: str, started: float, description: str) -> dict[str, str]:
-    """Source: W3C Server Timing, section 3."""
+    """Return the header Server-Timing with the time since `started`. Source: W3C Server Timing, section 3."""
     return {"Server-Timing": f'{name};dur={(time.perf_counter() - started) * 1000:.3f};desc="{description}"'}
 
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the comparison."""
+    """Register the comparison."""
     return [Comparison]

@@ -1,4 +1,4 @@
-"""Measure one answer: in a fresh process, so that its memory and its processor time are its own."""
+"""Measure one response in a new process, so that memory and CPU time are those of the response alone."""
 
 import asyncio
 import json
@@ -14,108 +14,108 @@ from typing import IO
 
 import aiohttp
 
-from .ways import Usage, Way
+from .modes import Mode, Usage
 
-WORKER = Path(__file__).with_name("ways.py")
+WORKER = Path(__file__).with_name("modes.py")
 
 START_SECONDS = 20.0
-"""What a process may take to begin to serve."""
+"""Maximum time for a process to start serving, in seconds."""
 
 DYING_SECONDS = 1.0
-"""What a process that has failed may take to end."""
+"""Maximum time for a failed process to end, in seconds."""
 
 WARM_ROWS = 400
-"""Rows of an answer that is not measured: the first one of a process pays for what is set up once."""
+"""Rows of a response that is not measured: the first response of a process includes one-time setup."""
 
-LAST_BYTES = 2000
-"""Bytes of what a process said last that are kept to tell why it failed."""
+ERROR_BYTES = 2000
+"""Maximum size of a failed process's last output in the log, in bytes."""
 
 
 class Failed(Exception):
-    """A process could not be measured; the text says why, for the log."""
+    """A process could not be measured; the message is the reason, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one answer took."""
+    """The measurements of one response."""
 
     bytes: int
-    """Of its body."""
+    """Size of its body, in bytes."""
     first_byte_seconds: float
-    """From the request to the first byte of the body."""
+    """Time from the request to the first byte of the body, in seconds."""
     seconds: float
-    """From the request to the last byte."""
+    """Time from the request to the last byte, in seconds."""
     usage: Usage
 
 
-async def measure(way: Way, rows: int) -> Run:
-    """Have a fresh process answer with so many rows, in one way; raises Failed where it does not.
+async def measure(mode: Mode, rows: int) -> Run:
+    """Measure a response with `rows` rows in one mode, sent by a new process; raises Failed.
 
-    When this is cancelled the process is killed, and gone when it returns.
+    When this is cancelled, the process is killed and has ended when this returns.
     """
-    async with _serving(way) as child:
+    async with _serving(mode) as child:
         try:
             async with aiohttp.ClientSession(
                 connector=aiohttp.UnixConnector(child.socket), timeout=aiohttp.ClientTimeout()
             ) as client:
-                await _take(client, WARM_ROWS)
+                await _fetch(client, WARM_ROWS)
                 await child.line()
-                size, first_byte_seconds, seconds = await _take(client, rows)
+                size, first_byte_seconds, seconds = await _fetch(client, rows)
                 return Run(size, first_byte_seconds, seconds, Usage(**json.loads(await child.line())))
         except aiohttp.ClientError as error:
-            raise Failed(f"{type(error).__name__}: {await child.last_words()}") from error
+            raise Failed(f"{type(error).__name__}: {await child.failure()}") from error
 
 
-async def _take(client: aiohttp.ClientSession, rows: int) -> tuple[int, float, float]:
-    """Read an answer and keep nothing of it: bytes, and seconds to its first and its last."""
-    begun, first, size = time.perf_counter(), None, 0
+async def _fetch(client: aiohttp.ClientSession, rows: int) -> tuple[int, float, float]:
+    """Read a response; return its size in bytes, and the seconds to its first and its last byte."""
+    start, first, size = time.perf_counter(), None, 0
     async with client.get(f"http://localhost/{rows}", raise_for_status=True) as response:
         async for data in response.content.iter_any():
             first = first or time.perf_counter()
             size += len(data)
-    over = time.perf_counter()
-    return size, (first or over) - begun, over - begun
+    end = time.perf_counter()
+    return size, (first or end) - start, end - start
 
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A process that serves one way."""
+    """A process that serves one mode."""
 
     process: asyncio.subprocess.Process
     socket: str
     errors: IO[bytes]
 
     async def line(self) -> bytes:
-        """What it prints next."""
+        """Return the next line that it prints; raises Failed if it has ended."""
         assert self.process.stdout is not None
         line = await self.process.stdout.readline()
         if not line:
-            raise Failed(await self.last_words())
+            raise Failed(await self.failure())
         return line
 
-    async def last_words(self) -> str:
-        """Why it ended, as far as that is known; it is ended if it does not by itself."""
+    async def failure(self) -> str:
+        """Return why it ended, as far as known; kill it if it does not end by itself."""
         try:
-            # A signal to one that is dying would have asyncio lose its exit status (python/cpython#87744).
+            # A signal to a dying process would make asyncio lose its exit status (python/cpython#87744).
             async with asyncio.timeout(DYING_SECONDS):
                 status = await self.process.wait()
         except TimeoutError:
             self.process.kill()
             status = await self.process.wait()
-        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - LAST_BYTES))
-        said = self.errors.read().decode(errors="replace").splitlines()
-        return f"exit status {status}; {' | '.join(said) or 'it said nothing'}"
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - ERROR_BYTES))
+        output = self.errors.read().decode(errors="replace").splitlines()
+        return f"exit status {status}; {' | '.join(output) or 'no error output'}"
 
 
 @asynccontextmanager
-async def _serving(way: Way) -> AsyncIterator[_Child]:
-    """Run a process that serves one way, from when it is ready until the block is over."""
+async def _serving(mode: Mode) -> AsyncIterator[_Child]:
+    """Run a process that serves one mode during the block."""
     with tempfile.TemporaryDirectory(prefix="streamlab-comparison-") as folder, tempfile.TemporaryFile() as errors:
-        socket = f"{folder}/way.sock"  # in a folder of mode 0700
-        # Its standard input is its life line: it ends when this process does, however that ends. It needs no
-        # certificates, which aiohttp would read when it is imported: a tenth of a second, and 2 MB.
+        socket = f"{folder}/mode.sock"  # in a folder of mode 0700
+        # It ends when its standard input does, which this process holds open, so it never outlives this process. It
+        # needs no certificates, which aiohttp would read when it is imported: a tenth of a second, and 2 MB.
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(WORKER), way, socket,
+            sys.executable, "-P", str(WORKER), mode, socket,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors,
             env={**os.environ, "SSL_CERT_FILE": os.devnull},
         )  # fmt: skip
@@ -125,7 +125,7 @@ async def _serving(way: Way) -> AsyncIterator[_Child]:
                 async with asyncio.timeout(START_SECONDS):
                     await child.line()
             except TimeoutError:
-                raise Failed(f"it does not serve after {START_SECONDS:g} s: {await child.last_words()}") from None
+                raise Failed(f"it did not start within {START_SECONDS:g} s: {await child.failure()}") from None
             yield child
         finally:
             with suppress(ProcessLookupError):

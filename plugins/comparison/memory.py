@@ -1,4 +1,4 @@
-"""How much memory there is still to take, as Linux tells it: of the machine, and of every control group around us."""
+"""Available memory on Linux: of the machine, and of every control group that this process is in."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available(proc: Path = PROC, groups: Path = GROUPS) -> int | None:
-    """Bytes that can be taken without swapping or being killed; None where the system does not say.
+    """Return the bytes that can be allocated without swapping or being killed; None if the system does not report it.
 
     Source: proc_meminfo(5), MemAvailable; the kernel's cgroup-v2 and cgroup-v1/memory documents.
     """
@@ -20,7 +20,7 @@ def available(proc: Path = PROC, groups: Path = GROUPS) -> int | None:
 
 
 def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
-    """What each control group of this process that has a limit may still take."""
+    """Yield the bytes left in each control group of this process that has a limit."""
     for hierarchy in _read(proc / "self/cgroup").splitlines():
         _, controllers, name = hierarchy.split(":", 2)
         if not controllers:
@@ -30,14 +30,14 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
             cache = "total_inactive_file"
         else:
             continue
-        # A container often sees its own group as the root, whatever the name of it is outside.
+        # A container often sees its own group as the root, whatever its name is outside.
         group = root / name.strip("/")
         for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
             allowed, used = _read(folder / limit).strip(), _read(folder / usage).strip()
             if allowed.isdecimal() and used.isdecimal():
-                # Pages of files count as used, and are given back when they are needed.
-                given_back = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                yield int(allowed) - int(used) + (int(given_back[1]) if given_back else 0)
+                # Pages of files count as used, and are reclaimed when they are needed.
+                reclaimable = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                yield int(allowed) - int(used) + (int(reclaimable[1]) if reclaimable else 0)
 
 
 def _read(path: Path) -> str:

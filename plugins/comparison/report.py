@@ -1,69 +1,63 @@
-"""A report of both ways at growing sizes: what is measured in which order, what follows from it, and how it is told."""
+"""The report on both modes at growing sizes: its measurements, its verdict, and its output as a table or events."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
-
-from streamlab import sse_event
 
 from .measure import Run
-from .ways import Way
+from .modes import Mode
 
-WAYS: tuple[Way, Way] = ("buffered", "streamed")
+MODES: tuple[Mode, Mode] = ("buffered", "streamed")
 
 MEGABYTE = 1_000_000
 
-HEARTBEAT_SECONDS = 10.0
-"""How often a reader hears something while one measurement goes on."""
-
 TIMES_BETTER = 2.0
-"""Streaming pays where its first byte comes so many times sooner, or it takes so many times less memory,"""
+"""Minimum factor between the modes, in time to the first byte or in memory, from which streaming pays."""
 
 MILLISECONDS_BETTER = 50.0
-"""and that is so many milliseconds (a tenth of a second is what people notice),"""
+"""Minimum difference in time to the first byte, in milliseconds; people notice a tenth of a second."""
 
 MEGABYTES_BETTER = 1.0
-"""or megabytes: less is noise, and is not felt even by a server with hundreds of clients."""
+"""Minimum difference in memory, in megabytes; less is noise, even in a server with hundreds of clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is measured next."""
+    """The next measurement."""
 
     done: int
     total: int
-    """Measurements in all."""
+    """Number of all measurements."""
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one way took at one size: of each number, the median of all repeats."""
+    """The measurements of one mode at one size, each the median of all repeats."""
 
-    way: Way
+    mode: Mode
     rows: int
     bytes: int
-    """Of the body."""
+    """Size of the body, in bytes."""
     ttfb_ms: float
-    """From the request to the first byte of the body."""
+    """Time from the request to the first byte of the body, in milliseconds."""
     total_ms: float
-    """From the request to the last byte."""
+    """Time from the request to the last byte, in milliseconds."""
     peak_rss_mb: float
-    """Memory that the answer took at most, above what its process has when it is idle."""
+    """Peak memory of the response above that of its idle process, in megabytes."""
     idle_rss_mb: float
+    """Memory of its idle process, in megabytes."""
     cpu_ms: float
-    """Of the process that answers."""
+    """CPU time of the process that sends the response, in milliseconds."""
     mb_per_s: float
-    """Megabytes of the body a second."""
+    """Megabytes of the body per second."""
 
     @classmethod
-    def of(cls, way: Way, rows: int, runs: Sequence[Run]) -> "Measurement":
-        """Make one of its repeats."""
+    def of(cls, mode: Mode, rows: int, runs: Sequence[Run]) -> "Measurement":
+        """Return the measurement with the medians of all repeats."""
         seconds = median(run.seconds for run in runs)
         return cls(
-            way=way,
+            mode=mode,
             rows=rows,
             bytes=runs[0].bytes,
             ttfb_ms=round(median(run.first_byte_seconds for run in runs) * 1000, 3),
@@ -76,59 +70,46 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """Nothing new: a measurement goes on."""
-
-
-@dataclass(frozen=True, slots=True)
 class End:
-    """What follows from all measurements, in one sentence."""
+    """The verdict of all measurements, in one sentence."""
 
     verdict: str
 
 
-Moment = Progress | Measurement | Waiting | End
+Update = Progress | Measurement | End
 
 
 def sizes(rows: int) -> list[int]:
-    """The sizes that lead up to so many rows, from 100 on."""
+    """Return the sizes to measure: a hundredth, a tenth and all of `rows`, which is at least 100."""
     return [rows // 100, rows // 10, rows]
 
 
-async def reported(
-    rows: int, repeats: int, measure: Callable[[Way, int], Awaitable[Run]]
-) -> AsyncGenerator[Moment, None]:
-    """Measure both ways at every size, in turns, and tell each step of it; ends with the verdict."""
+async def measure_all(
+    rows: int, repeats: int, measure: Callable[[Mode, int], Awaitable[Run]]
+) -> AsyncGenerator[Update, None]:
+    """Measure both modes at every size, in turns, and yield each step; the last is the verdict."""
     measured: list[Measurement] = []
-    done, total = 0, len(sizes(rows)) * len(WAYS) * repeats
+    done, total = 0, len(sizes(rows)) * len(MODES) * repeats
     for size in sizes(rows):
-        runs: dict[Way, list[Run]] = {way: [] for way in WAYS}
-        # In turns, so that what else the machine does meanwhile falls on both.
-        for way in WAYS * repeats:
-            count = f" ({len(runs[way]) + 1} of {repeats})" if repeats > 1 else ""
-            yield Progress(done, total, f"measuring {size:,} rows, {way}{count}")
-            # Not in a TaskGroup: a generator must not hold one over a yield (PEP 789).
-            task = asyncio.ensure_future(measure(way, size))
-            try:
-                while not (await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS))[0]:
-                    yield Waiting()
-                runs[way].append(task.result())
-            finally:
-                task.cancel()
-                await asyncio.wait({task})
+        runs: dict[Mode, list[Run]] = {mode: [] for mode in MODES}
+        # In turns, so that other load of the machine affects both.
+        for mode in MODES * repeats:
+            count = f" ({len(runs[mode]) + 1} of {repeats})" if repeats > 1 else ""
+            yield Progress(done, total, f"measuring {size:,} rows, {mode}{count}")
+            runs[mode].append(await measure(mode, size))
             done += 1
-        for way in WAYS:
-            measured.append(Measurement.of(way, size, runs[way]))
+        for mode in MODES:
+            measured.append(Measurement.of(mode, size, runs[mode]))
             yield measured[-1]
     yield End(verdict(measured))
 
 
-# -- what follows
+# -- verdict
 
 
 def verdict(measured: Sequence[Measurement]) -> str:
-    """Say in one sentence when streaming pays, from measurements of both ways at sizes that grow."""
-    buffered, streamed = ([one for one in measured if one.way == way] for way in WAYS)
+    """Return in one sentence when streaming pays, from measurements of both modes at growing sizes."""
+    buffered, streamed = ([one for one in measured if one.mode == mode] for mode in MODES)
     pairs = list(zip(buffered, streamed, strict=True))
     pays = [bool(list(_gains(*pair))) for pair in pairs]
     begin = len(pays)
@@ -137,8 +118,9 @@ def verdict(measured: Sequence[Measurement]) -> str:
     if begin == len(pays):
         return (
             f"Streaming does not pay up to {_amount(buffered[-1])}: there the first byte came after "
-            f"{streamed[-1].ttfb_ms:,.1f} ms streamed and {buffered[-1].ttfb_ms:,.1f} ms buffered, and the answer took "
-            f"{streamed[-1].peak_rss_mb:,.1f} MB of memory streamed and {buffered[-1].peak_rss_mb:,.1f} MB buffered."
+            f"{streamed[-1].ttfb_ms:,.1f} ms streamed and {buffered[-1].ttfb_ms:,.1f} ms buffered, and the "
+            f"response took {streamed[-1].peak_rss_mb:,.1f} MB of memory streamed and "
+            f"{buffered[-1].peak_rss_mb:,.1f} MB buffered."
         )
     largest = f"with {_amount(buffered[-1])} " if begin < len(pays) - 1 else ""
     gains = " and ".join(_gains(*pairs[-1]))
@@ -151,95 +133,42 @@ def verdict(measured: Sequence[Measurement]) -> str:
 
 
 def _gains(buffered: Measurement, streamed: Measurement) -> Iterator[str]:
-    """What streaming is better at, where that is felt."""
+    """Yield the advantages of streaming that are large enough to matter."""
     before, after = buffered.ttfb_ms, streamed.ttfb_ms
     if before - after >= MILLISECONDS_BETTER and before >= TIMES_BETTER * after:
         yield f"the first byte came {before / after:,.0f} times sooner ({after:,.1f} ms, not {before:,.1f} ms)"
     heavy, light = buffered.peak_rss_mb, streamed.peak_rss_mb
     if heavy - light >= MEGABYTES_BETTER and heavy >= TIMES_BETTER * light:
-        yield f"the answer took {heavy - light:,.1f} MB less memory ({light:,.1f} MB, not {heavy:,.1f} MB)"
+        yield f"the response took {heavy - light:,.1f} MB less memory ({light:,.1f} MB, not {heavy:,.1f} MB)"
 
 
 def _amount(measurement: Measurement) -> str:
     size = measurement.bytes
-    told = f"{size / MEGABYTE:,.1f} MB" if size >= MEGABYTE else f"{size / 1000:,.0f} kB"
-    return f"{measurement.rows:,} rows ({told})"
+    amount = f"{size / MEGABYTE:,.1f} MB" if size >= MEGABYTE else f"{size / 1000:,.0f} kB"
+    return f"{measurement.rows:,} rows ({amount})"
 
 
-# -- how it is told
+# -- the table
+
+_LINE = "{:>12}  {:8}  {:>14}  {:>12}  {:>12}  {:>11}  {:>12}  {:>10}\n"
+_NAMES = ("rows", "mode", "bytes", "first byte", "total", "peak memory", "CPU", "throughput")
+
+TABLE_HEADER = _LINE.format(*_NAMES).replace(" \n", "\n").encode()
+"""The first line of a report as a table of plain text."""
 
 
-class Teller(Protocol):
-    """A form of the report."""
-
-    content_type: str
-
-    def tell(self, moment: Moment) -> bytes:
-        """Return what there is to send of a moment; often nothing."""
-
-    def fail(self, reason: str) -> bytes:
-        """Return what says that no verdict follows, before the connection is cut."""
-
-
-class Table:
-    """The report as a table of plain text, a line as soon as it is measured."""
-
-    content_type = "text/plain; charset=utf-8"
-
-    _LINE = "{:>12}  {:8}  {:>14}  {:>12}  {:>12}  {:>11}  {:>12}  {:>10}\n"
-
-    def __init__(self) -> None:
-        self._begun = False
-
-    def tell(self, moment: Moment) -> bytes:
-        """Measurements are lines, the verdict is the last."""
-        text = ""
-        if not self._begun:
-            self._begun = True
-            names = ("rows", "way", "bytes", "first byte", "total", "peak memory", "CPU", "throughput")
-            text = self._LINE.format(*names).replace(" \n", "\n")
-        if isinstance(moment, Measurement):
-            text += self._LINE.format(
-                f"{moment.rows:,}",
-                moment.way,
-                f"{moment.bytes:,}",
-                f"{moment.ttfb_ms:,.1f} ms",
-                f"{moment.total_ms:,.1f} ms",
-                f"{moment.peak_rss_mb:,.1f} MB",
-                f"{moment.cpu_ms:,.1f} ms",
-                f"{moment.mb_per_s:,.1f} MB/s",
-            )
-        elif isinstance(moment, End):
-            text += f"\n{moment.verdict}\n"
-        return text.encode()
-
-    def fail(self, reason: str) -> bytes:
-        """A last line says why."""
-        return f"\n{reason}\n".encode()
-
-
-class EventLines:
-    """The report as events: `progress`, `measurement`, and `end` with the verdict."""
-
-    content_type = "text/event-stream"
-
-    def __init__(self, report: str) -> None:
-        self._report = report
-        self._count = 0
-
-    def place(self, kind: str) -> str:
-        """The id of an event that is not one of the numbered: where this one stands, and what it is."""
-        return f"{self._report}-{self._count}.{kind}"
-
-    def tell(self, moment: Moment) -> bytes:
-        """Every moment is an event, but for those without news."""
-        if isinstance(moment, Waiting):
-            return b":\n"
-        self._count += 1
-        if isinstance(moment, End):
-            return sse_event(asdict(moment), "end", id=self.place("end"))
-        return sse_event(asdict(moment), type(moment).__name__.lower(), id=f"{self._report}-{self._count}")
-
-    def fail(self, reason: str) -> bytes:
-        """Nothing: the stream says `error` by itself."""
-        return b""
+def table_line(update: Update) -> bytes:
+    """Return the line of an update in the table; empty for one that has none."""
+    if isinstance(update, Measurement):
+        line = _LINE.format(
+            f"{update.rows:,}",
+            update.mode,
+            f"{update.bytes:,}",
+            f"{update.ttfb_ms:,.1f} ms",
+            f"{update.total_ms:,.1f} ms",
+            f"{update.peak_rss_mb:,.1f} MB",
+            f"{update.cpu_ms:,.1f} ms",
+            f"{update.mb_per_s:,.1f} MB/s",
+        )
+        return line.encode()
+    return f"\n{update.verdict}\n".encode() if isinstance(update, End) else b""

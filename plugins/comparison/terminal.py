@@ -58,17 +58,19 @@ def _bars(console: Console, measurements: Sequence[dict[str, Any]], title: str) 
     mark = "#" if console.options.ascii_only else "█"
     table = Table(title=Text(one_line(title)), title_justify="left", box=None, pad_edge=False)
     table.add_column("rows", justify="right")
-    table.add_column("way")
+    table.add_column("mode")
     cells = max(4, min(BAR_CELLS, (console.width - 28) // len(SCALES) - 14))
     for _, heading, _ in SCALES:
         table.add_column(heading, no_wrap=True)
     for one in measurements:
-        row = [Text(f"{_number(one, 'rows'):,.0f}"), Text(one_line(str(one.get("way"))))]
+        row = [Text(f"{_number(one, 'rows'):,.0f}"), Text(one_line(str(one.get("mode"))))]
         for name, _, unit in SCALES:
             longest = max(_number(other, name) for other in measurements) or 1.0
             value = _number(one, name)
             bar = mark * round(max(value, 0.0) / longest * cells)
-            row.append(Text(f"{value:9,.1f} {unit} ").append(bar, style="cyan" if one.get("way") == "streamed" else ""))
+            row.append(
+                Text(f"{value:9,.1f} {unit} ").append(bar, style="cyan" if one.get("mode") == "streamed" else "")
+            )
         table.add_row(*row)
     return table
 

@@ -679,7 +679,7 @@ class Log extends List {
 /** Two ways to do the same, measured: bars side by side, and the verdict. */
 class Comparison extends View {
   static shows({ event }, json) {
-    return event === "measurement" && typeof json?.way === "string";
+    return event === "measurement" && typeof json?.mode === "string";
   }
 
   follows = false;
@@ -711,12 +711,12 @@ class Comparison extends View {
       const measured = this.#measured.filter((one) => typeof one[key] === "number");
       const most = Math.max(...measured.map((one) => one[key]));
       const rows = measured.map((one) => {
-        const bar = element("i", { className: `bar ${one.way === "streamed" ? "series-1" : "series-2"}` });
+        const bar = element("i", { className: `bar ${one.mode === "streamed" ? "series-1" : "series-2"}` });
         bar.style.width = `${most > 0 ? Math.max(0.5, (100 * one[key]) / most) : 0}%`;
         const name = element(
           "th",
           { scope: "row" },
-          one.way,
+          one.mode,
           " ",
           element("small", {}, typeof one.rows === "number" ? `${number.format(one.rows)} rows` : ""),
         );

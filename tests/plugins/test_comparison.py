@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from conftest import EventStream, Running, plugin_module, read_all, read_until
 from streamlab.config import Config
 from streamlab.server.app import create_app
 
-ways = plugin_module("comparison", "ways")
+modes = plugin_module("comparison", "modes")
 memory = plugin_module("comparison", "memory")
 measuring = plugin_module("comparison", "measure")
 reporting = plugin_module("comparison", "report")
@@ -79,7 +80,7 @@ def child_of(server: Running, *, serving: bool = False) -> tuple[int, Path]:
             if status_of(pid).get("PPid", "").strip() == parent:
                 with contextlib.suppress(OSError):
                     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                    if words[2:3] and words[2].endswith("ways.py") and (not serving or Path(words[4]).exists()):
+                    if words[2:3] and words[2].endswith("modes.py") and (not serving or Path(words[4]).exists()):
                         return pid, Path(words[4]).parent
         return None
 
@@ -98,7 +99,7 @@ def assert_gone(pid: int, folder: Path, *, orphan: bool = False) -> None:
 def test_both_ways_send_the_same_bytes_one_with_a_length_the_other_in_chunks(serve: Serve) -> None:
     server = serve()
     for rows in (0, 1, 100, 101, 2345):
-        lines = [json.dumps(ways.row(number), separators=(",", ":")).encode() for number in range(rows)]
+        lines = [json.dumps(modes.row(number), separators=(",", ":")).encode() for number in range(rows)]
         expected = b"[\n" + b",\n".join(lines) + b"\n]\n" if lines else b"[\n]\n"
         status, buffered, body = server.get(f"{BUFFERED}?rows={rows}")
         assert (status, body) == (200, expected)
@@ -108,13 +109,15 @@ def test_both_ways_send_the_same_bytes_one_with_a_length_the_other_in_chunks(ser
         assert (buffered["content-length"], buffered.get("transfer-encoding")) == (str(len(expected)), None)
         assert (streamed.get("content-length"), streamed["transfer-encoding"]) == (None, "chunked")
         assert buffered["content-type"] == streamed["content-type"] == "application/json"
-        assert re.fullmatch(rf'collect;dur=\d+\.\d{{3}};desc="{rows} rows made and held"', buffered["server-timing"])
-        assert re.fullmatch(r'first;dur=\d+\.\d{3};desc="the first rows made"', streamed["server-timing"])
+        assert re.fullmatch(
+            rf'collect;dur=\d+\.\d{{3}};desc="{rows} rows generated and buffered"', buffered["server-timing"]
+        )
+        assert re.fullmatch(r'first;dur=\d+\.\d{3};desc="first rows generated"', streamed["server-timing"])
 
 
 def test_no_row_is_longer_than_what_memory_is_reckoned_with() -> None:
     tens = [10**power + number for power in range(9) for number in range(110)]
-    assert max(len(json.dumps(ways.row(number))) + 2 for number in tens) <= ways.ROW_BYTES
+    assert max(len(json.dumps(modes.row(number))) + 2 for number in tens) <= modes.ROW_BYTES
 
 
 def test_head_and_http_1_0_are_answered_as_everywhere(serve: Serve) -> None:
@@ -182,8 +185,8 @@ def test_what_does_not_fit_is_refused_by_name(serve: Serve) -> None:
         assert server.get(f"{path}?rows=5000", method="HEAD")[0] == 200
         status, _, body = server.get(f"{path}?rows=5001")
         problem = json.loads(body)
-        assert (status, problem["detail"]) == (422, "So many rows do not fit into memory at once.")
-        detail = "must be at most 5000, as many as this server collects in memory"
+        assert (status, problem["detail"]) == (422, "Invalid parameters: rows.")
+        detail = "must be at most 5000 (max_rows)"
         assert problem["errors"] == [{"in": "query", "name": "rows", "detail": detail}]
     assert len(json.loads(server.get(f"{STREAMED}?rows=6000")[2])) == 6000
     for path, wrong in [
@@ -202,7 +205,7 @@ def test_so_many_answers_are_collected_at_once_and_one_more_is_503(serve: Serve)
         read_until(first, b"\r\n\r\n")  # it is held in memory for as long as its client takes to read it
         status, headers, body = server.get(BUFFERED)
         assert (status, headers["retry-after"]) == (503, "5")
-        assert json.loads(body)["detail"] == "All places for collected answers (1) are taken."
+        assert json.loads(body)["detail"] == "Too many buffered responses: 1 of 1 in progress."
         assert server.get(STREAMED)[0] == 200
     until(lambda: server.get(BUFFERED)[0] == 200)
 
@@ -224,7 +227,7 @@ async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_refuse
     client: tuple[TestClient[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask, module = client
-    need = ways.collected_bytes(10_000)
+    need = modes.collected_bytes(10_000)
     assert need == 1_800_000
     for free, status in ((2 * need, 200), (2 * need - 2, 422), (0, 422), (None, 200)):
         monkeypatch.setattr(module.memory, "available", lambda free=free: free)
@@ -232,17 +235,14 @@ async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_refuse
         assert response.status == status, free
     monkeypatch.setattr(module.memory, "available", lambda: 3_000_000)
     problem = await (await ask.get(f"{REPORT}?rows=10000")).json()
-    assert (
-        problem["errors"][0]["detail"]
-        == "would take up to 1 MB of memory, and half of the 3 MB that are free is allowed"
-    )
+    assert problem["errors"][0]["detail"] == "would take up to 1 MB of memory; the limit is half of the available 3 MB"
     # What one is about to take counts before it has it.
     monkeypatch.setattr(module.memory, "available", lambda: 400_000_000)
     async with ask.get(f"{REPORT}?rows=1000000") as report:
         assert (report.status, (await ask.get(BUFFERED)).status) == (200, 200)
         response = await ask.get(f"{BUFFERED}?rows=200000")
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
-        assert (await response.json())["detail"] == "Others have the memory that these rows would take."
+        assert (await response.json())["detail"] == "Other requests are using the memory that these rows would take."
 
 
 def test_free_memory_is_the_least_of_the_machine_and_every_group_around(tmp_path: Path) -> None:
@@ -288,10 +288,10 @@ def test_a_report_as_events_measures_both_ways_at_every_size_and_ends_with_a_ver
     assert progress[3]["message"] == "measuring 4,000 rows, streamed"
 
     measured = [event.json for event in events if event.event == "measurement"]
-    plan = [(way, rows) for rows in (400, 4000, 40000) for way in ("buffered", "streamed")]
-    assert [(one["way"], one["rows"]) for one in measured] == plan
+    plan = [(mode, rows) for rows in (400, 4000, 40000) for mode in ("buffered", "streamed")]
+    assert [(one["mode"], one["rows"]) for one in measured] == plan
     for one in measured:
-        assert one["bytes"] == sum(map(len, ways.pieces(one["rows"])))
+        assert one["bytes"] == sum(map(len, modes.chunks(one["rows"])))
         assert 0 < one["ttfb_ms"] <= one["total_ms"]
         assert one["cpu_ms"] > 0
         assert one["mb_per_s"] == pytest.approx(one["bytes"] / one["total_ms"] / 1000, rel=0.1, abs=0.06)
@@ -318,12 +318,12 @@ def test_a_report_for_curl_is_a_table_that_comes_line_by_line(serve: Serve) -> N
         head = response.readline().decode()
         child_of(server)  # the head is there before anything is measured
         body = response.read().decode().splitlines()
-    names = ["rows", "way", "bytes", "first byte", "total", "peak memory", "CPU", "throughput"]
+    names = ["rows", "mode", "bytes", "first byte", "total", "peak memory", "CPU", "throughput"]
     assert re.split(r"\s{2,}", head.strip()) == names
     lines = [re.split(r"\s{2,}", line.strip()) for line in body[:6]]
-    plan = [(rows, way) for rows in ("20", "200", "2,000") for way in ("buffered", "streamed")]
-    assert [(rows, way) for rows, way, *_ in lines] == plan
-    sizes = [f"{sum(map(len, ways.pieces(int(line[0].replace(',', ''))))):,}" for line in lines]
+    plan = [(rows, mode) for rows in ("20", "200", "2,000") for mode in ("buffered", "streamed")]
+    assert [(rows, mode) for rows, mode, *_ in lines] == plan
+    sizes = [f"{sum(map(len, modes.chunks(int(line[0].replace(',', ''))))):,}" for line in lines]
     assert [line[2] for line in lines] == sizes
     for line in lines:
         units = zip(line[3:], (r"ms", r"ms", r"MB", r"ms", r"MB/s"), strict=True)
@@ -339,7 +339,7 @@ def test_who_leaves_a_report_stops_it_and_who_comes_back_is_told_that_it_is_anot
         (first,) = stream.take(1)
         status, headers, body = server.get(REPORT)
         assert (status, headers["retry-after"]) == (503, "5")
-        assert json.loads(body)["detail"] == "All places for reports (1) are taken."
+        assert json.loads(body)["detail"] == "Too many reports: 1 of 1 in progress."
         pid, folder = child_of(server, serving=True)
     assert_gone(pid, folder)
     server.wait_for_log('outcome="client left"')
@@ -385,7 +385,7 @@ def broken_off(report: Any) -> bytes:
 
 def test_a_report_that_takes_too_long_fails_for_all_to_see(serve: Serve) -> None:
     server = serve("max_seconds = 0.2")
-    reason = b"The report took more than the 0.2 seconds it may: ask for fewer rows, or repeats."
+    reason = rb"The report took longer than 0\.2 s \(max_seconds\)\. Request fewer rows or repeats\."
     events = broken_off(server.send(f"{AS_EVENTS}\nHost: localhost"))
     assert re.search(rb"\nevent: error\ndata: .*%b.*\n\n\r\n$" % reason, events)
     assert b"event: end" not in events
@@ -401,7 +401,7 @@ def test_a_process_that_dies_fails_its_report_and_the_log_says_why(serve: Serve)
         os.kill(pid, signal.SIGKILL)
         assert b'\nevent: error\ndata: {"type":"about:blank","title":"Internal Server Error"' in broken_off(report)
     assert_gone(pid, folder)
-    server.wait_for_log("a process that was to be measured failed: exit status -9; it said nothing")
+    server.wait_for_log("a measured process failed: exit status -9; no error output")
     until(lambda: server.get(REPORT, method="HEAD")[0] == 200)
 
 
@@ -411,8 +411,8 @@ def test_a_process_that_dies_fails_its_report_and_the_log_says_why(serve: Serve)
 def measured(rows: int, buffered: tuple[float, float, float], streamed: tuple[float, float, float]) -> list[Any]:
     """Measurements of both ways: milliseconds to the first byte and in all, and megabytes."""
     return [
-        reporting.Measurement(way, rows, rows * 130, first, total, peak, 37.0, 1.0, 1.0)
-        for way, (first, total, peak) in zip(("buffered", "streamed"), (buffered, streamed), strict=True)
+        reporting.Measurement(mode, rows, rows * 130, first, total, peak, 37.0, 1.0, 1.0)
+        for mode, (first, total, peak) in zip(("buffered", "streamed"), (buffered, streamed), strict=True)
     ]
 
 
@@ -421,7 +421,7 @@ def test_the_verdict_says_from_which_size_on_streaming_pays() -> None:
     middle = measured(10_000, (90.0, 91.0, 0.9), (1.0, 95.0, 0.1))
     large = measured(100_000, (900.0, 910.0, 13.5), (1.5, 1001.0, 0.5))
     gains = (
-        "the first byte came 600 times sooner (1.5 ms, not 900.0 ms) and the answer took 13.0 MB less memory "
+        "the first byte came 600 times sooner (1.5 ms, not 900.0 ms) and the response took 13.0 MB less memory "
         "(0.5 MB, not 13.5 MB), while the whole took 1.10 times as long"
     )
     assert reporting.verdict(small + middle + large) == (
@@ -437,7 +437,7 @@ def test_the_verdict_says_from_which_size_on_streaming_pays() -> None:
     )
     assert reporting.verdict(small) == (
         "Streaming does not pay up to 1,000 rows (130 kB): there the first byte came after 1.0 ms streamed and 9.0 ms "
-        "buffered, and the answer took 0.0 MB of memory streamed and 0.1 MB buffered."
+        "buffered, and the response took 0.0 MB of memory streamed and 0.1 MB buffered."
     )
     # One size that pays among those that do not is noise.
     assert reporting.verdict(middle + small).startswith("Streaming does not pay up to 1,000 rows")
@@ -445,7 +445,7 @@ def test_the_verdict_says_from_which_size_on_streaming_pays() -> None:
 
 def test_streaming_may_pay_by_memory_or_by_the_first_byte_alone() -> None:
     lighter = reporting.verdict(measured(1000, (2.0, 2.0, 9.0), (1.0, 2.0, 0.0)))
-    assert lighter.startswith("Streaming pays from 1,000 rows (130 kB) on: the answer took 9.0 MB less memory (")
+    assert lighter.startswith("Streaming pays from 1,000 rows (130 kB) on: the response took 9.0 MB less memory (")
     sooner = reporting.verdict(measured(1000, (80.0, 80.0, 1.0), (20.0, 40.0, 0.6)))
     assert sooner == (
         "Streaming pays from 1,000 rows (130 kB) on: the first byte came 4 times sooner (20.0 ms, not 80.0 ms), while "
@@ -454,40 +454,34 @@ def test_streaming_may_pay_by_memory_or_by_the_first_byte_alone() -> None:
 
 
 async def test_ways_take_turns_and_medians_are_told() -> None:
-    asked: list[tuple[str, int]] = []
+    measured_runs: list[tuple[str, int]] = []
 
-    async def measure(way: str, rows: int) -> Any:
-        asked.append((way, rows))
-        number = (3, 1, 2)[sum(one == (way, rows) for one in asked) - 1]
+    async def measure(mode: str, rows: int) -> Any:
+        measured_runs.append((mode, rows))
+        number = (3, 1, 2)[sum(one == (mode, rows) for one in measured_runs) - 1]
         usage = measuring.Usage(20_000_000, 20_000_000 + number * 1_000_000, number / 100)
         return measuring.Run(1_000_000, number / 1000, number / 10, usage)
 
-    moments = [moment async for moment in reporting.reported(1000, 3, measure)]
-    assert asked == [(way, rows) for rows in (10, 100, 1000) for way in ("buffered", "streamed") * 3]
-    assert [moment for moment in moments if isinstance(moment, reporting.Measurement)] == [
-        reporting.Measurement(way, rows, 1_000_000, 2.0, 200.0, 2.0, 20.0, 20.0, 5.0)
+    updates = [update async for update in reporting.measure_all(1000, 3, measure)]
+    assert measured_runs == [(mode, rows) for rows in (10, 100, 1000) for mode in ("buffered", "streamed") * 3]
+    assert [update for update in updates if isinstance(update, reporting.Measurement)] == [
+        reporting.Measurement(mode, rows, 1_000_000, 2.0, 200.0, 2.0, 20.0, 20.0, 5.0)
         for rows in (10, 100, 1000)
-        for way in ("buffered", "streamed")
+        for mode in ("buffered", "streamed")
     ]
-    assert moments[1] == reporting.Progress(1, 18, "measuring 10 rows, streamed (1 of 3)")
+    assert updates[1] == reporting.Progress(1, 18, "measuring 10 rows, streamed (1 of 3)")
 
 
-async def test_a_reader_hears_something_while_one_measurement_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporting, "HEARTBEAT_SECONDS", 0.001)
-    heard = asyncio.Event()
+async def test_a_client_gets_heartbeats_during_a_long_measurement(
+    client: tuple[TestClient[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http, module = client
 
-    async def measure(way: str, rows: int) -> Any:
-        await heard.wait()
-        heard.clear()
-        return measuring.Run(1, 1.0, 1.0, measuring.Usage(0, 0, 0.0))
+    async def measure(mode: str, rows: int) -> Any:
+        await asyncio.Event().wait()
 
-    events, table, told = reporting.EventLines("a"), reporting.Table(), list[bytes]()
-    async for moment in reporting.reported(100, 1, measure):
-        if isinstance(moment, reporting.Waiting):
-            heard.set()
-            told.append(events.tell(moment))
-            assert table.tell(moment) == b""
-        else:
-            table.tell(moment)
-    assert set(told) == {b":\n"}
-    assert len(told) >= 6
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "open_event_stream", partial(module.open_event_stream, heartbeat_seconds=1))
+    async with http.get(REPORT, headers={"Accept": "text/event-stream"}) as response:
+        await response.content.readuntil(b"\n\n")
+        assert await response.content.readuntil(b"\n") == b":\n"

@@ -1,10 +1,9 @@
-"""The same rows sent in two ways: collected in memory first, or as they are made.
+"""The two modes of sending the same rows: buffered in memory first, or streamed as they are generated.
 
-Run as a program, `python ways.py WAY SOCKET`, it serves one of the ways on a unix socket, so that what it costs can be
-told from all else: `GET /ROWS` answers with so many rows. It prints a line `ready` once it serves, and after each
-answer a line of JSON that says what the answer took. It is gone, and its socket with the folder around it, as soon as
-its standard input ends: whoever started it holds the other end, so it never outlives them, not even when they are
-killed.
+Run as a program, `python modes.py MODE SOCKET`, it serves one mode on a unix socket, so that its cost can be measured
+apart from everything else: the response to `GET /ROWS` has that many rows. It prints a line `ready` once it serves, and
+after each response a line of JSON with the resources used. It exits, and deletes its socket and the folder around it,
+as soon as its standard input ends: its parent holds the other end, so it never outlives its parent, even a killed one.
 """
 
 import asyncio
@@ -22,19 +21,19 @@ from typing import Any, Literal, NamedTuple
 
 from aiohttp import web
 
-Way = Literal["buffered", "streamed"]
+Mode = Literal["buffered", "streamed"]
 
 Write = Callable[[bytes | bytearray | memoryview], Awaitable[None]]
-"""Sends bytes; returns when the connection can take more."""
+"""A function that sends bytes, and returns when the connection can take more."""
 
 ROW_BYTES = 160
-"""No row is longer, with what divides it from the next."""
+"""Maximum length of a row including its separator, in bytes."""
 
-PIECE_ROWS = 100
-"""Rows made at once: a millisecond of work, some 13 KB."""
+CHUNK_ROWS = 100
+"""Number of rows generated at once: a millisecond of work, about 13 kB."""
 
 WRITE_BYTES = 256 * 1024
-"""Bytes of a body in memory that are handed over at once."""
+"""Bytes of a buffered body that are written at once."""
 
 FIRST_NAMES = ("Ada", "Barbara", "Charles", "Dennis", "Edsger", "Frances", "Grace", "Hedy", "Ida", "John", "Katherine")
 LAST_NAMES = (
@@ -52,7 +51,7 @@ LAST_NAMES = (
 
 
 def row(number: int) -> dict[str, Any]:
-    """Make a row; the same number gives the same row."""
+    """Return row `number`; the same number gives the same row."""
     first, last = FIRST_NAMES[number % len(FIRST_NAMES)], LAST_NAMES[number % len(LAST_NAMES)]
     return {
         "id": number,
@@ -63,122 +62,123 @@ def row(number: int) -> dict[str, Any]:
     }
 
 
-def pieces(rows: int) -> Iterator[bytes]:
-    """Make one JSON document, an array of so many rows with one a line, piece by piece."""
+def chunks(rows: int) -> Iterator[bytes]:
+    """Yield the chunks of one JSON document: an array of `rows` rows, one a line."""
     encode = json.JSONEncoder(separators=(",", ":")).encode
     before = "[\n"
-    for begin in range(0, rows, PIECE_ROWS):
-        numbers = range(begin, min(begin + PIECE_ROWS, rows))
+    for begin in range(0, rows, CHUNK_ROWS):
+        numbers = range(begin, min(begin + CHUNK_ROWS, rows))
         yield (before + ",\n".join(encode(row(number)) for number in numbers)).encode()
         before = ",\n"
     yield b"\n]\n" if rows else b"[\n]\n"
 
 
 def collected_bytes(rows: int) -> int:
-    """The most memory that `collect` takes: an array that grows has an eighth more than it needs."""
+    """Return the maximum memory of `collect`, in bytes: a growing array allocates an eighth more than it needs."""
     return rows * ROW_BYTES * 9 // 8
 
 
 async def collect(rows: int) -> bytearray:
-    """Make the whole document in memory, giving others their turn after every piece.
+    """Return the whole document, and let other requests run after every chunk.
 
-    This is the thriftiest way to buffer: the finished text, once. Rows kept as objects until the last is there, and
-    encoded then, take six times as much.
+    This buffers with the least memory: the encoded text, once. Rows that are collected as objects and encoded at the
+    end take six times as much.
     """
     body = bytearray()
-    for piece in pieces(rows):
-        body += piece
+    for chunk in chunks(rows):
+        body += chunk
         await asyncio.sleep(0)
     return body
 
 
 async def send_collected(body: bytearray, write: Write) -> None:
-    """Send what was collected, as the client takes it."""
+    """Send a buffered body at the pace of the client."""
     with memoryview(body) as view:
         for offset in range(0, len(body), WRITE_BYTES):
             await write(view[offset : offset + WRITE_BYTES])
 
 
-async def send_as_made(made: Iterable[bytes], write: Write) -> None:
-    """Send each piece before the next is made, which waits for the client, and for the others' turn."""
-    for piece in made:
-        await write(piece)
+async def send_streamed(body: Iterable[bytes], write: Write) -> None:
+    """Send each chunk before the next is generated; wait for the client, and let other requests run in between."""
+    for chunk in body:
+        await write(chunk)
         await asyncio.sleep(0)
 
 
-# -- one way, as a process of its own
+# -- one mode in its own process
 
 
 class Usage(NamedTuple):
-    """What an answer took of the process that gave it."""
+    """The resources that a response used in its process."""
 
     idle_rss: int
-    """Bytes of memory in use before it."""
+    """Memory in use before it, in bytes."""
     peak_rss: int
-    """Bytes of memory in use at most, since then."""
+    """Maximum memory in use since then, in bytes."""
     cpu_seconds: float
+    """CPU time since then, in seconds."""
 
 
 def _memory() -> dict[str, int]:
-    """Memory of this process by the kernel's names for it, in bytes. Source: proc_pid_status(5)."""
+    """Return the memory of this process by the kernel's names, in bytes. Source: proc_pid_status(5)."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
 class _Meter:
-    """What this process takes from now on; made while nothing is asked for, since that takes milliseconds itself."""
+    """Measures the resources of this process from now on; created between requests, as that takes milliseconds."""
 
     def __init__(self) -> None:
         gc.collect()
-        # What imports took at most is not the answer's: the peak begins anew (proc_pid_clear_refs(5)). Where that is
-        # not allowed, both ways are told the same surplus.
+        # The peak of the imports is not the response's: reset it (proc_pid_clear_refs(5)). Where that is not allowed,
+        # both modes are reported with the same surplus.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._idle_rss = _memory()["VmRSS"]
         self._cpu = time.process_time()
 
     def read(self) -> Usage:
-        """Say what it has taken by now."""
+        """Return the resources used since then."""
         cpu = time.process_time() - self._cpu
         return Usage(self._idle_rss, max(self._idle_rss, _memory()["VmHWM"]), cpu)
 
 
-def _answering(way: Way) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+def _handler(mode: Mode) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     meter = _Meter()
 
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
         nonlocal meter
         rows, response = int(request.path.strip("/")), web.StreamResponse()
         response.content_type = "application/json"
         body = bytearray()
-        if way == "buffered":
+        if mode == "buffered":
             body = await collect(rows)
             response.content_length = len(body)
             await response.prepare(request)
             await send_collected(body, response.write)
         else:
             await response.prepare(request)
-            await send_as_made(pieces(rows), response.write)
+            await send_streamed(chunks(rows), response.write)
         await response.write_eof()
-        taken, body = meter.read(), bytearray()
+        usage, body = meter.read(), bytearray()
         meter = _Meter()
-        print(json.dumps(taken._asdict()), flush=True)
+        print(json.dumps(usage._asdict()), flush=True)
         return response
 
-    return answer
+    return handle
 
 
-async def serve(way: Way, socket: str) -> None:
-    """Serve one way until the process is ended."""
-    runner = web.ServerRunner(web.Server(_answering(way)))
+async def serve(mode: Mode, socket: str) -> None:
+    """Serve one mode until the process is ended."""
+    runner = web.ServerRunner(web.Server(_handler(mode)))
     await runner.setup()
     await web.UnixSite(runner, socket).start()
     print("ready", flush=True)
     await asyncio.Event().wait()
 
 
-def _leave_with_parent(socket: Path) -> None:
-    """Wait for the end of standard input, then be gone at once, and leave nothing behind."""
+def _exit_with_parent(socket: Path) -> None:
+    """Wait for the end of standard input, then delete the socket and exit at once."""
     while os.read(0, 4096):
         pass
     with suppress(OSError):
@@ -187,11 +187,11 @@ def _leave_with_parent(socket: Path) -> None:
     os._exit(0)
 
 
-def main(way: str, socket: str) -> None:
-    """Serve until the parent is gone."""
+def main(mode: str, socket: str) -> None:
+    """Serve until the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    threading.Thread(target=_leave_with_parent, args=(Path(socket),), daemon=True).start()
-    asyncio.run(serve("buffered" if way == "buffered" else "streamed", socket))
+    threading.Thread(target=_exit_with_parent, args=(Path(socket),), daemon=True).start()
+    asyncio.run(serve("buffered" if mode == "buffered" else "streamed", socket))
 
 
 if __name__ == "__main__":
