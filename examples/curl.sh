@@ -3,22 +3,22 @@
 set -eu
 url=${1:-http://127.0.0.1:8000}
 
-# Run a curl again as long as it is the connection that fails: refused, broken off, reset, too slow.
-again() {
+# Retry a curl while the connection fails: refused, broken off, reset, timed out.
+retry() {
     until "$@"; do
         case $? in 7 | 18 | 28 | 52 | 55 | 56) sleep 1 ;; *) return 1 ;; esac
     done
 }
 
-# A download. -C - asks for what the file lacks; If-Range, which curl does not send by itself, makes the server send a
-# file that has changed whole, and curl then says that it cannot resume (33) instead of mixing the two.
-etag=$(again curl -sSfI "$url/download/large-file" | tr -d '\r' | sed -n 's/^[Ee][Tt][Aa][Gg]: //p')
+# A download. -C - requests the missing rest of the file. With If-Range, which curl does not send by itself, the server
+# sends a changed file from its beginning, and curl then fails (33) instead of mixing two versions.
+etag=$(retry curl -sSfI "$url/download/large-file" | tr -d '\r' | sed -n 's/^[Ee][Tt][Aa][Gg]: //p')
 [ -n "$etag" ]
-again curl -sSf -C - -H "If-Range: $etag" -o large-file.bin "$url/download/large-file"
+retry curl -sSf -C - -H "If-Range: $etag" -o large-file.bin "$url/download/large-file"
 echo "large-file.bin: $(wc -c <large-file.bin | tr -d ' ') bytes"
 
-# Events. -N prints each as it comes; the last id leads back to where the connection broke. Only an event that ends in
-# its empty line has come; one with a name is about the stream.
+# Events. -N prints each as it arrives; a request with the last id resumes. An event is complete with its empty line;
+# a named one is about the stream.
 : >prices.tsv
 until count=$(wc -l <prices.tsv) && [ "$count" -ge 20 ]; do
     last=$(tail -n 1 prices.tsv | cut -f 1)
@@ -34,17 +34,17 @@ until count=$(wc -l <prices.tsv) && [ "$count" -ge 20 ]; do
     [ "$(wc -l <prices.tsv)" -ge 20 ] || sleep 1
 done
 
-# An export. A server that fails cuts the connection (18); with end=true a last line proves what came before it.
+# An export. A server that fails cuts the connection (18); with end=true the last line confirms the rows before it.
 curl -sSf -o users.jsonl "$url/export/users/jsonl?limit=1000&end=true"
 sum=$(sed '$d' users.jsonl | sha256sum | cut -d ' ' -f 1)
 tail -n 1 users.jsonl | grep -q "\"rows\":1000,\"sha256\":\"$sum\""
-echo "users.jsonl: proven"
+echo "users.jsonl: verified"
 
 # A task: started by POST, followed at its Location to its end.
 task=$(curl -sSf -o /dev/null -D - --json '{"kind": "rehearsal", "parameters": {"steps": 5, "delay": 0.1}}' \
     "$url/process/tasks" | tr -d '\r' | sed -n 's/^[Ll]ocation: //p')
 curl -sSfN -H "Accept: text/event-stream" "$url$task" | sed -n 's/^data: //p' | tail -n 1
 
-# Tokens of a language model, as they are made.
+# Tokens of a language model, as they are generated.
 curl -sSfN --get --data-urlencode "prompt=Tell a story" -d max_tokens=40 "$url/ai/chat-stream"
 echo

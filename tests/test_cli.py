@@ -1,4 +1,4 @@
-"""The command line, as processes of their own: what it says, and the status it leaves with."""
+"""The command line, as separate processes: output and exit status."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ def test_a_missing_configuration_is_named_with_status_2(command: str, tmp_path: 
     )
 
 
-def test_run_says_every_fault_at_once_with_status_2(tmp_path: Path) -> None:
+def test_run_reports_every_fault_at_once_with_status_2(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO})
     write_config(
         tmp_path,
@@ -99,7 +99,7 @@ def test_run_says_every_fault_at_once_with_status_2(tmp_path: Path) -> None:
     assert summary == "streamlab: 5 faults; nothing was started"
 
 
-def test_run_on_a_port_in_use_says_so_with_status_2(tmp_path: Path) -> None:
+def test_run_on_a_port_in_use_fails_with_status_2(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -113,13 +113,13 @@ def test_run_on_a_port_in_use_says_so_with_status_2(tmp_path: Path) -> None:
     assert errors.endswith("streamlab: 1 fault; nothing was started\n")
 
 
-def test_run_on_an_address_of_another_machine_says_so_with_status_2(tmp_path: Path) -> None:
+def test_run_on_an_address_of_another_machine_fails_with_status_2(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "run", "--host", "192.0.2.1", "--port", "0")
     assert status == 2
     assert 'server.host = "192.0.2.1" - cannot listen on it: ' in errors
 
 
-def test_run_with_a_certificate_that_is_none_says_so_with_status_2(tmp_path: Path) -> None:
+def test_run_with_an_invalid_certificate_fails_with_status_2(tmp_path: Path) -> None:
     (tmp_path / "server.pem").write_text("no certificate")
     write_config(tmp_path, '[server]\ntls_certificate = "server.pem"\ntls_key = "server.pem"\nlog_file = ""\n')
     status, _, errors = streamlab(tmp_path, "run", "--port", "0")
@@ -127,7 +127,7 @@ def test_run_with_a_certificate_that_is_none_says_so_with_status_2(tmp_path: Pat
     assert "config.toml: server.tls_certificate = " in errors
 
 
-def test_a_port_that_is_none_is_refused_with_status_2(tmp_path: Path) -> None:
+def test_an_invalid_port_is_rejected_with_status_2(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "run", "--port", "65536")
     assert status == 2
     assert "Invalid value for '--port'" in errors
@@ -136,7 +136,7 @@ def test_a_port_that_is_none_is_refused_with_status_2(tmp_path: Path) -> None:
 # -- check and routes
 
 
-def test_check_leaves_with_0_when_nothing_is_wrong(tmp_path: Path) -> None:
+def test_check_exits_with_0_when_nothing_is_wrong(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO})
     status, output, errors = streamlab(tmp_path, "check")
     assert (status, errors) == (0, "")
@@ -148,14 +148,14 @@ def test_check_without_a_configuration_checks_the_defaults(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_leaves_with_2_on_a_fault(tmp_path: Path) -> None:
+def test_check_exits_with_2_on_a_fault(tmp_path: Path) -> None:
     write_config(tmp_path, "[server]\nport = 'many'\n")
     status, output, errors = streamlab(tmp_path, "check")
     assert (status, output) == (2, "")
     assert errors.startswith('config.toml: server.port = "many" - ')
 
 
-def test_check_leaves_with_2_when_a_plugin_is_broken_and_says_why(tmp_path: Path) -> None:
+def test_check_exits_with_2_when_a_plugin_is_broken_and_reports_why(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO, "broken": "import no_such_module_at_all\n"})
     status, output, errors = run_streamlab("check", cwd=tmp_path)
     assert status == 2
@@ -177,7 +177,7 @@ IN_PART = (
 )
 
 
-def test_check_tells_what_would_work_only_in_part_and_leaves_with_0(tmp_path: Path) -> None:
+def test_check_reports_what_would_work_only_in_part_and_exits_with_0(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": IN_PART})
     status, output, errors = streamlab(tmp_path, "check")
     assert (status, errors) == (0, "")
@@ -326,14 +326,14 @@ def test_new_writes_a_plugin_whose_scenario_has_its_name(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["Price", "price-feed", "class", "_price", "../price", "2nd", "", "price feed"])
-def test_new_refuses_a_name_that_is_none_and_writes_nothing(name: str, tmp_path: Path) -> None:
+def test_new_rejects_an_invalid_name_and_writes_nothing(name: str, tmp_path: Path) -> None:
     status, output, errors = streamlab(tmp_path, "new", name)
     assert (status, output) == (2, "")
     assert errors == f"streamlab: {name!r} is not a valid plugin name (as `price_feed`)\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_refuses_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
+def test_new_rejects_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO})
     before = (tmp_path / "plugins" / "hello.py").read_text()
     assert streamlab(tmp_path, "new", "hello") == (
@@ -345,7 +345,7 @@ def test_new_refuses_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
     assert not (tmp_path / "tests").exists()
 
 
-def test_new_refuses_the_name_of_a_plugin_that_ships(tmp_path: Path) -> None:
+def test_new_rejects_the_name_of_a_plugin_that_ships(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "new", "file")
     assert status == 2
     assert errors.startswith("streamlab: a plugin 'file' already exists: ")
@@ -404,7 +404,7 @@ def test_run_writes_its_log_to_a_file_as_json_lines(start: Callable[..., Running
     assert file.read_text() == server.log
 
 
-def test_run_writes_its_log_to_the_file_it_is_told(start: Callable[..., Running]) -> None:
+def test_run_writes_its_log_to_the_file_it_is_given(start: Callable[..., Running]) -> None:
     server = start('[server]\nlog_file = "elsewhere/server.log"\n', hello=HELLO)
     assert server.get("/hello")[0] == 200
     assert server.terminate()[0] == 0
@@ -413,7 +413,7 @@ def test_run_writes_its_log_to_the_file_it_is_told(start: Callable[..., Running]
     assert not (server.base / "var" / "log").exists()
 
 
-def test_run_writes_no_log_file_when_it_is_told_none(start: Callable[..., Running]) -> None:
+def test_run_writes_no_log_file_when_it_is_disabled(start: Callable[..., Running]) -> None:
     server = start('[server]\nlog_file = ""\n', hello=HELLO)
     assert server.get("/hello")[0] == 200
     assert server.terminate()[0] == 0
@@ -467,8 +467,8 @@ def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def answers(port: int, path: str, expected: str) -> Callable[[], bool]:
-    def asked() -> bool:
+def serves(port: int, path: str, expected: str) -> Callable[[], bool]:
+    def check() -> bool:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
                 return bool(response.read().decode() == expected)
@@ -478,7 +478,7 @@ def answers(port: int, path: str, expected: str) -> Callable[[], bool]:
         except OSError:
             return False
 
-    return asked
+    return check
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to see which processes are left")
@@ -487,17 +487,17 @@ def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path
     write_config(tmp_path, "")
     port = unused_port()
     with reloading(tmp_path, port) as process:
-        wait_for(answers(port, "/hello", "hello 1"), "the server serves")
+        wait_for(serves(port, "/hello", "hello 1"), "the server serves")
         (first,) = children(process.pid)
         write_plugins(tmp_path, {"hello": HELLO.replace(" 1", " 2")})
-        wait_for(answers(port, "/hello", "hello 2"), "a change of a plugin is served")
-        wait_for(lambda: not is_running(first), "the process before is gone")
+        wait_for(serves(port, "/hello", "hello 2"), "a change of a plugin is served")
+        wait_for(lambda: not is_running(first), "the previous process has exited")
         write_config(tmp_path, "[scenarios.hello]\nword = 'welcome'\n")
-        wait_for(answers(port, "/hello", "welcome 2"), "a change of the configuration is served")
+        wait_for(serves(port, "/hello", "welcome 2"), "a change of the configuration is served")
         (last,) = children(process.pid)
         process.terminate()
         assert process.wait(10) == 0
-        wait_for(lambda: not is_running(last), "the child is gone")
+        wait_for(lambda: not is_running(last), "the child has exited")
     with socket.socket() as free:
         assert free.connect_ex(("127.0.0.1", port)) != 0
 
@@ -507,12 +507,12 @@ def test_reload_survives_a_broken_configuration_until_it_is_mended(tmp_path: Pat
     write_config(tmp_path, "")
     port = unused_port()
     with reloading(tmp_path, port):
-        wait_for(answers(port, "/hello", "hello 1"), "the server serves")
+        wait_for(serves(port, "/hello", "hello 1"), "the server serves")
         write_config(tmp_path, "[server\n")
         log = tmp_path / "reload.log"
-        wait_for(lambda: "nothing was started" in log.read_text(), "the fault is said")
+        wait_for(lambda: "nothing was started" in log.read_text(), "the fault is reported")
         write_config(tmp_path, "")
-        wait_for(answers(port, "/hello", "hello 1"), "the server serves again")
+        wait_for(serves(port, "/hello", "hello 1"), "the server serves again")
 
 
 def test_reload_sees_the_first_plugin_of_a_folder_that_did_not_exist(tmp_path: Path) -> None:
@@ -521,4 +521,4 @@ def test_reload_sees_the_first_plugin_of_a_folder_that_did_not_exist(tmp_path: P
     with reloading(tmp_path, port):
         wait_for(lambda: "serves http" in (tmp_path / "reload.log").read_text(), "the server serves")
         write_plugins(tmp_path, {"hello": HELLO})
-        wait_for(answers(port, "/hello", "hello 1"), "the new plugin is served", seconds=5)
+        wait_for(serves(port, "/hello", "hello 1"), "the new plugin is served", seconds=5)

@@ -58,7 +58,7 @@ STREAMS: dict[str, tuple[bytes, list[Event]]] = {
         b"event: x\ndata: a\n\ndata: b\n\nevent: y\nevent: z\ndata: c\n\n",
         [event("a", name="x"), event("b"), event("c", name="z")],
     ),
-    "an empty name is none": (b"event: x\nevent:\ndata: a\n\n", [event("a")]),
+    "an empty name is the default name": (b"event: x\nevent:\ndata: a\n\n", [event("a")]),
     "an id lasts": (
         b"id: 1\ndata: a\n\ndata: b\n\nid: 2\n\ndata: c\n\n",
         [event("a", id="1"), event("b", id="1"), event("c", id="2")],
@@ -116,14 +116,14 @@ def test_a_stream_is_parsed_wherever_it_is_cut_in_two(stream: bytes, expected: l
         assert found == expected, cut
 
 
-def test_an_event_is_told_with_its_last_byte_though_that_is_a_cr() -> None:
+def test_an_event_is_emitted_at_its_last_byte_even_if_that_is_a_cr() -> None:
     parser = Parser()
     assert parser.feed(b"data: a\r\n\r") == [event("a")]
     assert parser.feed(b"\n") == []
     assert parser.feed(b"\n\rdata: b\n\n") == [event("b")]
 
 
-def test_the_place_is_known_after_a_blank_line_and_no_sooner() -> None:
+def test_the_position_advances_at_the_blank_line() -> None:
     parser = Parser("0")
     parser.feed(b"id: 1\ndata: a\n")
     assert parser.last_event_id == "0"
@@ -133,7 +133,7 @@ def test_the_place_is_known_after_a_blank_line_and_no_sooner() -> None:
     assert parser.last_event_id == "2"
 
 
-def test_a_parser_begins_with_the_last_id_so_that_an_event_without_one_does_not_forget_the_place() -> None:
+def test_a_parser_starts_with_the_last_id_so_that_an_event_without_one_does_not_reset_the_position() -> None:
     parser = Parser("7")
     assert parser.feed(b"data: a\n\n") == [event("a", id="7")]
     assert parser.last_event_id == "7"
@@ -168,7 +168,7 @@ def test_a_line_without_an_end_and_an_event_without_an_end_stop_at_16_mib() -> N
         parser.feed(b"data: x\n")
 
 
-def test_comments_without_a_blank_line_may_go_on_for_ever() -> None:
+def test_comments_without_a_blank_line_may_continue_forever() -> None:
     parser = Parser(max_bytes=100)
     for _ in range(1000):
         assert parser.feed(b": still here\n") == []
@@ -179,13 +179,13 @@ def test_comments_without_a_blank_line_may_go_on_for_ever() -> None:
 
 
 @pytest.mark.parametrize("retry", [0.0, 0.01, 1.0, 45.0, 60.0, 1e15])
-def test_a_pause_is_what_the_server_says_then_grows_and_is_never_more_than_a_minute(retry: float) -> None:
-    told = min(retry, MAX_RETRY_SECONDS)
-    assert backoff(0, retry) == told
+def test_a_pause_is_what_the_server_sets_then_grows_up_to_a_minute(retry: float) -> None:
+    shortest = min(retry, MAX_RETRY_SECONDS)
+    assert backoff(0, retry) == shortest
     for failures in (1, 2, 3, 10, 100_000):
         longest = min(60.0, max(retry, 0.1) * 2.0 ** min(failures, 16))
         for _ in range(50):
-            assert max(told, longest / 2) <= backoff(failures, retry) <= longest
+            assert max(shortest, longest / 2) <= backoff(failures, retry) <= longest
     assert len({backoff(3, 1.0) for _ in range(50)}) > 1
 
 
@@ -235,7 +235,7 @@ LAB = """
     from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
 
     EVENTS = "text/event-stream"
-    asked = collections.Counter()
+    requests = collections.Counter()
 
 
     def last(request):
@@ -267,9 +267,9 @@ LAB = """
 
 
     class Lab(Scenario):
-        @endpoint("GET", "/asked")
-        async def asked(self, request):
-            return web.json_response(asked)
+        @endpoint("GET", "/requests")
+        async def requests(self, request):
+            return web.json_response(requests)
 
         @endpoint("GET", "/seven")
         async def seven(self, request):
@@ -289,7 +289,7 @@ LAB = """
 
         @endpoint("GET", "/finite")
         async def finite(self, request):
-            asked["finite"] += 1
+            requests["finite"] += 1
             return await send(request, "data: a\\n\\n", "event: end\\ndata: {}\\n\\ndata: beyond\\n\\n")
 
         @endpoint("GET", "/end-held")
@@ -305,8 +305,8 @@ LAB = """
 
         @endpoint("GET", "/busy")
         async def busy(self, request):
-            asked["busy"] += 1
-            if asked["busy"] == 1:
+            requests["busy"] += 1
+            if requests["busy"] == 1:
                 raise Problem(503, "No place is free.", headers={"Retry-After": "0"})
             return await send(request, "data: a\\n\\n", "event: end\\ndata: {}\\n\\n")
 
@@ -331,14 +331,14 @@ LAB = """
             location = f"/hop?times={query.times - 1}" if query.times > 1 else "/finite"
             return web.Response(status=307, headers={"Location": location})
 
-        @endpoint("GET", "/away")
-        async def away(self, request):
+        @endpoint("GET", "/elsewhere")
+        async def elsewhere(self, request):
             return web.Response(status=302, headers={"Location": "ftp://example.org/"})
 
         @endpoint("GET", "/headers")
         async def headers(self, request):
-            told = {name.lower(): value for name, value in request.headers.items()}
-            return await send(request, f"data: {json.dumps(told)}\\n\\nevent: end\\ndata: {{}}\\n\\n")
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            return await send(request, f"data: {json.dumps(headers)}\\n\\nevent: end\\ndata: {{}}\\n\\n")
 
         @endpoint("GET", "/nothing")
         async def nothing(self, request):
@@ -476,7 +476,7 @@ async def test_a_url_needs_no_scheme(lab: Running) -> None:
     assert (await collect(f"127.0.0.1:{lab.port}/seven", last_event_id="6"))[0] == ["7"]
 
 
-async def test_the_request_says_what_it_wants(lab: Running) -> None:
+async def test_the_request_accepts_an_uncompressed_event_stream(lab: Running) -> None:
     (first, _), _ = await collect(f"{lab.url}/headers")
     headers = json.loads(first)
     assert headers["accept"] == "text/event-stream"
@@ -497,11 +497,11 @@ async def test_an_event_that_was_cut_is_dropped_and_comes_whole_from_the_next_co
     assert pauses == [Pause("connection lost", 0.01, "1")]
 
 
-async def test_the_end_is_the_end_and_nobody_asks_again(lab: Running) -> None:
-    before = json.loads(lab.get("/asked")[2]).get("finite", 0)
+async def test_the_end_event_stops_reconnects(lab: Running) -> None:
+    before = json.loads(lab.get("/requests")[2]).get("finite", 0)
     with logging(lab, "route=/finite status=200 outcome=finished"):
         assert await collect(f"{lab.url}/finite") == (["a", "{}"], [])
-    assert json.loads(lab.get("/asked")[2])["finite"] == before + 1
+    assert json.loads(lab.get("/requests")[2])["finite"] == before + 1
 
 
 async def test_a_server_that_is_a_little_later_than_its_end_event_still_counts_a_finished_stream(lab: Running) -> None:
@@ -509,24 +509,24 @@ async def test_a_server_that_is_a_little_later_than_its_end_event_still_counts_a
         assert await collect(f"{lab.url}/end-later") == (["{}"], [])
 
 
-async def test_the_end_is_the_end_though_the_server_holds_on(lab: Running) -> None:
+async def test_the_end_event_ends_a_response_that_stays_open(lab: Running) -> None:
     assert await collect(f"{lab.url}/end-held") == (["{}"], [])
 
 
-async def test_a_busy_server_is_asked_again_when_it_says(lab: Running) -> None:
+async def test_a_busy_server_is_retried_after_its_retry_after(lab: Running) -> None:
     data, pauses = await collect(f"{lab.url}/busy")
     assert data == ["a", "{}"]
     assert pauses == [Pause("returned 503: No place is free.", 0.0, "")]
 
 
-async def test_retry_after_is_waited_for_and_one_of_0_is_not_obeyed_without_end(lab: Running) -> None:
+async def test_retry_after_is_obeyed_but_repeated_zeros_are_not(lab: Running) -> None:
     assert await pauses_of(f"{lab.url}/always-busy?count=1", 1) == [Pause("returned 429: Too many.", 1.0, "")]
     first, second = await pauses_of(f"{lab.url}/always-busy?count=0", 2)
     assert first.seconds == 0.0
     assert 2.0 <= second.seconds <= 4.0
 
 
-async def test_a_bad_gateway_is_asked_again_after_a_while(lab: Running) -> None:
+async def test_a_bad_gateway_is_retried_after_a_pause(lab: Running) -> None:
     (pause,) = await pauses_of(f"{lab.url}/bad-gateway", 1, last_event_id="5")
     assert (pause.reason, pause.last_event_id) == ("returned 502: Bad Gateway", "5")
     assert 1.0 <= pause.seconds <= 2.0
@@ -538,12 +538,12 @@ async def test_a_stream_without_a_byte_counts_as_a_failure(lab: Running) -> None
     assert 1.0 <= pause.seconds <= 2.0
 
 
-async def test_a_server_that_falls_silent_is_lost(lab: Running) -> None:
+async def test_a_silent_connection_times_out(lab: Running) -> None:
     pauses = await pauses_of(f"{lab.url}/held", 2, read_seconds=0.3)
     assert pauses == [Pause("read timed out", 0.01, id) for id in ("3", "6")]  # noqa: A001
 
 
-async def test_a_server_that_is_not_there_is_tried_again() -> None:
+async def test_an_unreachable_server_is_retried() -> None:
     with socket.socket() as unheard:  # bound and not listening: refused, and nobody else can take the port
         unheard.bind(("127.0.0.1", 0))
         (pause,) = await pauses_of(f"http://127.0.0.1:{unheard.getsockname()[1]}/", 1)
@@ -551,7 +551,7 @@ async def test_a_server_that_is_not_there_is_tried_again() -> None:
     assert 1.0 <= pause.seconds <= 2.0
 
 
-async def test_a_connection_is_closed_when_its_reader_leaves(lab: Running) -> None:
+async def test_a_connection_is_closed_when_its_reader_exits(lab: Running) -> None:
     with logging(lab, 'outcome="client left"'):
         async with aclosing(follow(f"{lab.url}/held")) as events:
             assert (await anext(events)).data == "1"
@@ -567,26 +567,26 @@ async def test_five_redirects_are_followed_and_no_sixth(lab: Running) -> None:
         await collect(f"{lab.url}/hop?times=6")
 
 
-async def test_what_is_no_event_stream_is_refused_for_good(lab: Running) -> None:
+async def test_a_response_that_is_not_an_event_stream_is_rejected_without_retry(lab: Running) -> None:
     for path, message in {
-        "/away": "redirects to a URL that is not http(s): ftp://example.org/",
+        "/elsewhere": "redirects to a URL that is not http(s): ftp://example.org/",
         "/page": "returned text/html; charset=utf-8, expected an event stream (text/event-stream)",
         "/none": "returned 404: Nothing is served at this path. GET / lists every route.",
         "/held?count=x": "returned 422: Invalid parameters: count. - "
         "count: input should be a valid integer, unable to parse string as an integer",
     }.items():
-        with pytest.raises(RequestRejected) as refused:
+        with pytest.raises(RequestRejected) as rejected:
             await collect(f"{lab.url}{path}")
-        assert str(refused.value) == f"{lab.url}{path} {message}"
-        assert refused.value.status == (int(message.split()[1][:3]) if "returned 4" in message else None)
+        assert str(rejected.value) == f"{lab.url}{path} {message}"
+        assert rejected.value.status == (int(message.split()[1][:3]) if "returned 4" in message else None)
 
 
-async def test_a_line_without_an_end_is_refused_for_good(lab: Running) -> None:
+async def test_a_line_without_an_end_is_rejected_without_retry(lab: Running) -> None:
     with pytest.raises(RequestRejected, match=r"/huge sent a line of more than 16777216 bytes$"):
         await collect(f"{lab.url}/huge")
 
 
-async def test_an_id_that_no_header_can_carry_is_refused(lab: Running) -> None:
+async def test_an_id_that_no_header_can_carry_is_rejected(lab: Running) -> None:
     with pytest.raises(RequestRejected, match=r"/bad-id sent the event id 'a\\x01', which no header can carry$"):
         await collect(f"{lab.url}/bad-id")
     for unsendable in ("a\nb", "a\rb", "a\0b", "a\x7fb", "\udc80"):
@@ -602,17 +602,17 @@ async def test_an_invalid_url_is_rejected(url: str) -> None:
         await collect(url)
 
 
-async def test_a_password_is_sent_and_not_told(lab: Running) -> None:
+async def test_a_password_is_sent_and_not_shown(lab: Running) -> None:
     address = f"http://user:secret@127.0.0.1:{lab.port}"
     (first, _), _ = await collect(f"{address}/headers")
     assert json.loads(first)["authorization"] == "Basic dXNlcjpzZWNyZXQ="
     with pytest.raises(RequestRejected, match=f"^{lab.url}/none returned 404: "):
         await collect(f"{address}/none")
-    with pytest.raises(RequestRejected, match=f"^{lab.url}/away redirects to "):
-        await collect(f"{address}/away")
+    with pytest.raises(RequestRejected, match=f"^{lab.url}/elsewhere redirects to "):
+        await collect(f"{address}/elsewhere")
 
 
-async def test_without_reconnecting_a_tidy_end_is_the_end_and_a_break_is_an_error(lab: Running) -> None:
+async def test_without_reconnects_a_regular_end_is_the_end_and_a_break_is_an_error(lab: Running) -> None:
     assert await collect(f"{lab.url}/seven", reconnect=False) == (["1", "2", "3"], [])
     with pytest.raises(ConnectionLost, match=f"^{lab.url}/cut: connection lost$"):
         await collect(f"{lab.url}/cut", reconnect=False)
@@ -683,7 +683,7 @@ def test_the_command_shows_a_terminal_no_control_character(lab: Running) -> None
     )
 
 
-def test_the_command_says_on_stderr_when_it_reconnects(lab: Running) -> None:
+def test_the_command_reports_reconnects_on_stderr(lab: Running) -> None:
     assert run(f"127.0.0.1:{lab.port}/cut") == (
         0,
         b"1\ntwo\nend: {}\n",
@@ -696,24 +696,24 @@ def test_the_command_says_on_stderr_when_it_reconnects(lab: Running) -> None:
     )
 
 
-def test_the_command_leaves_at_its_limit(lab: Running) -> None:
+def test_the_command_exits_at_its_limit(lab: Running) -> None:
     assert run(f"{lab.url}/held", "--limit", "2") == (0, b"1\n2\n", "")
     assert run(f"{lab.url}/seven", "--limit", "4") == (
         0,
         b"1\n2\n3\n4\n",
         "stream ended; retrying in 0.0 s after id 3\n",
     )
-    status, output, said = run(f"{lab.url}/held", "--limit", "0")
+    status, output, message = run(f"{lab.url}/held", "--limit", "0")
     assert (status, output) == (2, b"")
-    assert "Invalid value for '--limit'" in said
+    assert "Invalid value for '--limit'" in message
 
 
-def test_the_command_without_reconnecting_leaves_with_0_at_a_tidy_end_and_with_1_at_a_break(lab: Running) -> None:
+def test_the_command_without_reconnects_exits_with_0_at_a_regular_end_and_with_1_at_a_break(lab: Running) -> None:
     assert run(f"{lab.url}/seven", "--no-reconnect") == (0, b"1\n2\n3\n", "")
     assert run(f"{lab.url}/cut", "--no-reconnect") == (1, b"1\n", f"streamlab: {lab.url}/cut: connection lost\n")
 
 
-def test_the_command_is_refused_in_one_line_with_status_1(lab: Running) -> None:
+def test_the_command_reports_an_error_response_in_one_line_with_status_1(lab: Running) -> None:
     assert run(f"{lab.url}/held?count=-1") == (
         1,
         b"",
@@ -727,12 +727,12 @@ def test_the_command_is_refused_in_one_line_with_status_1(lab: Running) -> None:
     )
 
 
-def test_the_command_says_what_is_no_url_with_status_2() -> None:
+def test_the_command_rejects_an_invalid_url_with_status_2() -> None:
     assert run("ftp://example.org/") == (2, b"", "streamlab: 'ftp://example.org/' is not an http(s) URL\n")
 
 
 @pytest.mark.parametrize("path", ["/held", "/held?count=100000"], ids=["a quiet stream", "a busy stream"])
-def test_the_command_ends_quietly_when_the_reader_of_its_pipe_leaves(lab: Running, path: str) -> None:
+def test_the_command_exits_quietly_when_the_reader_of_its_pipe_exits(lab: Running, path: str) -> None:
     with logging(lab, 'outcome="client left"'), following(f"{lab.url}{path}") as process:
         assert lines(process, 3) == [b"1\n", b"2\n", b"3\n"]
         assert process.stdout is not None
@@ -741,7 +741,7 @@ def test_the_command_ends_quietly_when_the_reader_of_its_pipe_leaves(lab: Runnin
         assert errors(process) == ""
 
 
-def test_the_command_ends_quietly_when_a_write_finds_nobody(lab: Running) -> None:
+def test_the_command_exits_quietly_when_a_write_fails_for_lack_of_a_reader(lab: Running) -> None:
     reader, writer = socket.socketpair()
     with reader, writer:
         reader.shutdown(socket.SHUT_RD)
@@ -751,7 +751,7 @@ def test_the_command_ends_quietly_when_a_write_finds_nobody(lab: Running) -> Non
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which takes nothing")
-def test_the_command_says_when_it_cannot_write(lab: Running) -> None:
+def test_the_command_reports_that_it_cannot_write(lab: Running) -> None:
     with Path("/dev/full").open("wb") as full, following(f"{lab.url}/held", stdout=full) as process:
         assert process.wait(20) == 1
         assert errors(process) == "streamlab: [Errno 28] No space left on device\n"

@@ -26,7 +26,7 @@ from playwright.async_api import Browser, Page
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 PATH = "/stream/stock-ticker"
 FROM_THE_BEGINNING = f"{PATH}?last_event_id=0-0"
-"""What clients ask for: the first time there is no header, and afterwards the header wins."""
+"""Path that clients request: the header of later requests takes precedence over its query."""
 
 # Heartbeats come every ten seconds, which is more than a test has: here they stand between all events.
 HEARTBEATS = "import streamlab.events.channel\n\nstreamlab.events.channel.HEARTBEAT_SECONDS = 0.02\n"
@@ -60,8 +60,8 @@ FINITE = '''
 '''
 
 
-class Told(NamedTuple):
-    """What a client made of an event."""
+class Received(NamedTuple):
+    """An event as a client has parsed it."""
 
     id: str
     event: str
@@ -70,25 +70,25 @@ class Told(NamedTuple):
 
 def push(server: Running, *prices: int) -> None:
     body = "\n".join(json.dumps({"symbol": "ACME", "price": price}) for price in prices).encode()
-    status, _, answer = server.get(PATH, {"Content-Type": "application/jsonl"}, method="POST", body=body)
-    assert status == 202, answer
+    status, _, body = server.get(PATH, {"Content-Type": "application/jsonl"}, method="POST", body=body)
+    assert status == 202, body
 
 
-def everything(server: Running, last: int) -> list[Told]:
-    """What the channel has, up to a price, as an independent reader sees it."""
-    told: list[Told] = []
+def everything(server: Running, last: int) -> list[Received]:
+    """Return the events of the channel, up to a price, as an independent client reads them."""
+    received: list[Received] = []
     with EventStream(server, FROM_THE_BEGINNING) as stream:
         for event in stream:
             if event.event != "gap":
-                told.append(Told(event.id, event.event or "message", event.data))
+                received.append(Received(event.id, event.event or "message", event.data))
                 if event.json["price"] == last:
-                    return told
+                    return received
     raise AssertionError("the stream ended")
 
 
-def check(told: list[Told], expected: list[Told]) -> None:
+def check(received: list[Received], expected: list[Received]) -> None:
     """Compare one by one: a picture of how two long lists differ takes pytest minutes."""
-    for one, other in itertools.zip_longest(told, expected):
+    for one, other in itertools.zip_longest(received, expected):
         assert one == other
 
 
@@ -105,7 +105,7 @@ def wait_for_followers(server: Running, count: int) -> None:
 
 @contextmanager
 def publisher(server: Callable[[], Running]) -> Iterator[None]:
-    """Push numbered prices, one after another, as long as the block lasts, whether or not a server answers."""
+    """Push numbered prices, one after another, as long as the block lasts, whether or not a server responds."""
     over = threading.Event()
     failures: list[BaseException] = []
 
@@ -131,10 +131,10 @@ def publisher(server: Callable[[], Running]) -> Iterator[None]:
 
 # -- three loops that people write: follow, remember the id, and come back with it
 
-Follow = Callable[[str, str], Iterator[Told]]
+Follow = Callable[[str, str], Iterator[Received]]
 
 
-def with_httpx_sse(url: str, last: str) -> Iterator[Told]:
+def with_httpx_sse(url: str, last: str) -> Iterator[Received]:
     headers = {"Last-Event-ID": last} if last else {}
     with (
         suppress(httpx.TransportError),
@@ -142,24 +142,24 @@ def with_httpx_sse(url: str, last: str) -> Iterator[Told]:
         httpx_sse.connect_sse(client, "GET", url, headers=headers) as source,
     ):
         for event in source.iter_sse():
-            yield Told(event.id, event.event, event.data)
+            yield Received(event.id, event.event, event.data)
 
 
-def with_sseclient(url: str, last: str) -> Iterator[Told]:
+def with_sseclient(url: str, last: str) -> Iterator[Received]:
     headers = {"Last-Event-ID": last} if last else {}
     with suppress(requests.RequestException), requests.get(url, headers=headers, stream=True, timeout=10) as response:
         for event in sseclient.SSEClient(iter(response)).events():
-            yield Told(event.id or "", event.event, event.data)
+            yield Received(event.id or "", event.event, event.data)
 
 
-def with_curl(url: str, last: str) -> Iterator[Told]:
+def with_curl(url: str, last: str) -> Iterator[Received]:
     words = ["curl", "-sN", *(["-H", f"Last-Event-ID: {last}"] if last else []), url]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, bufsize=1) as curl:
         assert curl.stdout is not None
         fields: dict[str, str] = {}
         for count, line in enumerate(curl.stdout):
             if line == "\n" and fields:
-                yield Told(fields["id"], fields.get("event", "message"), fields["data"])
+                yield Received(fields["id"], fields.get("event", "message"), fields["data"])
                 fields = {}
             elif not line.startswith(":"):
                 name, _, value = line.rstrip("\n").partition(": ")
@@ -178,7 +178,7 @@ class Client(threading.Thread):
         self._follow = follow
         self._url = url
         self._until = f'"price": {until},'
-        self.told: list[Told] = []
+        self.received: list[Received] = []
         self.connections = 0
         self.failure: BaseException | None = None
 
@@ -187,10 +187,10 @@ class Client(threading.Thread):
         try:
             while True:
                 self.connections += 1
-                for told in self._follow(self._url, last):
-                    self.told.append(told)
-                    last = told.id
-                    if self._until in told.data:
+                for received in self._follow(self._url, last):
+                    self.received.append(received)
+                    last = received.id
+                    if self._until in received.data:
                         return
                 time.sleep(0.02)
         except BaseException as error:
@@ -201,7 +201,7 @@ LAST = 1_000_000
 
 
 @pytest.mark.parametrize("follow", [with_httpx_sse, with_sseclient, with_curl])
-def test_a_client_that_comes_back_after_the_server_was_killed_has_every_event_once(
+def test_a_client_that_reconnects_after_the_server_was_killed_has_every_event_once(
     start: Callable[..., Running], follow: Follow
 ) -> None:
     if follow is with_curl and shutil.which("curl") is None:
@@ -212,11 +212,11 @@ def test_a_client_that_comes_back_after_the_server_was_killed_has_every_event_on
     client.start()
     wait_for_followers(server, 1)
     with publisher(lambda: server):
-        wait_until(lambda: len(client.told) >= 50 or not client.is_alive())
+        wait_until(lambda: len(client.received) >= 50 or not client.is_alive())
         server.terminate(signal.SIGKILL)
         server = start(PUSH, port=port, heartbeats=HEARTBEATS)
-        seen = len(client.told)
-        wait_until(lambda: len(client.told) >= seen + 50 or not client.is_alive())
+        seen = len(client.received)
+        wait_until(lambda: len(client.received) >= seen + 50 or not client.is_alive())
     wait_for_followers(server, 1)
     with server.send(f"GET {PATH} HTTP/1.1\nHost: localhost") as beside:
         read_until(beside, b"2\r\n:\n")  # heartbeats go to all: the client has had some as well
@@ -225,19 +225,19 @@ def test_a_client_that_comes_back_after_the_server_was_killed_has_every_event_on
     client.join(20)
     assert client.failure is None
     assert client.connections >= 2
-    check(client.told, everything(server, LAST))  # all events, and nothing else: no heartbeat was taken for one
-    offsets = [int(told.id.partition("-")[2]) for told in client.told]
+    check(client.received, everything(server, LAST))  # all events, and nothing else: no heartbeat was taken for one
+    offsets = [int(received.id.partition("-")[2]) for received in client.received]
     assert offsets == list(range(1, len(offsets) + 1))
 
 
-# -- a browser, which comes back without being told how
+# -- a browser, which reconnects by itself
 
 FOLLOW = """
     path => {
-        window.told = [];
+        window.received = [];
         window.source = new EventSource(path);
         for (const name of ["message", "progress", "gap", "end", "stop"])
-            source.addEventListener(name, event => told.push([event.lastEventId, event.type, event.data]));
+            source.addEventListener(name, event => received.push([event.lastEventId, event.type, event.data]));
         return new Promise((resolve, reject) => {
             source.onopen = () => resolve();
             source.onerror = () => reject(new Error("cannot be opened"));
@@ -252,15 +252,15 @@ async def follow_in(page: Page, url: str, path: str) -> None:
     await page.evaluate(FOLLOW, path)
 
 
-async def told_in(page: Page) -> list[Told]:
-    return [Told(*fields) for fields in await page.evaluate("told")]
+async def received_in(page: Page) -> list[Received]:
+    return [Received(*fields) for fields in await page.evaluate("received")]
 
 
 async def wait_for_price(page: Page, price: int) -> None:
-    await wait_for(page, f"""told.some(([id, type, data]) => data.includes('"price": {price},'))""")
+    await wait_for(page, f"""received.some(([id, type, data]) => data.includes('"price": {price},'))""")
 
 
-async def test_a_browser_comes_back_after_the_server_was_killed_and_has_every_event_once(
+async def test_a_browser_reconnects_after_the_server_was_killed_and_has_every_event_once(
     start: Callable[..., Running], browser: Browser
 ) -> None:
     port = free_port()
@@ -279,10 +279,10 @@ async def test_a_browser_comes_back_after_the_server_was_killed_and_has_every_ev
 
     await asyncio.to_thread(interrupt)
     await wait_for_price(page, LAST)
-    check(await told_in(page), await asyncio.to_thread(everything, server, LAST))
+    check(await received_in(page), await asyncio.to_thread(everything, server, LAST))
 
 
-async def test_a_browser_that_has_the_end_of_a_channel_is_told_204_and_stays_away(
+async def test_a_browser_that_has_the_end_of_a_channel_gets_204_and_does_not_reconnect(
     start: Callable[..., Running], browser: Browser
 ) -> None:
     server = await asyncio.to_thread(start, PUSH, race=FINITE)
@@ -290,7 +290,7 @@ async def test_a_browser_that_has_the_end_of_a_channel_is_told_204_and_stays_awa
     await follow_in(page, server.url, "/race")
     await asyncio.to_thread(server.get, "/race", method="POST")
     await wait_for(page, "source.readyState === EventSource.CLOSED")
-    assert [(told.event, told.data) for told in await told_in(page)] == [
+    assert [(received.event, received.data) for received in await received_in(page)] == [
         ("message", '{"lap":0}'),
         ("message", '{"lap":1}'),
         ("message", '{"lap":2}'),
@@ -299,45 +299,45 @@ async def test_a_browser_that_has_the_end_of_a_channel_is_told_204_and_stays_awa
     assert re.findall(r"method=GET path=/race .*?status=(\d+)", server.log) == ["200", "204"]
 
 
-async def test_a_browser_that_comes_back_to_a_long_task_goes_on_with_the_same_one(
+async def test_a_browser_that_reconnects_to_a_long_task_goes_on_with_the_same_one(
     start: Callable[..., Running], browser: Browser
 ) -> None:
     port, config = free_port(), "[scenarios.export]\nsample_rows = 20000\n"
     server = await asyncio.to_thread(start, config, port=port)
     page = await browser.new_page()
     await follow_in(page, server.url, "/process/long-task?steps=400")
-    await wait_for(page, """told.some(([id, type, data]) => type == "progress" && JSON.parse(data).done > 1000)""")
+    await wait_for(page, """received.some(([id, type, data]) => type == "progress" && JSON.parse(data).done > 1000)""")
     await asyncio.to_thread(server.terminate, signal.SIGKILL)
     server = await asyncio.to_thread(start, config, port=port)
     await wait_for(page, "source.readyState === EventSource.CLOSED")
 
-    told = await told_in(page)
-    assert [int(event.id.rpartition("-")[2]) for event in told] == list(range(1, len(told) + 1))
-    end = json.loads(told[-1].data)
-    assert (told[-1].event, end["state"], end["attempts"], end["result"]["users"]) == ("end", "done", 2, 20_000)
+    received = await received_in(page)
+    assert [int(event.id.rpartition("-")[2]) for event in received] == list(range(1, len(received) + 1))
+    end = json.loads(received[-1].data)
+    assert (received[-1].event, end["state"], end["attempts"], end["result"]["users"]) == ("end", "done", 2, 20_000)
     listed = json.loads((await asyncio.to_thread(server.get, "/process/tasks"))[2])
     assert [task["id"] for task in listed["tasks"]] == [end["id"]]
     assert re.findall(r"path=/process/long-task .*?status=(\d+)", server.log) == ["200", "204"]
 
 
 @dataclass
-class Heard:
-    """One request and its answer, as a relay saw them."""
+class Exchange:
+    """One request and its response, as the relay forwarded them."""
 
-    asked: float
-    said: bytearray = field(default_factory=bytearray)
-    last: float = 0.0
-    """When the server last said something: a body's end, which is where a browser begins to wait."""
+    requested_at: float
+    response: bytearray = field(default_factory=bytearray)
+    last_at: float = 0.0
+    """Time of the last chunk: a browser starts its pause at the end of a body."""
 
 
 class Wire:
-    """A relay between a browser and a server: it hears when the one asks, and what the other says."""
+    """A relay between a browser and a server that records each request and response."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self.url = ""
-        self.heard: list[Heard] = []
-        """The stream as it was answered, once for each time it was asked for."""
+        self.exchanges: list[Exchange] = []
+        """The requests of the stream, in order."""
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["Wire"]:
@@ -353,7 +353,7 @@ class Wire:
                 relay.cancel()
 
     async def _server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect to the server once it is there, so that a browser that comes back early need not ask again."""
+        """Connect to the server once it listens, so that a browser that reconnects early need not retry."""
         while True:
             with suppress(OSError):
                 return await asyncio.open_connection("127.0.0.1", self._port)
@@ -362,20 +362,20 @@ class Wire:
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer), suppress(OSError, asyncio.IncompleteReadError):  # no browser any more
             head = await reader.readuntil(b"\r\n\r\n")
-            heard = Heard(asked=time.monotonic())
+            exchange = Exchange(requested_at=time.monotonic())
             if head.startswith(f"GET {PATH}?".encode()):
-                self.heard.append(heard)
+                self.exchanges.append(exchange)
             from_server, to_server = await self._server()
             with closing(to_server):
                 # One request a connection, so that each is seen.
                 to_server.write(head.replace(b"Connection: keep-alive", b"Connection: close"))
                 while chunk := await from_server.read(65536):
-                    heard.said += chunk
-                    heard.last = time.monotonic()
+                    exchange.response += chunk
+                    exchange.last_at = time.monotonic()
                     writer.write(chunk)
 
 
-async def test_a_browser_comes_back_when_the_stopping_server_has_asked_it_to(
+async def test_a_browser_reconnects_when_the_stopping_server_requests_it(
     start: Callable[..., Running], browser: Browser
 ) -> None:
     port = free_port()
@@ -389,12 +389,12 @@ async def test_a_browser_comes_back_when_the_stopping_server_has_asked_it_to(
         server = await asyncio.to_thread(start, PUSH, port=port)
         await asyncio.to_thread(push, server, *range(10, 20), LAST)
         await wait_for_price(page, LAST)
-        told = await told_in(page)
+        received = await received_in(page)
         await page.close()
-    stop = told.pop(10)
-    assert (stop.event, stop.id) == ("stop", f"{told[9].id}.stop")
-    check(told, await asyncio.to_thread(everything, server, LAST))
-    before, after = wire.heard
-    (retry,) = re.findall(rb"\nretry: (\d+)\n", before.said)
-    waited = after.asked - before.last
+    stop = received.pop(10)
+    assert (stop.event, stop.id) == ("stop", f"{received[9].id}.stop")
+    check(received, await asyncio.to_thread(everything, server, LAST))
+    before, after = wire.exchanges
+    (retry,) = re.findall(rb"\nretry: (\d+)\n", before.response)
+    waited = after.requested_at - before.last_at
     assert int(retry) / 1000 - 0.1 < waited < int(retry) / 1000 + 2

@@ -1,4 +1,4 @@
-"""`streamlab doctor`: what it says of streamlab, of a stranger's server, and of a proxy in between."""
+"""`streamlab doctor`: its findings about streamlab, about another server, and about a proxy in between."""
 
 import contextlib
 import os
@@ -37,12 +37,12 @@ async def endless():
 
 @app.get("/forgetful")
 async def forgetful(request: Request):
-    async def anew():
+    async def from_the_start():
         for number in range(10_000):
             yield f"id: {number}\\ndata: {number}\\n\\n"
             await asyncio.sleep(0.02)
 
-    return StreamingResponse(anew(), media_type="text/event-stream")
+    return StreamingResponse(from_the_start(), media_type="text/event-stream")
 
 
 @app.get("/silent")
@@ -146,7 +146,7 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., int]]:
 
 
 def wait_until_there(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until something answers on a port."""
+    """Wait until a server responds on a port."""
     with contextlib.suppress(subprocess.CalledProcessError):
         words = ["curl", "-s", "-o", os.devnull, "--retry", "100", "--retry-connrefused", "--retry-delay", "0"]
         subprocess.run([*words, "--max-time", "20", f"http://127.0.0.1:{port}/up"], check=True)
@@ -156,9 +156,9 @@ def wait_until_there(port: int, process: "subprocess.Popen[bytes]", log: Path) -
 def doctor(port: int, path: str, seconds: float = 2) -> tuple[int, list[str]]:
     """The exit status, and the findings."""
     words = ("doctor", f"127.0.0.1:{port}{path}", "--seconds", str(seconds))
-    status, told, errors = run_streamlab(*words, cwd=Path.cwd())
+    status, output, errors = run_streamlab(*words, cwd=Path.cwd())
     assert errors == ""
-    url, _, chart, *findings = told.splitlines()
+    url, _, chart, *findings = output.splitlines()
     assert url == f"http://127.0.0.1:{port}{path}"
     assert chart[0] == chart[61] == "|"
     return status, findings
@@ -168,7 +168,7 @@ def has(findings: list[str], *beginnings: str) -> bool:
     return all(any(finding.startswith(beginning) for finding in findings) for beginning in beginnings)
 
 
-def test_streamlab_is_found_in_good_health(start: Callable[..., Running]) -> None:
+def test_streamlab_has_no_bad_finding(start: Callable[..., Running]) -> None:
     server = start("[scenarios.ticker]\ninterval = 0.05\n[scenarios.file]\nsample_mb = 3\n")
     status, found = doctor(server.port, "/stream/stock-ticker")
     assert status == 0, found
@@ -180,7 +180,7 @@ def test_streamlab_is_found_in_good_health(start: Callable[..., Running]) -> Non
     assert has(found, "yes It streams", "yes It resumes: a range has the same bytes, and If-Range guards")
 
 
-def test_a_stranger_is_told_what_it_lacks(stranger: int) -> None:
+def test_what_another_server_lacks_is_reported(stranger: int) -> None:
     status, found = doctor(stranger, "/events")
     assert status == 0, found
     assert has(
@@ -202,7 +202,7 @@ def test_a_stranger_is_told_what_it_lacks(stranger: int) -> None:
     assert (status, has(found, "no  It resumes wrongly")) == (1, True), found
 
 
-def test_a_proxy_that_holds_back_is_found(stranger: int, nginx: Callable[..., int]) -> None:
+def test_a_proxy_that_buffers_is_found(stranger: int, nginx: Callable[..., int]) -> None:
     status, found = doctor(nginx(stranger), "/events", 4)
     assert status == 1, found
     assert has(found, "no  "), found
@@ -212,7 +212,7 @@ def test_a_proxy_that_holds_back_is_found(stranger: int, nginx: Callable[..., in
     assert (status, has(found, "yes It streams")) == (0, True), found
 
 
-def test_a_proxy_that_does_not_wait_is_found(stranger: int, nginx: Callable[..., int]) -> None:
+def test_an_idle_timeout_of_a_proxy_is_found(stranger: int, nginx: Callable[..., int]) -> None:
     status, found = doctor(nginx(stranger, f"{RIGHT} proxy_read_timeout 2s;"), "/silent", 8)
     assert status == 1, found
     assert has(found, "no  It was closed after "), found
@@ -230,16 +230,16 @@ def test_streamlab_needs_no_setting_of_nginx(start: Callable[..., Running], ngin
     assert (status, has(found, "yes It streams", "yes It resumes")) == (0, True), found
 
 
-def test_what_cannot_be_looked_at_is_said(stranger: int) -> None:
-    def asked(url: str) -> tuple[int, str]:
+def test_a_url_that_cannot_be_examined_is_reported(stranger: int) -> None:
+    def run(url: str) -> tuple[int, str]:
         words = [sys.executable, "-m", "streamlab", "doctor", url]
         done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=50, check=False)
         return done.returncode, done.stderr
 
-    assert asked("ftp://x") == (2, "streamlab: 'ftp://x' is not an http(s) URL\n")
-    assert asked(f"127.0.0.1:{stranger}/nothing") == (
+    assert run("ftp://x") == (2, "streamlab: 'ftp://x' is not an http(s) URL\n")
+    assert run(f"127.0.0.1:{stranger}/nothing") == (
         1,
         f"streamlab: http://127.0.0.1:{stranger}/nothing returned 404\n",
     )
-    status, error = asked(f"127.0.0.1:{free_port()}/")
+    status, error = run(f"127.0.0.1:{free_port()}/")
     assert (status, ": no response: " in error) == (1, True)

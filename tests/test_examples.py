@@ -41,22 +41,22 @@ CONFIG = """
 STORY = ["Once ", "upon ", "a time\nthere was ", "a café."]
 
 
-def tell(exchange: Exchange) -> None:
+def tell_story(exchange: Exchange) -> None:
     exchange.respond(*map(event, STORY), FINISH, USED, DONE)
 
 
 @pytest.fixture
 def config() -> Iterator[str]:
-    """The configuration of a server whose model tells one story, whatever it is asked."""
-    with fake_upstream(dict.fromkeys(("Tell a story", "Hello", "Python"), tell)) as upstream:
+    """The configuration of a server whose model tells one story, whatever the prompt."""
+    with fake_upstream(dict.fromkeys(("Tell a story", "Hello", "Python"), tell_story)) as upstream:
         yield f'{CONFIG}\n[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n'
 
 
 class Relay:
-    """Between a client and a server: it cuts the connection in the middle of answers.
+    """A proxy that cuts the connection in the middle of responses.
 
-    `after` says at which byte of the answers from a path that happens, once each. With `restart`, the server is killed
-    then, and what that returns is the next one, on the same port.
+    `after` maps a path to the byte of its responses at which that happens, once each. With `restart`, the server is
+    killed then, and `restart` returns the next one, on the same port.
     """
 
     def __init__(self, server: Running, after: dict[str, int], restart: Callable[[], Running] | None = None) -> None:
@@ -81,21 +81,20 @@ class Relay:
                 threading.Thread(target=self._relay, args=self._listener.accept()[:1], daemon=True).start()
 
     def _relay(self, client: socket.socket) -> None:
-        asked = [""]
+        path = [""]
         with client, suppress(OSError), socket.create_connection(("127.0.0.1", self.server.port)) as server:
-            threading.Thread(target=self._upwards, args=(client, server, asked), daemon=True).start()
+            threading.Thread(target=self._upwards, args=(client, server, path), daemon=True).start()
             try:
-                self._downwards(client, server, asked)
+                self._downwards(client, server, path)
             finally:
                 client.shutdown(socket.SHUT_RDWR)  # closing it alone would wait for the other thread
 
-    def _downwards(self, client: socket.socket, server: socket.socket, asked: list[str]) -> None:
+    def _downwards(self, client: socket.socket, server: socket.socket, path: list[str]) -> None:
         while chunk := server.recv(65536):
-            path = asked[0]
-            if path in self._after:
-                self._passed[path] += len(chunk)
-                if (over := self._passed[path] - self._after[path]) >= 0:
-                    del self._after[path]
+            if path[0] in self._after:
+                self._passed[path[0]] += len(chunk)
+                if (over := self._passed[path[0]] - self._after[path[0]]) >= 0:
+                    del self._after[path[0]]
                     client.sendall(chunk[: len(chunk) - over])
                     if self._restart is not None:
                         self.server.terminate(signal.SIGKILL)
@@ -103,11 +102,11 @@ class Relay:
                     return
             client.sendall(chunk)
 
-    def _upwards(self, client: socket.socket, server: socket.socket, asked: list[str]) -> None:
+    def _upwards(self, client: socket.socket, server: socket.socket, path: list[str]) -> None:
         with suppress(OSError):
             while chunk := client.recv(65536):
                 if chunk.startswith(b"GET "):
-                    asked[0] = chunk.split()[1].partition(b"?")[0].decode()
+                    path[0] = chunk.split()[1].partition(b"?")[0].decode()
                 server.sendall(chunk)
             server.shutdown(socket.SHUT_WR)
 
@@ -146,21 +145,21 @@ def run(words: Sequence[str | Path], folder: Path) -> list[str]:
 
 def check_events(server: Running, lines: Sequence[str]) -> None:
     """Compare lines of id and data with what the log of the server has: consecutive events, each once."""
-    told = [tuple(line.split("\t")) for line in lines]
-    epoch, _, first = told[0][0].partition("-")
+    received = [tuple(line.split("\t")) for line in lines]
+    epoch, _, first = received[0][0].partition("-")
     with EventStream(server, TICKER, f"{epoch}-{int(first) - 1}") as stream:
-        assert told == [(event.id, event.data) for event in stream.take(len(told))]
+        assert received == [(event.id, event.data) for event in stream.take(len(received))]
 
 
 def test_curl(relay: Callable[..., Relay], folder: Path) -> None:
     between = relay({DOWNLOAD: 1_500_000, TICKER: 1100})
-    download, *prices, proven, task, one, two = run(["sh", EXAMPLES / "curl.sh", between.url], folder)
+    download, *prices, verified, task, one, two = run(["sh", EXAMPLES / "curl.sh", between.url], folder)
     assert between.cuts_left == {}
     assert download == "large-file.bin: 3000000 bytes"
     assert (folder / "large-file.bin").read_bytes() == between.server.get(DOWNLOAD)[2]
     assert len(prices) == 20
     check_events(between.server, prices)
-    assert proven == "users.jsonl: proven"
+    assert verified == "users.jsonl: verified"
     assert (folder / "users.jsonl").read_bytes() == between.server.get("/export/users/jsonl?limit=1000&end=true")[2]
     assert json.loads(task)["result"] == {"steps": 5}
     assert f"{one}\n{two}" == "".join(STORY)
@@ -220,9 +219,9 @@ async def test_browser(start: Start, config: str, browser: Browser, tmp_path: Pa
     shown = await page.evaluate("[...document.getElementById('prices').children].map(line => line.textContent)")
     assert shown == [f"ACME {price}" for price in reversed(range(20))]
 
-    await page.click("#ask button")
-    await wait_for(page, "document.getElementById('answer').textContent.endsWith('.')")
-    assert await page.evaluate("document.getElementById('answer').textContent") == "".join(STORY)
+    await page.click("#chat button")
+    await wait_for(page, "document.getElementById('response').textContent.endsWith('.')")
+    assert await page.evaluate("document.getElementById('response').textContent") == "".join(STORY)
 
     await page.click("#start")
     await wait_for(page, "document.getElementById('result').textContent")
@@ -297,8 +296,8 @@ def can_run(language: str) -> bool:
     command, _ = RUNNERS[language]
     if not shutil.which(command[0]):
         return False
-    asked = NEEDS.get(language)
-    return asked is None or subprocess.run(asked, capture_output=True, timeout=20, check=False).returncode == 0
+    probe = NEEDS.get(language)
+    return probe is None or subprocess.run(probe, capture_output=True, timeout=20, check=False).returncode == 0
 
 
 def programs(folder: Path, part: str) -> Iterator[tuple[str, list[str]]]:
@@ -313,7 +312,7 @@ def programs(folder: Path, part: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def point_at(command: list[str], url: str) -> Path:
-    """Have a block ask `url`; the folder to run it in."""
+    """Make a block request `url`; return the folder to run it in."""
     path = Path(command[-1])
     path.write_text(path.read_text().replace("http://127.0.0.1:8000", url))
     return path.parent
@@ -375,14 +374,14 @@ def test_every_block_of_the_page_that_reads_a_body_has_it_all(start: Start, conf
 async def test_the_blocks_of_the_page_for_a_browser_run_in_one(start: Start, config: str, browser: Browser) -> None:
     server = await asyncio.to_thread(start, config)
     page = await browser.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text) if message.type == "log" else None)
+    logged: list[str] = []
+    page.on("console", lambda message: logged.append(message.text) if message.type == "log" else None)
     await page.goto(f"{server.url}/", wait_until="domcontentloaded")
     prices, words = (code for language, code in BLOCKS if language == "javascript")
     await page.evaluate(f"async () => {{ {words} }}")
     await page.evaluate(f"() => {{ {prices} }}")
     async with asyncio.timeout(20):
-        while len(said) < 12:
+        while len(logged) < 12:
             await asyncio.sleep(0.01)
-    assert said[0] == "".join(STORY)
-    await asyncio.to_thread(check_events, server, said[1:12])
+    assert logged[0] == "".join(STORY)
+    await asyncio.to_thread(check_events, server, logged[1:12])

@@ -1,4 +1,4 @@
-"""The menu of `streamlab client`, as a process that is answered through a pipe, or through a terminal."""
+"""The menu of `streamlab client`, as a process that is controlled through a pipe, or through a terminal."""
 
 import json
 import os
@@ -21,14 +21,14 @@ Start = Callable[..., Running]
 PATTERN = "/download/large-file?size_mb=4"
 
 LIAR = '''
-    """Says another digest than what it sends has, at both places where a client looks."""
+    """Sends a wrong digest, in both places where a client checks it."""
 
     from aiohttp import web
     from pydantic import BaseModel
     from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
 
-    class Wanted(BaseModel):
+    class EndQuery(BaseModel):
         end: bool = False
 
 
@@ -45,7 +45,7 @@ LIAR = '''
         async def exports(self, request):
             return web.json_response({"exports": [{"name": name} for name in ("few", "other", "broken", "none")]})
 
-        @endpoint("GET", "/export/{name}/jsonl", query=Wanted, sends="application/jsonl")
+        @endpoint("GET", "/export/{name}/jsonl", query=EndQuery, sends="application/jsonl")
         async def rows(self, request, query):
             name = request.match_info["name"]
             async with open_stream(request, "application/jsonl") as response:
@@ -69,7 +69,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SSL_CERT_FILE": os.
 
 
 ODD = '''
-    """A ticker that says all it can say beside prices, and then something else."""
+    """A ticker that sends every event about the stream, and then an invalid one."""
 
     from aiohttp import web
     from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
@@ -84,7 +84,7 @@ ODD = '''
 
     class Odd(Scenario):
         @endpoint("GET", "/stream/stock-ticker", sends="text/event-stream")
-        async def tell(self, request):
+        async def prices(self, request):
             async with open_event_stream(request) as response:
                 await response.write(EVENTS.encode())
             return response
@@ -109,15 +109,15 @@ def begin(server: str, *names: str, cwd: Path, **variables: str) -> "subprocess.
     )
 
 
-def answer(process: "subprocess.Popen[str]", *answers: str) -> None:
+def reply(process: "subprocess.Popen[str]", *lines: str) -> None:
     assert process.stdin is not None
-    process.stdin.write("".join(f"{answer}\n" for answer in answers))
+    process.stdin.write("".join(f"{line}\n" for line in lines))
     process.stdin.flush()
 
 
-def end(process: "subprocess.Popen[str]", *answers: str) -> tuple[int, list[str], list[str]]:
-    """Give the last answers: the exit status, and the lines of stdout and of stderr."""
-    out, err = process.communicate("".join(f"{answer}\n" for answer in answers), timeout=40)
+def end(process: "subprocess.Popen[str]", *lines: str) -> tuple[int, list[str], list[str]]:
+    """Send the last replies; return the exit status, and the lines of stdout and of stderr."""
+    out, err = process.communicate("".join(f"{line}\n" for line in lines), timeout=40)
     assert "Traceback" not in err, err
     return process.returncode, out.splitlines(), err.splitlines()
 
@@ -131,10 +131,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(server: Running, folder: Path, *views: str) -> tuple[int, list[str], list[str]]:
-    """Open views, each given as its name and its answers with a "|" between; what they showed beside questions."""
+    """Open views, each given as its name and its replies, separated by "|"; return the output without questions."""
     names = [view.partition("|")[0] for view in views]
-    answers = [answer for view in views for answer in view.split("|")[1:]]
-    status, out, err = end(begin(server.url, *names, cwd=folder), *answers)
+    replies = [reply for view in views for reply in view.split("|")[1:]]
+    status, out, err = end(begin(server.url, *names, cwd=folder), *replies)
     return status, [line for line in out if not re.search(r" \[[^]]*\]: ", line)], err
 
 
@@ -160,7 +160,7 @@ def names(folder: Path) -> list[str]:
 # -- the menu itself
 
 
-def test_the_menu_lists_every_view_and_leaves_with_0(start: Start, folder: Path) -> None:
+def test_the_menu_lists_every_view_and_exits_with_0(start: Start, folder: Path) -> None:
     server = start()
     listed = [
         "",
@@ -187,19 +187,19 @@ def test_the_menu_lists_every_view_and_leaves_with_0(start: Start, folder: Path)
     )
     assert err == ["'soon' is not a positive integer"]
 
-    # A server that goes away is said in a line, and the menu stays.
+    # An unreachable server is reported in one line, and the menu continues.
     process = begin(server.url, cwd=folder)
     assert process.stdout is not None
     while process.stdout.readline() != "  8  quit\n":
         pass
     server.terminate(signal.SIGKILL)
-    refused = f"streamlab: {server.url}/health: cannot connect: Connection refused"
+    failure = f"streamlab: {server.url}/health: cannot connect: Connection refused"
     status, out, err = end(process, "ticker", "quit")
-    assert (status, out[-1], err) == (0, "view: quit", [refused])
-    assert end(begin(server.url, cwd=folder)) == (1, [], [refused])
+    assert (status, out[-1], err) == (0, "view: quit", [failure])
+    assert end(begin(server.url, cwd=folder)) == (1, [], [failure])
 
 
-def test_what_is_no_url_or_no_view_leaves_with_2(tmp_path: Path) -> None:
+def test_an_invalid_url_and_an_unknown_view_exit_with_2(tmp_path: Path) -> None:
     assert end(begin("ftp://x", cwd=tmp_path)) == (2, [], ["streamlab: 'ftp://x/health' is not an http(s) URL"])
     status, _, err = end(begin("127.0.0.1:1", "tikcer", cwd=tmp_path))
     assert (status, err) == (
@@ -216,7 +216,7 @@ def test_other_commands_do_not_load_it() -> None:
 # -- downloads
 
 
-def test_a_download_is_proven_and_replaces_nothing_unasked(start: Start, folder: Path) -> None:
+def test_a_download_is_verified_and_overwrites_only_on_confirmation(start: Start, folder: Path) -> None:
     server = start("[scenarios.file]\nsample_mb = 2")
     (folder / "large-file").write_text("mine")
     assert run(
@@ -234,11 +234,11 @@ def test_a_download_is_proven_and_replaces_nothing_unasked(start: Start, folder:
     }
 
 
-def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Path) -> None:
+def test_a_download_resumes_after_the_server_was_killed(start: Start, folder: Path) -> None:
     port = free_port()
     server = start(port=port)
     process, part = begin(server.url, cwd=folder), folder / "four.part"
-    answer(process, "download", f"{PATTERN}&rate=4000000", "four")
+    reply(process, "download", f"{PATTERN}&rate=4000000", "four")
     wait_until(lambda: size(part) > 1_000_000)
     server.terminate(signal.SIGKILL)
     server = start(port=port)
@@ -253,10 +253,10 @@ def test_a_download_goes_on_after_the_server_was_killed(start: Start, folder: Pa
     assert names(folder) == ["four"]
 
 
-def test_a_download_that_was_stopped_goes_on_when_it_is_chosen_again(start: Start, folder: Path) -> None:
+def test_a_download_that_was_stopped_resumes_when_it_is_chosen_again(start: Start, folder: Path) -> None:
     server = start()
     process, part = begin(server.url, cwd=folder), folder / "four.part"
-    answer(process, "3", f"{PATTERN}&rate=200000", "four")
+    reply(process, "3", f"{PATTERN}&rate=200000", "four")
     wait_until(lambda: size(part) > 100_000)
     process.send_signal(signal.SIGINT)
     wait_for_followers(server, 0)
@@ -271,7 +271,7 @@ def test_a_download_that_was_stopped_goes_on_when_it_is_chosen_again(start: Star
     assert names(folder) == ["four"]
 
 
-def test_a_part_is_gone_on_with_only_where_it_is_of_the_same_file(start: Start, folder: Path) -> None:
+def test_a_part_file_is_resumed_only_if_it_is_of_the_same_version(start: Start, folder: Path) -> None:
     server = start()
     whole, etag = server.get(PATTERN)[2], server.get(PATTERN, method="HEAD")[1]["etag"]
     parts = {
@@ -301,7 +301,7 @@ def test_a_part_is_gone_on_with_only_where_it_is_of_the_same_file(start: Start, 
     }
 
 
-def test_what_is_not_what_the_server_says_is_not_kept(start: Start, folder: Path) -> None:
+def test_a_body_that_fails_verification_is_deleted(start: Start, folder: Path) -> None:
     server = start("[scenarios.export]\nenabled = false", tracebacks=True, liar=LIAR)
     digest = "the SHA-256 does not match the server's; the file was deleted"
     status, out, err = run(
@@ -330,11 +330,11 @@ def push(server: Running, *prices: dict[str, object]) -> None:
     assert server.get(path, headers, method="POST", body=body)[0] == 202
 
 
-def test_the_ticker_comes_back_after_the_server_was_killed(start: Start, folder: Path) -> None:
+def test_the_ticker_reconnects_after_the_server_was_killed(start: Start, folder: Path) -> None:
     port, config = free_port(), '[scenarios.ticker]\nsource = "push"'
     server = start(config, port=port)
     process = begin(server.url, "ticker", cwd=folder)
-    answer(process, "ACME,BOLT", "4")
+    reply(process, "ACME,BOLT", "4")
     wait_for_followers(server, 1)
     at = "2026-01-01T00:00:00Z"
     push(
@@ -355,7 +355,7 @@ def test_the_ticker_comes_back_after_the_server_was_killed(start: Start, folder:
     assert all(" retrying in " in line for line in err)
 
 
-def test_what_a_stream_says_beside_its_prices_is_said_on_stderr(start: Start, folder: Path) -> None:
+def test_events_about_the_stream_are_shown_on_stderr(start: Start, folder: Path) -> None:
     server = start("[scenarios.ticker]\nenabled = false", odd=ODD)
     assert end(begin(server.url, "ticker", cwd=folder, PYTHONIOENCODING="ascii"), "", "") == (
         1,
@@ -381,7 +381,7 @@ def test_logs_are_filtered_and_show_no_control_character(start: Start, folder: P
 # -- exports, a chat, tasks, the comparison
 
 
-def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> None:
+def test_exports_are_written_counted_and_verified(start: Start, folder: Path) -> None:
     server = start(
         """
         [scenarios.export]
@@ -404,24 +404,24 @@ def test_exports_are_written_counted_and_proven(start: Start, folder: Path) -> N
         "notes.csv": server.get("/export/notes/csv")[2],
     }
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
-    said = [
+    expected = [
         ("users.jsonl", "3,000", "row count and SHA-256"),
         ("some.csv", "70", "last chunk"),
         ("notes.csv", "2", "last chunk"),  # a line break in quotes ends no row
     ]
-    for line, (name, rows, proof) in zip(out, said, strict=True):
-        told = rf"{name}: {rows} rows, {len(written[name]):,} bytes in \S+ s \(\S+ MB/s\), verified by {proof}"
-        assert re.fullmatch(told, line), line
+    for line, (name, rows, proof) in zip(out, expected, strict=True):
+        pattern = rf"{name}: {rows} rows, {len(written[name]):,} bytes in \S+ s \(\S+ MB/s\), verified by {proof}"
+        assert re.fullmatch(pattern, line), line
 
 
-def test_a_conversation_remembers_what_was_said(start: Start, folder: Path) -> None:
-    def reply(exchange: Exchange) -> None:
-        said = [message["content"] for message in exchange.body["messages"]]
+def test_a_conversation_includes_its_earlier_messages(start: Start, folder: Path) -> None:
+    def respond(exchange: Exchange) -> None:
+        texts = [message["content"] for message in exchange.body["messages"]]
         exchange.respond(
-            event(f"heard {exchange.body['max_tokens']}: "), event("\x1b, ".join(said)), FINISH, USED, DONE
+            event(f"heard {exchange.body['max_tokens']}: "), event("\x1b, ".join(texts)), FINISH, USED, DONE
         )
 
-    with fake_upstream({"one": reply, "two": reply, "three": reply}) as upstream:
+    with fake_upstream({"one": respond, "two": respond, "three": respond}) as upstream:
         server = start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n')
         process = begin(server.url, cwd=folder)
         status, out, err = end(process, "chat", "7", "one", "two", "", "quit")
@@ -435,7 +435,7 @@ def test_a_conversation_remembers_what_was_said(start: Start, folder: Path) -> N
     ]
 
 
-def test_a_task_is_run_and_says_why_it_fails(start: Start, folder: Path) -> None:
+def test_a_task_is_run_and_reports_why_it_fails(start: Start, folder: Path) -> None:
     server = start()
     status, out, err = run(
         server, folder, "task|rehearsal|steps=2 delay=0.01", "task|rehearsal|fail_at=1 delay=0", "task||steps=0"

@@ -8,7 +8,7 @@ from streamlab import Scenario, endpoint, hookimpl
 
 HERE = Path(__file__).parent
 
-# A page may read streams of its own origin alone, and that is where this one comes from. It runs no other script.
+# A page can only read streams of its own origin, so this plugin serves it. It runs no other script.
 POLICY = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
 
 

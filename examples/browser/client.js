@@ -2,9 +2,9 @@
 
 const show = (id, text) => { document.getElementById(id).textContent = text; };
 
-// Follow events for good. EventSource comes back by itself, with the last id, when a connection breaks; but any status
-// other than 200 ends it for ever, and a proxy says 502 while its server starts again. Then it is begun anew, with the
-// id in the address, since a script cannot set the header. Returns a function that ends it.
+// Follow events without end. EventSource reconnects by itself, with the last id, when a connection breaks; but any status
+// other than 200 closes it for good, and a proxy returns 502 while its server restarts. Then another one is created, with
+// the id in the URL, since a script cannot set the header. Returns a function that closes it.
 function follow(url, listeners, onState) {
     let source, last = "", timer;
     const open = () => {
@@ -13,7 +13,7 @@ function follow(url, listeners, onState) {
         source = new EventSource(address);
         source.onopen = () => onState("open");
         source.onerror = () => {
-            onState("coming back");
+            onState("reconnecting");
             if (source.readyState === EventSource.CLOSED) timer = setTimeout(open, 1000 + 2000 * Math.random());
         };
         for (const [name, listener] of Object.entries(listeners))
@@ -26,8 +26,8 @@ function follow(url, listeners, onState) {
     return () => { clearTimeout(timer); source.close(); };
 }
 
-// Words as they are made. The decoder keeps the first half of a character until the second has come. A connection that
-// is cut makes read() reject, so that a part is not taken for the whole; abort(), or leaving the page, stops the work.
+// Stream the words of a model. The decoder buffers incomplete characters. When the connection is cut, read() rejects, so
+// that an incomplete response is detected; abort(), or leaving the page, stops the generation.
 async function* words(prompt, signal) {
     const query = new URLSearchParams({ prompt, max_tokens: 40 });
     const response = await fetch(`/ai/chat-stream?${query}`, { signal });
@@ -36,19 +36,19 @@ async function* words(prompt, signal) {
     for (let part; !(part = await reader.read()).done;) yield part.value;
 }
 
-// A task: started by POST, followed at its Location. Its stream ends, and so must the EventSource: it would come back.
+// Run a task: start it by POST, follow its URL. Its stream ends, and the EventSource must be closed: it would reconnect.
 async function run(kind, parameters, onProgress) {
     const response = await fetch("/process/tasks", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ kind, parameters }),
     });
-    const answer = await response.json();
-    if (!response.ok) throw new Error(answer.detail);
+    const task = await response.json();
+    if (!response.ok) throw new Error(task.detail);
     return new Promise(resolve => {
-        const stop = follow(answer.url, {
+        const stop = follow(task.url, {
             progress: onProgress,
-            end: task => { stop(); resolve(task); },
+            end: result => { stop(); resolve(result); },
         }, () => {});
     });
 }
@@ -61,19 +61,19 @@ follow("/stream/stock-ticker", {
         prices.prepend(line);
         if (prices.children.length > 1000) prices.lastChild.remove();
     },
-    gap: ({ missing }) => show("state", `${missing ?? "some"} events are not kept any more`),
+    gap: ({ missing }) => show("state", `${missing ?? "some"} events are no longer retained`),
 }, state => show("state", state));
 
-let asking = new AbortController();
-document.getElementById("ask").addEventListener("submit", async event => {
+let chat = new AbortController();
+document.getElementById("chat").addEventListener("submit", async event => {
     event.preventDefault();
-    asking.abort();
-    asking = new AbortController();
+    chat.abort();
+    chat = new AbortController();
     let text = "";
     try {
-        for await (const word of words(event.target.prompt.value, asking.signal)) show("answer", text += word);
+        for await (const word of words(event.target.prompt.value, chat.signal)) show("response", text += word);
     } catch (error) {
-        if (error.name !== "AbortError") show("answer", `${text} [${error.message}]`);
+        if (error.name !== "AbortError") show("response", `${text} [${error.message}]`);
     }
 });
 

@@ -1,4 +1,4 @@
-"""Greet everybody who says their name, for all to see."""
+"""Greet each name that is posted, in a public event stream."""
 
 from aiohttp import web
 from pydantic import BaseModel, Field
@@ -7,36 +7,38 @@ from streamlab import EVENTS, Channel, Problem, Scenario, endpoint, follow, hook
 
 
 class Guest(BaseModel):
-    """Who is greeted."""
+    """The guest to greet."""
 
-    name: str = Field(min_length=1, max_length=50, description="The name of who is greeted.", examples=["Ada"])
+    name: str = Field(min_length=1, max_length=50, description="The name to greet.", examples=["Ada"])
 
 
-class Watching(BaseModel):
-    """From where on, and how many."""
+class WatchQuery(BaseModel):
+    """Where to start, and how many greetings."""
 
-    limit: int | None = Field(None, ge=1, le=1000, description="End after so many greetings.", examples=[2])
-    last_event_id: str = Field("", max_length=200, description="Go on after this id, as the header Last-Event-ID does.")
+    limit: int | None = Field(None, ge=1, le=1000, description="End after N greetings.", examples=[2])
+    last_event_id: str = Field(
+        "", max_length=200, description="Resume after this id, as the header Last-Event-ID does."
+    )
 
 
 class Hello(Scenario):
-    """Greet everybody who says their name, for all to see."""
+    """Greet each name that is posted, in a public event stream."""
 
     greeting: str = "Hello"  # [scenarios.hello] greeting = "Good morning"
     unwelcome: tuple[str, ...] = ()
 
-    @endpoint("POST", "/hello", body=Guest, sends="application/json", responses={201: "The greeting is kept."})
+    @endpoint("POST", "/hello", body=Guest, sends="application/json", responses={201: "The greeting is stored."})
     async def greet(self, request: web.Request, body: Guest) -> web.Response:
-        """Say a name, and have it greeted."""
+        """Greet a name."""
         if body.name in self.unwelcome:
             raise Problem(403, f"{body.name} is not welcome here.")
         greeting = {"greeting": f"{self.greeting}, {body.name}!"}
-        identity = await _greetings(request).publish(greeting)
-        return web.json_response({"id": identity, **greeting}, status=201)
+        event_id = await _greetings(request).publish(greeting)
+        return web.json_response({"id": event_id, **greeting}, status=201)
 
-    @endpoint("GET", "/hello", query=Watching, sends="text/event-stream")
-    async def watch(self, request: web.Request, query: Watching) -> web.StreamResponse:
-        """Follow the greetings: the last hundred, then each as it is said."""
+    @endpoint("GET", "/hello", query=WatchQuery, sends="text/event-stream")
+    async def watch(self, request: web.Request, query: WatchQuery) -> web.StreamResponse:
+        """Follow the greetings: the last hundred, then each new one."""
         return await follow(request, _greetings(request), after=query.last_event_id, tail=100, limit=query.limit)
 
 
@@ -46,5 +48,5 @@ def _greetings(request: web.Request) -> Channel:
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the greetings."""
+    """Register the scenario."""
     return [Hello]

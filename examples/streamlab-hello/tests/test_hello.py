@@ -1,4 +1,4 @@
-"""The greetings keep what every stream promises, and greet."""
+"""Conformance and behaviour of the plugin hello."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ class TestHello(Conformance):
 
     @classmethod
     def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
-        """Let there be greetings to follow."""
+        """Post greetings to follow."""
         if asked.carries_events:
             for name in ("Ada", "Grace", "Barbara"):
                 server.ask("/hello", method="POST", body={"name": name})
