@@ -4,6 +4,7 @@ from .config import CONFIG, ConfigPath
 from .events.channel import EVENTS, Channel, Events, encode_event
 from .events.follow import follow
 from .events.log import END, ORIGIN, EncodedEvent, Event, EventLogError, LeaseLost, Position, Retention
+from .events.ownership import Ownership
 from .events.views import View
 from .hookspecs import hookimpl
 from .negotiation import wants_events, weights
@@ -39,6 +40,7 @@ __all__ = [
     "Events",
     "LeaseLost",
     "Outcome",
+    "Ownership",
     "Position",
     "Problem",
     "Progress",

@@ -1,7 +1,6 @@
 """Generations that can be resumed: each is a channel of the event log, and continues without its client for a while."""
 
 import asyncio
-import json
 import logging
 import re
 import uuid
@@ -19,6 +18,7 @@ from streamlab import (
     EncodedEvent,
     EventLogError,
     Events,
+    Ownership,
     Problem,
     Retention,
     encode_event,
@@ -44,8 +44,8 @@ MAX_EVENTS = 10_000_000
 
 UNKNOWN = "There is no generation with this id, or its events have expired."
 
-CONTROL = "llm"
-"""The channel on which processes that share the log request each other to stop or continue a generation."""
+COMMANDS = Retention(events=1000, seconds=60)
+"""Retention of the commands with which processes request each other to stop or continue a generation."""
 
 State = Literal["unknown", "running", "ended"]
 
@@ -97,15 +97,16 @@ class Generations:
     keep_seconds: float
     abandon_seconds: float
     _running: dict[str, Generation] = field(default_factory=dict)
-    _process: str = field(default_factory=lambda: uuid.uuid4().hex)
     _group: asyncio.TaskGroup | None = None
+
+    def __post_init__(self) -> None:
+        self._ownership = Ownership(self.events, "llm", COMMANDS)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Run generations while the block lasts; those that run at its end are stopped."""
         async with asyncio.TaskGroup() as self._group:
-            # A process that acquires this lease knows that this one has died.
-            lease = self._group.create_task(self.events.run_as_leader(_lease(self._process), _forever))
+            lease = self._group.create_task(self._ownership.hold())
             commands = self._group.create_task(self._handle_commands())
             try:
                 yield
@@ -116,10 +117,6 @@ class Generations:
                 while tasks := [generation.task for generation in self._running.values() if generation.task]:
                     await asyncio.wait(tasks)
                 lease.cancel()
-
-    @property
-    def _control(self) -> Channel:
-        return self.events.channel(CONTROL, keep=Retention(events=1000, seconds=60))
 
     def channel(self, id: str) -> Channel:  # noqa: A002
         """Return the channel of a generation."""
@@ -151,7 +148,7 @@ class Generations:
         rejected = False
         try:
             first = encode_event({"id": generation.id, "model": body["model"]}, "generation")
-            await generation.channel.publish_all([first], checkpoint=("process", self._process))
+            await generation.channel.publish_all([first], checkpoint=("process", self._ownership.process))
             async with self.gateway.complete(body) as completion, aclosing(completion.texts()) as batches:
                 generation.begin()
                 index = 0
@@ -260,7 +257,7 @@ class Generations:
             if state == "unknown":
                 raise Problem(404, UNKNOWN)
             if state == "running":
-                await self._control.publish({"stop": id})
+                await self._ownership.send({"stop": id})
             return state != "running"
         generation.stop("cancelled")
         if generation.task is not None:
@@ -270,10 +267,8 @@ class Generations:
     # -- with other processes
 
     async def _handle_commands(self) -> None:
-        """Handle the commands of other processes on the control channel."""
-        control = self._control
-        async for event in control.listen(await control.last()):
-            command = json.loads(event.data)
+        """Handle the commands of other processes."""
+        async for command in self._ownership.commands():
             if generation := self._running.get(command.get("stop", "")):
                 generation.stop("cancelled")
             elif (generation := self._running.get(command.get("followed", ""))) and not generation.followers:
@@ -285,14 +280,14 @@ class Generations:
         try:
             async with asyncio.TaskGroup() as group:
                 keepalive = group.create_task(self._send_keepalives(id))
-                await self.events.run_as_leader(_lease(process or id), lambda: self._fail_orphan(id))
+                await self._ownership.take_over(process or id, lambda: self._fail_orphan(id))
                 keepalive.cancel()
         except* EventLogError as errors:
             log.warning("cannot keep a generation of another process alive: %s", errors.exceptions[0])
 
     async def _send_keepalives(self, id: str) -> None:  # noqa: A002
         while True:
-            await self._control.publish({"followed": id})
+            await self._ownership.send({"followed": id})
             await asyncio.sleep(self.abandon_seconds / 3)
 
     async def _fail_orphan(self, id: str) -> None:  # noqa: A002
@@ -315,14 +310,6 @@ async def _send_lost(
         await stream.gap("the history of that id is lost", id=f"{last}.gap", after=after, until=last)
         await stream.send({"finish_reason": "lost"}, id=last, event=END)
     return stream
-
-
-async def _forever() -> None:
-    await asyncio.Event().wait()
-
-
-def _lease(process: str) -> str:
-    return f"llm/{process}"
 
 
 def _end(reason: str, completion: Completion | None) -> EncodedEvent:

@@ -71,7 +71,7 @@ class DocketEngine(Engine):
 
     def lease(self, record: Record) -> str:
         """Return the lease of the task itself."""
-        return _lease(record.id)
+        return self.ownership.lease(record.id)
 
     # -- in servers
 
@@ -196,7 +196,7 @@ class DocketEngine(Engine):
 
         self._chosen.add(id)
         try:
-            await self.events.try_run_as_leader(_lease(id), run)
+            await self.events.try_run_as_leader(self.ownership.lease(id), run)
         finally:
             self._chosen.discard(id)
         return ran
@@ -213,7 +213,3 @@ class DocketEngine(Engine):
                 retry: Any = Retry(ExponentialBackoff(cap=0.25, base=0.05), retries=RETRIES)
                 cast("redis.asyncio.Redis", server).set_retry(retry)
             yield self._docket
-
-
-def _lease(id: str) -> str:  # noqa: A002
-    return f"progress/{id}"

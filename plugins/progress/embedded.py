@@ -41,13 +41,12 @@ class EmbeddedEngine(Engine):
 
     def lease(self, record: Record) -> str:
         """Return the lease of the task's process, which holds one for all its tasks."""
-        return _lease(record.owner)
+        return self.ownership.lease(record.owner)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Accept and run tasks while the block lasts; the next process continues the unfinished ones."""
-        leading = self.events.run_as_leader(_lease(self.process), self._serve)
-        async with self.working(leading, self._watch_dead_owners()):
+        async with self.working(self.ownership.hold(self._serve), self._watch_dead_owners()):
             yield
 
     def serving(self, max_running: int) -> AbstractAsyncContextManager[None]:
@@ -61,7 +60,7 @@ class EmbeddedEngine(Engine):
         await self.run_shielded(self._accept(record))
 
     async def _accept(self, record: Record) -> None:
-        record.owner = self.process
+        record.owner = self.ownership.process
         try:
             await self.store.save(record, encode_event(record.progress_data(), "progress"))
         except BaseException:
@@ -76,8 +75,8 @@ class EmbeddedEngine(Engine):
 
     async def _serve(self) -> None:
         """Run waiting tasks. This process holds its lease meanwhile: no other process touches its tasks."""
-        await self._take_over(self.process)  # tasks that were interrupted when the lease was lost
-        await self.control.publish({"hello": self.process})
+        await self._take_over(self.ownership.process)  # tasks that were interrupted when the lease was lost
+        await self.ownership.send({"hello": self.ownership.process})
         async with asyncio.TaskGroup() as group:
             for _ in range(self._max_running):
                 group.create_task(self._run_waiting())
@@ -88,7 +87,7 @@ class EmbeddedEngine(Engine):
             client, id = self._queue.take()  # noqa: A001
             try:
                 del self._waiting[id]
-                await self.runner.run(id, self.process)
+                await self.runner.run(id, self.ownership.process)
             except EventLogError as error:
                 log.error("cannot start a task: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -103,7 +102,7 @@ class EmbeddedEngine(Engine):
         await super().handle(command)
         if other := command.get("hello"):
             self._watch_owner(other)
-            await self.control.publish({"here": self.process})
+            await self.ownership.send({"here": self.ownership.process})
         elif other := command.get("here"):
             self._watch_owner(other)
 
@@ -123,13 +122,13 @@ class EmbeddedEngine(Engine):
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _watch_owner(self, owner: str) -> None:
-        if owner != self.process and owner not in self._watched:
+        if owner != self.ownership.process and owner not in self._watched:
             self._watched.add(owner)
             self.spawn(self._wait_and_take_over(owner))
 
     async def _wait_and_take_over(self, owner: str) -> None:
         """Wait until a process has died, and take over its tasks, unless another process has."""
-        await self.events.run_as_leader(_lease(owner), lambda: self._take_over(owner))
+        await self.ownership.take_over(owner, lambda: self._take_over(owner))
         self._watched.discard(owner)
 
     async def _take_over(self, owner: str) -> None:
@@ -155,10 +154,6 @@ class EmbeddedEngine(Engine):
     async def _requeue(self, record: Record) -> None:
         before = record.state
         if await self.runner.prepare(record):
-            record.owner = self.process
+            record.owner = self.ownership.process
             events = [encode_event(record.progress_data(), "progress")] if record.state != before else []
             await self.store.save(record, *events, retry_forever=True)
-
-
-def _lease(process: str) -> str:
-    return f"progress/{process}"

@@ -1,24 +1,25 @@
 """The base of both engines: background work, cancellation, and commands between processes."""
 
 import asyncio
-import json
 import logging
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from streamlab import ORIGIN, Channel, Event, Events, Problem, Retention
+from streamlab import Events, Ownership, Problem, Retention
 
 from .runner import Runner
 from .store import Record, Store
 
 log = logging.getLogger(__name__)
 
-CONTROL_EVENTS = 10_000
-"""Maximum commands stored on the control channel, for the process that takes over from a dead one."""
+MAX_COMMANDS = 10_000
+"""Maximum commands stored for processes that take over from a dead one."""
+
+COMMANDS = Retention(events=MAX_COMMANDS, seconds=86_400, idle_seconds=2 * 86_400)
+"""Retention of the commands with which processes announce themselves and request each other to cancel tasks."""
 
 FULL_RETRY_SECONDS = 5
 """Retry-After of a request that finds the queue full, in seconds."""
@@ -31,7 +32,7 @@ class Engine(ABC):
         self.events = events
         self.store = store
         self.runner = runner
-        self.process = uuid.uuid4().hex
+        self.ownership = Ownership(events, "progress", COMMANDS)
         self.caught_up = asyncio.Event()
         """Set once the stored commands of other processes have been read."""
         self._group: asyncio.TaskGroup | None = None
@@ -52,12 +53,6 @@ class Engine(ABC):
     @abstractmethod
     def lease(self, record: Record) -> str:
         """Return the lease that a process must hold to run a task: if it is free, no process runs it."""
-
-    @property
-    def control(self) -> Channel:
-        """The channel on which processes that share the log announce themselves and request cancellations."""
-        keep = Retention(events=CONTROL_EVENTS, seconds=86_400, idle_seconds=2 * 86_400)
-        return self.events.channel("progress", keep=keep)
 
     @asynccontextmanager
     async def working(self, *coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
@@ -117,7 +112,7 @@ class Engine(ABC):
             record = await self.store.get(id)
             if record.has_ended:
                 return record
-            if record.owner == self.process:
+            if record.owner == self.ownership.process:
                 await self.runner.end_cancelled(record)
                 return record
             async with self.events.lease(self.lease(record)) as free:
@@ -126,26 +121,23 @@ class Engine(ABC):
                     if not record.has_ended:
                         await self.runner.end_cancelled(record)
                     return record
-        await self.control.publish({"cancel": id})
+        await self.ownership.send({"cancel": id})
         return record
 
     async def _handle_commands(self) -> None:
-        control, last = self.control, ORIGIN
-        async for event in control.read():
-            self._read(event)
-            last = event.position
+        async for command in self.ownership.stored_commands():
+            self._remember(command)
         self.caught_up.set()
-        async for event in control.listen(last):
-            await self.handle(self._read(event))
+        async for command in self.ownership.commands():
+            self._remember(command)
+            await self.handle(command)
 
-    def _read(self, event: Event) -> dict[str, str]:
-        """Return a command, and remember the task that it cancels."""
-        command: dict[str, str] = json.loads(event.data)
+    def _remember(self, command: dict[str, str]) -> None:
+        """Remember the task that a command cancels: this process may take it over later."""
         if id := command.get("cancel"):  # noqa: A001
-            if len(self.runner.cancel_requested) >= 2 * CONTROL_EVENTS:
+            if len(self.runner.cancel_requested) >= 2 * MAX_COMMANDS:
                 self.runner.cancel_requested.clear()
             self.runner.cancel_requested.add(id)
-        return command
 
     async def handle(self, command: dict[str, str]) -> None:
         """Handle a command of another process."""
