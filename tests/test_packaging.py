@@ -36,7 +36,7 @@ def test_wheel_holds_the_plugins_inside_the_package_and_nothing_beside_it(wheel:
     expected |= {
         f"streamlab/plugins/{path.relative_to(REPOSITORY / 'plugins')}" for path in (REPOSITORY / "plugins").rglob("*")
     }
-    suffixes = (".py", ".html", ".css", ".js", ".svg", ".typed")
+    suffixes = (".py", ".lua", ".html", ".css", ".js", ".svg", ".typed")
     assert {name for name in names if "dist-info" not in name} == {
         name for name in expected if name.endswith(suffixes) and "__pycache__" not in name
     }

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -69,101 +70,23 @@ SCAN_KEYS = 1000
 TOKEN_SECONDS = 86_400
 """Seconds for which the server remembers an append whose acknowledgement may have been lost."""
 
-# An entry's id is the event's position. An epoch is the server's time in milliseconds, but later than every epoch that
-# the calling process knows of (ARGV), since the clock may have been set back: a stream that was lost and recreated has
-# greater ids than the lost one, and a reader that waits for more of the old one gets its events at once.
-_NEW_EPOCH = """
-local function new_epoch(seen)
-    local time = redis.call('TIME')
-    local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-    return string.format('%.0f', now), string.format('%.0f', math.max(now, tonumber(seen) + 1))
-end
-"""
+_LUA = Path(__file__).with_name("lua")
 
-# An append whose acknowledgement was lost is sent again with its token, and found by it. One that belongs to a lease is
-# rejected unless the lease is held with the same token as when it was sent.
-_APPEND = (
-    _NEW_EPOCH
-    + """
-local stream, state, applied, lease = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local before = redis.call('GET', applied)
-if before then return {string.match(before, '(%d+)-(%d+)')} end
-if lease and redis.call('GET', lease) ~= ARGV[4] then return redis.error_reply('LEASELOST') end
-local now, epoch = new_epoch(ARGV[3])
-local offset = 0
-local info = redis.pcall('XINFO', 'STREAM', stream)
-if not info.err then
-    for index = 1, #info, 2 do
-        if info[index] == 'last-generated-id' and info[index + 1] ~= '0-0' then
-            epoch, offset = string.match(info[index + 1], '(%d+)-(%d+)')
-        end
-    end
-end
-local last = string.format('%.0f', offset)
-for index = 8, #ARGV, 3 do
-    offset = offset + 1
-    last = string.format('%.0f', offset)
-    redis.call('XADD', stream, epoch .. '-' .. last,
-        't', now, 'e', ARGV[index], 'k', ARGV[index + 1], 'd', ARGV[index + 2])
-end
-redis.call('XTRIM', stream, 'MAXLEN', ARGV[1])
-if ARGV[6] ~= '' then redis.call('HSET', state, ARGV[6], ARGV[7]) end
-if ARGV[2] ~= '0' then
-    redis.call('PEXPIRE', stream, ARGV[2])
-    redis.call('PEXPIRE', state, ARGV[2])
-end
-redis.call('SET', applied, epoch .. '-' .. last, 'PX', ARGV[5])
-return {epoch, last}
-"""
-)
 
-# Compares the position of a watch with the end of its stream: 1 if the end was lost, and the stream begins a new epoch;
-# 2 if all was lost, and another process, which did not know of the old epoch, began with an earlier one.
-_RENEW = (
-    _NEW_EPOCH
-    + """
-local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
-if info.err then return 0 end
-for index = 1, #info, 2 do
-    if info[index] == 'last-generated-id' then
-        local epoch, offset = string.match(info[index + 1], '(%d+)-(%d+)')
-        if epoch == ARGV[1] and tonumber(offset) < tonumber(ARGV[2]) then
-            local _, fresh = new_epoch(ARGV[3])
-            redis.call('XSETID', KEYS[1], fresh .. '-0')
-            return 1
-        end
-        if tonumber(epoch) < tonumber(ARGV[1]) and info[index + 1] ~= '0-0' then return 2 end
-    end
-end
-return 0
-"""
-)
+def _script(*names: str) -> str:
+    """Return the Lua of one script, from files whose texts are joined."""
+    return "\n".join((_LUA / f"{name}.lua").read_text(encoding="utf-8") for name in names)
 
-_TRIM = """
-while true do
-    local entries = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 100)
-    if #entries == 0 then return 0 end
-    for _, entry in ipairs(entries) do
-        if tonumber(entry[2][2]) >= tonumber(ARGV[1]) then
-            redis.call('XTRIM', KEYS[1], 'MINID', entry[1])
-            return 0
-        end
-    end
-    redis.call('XTRIM', KEYS[1], 'MAXLEN', redis.call('XLEN', KEYS[1]) - #entries)
-end
-"""
 
-# A lease is taken with a new token (ARGV 3 is 1), and renewed with the same: one that expired in between is lost, even
-# if no other process has had it.
-_HOLD = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-if not holder and ARGV[3] == '0' then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
-"""
+_APPEND = _script("new_epoch", "append")
 
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_RENEW = _script("new_epoch", "renew")
+
+_TRIM = _script("trim")
+
+_HOLD = _script("hold")
+
+_RELEASE = _script("release")
 
 
 @dataclass(slots=True)

@@ -31,13 +31,13 @@ _HEARTBEAT = Chunk(sse.HEARTBEAT)
 class EventStream(Stream, EventSourceResponse):
     """An event stream being written, made by `open_event_stream`. One task writes to it.
 
-    It is aiohttp-sse's response with the endings of `Stream`. What it overrides, and why:
+    It is the response of aiohttp-sse with the endings of `Stream`. What it overrides, and why:
 
-    - `prepare` rejects every method but GET, and starts a ping task that no block waits for: POST may stream events,
-      HEAD gets the headers, and a timer sends the heartbeats, which ends with the block.
-    - `send` sets a timer for each event: `stall_seconds` bounds a stalled client in the kernel, without any.
-    - lines end in CRLF there, and the ping in an empty line, of which some clients make an event.
-    - `Connection: keep-alive` is wrong in HTTP/2 and of no use in HTTP/1.1; `no-cache` lets proxies store events.
+    - `prepare` rejects every method but GET and starts a ping task outside of any block. Here POST may stream events,
+      HEAD gets the headers, and a timer that ends with the block sends the heartbeats.
+    - `send` starts a timeout for each event. Here `stall_seconds` limits a stalled client, in the kernel.
+    - Lines end in CRLF, and the ping in an empty line, of which some clients make an event. Here they end in LF.
+    - `Connection: keep-alive` is invalid in HTTP/2 and redundant in HTTP/1.1; `no-cache` lets proxies store events.
     """
 
     __slots__ = (

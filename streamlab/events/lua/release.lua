@@ -1,0 +1,2 @@
+-- Releases a lease that is held with a token.
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0
