@@ -283,7 +283,7 @@ async def test_the_ticker_runs(shared: Running, opened: Opened) -> None:
     lab = await opened(shared)
     await lab.put("GET /stream/stock-ticker", symbols="AAPL\nMSFT", limit="6")
     await lab.run.click()
-    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.state).to_have_text("Done: the response is complete.")
     await expect(lab.count).to_have_text("6")
     assert [row[0] for row in await lab.cells(".legend tbody tr")] == ["AAPL", "MSFT"]
     text = await lab.text()
@@ -321,7 +321,7 @@ async def test_an_export_is_a_table_in_every_form(shared: Running, opened: Opene
     for form in ("csv", "jsonl"):
         await lab.page.locator("#field-format").select_option(form)
         await lab.run.click()
-        await expect(lab.state).to_have_text("Done: the server has said all.")
+        await expect(lab.state).to_have_text("Done: the response is complete.")
         await expect(lab.kept).to_have_text("The last 200 of 300.")
         tables.append(await lab.cells("tr"))
     assert [row[0] for row in tables[0]] == ["id", *map(str, range(101, 301))]
@@ -346,12 +346,12 @@ async def test_binary_is_shown_as_its_size_and_its_ends(shared: Running, opened:
     await lab.put("GET /download/large-file")
     await lab.page.get_by_label("Read at").select_option("full speed")
     await lab.run.click()
-    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.state).to_have_text("Done: the response is complete.")
     content = (shared.base / "var/files/large-file.bin").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     await expect(lab.verdict).to_have_text(
-        f"Nothing was lost: 3,000,000 bytes in one piece, and their SHA-256 {digest[:8]}…{digest[-8:]} "
-        "is the server's own."
+        f"Nothing was lost: 3,000,000 bytes in one part, and their SHA-256 {digest[:8]}…{digest[-8:]} "
+        "is that of the server."
     )
     rows = (await lab.page.locator(".panel:not([hidden]) pre").inner_text()).split("\n")
     shown = {int(row[:8], 16): bytes.fromhex(row[10:57].strip()) for row in rows if row != "…"}
@@ -359,7 +359,7 @@ async def test_binary_is_shown_as_its_size_and_its_ends(shared: Running, opened:
     assert all(content[at : at + 16] == found for at, found in shown.items())
     assert max(shown) == 3_000_000 - 16
     await expect(lab.kept).to_have_text(
-        "3.00 MB (3,000,000 bytes): the first 256 and the last; nothing between is kept."
+        "3.00 MB (3,000,000 bytes): the first 256 and the last; those between were dropped."
     )
 
 
@@ -375,7 +375,7 @@ async def test_words_of_a_model_flow(talking: tuple[Running, FakeUpstream], open
         await lab.run.click()
         await expect(lab.page.get_by_role("tab", selected=True)).to_have_text("Text")
         await expect(lab.page.locator(".flow pre")).to_have_text("Streaming <b>is</b> fun")
-        await expect(lab.state).to_have_text("Done: the server has said all.")
+        await expect(lab.state).to_have_text("Done: the response is complete.")
         await expect(lab.kept).to_contain_text(told)
 
 
@@ -394,7 +394,7 @@ async def test_a_long_task_is_cut_and_resumed_and_is_the_same_task(shared: Runni
     await expect(lab.state).to_have_text("Cut.")
     await lab.resume.click()
     await expect(lab.verdict).to_have_attribute("data-mark", "good")
-    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.state).to_have_text("Done: the response is complete.")
     await expect(panel.locator(".headline")).to_have_text("done · 100 %")
     await expect(panel.locator("li")).to_have_text(["rehearsing"])
     text = await lab.text()
@@ -407,13 +407,13 @@ async def test_the_comparison_measures_and_concludes(shared: Running, opened: Op
     lab = await opened(shared)
     await lab.put("GET /demo/comparison/report", rows="1000", repeats="1")
     await lab.run.click()
-    await expect(lab.state).to_have_text("Done: the server has said all.", timeout=40_000)
+    await expect(lab.state).to_have_text("Done: the response is complete.", timeout=40_000)
     panel = lab.page.locator(".panel.comparison")
     await expect(panel.locator("caption")).to_have_count(5)
     await expect(panel.locator(".headline")).to_have_text(re.compile(r"rows.*\.$"))
     await lab.page.locator("#fields").get_by_label("Accept").select_option("text/plain")
     await lab.run.click()
-    await expect(lab.state).to_have_text("Done: the server has said all.", timeout=40_000)
+    await expect(lab.state).to_have_text("Done: the response is complete.", timeout=40_000)
     await expect(lab.page.locator(".panel.flow.columns pre")).to_contain_text("streamed")
 
 
@@ -425,7 +425,7 @@ async def test_a_cut_event_stream_is_resumed_and_nothing_is_lost(shared: Running
     await expect(lab.state).to_have_text("Cut.")
     await expect(lab.streams).to_have_text("0")
     asks = await lab.verdict.text_content()
-    (last,) = re.findall(r"^Resume asks for what follows \(Last-Event-ID: (\d+-\d+)\)\.$", asks or "")
+    (last,) = re.findall(r"^Resume requests the rest \(Last-Event-ID: (\d+-\d+)\)\.$", asks or "")
 
     def others() -> list[str]:
         with EventStream(shared, "/stream/stock-ticker?limit=20", after=last) as beside:
@@ -456,7 +456,7 @@ async def test_a_cut_download_is_resumed_and_is_the_file(shared: Running, opened
     await expect(lab.bytes).to_have_text(re.compile("kB$"))
     async with lab.page.expect_request(f"{shared.url}/download/large-file") as asked:
         await lab.cut.click()
-        await expect(lab.verdict).to_contain_text("Resume asks for what follows (Range: bytes=")
+        await expect(lab.verdict).to_contain_text("Resume requests the rest (Range: bytes=")
         await lab.page.get_by_label("Read at").select_option("full speed")
         await lab.resume.click()
     headers = (await asked.value).headers
@@ -465,8 +465,8 @@ async def test_a_cut_download_is_resumed_and_is_the_file(shared: Running, opened
     assert headers["if-range"] == shared.get("/download/large-file", method="HEAD")[1]["etag"]
     digest = hashlib.sha256((shared.base / "var/files/large-file.bin").read_bytes()).hexdigest()
     await expect(lab.verdict).to_have_text(
-        f"Nothing was lost: 3,000,000 bytes in 2 pieces, and their SHA-256 {digest[:8]}…{digest[-8:]} "
-        "is the server's own."
+        f"Nothing was lost: 3,000,000 bytes in 2 parts, and their SHA-256 {digest[:8]}…{digest[-8:]} "
+        "is that of the server."
     )
     await expect(lab.status).to_have_text("206")
 
@@ -484,10 +484,10 @@ async def test_a_file_that_changed_is_not_mixed_with_what_came(start: Start, ope
     await lab.page.get_by_label("Read at").select_option("100 kB/s")
     await lab.resume.click()
     await expect(lab.verdict).to_have_text(
-        "The file has changed since: the server sends the new one from its first byte, and mixes nothing."
+        "The file has changed: the server sends the new one from its first byte, and mixes nothing."
     )
     await lab.page.get_by_label("Read at").select_option("full speed")
-    await expect(lab.verdict).to_contain_text("Nothing was lost: 600,000 bytes in one piece")
+    await expect(lab.verdict).to_contain_text("Nothing was lost: 600,000 bytes in one part")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -498,7 +498,7 @@ async def test_the_page_comes_back_by_itself_when_the_server_went_away(start: St
     await lab.run.click()
     await expect(lab.count).to_have_text(re.compile(r"\d{2}"))
     await asyncio.to_thread(server.terminate, how)
-    await expect(lab.state).to_have_text(re.compile(r"Coming back in \d+\.\d s \(try \d+\)\.$"))
+    await expect(lab.state).to_have_text(re.compile(r"Reconnecting in \d+\.\d s \(try \d+\)\.$"))
     await asyncio.to_thread(start, QUICK, port=port)
     await expect(lab.verdict).to_have_attribute("data-mark", "good", timeout=20_000)
     await expect(lab.state).to_have_text("Running.")
@@ -537,8 +537,8 @@ async def test_the_verdict_on_a_view_that_leaves_events_out_claims_no_more_than_
     await lab.resume.click()
     await expect(lab.verdict).to_have_text(
         re.compile(
-            r"^None twice, and no gap reported: after offset \d+ came \d+\. More is not proven, since this view leaves "
-            r"events out: offsets jump without a cut, too\.$"
+            r"^No duplicates, and no gap reported: after offset \d+ came \d+\. Losses cannot be excluded, since "
+            r"this view filters events: offsets jump without a cut, too\.$"
         )
     )
     await expect(lab.verdict).to_have_attribute("data-mark", "")
@@ -553,7 +553,7 @@ async def test_the_verdict_on_parts_that_do_not_belong_together_is_not_kind(shar
     await lab.resume.click()
     mixed = hashlib.sha256(b"y" * 100_000 + b"x" * 100_000).hexdigest()
     await expect(lab.verdict).to_have_text(
-        f"The SHA-256 of the 2 pieces is {mixed[:8]}…{mixed[-8:]}, and not the server's."
+        f"The SHA-256 of the 2 parts is {mixed[:8]}…{mixed[-8:]}, and not the server's."
     )
     await expect(lab.verdict).to_have_attribute("data-mark", "bad")
 
@@ -565,8 +565,8 @@ async def test_a_server_that_goes_on_elsewhere_is_not_listened_to(shared: Runnin
     await expect(lab.bytes).to_have_text("100.0 kB")
     await lab.cut.click()
     await lab.resume.click()
-    await expect(lab.state).to_have_text("The server went on at another byte than it was asked for.")
-    await expect(lab.verdict).to_have_text("Asked for byte 100,000, the server went on at 100,001.")
+    await expect(lab.state).to_have_text("The server resumed at another byte than requested.")
+    await expect(lab.verdict).to_have_text("Requested byte 100,000, the server resumed at 100,001.")
     await expect(lab.verdict).to_have_attribute("data-mark", "bad")
     await expect(lab.bytes).to_have_text("100.0 kB")
 
@@ -579,7 +579,7 @@ async def test_what_cannot_be_resumed_says_so(talking: tuple[Running, FakeUpstre
     await expect(lab.page.locator(".flow pre")).to_have_text("one")
     await lab.cut.click()
     await expect(lab.verdict).to_have_text(
-        "This answer cannot be resumed: it has neither event ids nor ranges. What came is a part."
+        "This response cannot be resumed: it has neither event ids nor ranges. The data is incomplete."
     )
     await expect(lab.resume).to_be_disabled()
     assert await asyncio.to_thread(upstream.exchanges[-1].closed.wait, 10)  # the cut has reached the source
@@ -598,7 +598,7 @@ async def test_the_form_of_a_stranger_is_what_its_models_say(shared: Running, op
         "count (needed)How many, as 3. Integer, 1 to 9,000.",
         "kindplain (default)plainfancy",
         "loudfalse (default)true",
-        "wordsOne a line.",
+        "wordsOne per line.",
     ]
     assert [await control.input_value() for control in await fields.locator("input, select, textarea").all()] == [
         "4", "3", "", "", "",
@@ -636,13 +636,13 @@ async def test_a_refusal_is_told_at_the_field_it_is_about(shared: Running, opene
     lab = await opened(shared)
     await lab.put("GET /strange/rooms/{room}", count="0", room="12")
     await lab.run.click()
-    await expect(lab.state).to_have_text("The server refused.")
+    await expect(lab.state).to_have_text("The server rejected the request.")
     await expect(lab.page.locator("[aria-invalid=true]")).to_have_count(2)
     await expect(lab.page.locator("#field-count-fault")).to_have_text("input should be greater than or equal to 1")
     await expect(lab.page.locator(".refusal h3")).to_have_text("422 Unprocessable Content")
     await lab.put("GET /strange/rooms/{room}", count="1", room="2")
     await lab.run.click()
-    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.state).to_have_text("Done: the response is complete.")
     await expect(lab.page.locator("[aria-invalid=true]")).to_have_count(0)
     (complaint,) = lab.complaints
     assert "422 (Unprocessable Content)" in complaint  # the browser's own line on any such status
@@ -810,7 +810,7 @@ async def test_900_points_a_second_move_nothing_and_lose_nothing(shared: Running
     await lab.run.click()
     await expect(lab.state).to_have_text("Running.")
     await page.evaluate("window.shifts.length = 0")
-    await expect(lab.state).to_have_text("Done: the server has said all.", timeout=15_000)
+    await expect(lab.state).to_have_text("Done: the response is complete.", timeout=15_000)
     await expect(lab.count).to_have_text("2,700")
     assert await page.locator(".legend tbody tr").count() == 3
     assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
@@ -901,7 +901,7 @@ async def test_a_route_is_chosen_and_run_by_the_keyboard_alone(shared: Running, 
     assert outline == "solid"
     await lab.page.keyboard.press("Tab")
     await lab.page.keyboard.press("Enter")
-    await expect(lab.state).to_have_text("Done: the server has said all.")
+    await expect(lab.state).to_have_text("Done: the response is complete.")
     tabs = lab.page.get_by_role("tab")
     await tabs.first.focus()
     await lab.page.keyboard.press("ArrowRight")

@@ -1,12 +1,12 @@
-// Line charts on canvas: bounded memory at any rate of points, drawn when asked, in a box that never changes its size.
+// Line charts on canvas: bounded memory at any rate of points, drawn on demand, in a box of constant size.
 
-/** So many steps of x are kept of each line; older ones are forgotten. */
+/** Maximum number of steps of x that each line retains. */
 const KEPT = 900;
 
 const palette = matchMedia("(prefers-color-scheme: dark)");
 
 /**
- * A chart of one or several lines. `step`: the smallest difference of x that is told apart; points within it become
+ * A chart of one or several lines. `step`: the smallest difference of x that is drawn; points within it become
  * their least, greatest and last. `y` and `x` write a number for the axes; `floor`: a y that is always in sight.
  */
 export class LineChart {
@@ -70,7 +70,7 @@ export class LineChart {
     const bounds = this.#bounds();
     if (!bounds) return;
     this.#plot(pen, bounds, width, height);
-    this.#canvas.setAttribute("aria-label", this.#told());
+    this.#canvas.setAttribute("aria-label", this.#label());
   }
 
   #redraw() {
@@ -154,7 +154,7 @@ export class LineChart {
   }
 
   /** What the chart shows, in words. */
-  #told() {
+  #label() {
     const { y: write } = this.#options;
     return [...this.#lines]
       .slice(0, 12)

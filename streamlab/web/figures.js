@@ -70,7 +70,7 @@ export class Figures {
     named("chart-count-name").textContent = `${things} a second`;
   }
 
-  /** Add a point to the charts of rates, every quarter of a second while something is on its way. */
+  /** Add a point to the charts of rates, every quarter of a second while data arrives. */
   #sample(now) {
     const run = this.#run;
     if (now - this.#counts.at(-1).at < SAMPLE || run.over) return;
@@ -83,7 +83,7 @@ export class Figures {
     this.#things.add("a second", x, (count.things - before.things) / seconds);
   }
 
-  /** Ask the server how it is, about once a second while the run lasts, and once after. */
+  /** Read the server's metrics, about once a second during the run, and once after. */
   async #watch(run) {
     const last = run.over;
     try {
@@ -99,7 +99,7 @@ export class Figures {
       named("streams").textContent = number.format(open.reduce((sum, [, value]) => sum + Number(value), 0));
     } catch {
       if (run !== this.#run) return;
-      named("memory").textContent = named("streams").textContent = "–"; // the server is away
+      named("memory").textContent = named("streams").textContent = "–"; // the server is unavailable
     }
     if (!last) this.#poll = setTimeout(() => this.#watch(run), SECOND);
   }

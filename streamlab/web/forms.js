@@ -18,7 +18,7 @@ export function build(place, operation, given = {}) {
   );
   const accept =
     operation.media.length > 1
-      ? choice("Accept", "Which form to ask for; without one, the server chooses.", operation.media, operation.accept)
+      ? choice("Accept", "Media type to request. Default: the choice of the server.", operation.media, operation.accept)
       : null;
   if (accept) grid.append(accept.node);
   place.replaceChildren(grid);
@@ -27,7 +27,7 @@ export function build(place, operation, given = {}) {
   if (operation.parameters.some(({ place }) => place === "query")) {
     more = element("input", { id: "more", type: "text", placeholder: "name=value&name=value", spellcheck: false });
     const label = element("label", { htmlFor: "more" }, "Anything else");
-    const says = element("small", {}, "Sent as it stands, after the others.");
+    const says = element("small", {}, "Sent unchanged, after the others.");
     const fields = [...byHand.map(({ node }) => node), element("div", { className: "field" }, label, more, says)];
     place.append(
       element(
@@ -83,7 +83,7 @@ export function build(place, operation, given = {}) {
       };
     },
 
-    /** Mark the fields that a refusal names, and only those. */
+    /** Mark the fields that an error response names, and only those. */
     blame(errors) {
       for (const { control, parameter } of fields)
         blame(
@@ -177,12 +177,12 @@ function suggestion(shape, example) {
 /** What the type and the bounds of a parameter are, in words. */
 function hint(shape) {
   if (shape.enum || shape.type === "boolean") return "";
-  const said = [{ array: "One a line", integer: "Integer", number: "Number" }[shape.type] ?? "Text"];
+  const said = [{ array: "One per line", integer: "Integer", number: "Number" }[shape.type] ?? "Text"];
   const least = shape.minimum ?? shape.exclusiveMinimum;
   const most = shape.maximum ?? shape.exclusiveMaximum;
   if (least !== undefined && most !== undefined) said.push(`${number.format(least)} to ${number.format(most)}`);
   else if (least !== undefined) said.push(`from ${number.format(least)}`);
   else if (most !== undefined) said.push(`up to ${number.format(most)}`);
-  else if (shape.maxLength !== undefined) said.push(`${number.format(shape.maxLength)} characters at most`);
+  else if (shape.maxLength !== undefined) said.push(`${number.format(shape.maxLength)} characters maximum`);
   return `${said.join(", ")}.`;
 }

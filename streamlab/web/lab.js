@@ -1,4 +1,4 @@
-// The lab page: which route is on the bench, its form and its buttons, and one run of it at a time.
+// The lab page: the selected route, its form and its buttons, and one run of it at a time.
 
 import { Figures } from "./figures.js";
 import { build } from "./forms.js";
@@ -9,13 +9,13 @@ import { Output, element, prose } from "./views.js";
 /** Milliseconds between two drawings: as often as an eye can follow figures, and no burden at any rate of events. */
 const DRAWING = 80;
 const STATES = {
-  connecting: "Asking …",
+  connecting: "Connecting …",
   running: "Running.",
   cut: "Cut.",
-  away: "The server is away.",
-  done: "Done: the server has said all.",
+  away: "The server is unavailable.",
+  done: "Done: the response is complete.",
   stopped: "Stopped.",
-  failed: "Broken off.",
+  failed: "Failed.",
 };
 
 const at = (id) => document.getElementById(id);
@@ -23,7 +23,7 @@ const figures = new Figures();
 const output = new Output(at("output"));
 const operations = await load().catch((error) => {
   at("bench").replaceChildren(
-    element("p", {}, "What this server offers cannot be read from /openapi.json; its log says why."),
+    element("p", {}, "The routes of this server cannot be read from /openapi.json; its log has the reason."),
   );
   at("bench").removeAttribute("aria-busy");
   throw error;
@@ -46,7 +46,7 @@ let drawn = 0;
 
 // -- the route on the bench
 
-/** Put a route on the bench; `given` has values of its path parameters. */
+/** Select a route; `given` has values of its path parameters. */
 function choose(chosen, given) {
   run?.stop();
   run = null;
@@ -58,7 +58,7 @@ function choose(chosen, given) {
   at("description").replaceChildren(...prose(chosen.description));
   document.title = `${chosen.method} ${chosen.path} · streamlab`;
   form = build(at("fields"), chosen, given);
-  // A download would be over before a hand is at the button that cuts it.
+  // At full speed a download would end before anybody could press Cut.
   at("pace").value = chosen.ranges ? "20000000" : "0";
   for (const link of listed.values()) link.removeAttribute("aria-current");
   listed.get(chosen.key)?.setAttribute("aria-current", "true");
@@ -71,7 +71,7 @@ function choose(chosen, given) {
   buttons();
 }
 
-/** Put the route on the bench that an answer points to. */
+/** Select the route that a response points to. */
 function visit({ operation, values }) {
   history.pushState(null, "", `#${operation.key}`);
   choose(operation, values);
@@ -113,10 +113,10 @@ at("form").addEventListener("submit", (submit) => {
   form.blame([]);
   const asked = request(operation, form.values());
   const pace = () => Number(at("pace").value);
-  const mine = new Run(asked, { ranges: operation.ranges, pace, told: listener(() => run === mine) });
+  const mine = new Run(asked, { ranges: operation.ranges, pace, listener: listener(() => run === mine) });
   run = mine;
   at("there").replaceChildren();
-  output.begin("Asked; nothing has arrived yet.");
+  output.begin("Request sent; no data yet.");
   figures.begin(run);
   run.start();
   reveal();
@@ -130,13 +130,13 @@ function reveal() {
   document.querySelector(".controls").scrollIntoView({ behavior: still ? "auto" : "smooth" });
 }
 
-/** What a run tells, as long as it is the one on the bench. */
+/** Return the listener of a run; it ignores a run that is no longer selected. */
 function listener(current) {
   return {
     state: () => {
       if (!current()) return;
       form.blame(run.errors);
-      if (run.over) draw(performance.now()); // what is said to be over is there to be seen
+      if (run.over) draw(performance.now()); // a run that is over has been drawn completely
       buttons();
     },
     response: (response) => current() && respond(response),
@@ -173,12 +173,12 @@ at("copy").addEventListener("click", async () => {
   }
 });
 
-/** Which buttons can be pressed now, and the line that says how it stands. */
+/** Update the buttons, and the line with the state. */
 function buttons() {
   const state = run?.state ?? "";
   const going = Boolean(run) && !run.over;
   const parked = state === "cut" || state === "away";
-  // The focus goes on to the button that is next, where the one that has it cannot be pressed any more.
+  // The focus moves to the next button if its button is disabled.
   const focused = document.activeElement;
   at("stop").disabled = !going;
   at("cut").disabled = state !== "running";
@@ -204,12 +204,12 @@ function verdictOf() {
   if (!run)
     return {
       mark: "",
-      text: "While it runs, cut the connection and resume: this line tells whether anything was lost.",
+      text: "Cut the connection while it runs, and resume: this line reports whether anything was lost.",
     };
   if (run.state === "cut") {
     const text = run.resumable
-      ? `Resume asks for what follows (${run.continuation}).`
-      : "This answer cannot be resumed: it has neither event ids nor ranges. What came is a part.";
+      ? `Resume requests the rest (${run.continuation}).`
+      : "This response cannot be resumed: it has neither event ids nor ranges. The data is incomplete.";
     return { mark: run.resumable ? "" : "warn", text };
   }
   return run.proof?.verdict() ?? { mark: "", text: "" };

@@ -1,13 +1,13 @@
-// What proves that nothing was lost over a cut: consecutive ids for events; size and SHA-256 for a download.
+// Proof that nothing was lost across a cut: consecutive ids for events; size and SHA-256 for a download.
 
 import { place } from "./sse.js";
 
 const number = new Intl.NumberFormat("en");
 
-/** So many consecutive offsets make it sure that a view leaves nothing out, and that a jump over a cut is a loss. */
+/** Number of consecutive offsets that prove that a view filters nothing, so that a jump across a cut is a loss. */
 const SURE = 10;
 
-/** A download of more bytes is told by its size alone: hashing it here would hold back a fast server. */
+/** Maximum bytes of a download that is hashed: hashing more would slow a fast server down. */
 const HASHED = 256e6;
 
 const events = (count) => `${number.format(count)} ${count === 1 ? "event" : "events"}`;
@@ -50,30 +50,30 @@ export class EventProof {
     this.#placed++;
   }
 
-  /** The connection is gone: the next event must be the one that follows. */
+  /** The connection is lost: the next event must be the one that follows. */
   cut() {
     this.#broken = this.#last !== null;
   }
 
-  /** {mark, text}; `mark` is "good", "bad", "warn", or "" where there is nothing to say yet. */
+  /** {mark, text}; `mark` is "good", "bad", "warn", or "" while there is no result. */
   verdict() {
     const seam = this.#seam;
     if (this.#repeated) return { mark: "bad", text: `${events(this.#repeated)} came twice.` };
     if (this.#epochs)
-      return { mark: "warn", text: "The history of this channel was lost and began anew: its ids have a new epoch." };
+      return { mark: "warn", text: "The history of this channel was lost: its ids have a new epoch." };
     if (this.#gap !== null)
-      return { mark: "warn", text: `Not kept any more, says the server (event gap): ${this.#gap}.` };
+      return { mark: "warn", text: `No longer retained by the server (event gap): ${this.#gap}.` };
     if (!seam) return { mark: "", text: "" };
     const over = `after offset ${seam.before} came ${seam.after}`;
     if (this.#jumps)
       return {
         mark: "",
-        text: `None twice, and no gap reported: ${over}. More is not proven, since this view leaves events out: offsets jump without a cut, too.`,
+        text: `No duplicates, and no gap reported: ${over}. Losses cannot be excluded, since this view filters events: offsets jump without a cut, too.`,
       };
     if (this.#lost && this.#placed < SURE)
       return {
         mark: "",
-        text: `None twice, and no gap reported: ${over}. More events will tell whether this view leaves some out.`,
+        text: `No duplicates, and no gap reported: ${over}. More events will show whether this view filters some.`,
       };
     if (this.#lost) return { mark: "bad", text: `${events(this.#lost)} missing: ${over}.` };
     const all = `all ${number.format(this.#placed)} events from ${this.#first} to ${this.#last.offset} came once, in order`;
@@ -81,7 +81,7 @@ export class EventProof {
   }
 }
 
-/** Whether the pieces of a download make up the file of the server. */
+/** Whether the parts of a download are the file of the server. */
 export class DownloadProof {
   received = 0;
   pieces = 1;
@@ -99,29 +99,29 @@ export class DownloadProof {
     this.#hash?.update(bytes);
   }
 
-  /** The response that brings the first piece says how long the whole is. */
+  /** Start with the total length from the first response. */
   begin(total) {
     this.#total = total;
     this.#hash = total !== null && total > HASHED ? null : new Sha256();
   }
 
-  /** A response goes on at `start`; true if that is where the last one was cut. */
-  goesOn(start, total) {
+  /** A response resumes at `start`; true if that is where the last one was cut. */
+  resumeAt(start, total) {
     this.pieces++;
     this.#seam = { asked: this.received, start };
     this.#total = total;
     return start === this.received;
   }
 
-  /** The file is not the one that was begun: the server sends the new one from its beginning. */
-  beginsAnew(total) {
+  /** The file has changed: the server sends the new one from its beginning. */
+  restart(total) {
     this.received = 0;
     this.pieces = 1;
     this.#changed = true;
     this.begin(total);
   }
 
-  /** All has come; compare with the digest that the server gives for the address, if it gives one. */
+  /** The download is complete: compare it with the digest of the server, if it sends one. */
   async finish(url) {
     try {
       if (this.#hash === null) return;
@@ -133,7 +133,7 @@ export class DownloadProof {
       });
       this.#theirs = /sha-256=:([^:]+):/.exec(answer.headers.get("Repr-Digest") ?? "")?.[1] ?? null;
     } catch {
-      this.#theirs = null; // the server is gone: size alone has to do
+      this.#theirs = null; // the server is unavailable: only the size is checked
     } finally {
       this.#finished = true;
     }
@@ -141,39 +141,39 @@ export class DownloadProof {
 
   verdict() {
     const whole = this.#total === null ? "" : ` of ${number.format(this.#total)}`;
-    const pieces = this.pieces === 1 ? "one piece" : `${this.pieces} pieces`;
+    const pieces = this.pieces === 1 ? "one part" : `${this.pieces} parts`;
     if (!this.#finished) {
       if (this.#changed)
         return {
           mark: "warn",
-          text: "The file has changed since: the server sends the new one from its first byte, and mixes nothing.",
+          text: "The file has changed: the server sends the new one from its first byte, and mixes nothing.",
         };
       if (this.#seam === null) return { mark: "", text: "" };
       const { asked, start } = this.#seam;
       if (start !== asked)
         return {
           mark: "bad",
-          text: `Asked for byte ${number.format(asked)}, the server went on at ${number.format(start)}.`,
+          text: `Requested byte ${number.format(asked)}, the server resumed at ${number.format(start)}.`,
         };
-      return { mark: "good", text: `The server went on at byte ${number.format(start)} exactly.` };
+      return { mark: "good", text: `The server resumed at byte ${number.format(start)} exactly.` };
     }
     if (this.#total !== null && this.received !== this.#total)
       return { mark: "bad", text: `${number.format(this.received)}${whole} bytes came.` };
     const came = `${number.format(this.received)} bytes in ${pieces}`;
     if (this.#digest === null)
-      return { mark: "good", text: `Nothing was lost by size: ${came}. So many are not hashed here.` };
+      return { mark: "good", text: `Nothing was lost by size: ${came}. A download of this size is not hashed here.` };
     const mine = hex(this.#digest);
     const short = `${mine.slice(0, 8)}…${mine.slice(-8)}`;
     if (this.#theirs === null)
       return {
         mark: "good",
-        text: `Nothing was lost by size: ${came}. Their SHA-256 is ${short}; the server gives none to compare.`,
+        text: `Nothing was lost by size: ${came}. Their SHA-256 is ${short}; the server sends none to compare.`,
       };
     if (base64(this.#digest) !== this.#theirs)
       return { mark: "bad", text: `The SHA-256 of the ${pieces} is ${short}, and not the server's.` };
     return {
       mark: "good",
-      text: `Nothing was lost: ${came}, and their SHA-256 ${short} is the server's own.`,
+      text: `Nothing was lost: ${came}, and their SHA-256 ${short} is that of the server.`,
     };
   }
 }
@@ -194,7 +194,7 @@ const fraction = (root) => ((root - Math.floor(root)) * 2 ** 32) | 0;
 const START = Int32Array.from(primes.slice(0, 8), (prime) => fraction(Math.sqrt(prime)));
 const ROUND = Int32Array.from(primes, (prime) => fraction(Math.cbrt(prime)));
 
-/** SHA-256 of bytes that come piece by piece, which the browser's own digest cannot take. Source: FIPS 180-4. */
+/** SHA-256 of bytes that arrive in chunks, which the browser's own digest does not support. Source: FIPS 180-4. */
 export class Sha256 {
   #state = START.slice();
   #block = new Uint8Array(64);

@@ -1,4 +1,4 @@
-// The routes as /openapi.json tells them: operations, the request that a filled form means, and its curl line.
+// The routes of /openapi.json: operations, the request of a filled form, and its curl line.
 
 /** All operations, in the document's order. */
 export async function load() {

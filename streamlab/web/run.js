@@ -1,26 +1,26 @@
-// One run of a request: read as it comes, cut, resumed, and brought back by itself when the server goes away.
+// One run of a request: read as it arrives, cut, resumed, and reconnected when the server is unavailable.
 
 import { DownloadProof, EventProof } from "./proof.js";
 import { EventStreamParser } from "./sse.js";
 
-/** How long to wait before coming back where the stream has not said so, and at most: milliseconds. */
+/** Default and maximum time before reconnecting, in milliseconds. */
 const RETRY = 1000;
 const LONGEST_RETRY = 15000;
-/** After so many milliseconds of bytes without a pause, the page gets its turn to draw. */
+/** Maximum time of processing before the page can draw, in milliseconds. */
 const TURN = 12;
-/** At a pace, a chunk is taken piece by piece, of so many bytes at least: browsers read ahead, and chunks get large. */
-const PIECE = 4096;
-/** Bytes of a refusal that are read for what it has against the parameters. */
+/** Minimum bytes processed at once at a limited pace: browsers read ahead, and chunks get large. */
+const MIN_PART = 4096;
+/** Maximum bytes of an error response that are parsed for its `errors`. */
 const PROBLEM = 65536;
 
 /**
- * A request on its way. States: connecting, running, cut (by hand; to be resumed), away (comes back by itself), and,
- * for good, done, stopped or failed. `told` hears of everything: state(), response(response), bytes(chunk) and
+ * A request in progress. States: connecting, running, cut (by hand; resumable), away (reconnects by itself), and,
+ * finally, done, stopped or failed. `listener` is called for everything: state(), response(response), bytes(chunk) and
  * event(event, json).
  */
 export class Run {
   state = "connecting";
-  /** What there is to say about the state. */
+  /** Details of the state. */
   detail = "";
   startedAt = performance.now();
   /** Milliseconds from the request to the first byte of the body. */
@@ -31,10 +31,10 @@ export class Run {
   /** Milliseconds between chunks: the latest few thousand. */
   gaps = [];
   proof = null;
-  /** What a refusal has against the parameters, as RFC 9457 and this server tell it. */
+  /** The `errors` of an error response (RFC 9457). */
   errors = [];
 
-  #told;
+  #listener;
   #request;
   #ranges;
   #pace;
@@ -50,12 +50,12 @@ export class Run {
   #lastChunkAt = 0;
   #refusal = "";
 
-  /** `ranges`: whether the route says that it serves ranges. `pace()`: bytes a second to read, 0 for all. */
-  constructor(request, { ranges, pace, told }) {
+  /** `ranges`: whether the route declares ranges. `pace()`: bytes per second to read, 0 for no limit. */
+  constructor(request, { ranges, pace, listener }) {
     this.#request = request;
     this.#ranges = ranges;
     this.#pace = pace;
-    this.#told = told;
+    this.#listener = listener;
   }
 
   get over() {
@@ -67,14 +67,14 @@ export class Run {
     return this.#parser !== null;
   }
 
-  /** Whether, once it is cut, the server can go on where it stopped. */
+  /** Whether the run can be resumed after a cut. */
   get resumable() {
     if (this.#parser)
       return Boolean(this.#parser.lastId) && (this.#request.method === "GET" || this.#location !== null);
     return this.#validator !== null && this.#request.method === "GET";
   }
 
-  /** How the next request says where to go on; "" where it cannot. */
+  /** The header fields with which the next request resumes; "" if it cannot. */
   get continuation() {
     if (!this.resumable) return "";
     if (this.#parser) return `Last-Event-ID: ${this.#parser.lastId}`;
@@ -85,17 +85,17 @@ export class Run {
     this.#connect(this.#request);
   }
 
-  /** Break the connection off, as a lost network does. */
+  /** Abort the connection, as a lost network does. */
   cut() {
     this.#end("cut");
   }
 
-  /** Break the connection off and do not come back. */
+  /** Abort the connection and do not reconnect. */
   stop() {
     this.#end("stopped");
   }
 
-  /** Go on after what has come. */
+  /** Resume after the data that has arrived. */
   resume() {
     clearTimeout(this.#timer);
     const { "Content-Type": _, ...headers } = this.#request.headers; // it was the body's, and that is not sent again
@@ -103,8 +103,8 @@ export class Run {
     if (this.#parser) {
       this.#parser.reconnect();
       headers["Last-Event-ID"] = this.#parser.lastId;
-      headers["Accept"] = "text/event-stream"; // that place may have other forms
-      // A stream with a place of its own is gone back to there: the first request might begin another one.
+      headers["Accept"] = "text/event-stream"; // the Location may have other media types
+      // A stream with a Location is resumed there: the first request might start another one.
       if (this.#location) again.url = this.#location;
     } else Object.assign(headers, { Range: `bytes=${this.proof.received}-`, "If-Range": this.#validator });
     this.#connect(again);
@@ -121,8 +121,8 @@ export class Run {
     this.state = state;
     this.detail = detail;
     if (state === "cut" || state === "away") this.proof?.cut?.();
-    if (this.over) this.#abort.abort(); // of an answer that is not wanted to its end
-    this.#told.state();
+    if (this.over) this.#abort.abort(); // of a response whose rest is not needed
+    this.#listener.state();
   }
 
   async #connect(request) {
@@ -138,55 +138,55 @@ export class Run {
     } catch {
       if (this.#wanted) return this.#become(this.#wanted);
       return going
-        ? this.#comeBack("The server cannot be reached.")
+        ? this.#reconnect("The server cannot be reached.")
         : this.#become("failed", "The server cannot be reached.");
     }
     if (going && response.status === 503)
-      return this.#comeBack("The server is not ready.", 1000 * (Number(response.headers.get("Retry-After")) || 0));
+      return this.#reconnect("The server is not ready.", 1000 * (Number(response.headers.get("Retry-After")) || 0));
     if (!this.#fits(response, going)) return;
-    this.#told.response(response);
+    this.#listener.response(response);
     this.#become("running");
     try {
       await this.#read(response);
     } catch {
       if (this.#wanted) return this.#become(this.#wanted);
       const failed = this.#lastEvent?.event === "error";
-      if (this.resumable && !failed) return this.#comeBack("The connection broke off.");
+      if (this.resumable && !failed) return this.#reconnect("The connection was lost.");
       return this.#become(
         "failed",
         failed
-          ? "The source failed, and the server broke off: what came is not the whole."
-          : "The connection broke off: what came is not the whole.",
+          ? "The source failed, and the server aborted the response: the data is incomplete."
+          : "The connection was lost: the data is incomplete.",
       );
     }
-    if (this.#lastEvent?.event === "stop") return this.#comeBack("The server stops.");
+    if (this.#lastEvent?.event === "stop") return this.#reconnect("The server stops.");
     if (this.proof instanceof DownloadProof) await this.proof.finish(this.#request.url);
     if (response.ok) return this.#become("done");
     this.errors = parsed(this.#refusal)?.errors ?? [];
-    this.#become("failed", "The server refused.");
+    this.#become("failed", "The server rejected the request.");
   }
 
-  /** Take the head of a response; false if it ends the run. */
+  /** Process the head of a response; false if it ends the run. */
   #fits(response, going) {
     const type = (response.headers.get("Content-Type") ?? "").split(";")[0];
     if (response.status === 204 && going) {
-      this.#become("done", "The server says that there is nothing more (204).");
+      this.#become("done", "The server has no more events (204).");
       return false;
     }
     if (going && !response.ok) {
-      this.#told.response(response);
-      this.#become("failed", `The server does not go on: ${response.status}.`);
+      this.#listener.response(response);
+      this.#become("failed", `The server does not resume: ${response.status}.`);
       return false;
     }
     if (going && this.#parser && type !== "text/event-stream") {
-      this.#become("failed", "The server does not go on with an event stream.");
+      this.#become("failed", "The server does not resume the event stream.");
       return false;
     }
     const total = length(response);
     if (going && this.proof instanceof DownloadProof) {
-      if (response.status !== 206) this.proof.beginsAnew(total);
-      else if (!this.proof.goesOn(...range(response))) {
-        this.#become("failed", "The server went on at another byte than it was asked for.");
+      if (response.status !== 206) this.proof.restart(total);
+      else if (!this.proof.resumeAt(...range(response))) {
+        this.#become("failed", "The server resumed at another byte than requested.");
         return false;
       }
     } else if (!going && type === "text/event-stream" && response.ok) {
@@ -198,7 +198,7 @@ export class Run {
       this.proof = new DownloadProof();
       this.proof.begin(total);
     }
-    // Only a strong validator tells that two parts are parts of the same bytes (RFC 9110 13.1.5).
+    // Only a strong validator guarantees that two parts belong to the same bytes (RFC 9110 13.1.5).
     const tag = response.headers.get("ETag");
     if (this.proof instanceof DownloadProof) this.#validator = tag?.startsWith('"') ? tag : null;
     this.#decoder = new TextDecoder();
@@ -217,15 +217,15 @@ export class Run {
       if (done) return;
       this.#attempts = 0;
       const now = performance.now();
-      if (now - asked > 1) turn = now; // the page had its turn while this one waited
+      if (now - asked > 1) turn = now; // the page could draw while this waited
       this.#measure(now);
       for (let from = 0; from < value.length;) {
         const pace = this.#pace();
-        const piece = value.subarray(from, from + (pace ? Math.max(PIECE, Math.ceil(pace / 10)) : value.length));
+        const piece = value.subarray(from, from + (pace ? Math.max(MIN_PART, Math.ceil(pace / 10)) : value.length));
         from += piece.length;
         this.#take(piece, response);
         if (pace) {
-          // What is read slowly here waits in the server's socket, and after that in the server, which waits too.
+          // Back-pressure: data that is not read here fills the socket buffers, until the server waits.
           due = Math.max(due, performance.now() - 100) + (1000 * piece.length) / pace;
           if (due > performance.now()) await this.#pause(due - performance.now());
         }
@@ -240,14 +240,14 @@ export class Run {
 
   #take(bytes, response) {
     this.bytes += bytes.length;
-    this.#told.bytes(bytes);
+    this.#listener.bytes(bytes);
     if (this.#parser) {
       for (const event of this.#parser.feed(this.#decoder.decode(bytes, { stream: true }))) {
         this.events++;
         this.#lastEvent = event;
         const json = parsed(event.data);
         this.proof.take(event, json);
-        this.#told.event(event, json);
+        this.#listener.event(event, json);
       }
     } else if (this.proof) this.proof.take(bytes);
     else if (!response.ok && this.bytes < PROBLEM) this.#refusal += this.#decoder.decode(bytes, { stream: true });
@@ -263,7 +263,7 @@ export class Run {
     this.chunks++;
   }
 
-  /** Wait, but no longer than until the run is broken off. */
+  /** Wait, at most until the run is aborted. */
   #pause(milliseconds) {
     return new Promise((resolve) => {
       const signal = this.#abort.signal;
@@ -277,13 +277,13 @@ export class Run {
     });
   }
 
-  #comeBack(reason, atLeast = 0) {
+  #reconnect(reason, atLeast = 0) {
     const asked = this.#parser?.retry ?? RETRY;
     const wait = Math.max(Math.min(asked * 2 ** this.#attempts, Math.max(LONGEST_RETRY, asked)), atLeast);
     this.#attempts++;
     this.#lastEvent = null;
     this.#timer = setTimeout(() => this.resume(), wait);
-    this.#become("away", `${reason} Coming back in ${(wait / 1000).toFixed(1)} s (try ${this.#attempts}).`);
+    this.#become("away", `${reason} Reconnecting in ${(wait / 1000).toFixed(1)} s (try ${this.#attempts}).`);
   }
 }
 

@@ -1,9 +1,9 @@
-// Event streams: their bytes made into events, as WHATWG HTML 9.2 says, and what an id tells of an event's place.
+// Event streams: parsing bytes into events (WHATWG HTML 9.2), and the position in an id.
 
-/** Events of a stream whose text is fed in pieces, cut anywhere. */
+/** Events of a stream whose text is fed in chunks, split anywhere. */
 export class EventStreamParser {
   lastId = "";
-  /** Milliseconds to wait before coming back, where the stream has said so. */
+  /** Time before reconnecting, if the stream has sent it, in milliseconds. */
   retry = null;
 
   #rest = "";

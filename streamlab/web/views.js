@@ -1,4 +1,4 @@
-// What arrives, made visible: the view is chosen by what the data is, and everything that is kept is bounded.
+// Views of the data as it arrives: the data selects the view, and everything that is retained is bounded.
 
 import { LineChart } from "./charts.js";
 import { duration, size } from "./figures.js";
@@ -205,7 +205,7 @@ class Text extends View {
   kept() {
     const dropped = this.#total - Math.min(this.#total, TEXT);
     return dropped
-      ? `The last ${number.format(TEXT)} characters; ${number.format(dropped)} before them are not kept.`
+      ? `The last ${number.format(TEXT)} characters; ${number.format(dropped)} before them were dropped.`
       : "";
   }
 
@@ -247,7 +247,7 @@ class Binary extends View {
 
   kept() {
     return this.#total
-      ? `${size(this.#total)} (${number.format(this.#total)} bytes): the first 256 and the last; nothing between is kept.`
+      ? `${size(this.#total)} (${number.format(this.#total)} bytes): the first 256 and the last; those between were dropped.`
       : "";
   }
 }
@@ -287,13 +287,13 @@ class Json extends Text {
   }
 }
 
-/** A refusal, in the words of the server. */
+/** An error response, in the words of the server. */
 class Refusal extends View {
   follows = false;
   #text = "";
 
   constructor() {
-    super("Refusal", "refusal");
+    super("Error", "refusal");
   }
 
   bytes(_, text) {
@@ -409,7 +409,7 @@ class Rows extends List {
   }
 }
 
-/** Read JSON lines out of pieces of text, and hand on each record. */
+/** Read JSON lines from chunks of text, and pass on each record. */
 function lines(take) {
   let rest = "";
   return (text) => {
@@ -425,7 +425,7 @@ function lines(take) {
   };
 }
 
-/** Read CSV (RFC 4180) out of pieces of text, and hand on each record by the names of the first. */
+/** Read CSV (RFC 4180) from chunks of text, and pass on each record by the names of the first. */
 function csv(take) {
   let [names, row, cell, quoted, before] = [null, [], "", false, ""];
   return (text) => {
@@ -514,7 +514,7 @@ class Prices extends View {
   }
 }
 
-/** A task: how far it is, how fast it goes, how long it will take, what it says, and how it ended. */
+/** A task: its progress, rate, remaining time, messages, and end. */
 class Progress extends View {
   static shows({ event }, json) {
     return event === "progress" && typeof json?.done === "number";
@@ -616,7 +616,7 @@ class Tokens extends View {
   kept() {
     const seconds = (this.#to - this.#from) / 1000;
     const said = [`${number.format(this.#count)} tokens`];
-    if (seconds > 0.2) said.push(`${precise.format((this.#count - 1) / seconds)} a second here`);
+    if (seconds > 0.2) said.push(`${precise.format((this.#count - 1) / seconds)} per second here`);
     if (this.#end?.finish_reason) said.push(`ended by ${this.#end.finish_reason}`);
     return said.join(" · ");
   }
