@@ -1,4 +1,4 @@
-"""Buffered and streamed on the process that `make run` starts: the same bytes, what either way costs, and who stops."""
+"""Buffered and streamed rows on the process that `make run` starts: equal bytes, both costs, and the end of a report."""
 
 import asyncio
 import contextlib
@@ -58,7 +58,7 @@ def until(reached: Callable[[], Any], *, seconds: float = 20) -> Any:
 
 
 def status_of(pid: int) -> dict[str, str]:
-    """What the kernel tells of a process; nothing of one that is gone."""
+    """Return what the kernel reports of a process; nothing of one that has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -87,7 +87,7 @@ def child_of(server: Running, *, serving: bool = False) -> tuple[int, Path]:
     return until(found)  # type: ignore[no-any-return]
 
 
-def assert_gone(pid: int, folder: Path, *, orphan: bool = False) -> None:
+def assert_ended(pid: int, folder: Path, *, orphan: bool = False) -> None:
     """Neither the process nor its folder stays; an orphan may wait for the system to bury it."""
     until(lambda: not (status := status_of(pid)) or (orphan and status["State"].strip().startswith("Z")))
     until(lambda: not folder.exists())
@@ -96,7 +96,7 @@ def assert_gone(pid: int, folder: Path, *, orphan: bool = False) -> None:
 # -- the two routes
 
 
-def test_both_ways_send_the_same_bytes_one_with_a_length_the_other_in_chunks(serve: Serve) -> None:
+def test_both_modes_send_the_same_bytes_one_with_a_length_the_other_in_chunks(serve: Serve) -> None:
     server = serve()
     for rows in (0, 1, 100, 101, 2345):
         lines = [json.dumps(modes.row(number), separators=(",", ":")).encode() for number in range(rows)]
@@ -115,12 +115,12 @@ def test_both_ways_send_the_same_bytes_one_with_a_length_the_other_in_chunks(ser
         assert re.fullmatch(r'first;dur=\d+\.\d{3};desc="first rows generated"', streamed["server-timing"])
 
 
-def test_no_row_is_longer_than_what_memory_is_reckoned_with() -> None:
+def test_no_row_is_longer_than_the_size_that_memory_is_reserved_for() -> None:
     tens = [10**power + number for power in range(9) for number in range(110)]
     assert max(len(json.dumps(modes.row(number))) + 2 for number in tens) <= modes.ROW_BYTES
 
 
-def test_head_and_http_1_0_are_answered_as_everywhere(serve: Serve) -> None:
+def test_head_and_http_1_0_work_as_everywhere(serve: Serve) -> None:
     server = serve()
     body = server.get(STREAMED)[2]
     for path in (BUFFERED, STREAMED, REPORT):
@@ -134,11 +134,11 @@ def test_head_and_http_1_0_are_answered_as_everywhere(serve: Serve) -> None:
         assert old == body
 
 
-def test_the_first_streamed_rows_are_there_before_anything_of_the_buffered_answer_and_nobody_waits(
+def test_the_first_streamed_rows_arrive_before_the_buffered_response_and_no_request_waits(
     serve: Serve,
 ) -> None:
     server = serve()
-    # Collecting so many takes seconds, and it begins first; the other answer gets its turns all the same.
+    # Collecting so many takes seconds, and it begins first; the other response is sent concurrently.
     with (
         server.send(f"GET {BUFFERED}?rows=1000000 HTTP/1.1\nHost: localhost") as buffered,
         server.send(f"GET {STREAMED}?rows=1000000 HTTP/1.1\nHost: localhost") as streamed,
@@ -149,7 +149,7 @@ def test_the_first_streamed_rows_are_there_before_anything_of_the_buffered_answe
     server.wait_for_log("client left")
 
 
-def test_a_streamed_answer_waits_for_its_client_and_takes_no_more_memory_however_long_it_is(serve: Serve) -> None:
+def test_a_streamed_response_waits_for_its_client_in_constant_memory(serve: Serve) -> None:
     server = serve(fresh=True)
 
     def sent() -> float:
@@ -179,7 +179,7 @@ def test_a_streamed_answer_waits_for_its_client_and_takes_no_more_memory_however
         assert resident(server) - before < 5_000_000
 
 
-def test_what_does_not_fit_is_refused_by_name(serve: Serve) -> None:
+def test_rows_that_do_not_fit_are_rejected_by_name(serve: Serve) -> None:
     server = serve("max_rows = 5000")
     for path in (BUFFERED, REPORT):
         assert server.get(f"{path}?rows=5000", method="HEAD")[0] == 200
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused_by_name(serve: Serve) -> None:
         assert (status, json.loads(body)["errors"][0]["name"]) == (422, wrong.partition("=")[0])
 
 
-def test_so_many_answers_are_collected_at_once_and_one_more_is_503(serve: Serve) -> None:
+def test_buffered_responses_beyond_the_limit_are_rejected_with_503(serve: Serve) -> None:
     server = serve("max_buffered = 1")
     with server.send(f"GET {BUFFERED}?rows=100000 HTTP/1.1\nHost: localhost", receive_buffer=65536) as first:
         read_until(first, b"\r\n\r\n")  # it is held in memory for as long as its client takes to read it
@@ -223,24 +223,24 @@ async def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         yield client, sys.modules["streamlab.plugins.comparison"]
 
 
-async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_refused(
+async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_rejected(
     client: tuple[TestClient[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask, module = client
+    http_client, module = client
     need = modes.collected_bytes(10_000)
     assert need == 1_800_000
     for free, status in ((2 * need, 200), (2 * need - 2, 422), (0, 422), (None, 200)):
         monkeypatch.setattr(module.memory, "available", lambda free=free: free)
-        response = await ask.get(BUFFERED)
+        response = await http_client.get(BUFFERED)
         assert response.status == status, free
     monkeypatch.setattr(module.memory, "available", lambda: 3_000_000)
-    problem = await (await ask.get(f"{REPORT}?rows=10000")).json()
+    problem = await (await http_client.get(f"{REPORT}?rows=10000")).json()
     assert problem["errors"][0]["detail"] == "would take up to 1 MB of memory; the limit is half of the available 3 MB"
     # What one is about to take counts before it has it.
     monkeypatch.setattr(module.memory, "available", lambda: 400_000_000)
-    async with ask.get(f"{REPORT}?rows=1000000") as report:
-        assert (report.status, (await ask.get(BUFFERED)).status) == (200, 200)
-        response = await ask.get(f"{BUFFERED}?rows=200000")
+    async with http_client.get(f"{REPORT}?rows=1000000") as report:
+        assert (report.status, (await http_client.get(BUFFERED)).status) == (200, 200)
+        response = await http_client.get(f"{BUFFERED}?rows=200000")
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
         assert (await response.json())["detail"] == "Other requests are using the memory that these rows would take."
 
@@ -273,7 +273,7 @@ def test_free_memory_is_the_least_of_the_machine_and_every_group_around(tmp_path
 # -- the report
 
 
-def test_a_report_as_events_measures_both_ways_at_every_size_and_ends_with_a_verdict(serve: Serve) -> None:
+def test_a_report_as_events_measures_both_modes_at_every_size_and_ends_with_a_verdict(serve: Serve) -> None:
     server = serve()
     with EventStream(server, f"{REPORT}?rows=40000&repeats=1") as stream:
         assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream")
@@ -333,7 +333,7 @@ def test_a_report_for_curl_is_a_table_that_comes_line_by_line(serve: Serve) -> N
     assert len(body) == 8
 
 
-def test_who_leaves_a_report_stops_it_and_who_comes_back_is_told_that_it_is_another(serve: Serve) -> None:
+def test_a_report_stops_when_its_client_disconnects_and_a_reconnect_gets_a_gap_and_a_new_one(serve: Serve) -> None:
     server = serve()
     with EventStream(server, LONG) as stream:
         (first,) = stream.take(1)
@@ -341,7 +341,7 @@ def test_who_leaves_a_report_stops_it_and_who_comes_back_is_told_that_it_is_anot
         assert (status, headers["retry-after"]) == (503, "5")
         assert json.loads(body)["detail"] == "Too many reports: 1 of 1 in progress."
         pid, folder = child_of(server, serving=True)
-    assert_gone(pid, folder)
+    assert_ended(pid, folder)
     server.wait_for_log('outcome="client left"')
     with EventStream(server, LONG, first.id) as stream:
         gap, second = stream.take(2)
@@ -349,7 +349,7 @@ def test_who_leaves_a_report_stops_it_and_who_comes_back_is_told_that_it_is_anot
         assert (second.event, second.json["done"]) == ("progress", 0)
         assert len({first.id, gap.id, second.id}) == 3
         pid, folder = child_of(server)
-    assert_gone(pid, folder)
+    assert_ended(pid, folder)
 
 
 def test_no_process_outlives_a_server_that_is_killed(serve: Serve) -> None:
@@ -358,7 +358,7 @@ def test_no_process_outlives_a_server_that_is_killed(serve: Serve) -> None:
         stream.take(1)
         pid, folder = child_of(server, serving=True)
         server.terminate(signal.SIGKILL)
-        assert_gone(pid, folder, orphan=True)
+        assert_ended(pid, folder, orphan=True)
 
 
 def test_sigterm_ends_a_report_at_once_where_it_is_events_and_cuts_a_table(serve: Serve) -> None:
@@ -373,7 +373,7 @@ def test_sigterm_ends_a_report_at_once_where_it_is_events_and_cuts_a_table(serve
         assert server.terminate()[0] == 0
         assert [event.event for event in stream][-1] == "stop"
         broken_off(table)
-    assert_gone(pid, folder, orphan=True)
+    assert_ended(pid, folder, orphan=True)
 
 
 def broken_off(report: Any) -> bytes:
@@ -383,7 +383,7 @@ def broken_off(report: Any) -> bytes:
     return rest
 
 
-def test_a_report_that_takes_too_long_fails_for_all_to_see(serve: Serve) -> None:
+def test_a_report_that_takes_too_long_fails_visibly(serve: Serve) -> None:
     server = serve("max_seconds = 0.2")
     reason = rb"The report took longer than 0\.2 s \(max_seconds\)\. Request fewer rows or repeats\."
     events = broken_off(server.send(f"{AS_EVENTS}\nHost: localhost"))
@@ -393,14 +393,14 @@ def test_a_report_that_takes_too_long_fails_for_all_to_see(serve: Serve) -> None
     assert re.search(rb"\n%b\n\r\n$" % reason, table)
 
 
-def test_a_process_that_dies_fails_its_report_and_the_log_says_why(serve: Serve) -> None:
+def test_a_process_that_dies_fails_its_report_and_the_log_has_the_reason(serve: Serve) -> None:
     server = serve()
     with server.send(f"{AS_EVENTS}\nHost: localhost") as report:
         read_until(report, b"event: progress")
         pid, folder = child_of(server)
         os.kill(pid, signal.SIGKILL)
         assert b'\nevent: error\ndata: {"type":"about:blank","title":"Internal Server Error"' in broken_off(report)
-    assert_gone(pid, folder)
+    assert_ended(pid, folder)
     server.wait_for_log("a measured process failed: exit status -9; no error output")
     until(lambda: server.get(REPORT, method="HEAD")[0] == 200)
 
@@ -409,14 +409,14 @@ def test_a_process_that_dies_fails_its_report_and_the_log_says_why(serve: Serve)
 
 
 def measured(rows: int, buffered: tuple[float, float, float], streamed: tuple[float, float, float]) -> list[Any]:
-    """Measurements of both ways: milliseconds to the first byte and in all, and megabytes."""
+    """Measurements of both modes: milliseconds to the first byte and in total, and megabytes."""
     return [
         reporting.Measurement(mode, rows, rows * 130, first, total, peak, 37.0, 1.0, 1.0)
         for mode, (first, total, peak) in zip(("buffered", "streamed"), (buffered, streamed), strict=True)
     ]
 
 
-def test_the_verdict_says_from_which_size_on_streaming_pays() -> None:
+def test_the_verdict_has_the_size_from_which_streaming_pays() -> None:
     small = measured(1000, (9.0, 9.5, 0.1), (1.0, 9.9, 0.0))
     middle = measured(10_000, (90.0, 91.0, 0.9), (1.0, 95.0, 0.1))
     large = measured(100_000, (900.0, 910.0, 13.5), (1.5, 1001.0, 0.5))
@@ -453,7 +453,7 @@ def test_streaming_may_pay_by_memory_or_by_the_first_byte_alone() -> None:
     )
 
 
-async def test_ways_take_turns_and_medians_are_told() -> None:
+async def test_modes_take_turns_and_medians_are_reported() -> None:
     measured_runs: list[tuple[str, int]] = []
 
     async def measure(mode: str, rows: int) -> Any:
@@ -475,13 +475,13 @@ async def test_ways_take_turns_and_medians_are_told() -> None:
 async def test_a_client_gets_heartbeats_during_a_long_measurement(
     client: tuple[TestClient[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    http, module = client
+    http_client, module = client
 
     async def measure(mode: str, rows: int) -> Any:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(module, "open_event_stream", partial(module.open_event_stream, heartbeat_seconds=1))
-    async with http.get(REPORT, headers={"Accept": "text/event-stream"}) as response:
+    async with http_client.get(REPORT, headers={"Accept": "text/event-stream"}) as response:
         await response.content.readuntil(b"\n\n")
         assert await response.content.readuntil(b"\n") == b":\n"

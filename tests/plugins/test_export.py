@@ -119,7 +119,7 @@ def test_the_three_routes_of_the_seed_stream_what_the_database_has(shared: Runni
     assert body.count(b"\n") == rows_of(sample, "SELECT count(*) FROM users WHERE active")[0][0]
 
 
-def test_the_sample_is_made_once_when_it_is_first_asked_for(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_the_sample_is_created_once_at_its_first_use(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start(CONFIG)
     assert not (tmp_path / "var/sample.db").exists()
     with ThreadPoolExecutor(4) as threads:
@@ -268,7 +268,7 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "said"),
+    ("path", "status", "message"),
     [
         ("/export/nothing/csv", 404, "There is no export of this name"),
         ("/export/users/xml", 422, "'csv', 'jsonl', 'json', 'arrow' or 'parquet'"),
@@ -284,10 +284,10 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
         ("/export/users/csv?end=true", 422, "only jsonl has an end record, not csv"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_named(shared: Running, path: str, status: int, said: str) -> None:
+def test_invalid_requests_are_rejected_with_the_reason(shared: Running, path: str, status: int, message: str) -> None:
     found, headers, body = shared.get(path)
     assert (found, headers["content-type"]) == (status, "application/problem+json; charset=utf-8")
-    assert said in body.decode()
+    assert message in body.decode()
 
 
 HOSTILE = [
@@ -344,7 +344,7 @@ def test_hostile_strings_stay_data(serve: Callable[..., Running], tmp_path: Path
         "SELECT 1 --",
     ],
 )
-def test_sql_that_is_more_than_a_select_is_refused_by_the_connection_itself(
+def test_sql_that_is_more_than_a_select_is_rejected_by_the_connection_itself(
     serve: Callable[..., Running], tmp_path: Path, sample: Path, sql: str
 ) -> None:
     server = serve(configured(evil=sql))
@@ -365,7 +365,7 @@ def test_sql_that_is_more_than_a_select_is_refused_by_the_connection_itself(
 # -- the truth
 
 
-def test_an_end_record_tells_rows_and_digest(shared: Running) -> None:
+def test_an_end_record_has_the_rows_and_a_digest(shared: Running) -> None:
     plain = shared.get("/export/users/jsonl")[2]
     body = shared.get("/export/users/jsonl?end=true")[2]
     assert body.startswith(plain)
@@ -426,7 +426,9 @@ def test_one_export_is_one_snapshot(serve: Callable[..., Running], tmp_path: Pat
     assert server.get("/export/users/jsonl")[2].count(b"\n") == 100
 
 
-def test_text_that_is_no_utf_8_comes_with_replacement_characters(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_text_that_is_not_utf_8_is_sent_with_replacement_characters(
+    serve: Callable[..., Running], tmp_path: Path
+) -> None:
     with closing(sqlite3.connect(tmp_path / "var/sample.db")) as database:
         database.execute("UPDATE users SET name = CAST(x'41FF42' AS TEXT) WHERE id = 5000")
         database.commit()
@@ -447,7 +449,9 @@ def test_text_that_is_no_utf_8_comes_with_replacement_characters(serve: Callable
     assert subprocess.run(curl, capture_output=True, check=False).returncode == 18
 
 
-def test_numbers_that_json_does_not_have_are_counted_or_refused(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_numbers_that_json_cannot_represent_are_counted_or_rejected(
+    serve: Callable[..., Running], tmp_path: Path
+) -> None:
     server = serve(
         configured(numbers="SELECT 1.5 AS a, NULL AS b UNION ALL SELECT 9e999, NULL UNION ALL SELECT -9e999, 'x'")
     )
@@ -460,7 +464,7 @@ def test_numbers_that_json_does_not_have_are_counted_or_refused(serve: Callable[
         assert (status, "row 2 of column 'a' holds inf, which JSON cannot represent" in body.decode()) == (422, True)
 
 
-def test_a_cell_that_is_too_large_is_refused_or_cut_and_costs_no_memory(
+def test_a_cell_that_is_too_large_is_rejected_or_cut_and_costs_no_memory(
     serve: Callable[..., Running], tmp_path: Path
 ) -> None:
     late = "SELECT i, CASE WHEN i = 3000 THEN zeroblob(100000000) WHEN i > 2800 THEN zeroblob(200000) END AS b "
@@ -520,7 +524,7 @@ def is_idle(server: Running) -> bool:
     return (cpu_seconds(server) - before) / (time.monotonic() - begun) < 0.1
 
 
-def test_an_export_that_takes_too_long_is_refused_or_cut(serve: Callable[..., Running]) -> None:
+def test_an_export_that_takes_too_long_is_rejected_or_cut(serve: Callable[..., Running]) -> None:
     server = serve(configured(stuck=STUCK, endless=SLOW).replace("sample_rows", "max_seconds = 0.5\n    sample_rows"))
     status, headers, _ = server.get("/export/stuck/csv")
     assert (status, headers["retry-after"]) == (503, "5")
@@ -638,7 +642,7 @@ def test_the_index_lists_every_export_with_columns_and_types(serve: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ('[scenarios.export.queries.a]\nsql = "SELECT 1"\ndatabase = "nowhere"\n', "a names the database 'nowhere'"),
         ('[scenarios.export.databases.a]\nurl = "mysql://x"\n', "must be sqlite:///"),
@@ -650,11 +654,11 @@ def test_the_index_lists_every_export_with_columns_and_types(serve: Callable[...
         ('[scenarios.export.queries.a]\nsql = "x"\nparameters.n = { type = "integer", default = "x" }\n', "integer"),
     ],
 )
-def test_a_configuration_that_cannot_work_is_refused_at_the_start(tmp_path: Path, table: str, said: str) -> None:
+def test_an_invalid_configuration_is_rejected_at_the_start(tmp_path: Path, table: str, message: str) -> None:
     (tmp_path / "config.toml").write_text(table)
-    status, _, told = run_streamlab("check", cwd=tmp_path)
+    status, _, output = run_streamlab("check", cwd=tmp_path)
     assert status == 2
-    assert said in told
+    assert message in output
 
 
 # -- as tasks

@@ -70,7 +70,9 @@ def line(value: Any, kind: str = "any") -> str:
         ([], []),
     ],
 )
-def test_duplicate_names_are_numbered_and_given_names_kept(given_names: list[str], expected: list[str]) -> None:
+def test_duplicate_names_are_numbered_and_given_names_are_not_renamed(
+    given_names: list[str], expected: list[str]
+) -> None:
     assert unique(given_names) == expected
 
 
@@ -89,13 +91,13 @@ def test_many_duplicates_take_no_quadratic_time() -> None:
 
 
 @pytest.mark.parametrize("target", ["csv", "jsonl", "json", "arrow", "parquet"])
-def test_a_result_with_equal_names_keeps_all_its_columns(target: str) -> None:
+def test_a_result_with_equal_names_has_all_its_columns(target: str) -> None:
     if target in {"arrow", "parquet"}:
         pytest.importorskip("pyarrow")
     assert all(name in write(target, columns("n", "n"), [("x", "y")]) for name in (b"n_2", b"x", b"y"))
 
 
-def test_an_unknown_format_and_an_unknown_type_are_refused_by_name() -> None:
+def test_an_unknown_format_and_an_unknown_type_are_rejected_by_name() -> None:
     with pytest.raises(ValueError, match="unknown format 'xls'; known: csv, jsonl, json, arrow, parquet"):
         formats.make("xls", columns("a"))
     with pytest.raises(ValueError, match="column 'a' has the unknown type 'varchar'"):
@@ -253,7 +255,7 @@ def test_an_empty_batch_and_a_result_without_columns() -> None:
     assert write("csv", [], [(), ()], header=False) == b"\r\n\r\n"
 
 
-def test_rows_of_another_length_are_refused() -> None:
+def test_rows_of_another_length_are_rejected() -> None:
     with pytest.raises(ValueError, match="zip"):
         write("csv", columns("a", "b"), [(1, 2), (1,)])
 
@@ -598,7 +600,7 @@ MISFITS = [
 
 @pytest.mark.parametrize("target", ["arrow", "parquet"])
 @pytest.mark.parametrize(("kind", "value", "named"), MISFITS)
-def test_a_value_that_does_not_fit_is_refused_with_its_row(target: str, kind: str, value: Any, named: str) -> None:
+def test_a_value_that_does_not_fit_is_rejected_with_its_row(target: str, kind: str, value: Any, named: str) -> None:
     pytest.importorskip("pyarrow")
     encoder = formats.make(target, columns("k:integer", f"x:{kind}"))
     encoder.begin()

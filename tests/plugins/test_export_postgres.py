@@ -234,7 +234,7 @@ async def test_describe_does_not_run_the_query(source: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_columns_of_one_name_are_told_apart(source: Any, form: str) -> None:
+async def test_columns_of_one_name_are_distinguished(source: Any, form: str) -> None:
     result = await read(source, "SELECT 1 AS a, 2 AS a, 3 AS a_2, 4, 5", form)
     assert result.names == ["a", "a_3", "a_2", "?column?", "?column?_2"]
     if form == "csv":
@@ -282,7 +282,7 @@ async def test_csv_reads_back_as_it_was(source: Any, admin: Any) -> None:
     assert result.rows == len(NASTY)
 
 
-async def test_csv_tells_null_from_an_empty_text(source: Any) -> None:
+async def test_csv_distinguishes_null_from_an_empty_text(source: Any) -> None:
     assert (await read(source, "SELECT 1, '', NULL")).body.endswith(b'\r\n1,"",\r\n')
 
 
@@ -396,7 +396,7 @@ async def test_the_guard_is_that_of_the_encoder(source: Any, admin: Any) -> None
     assert nested.cells == [['{"a": "x;\'=1"}', '["x;\'=1"]', "-5"]]
 
 
-async def test_numbers_that_json_does_not_have_are_counted_or_refused(source: Any) -> None:
+async def test_numbers_that_json_cannot_represent_are_counted_or_rejected(source: Any) -> None:
     sql = """SELECT r, '{"a":\tnull\t}'::json AS j, 'null' || chr(9) AS t
              FROM (VALUES ('NaN'::float8), (1.5), (NULL), ('-Infinity')) AS v (r)"""
     for form in ("jsonl", "json"):
@@ -411,7 +411,7 @@ async def test_numbers_that_json_does_not_have_are_counted_or_refused(source: An
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_a_cell_that_is_too_large_is_refused_by_its_column(shared: Postgres, form: str) -> None:
+async def test_a_cell_that_is_too_large_is_rejected_by_its_column(shared: Postgres, form: str) -> None:
     async with opened(shared, max_cell=100_000) as source:
         for value in (
             "repeat('x', 100001)",
@@ -536,7 +536,7 @@ async def test_values_of_all_types_in_json(source: Any, form: str) -> None:
     assert b'"price":1.10,' in result.body
 
 
-async def test_what_a_format_cannot_hold_is_refused(source: Any) -> None:
+async def test_what_a_format_cannot_hold_is_rejected(source: Any) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     for value in (
         "date 'infinity'",
@@ -586,7 +586,7 @@ async def test_columns_values_limit_and_skip_choose(source: Any, admin: Any) -> 
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_the_order_of_the_query_is_kept(source: Any, admin: Any, form: str) -> None:
+async def test_the_order_of_the_query_is_preserved(source: Any, admin: Any, form: str) -> None:
     await table(admin, [str(number % 7) for number in range(5000)])
     await admin.execute("ALTER DATABASE postgres SET debug_parallel_query = on")
     result = await read(source, "SELECT id FROM t ORDER BY text, id DESC", form)
@@ -653,21 +653,23 @@ async def test_a_value_is_compared_as_the_type_of_its_column(source: Any, admin:
         ("r", "(1)"),
     ],
 )
-async def test_a_value_that_is_none_of_its_column_is_refused_by_name(source: Any, column: str, value: str) -> None:
+async def test_a_value_of_another_type_than_its_column_is_rejected_by_name(
+    source: Any, column: str, value: str
+) -> None:
     sql = """SELECT 1 AS i, 1::float8 AS f, 1.5 AS n, true AS b, now()::date AS d, now()::timestamp AS ts,
              gen_random_uuid() AS u, 'a' AS x, '{}'::json AS j, 'a'::bytea AS y, ROW(1) AS r"""
-    with pytest.raises(BadValue) as refused:
+    with pytest.raises(BadValue) as rejected:
         await read(source, sql, where={column: value})
-    assert refused.value.column == column
-    assert refused.value.detail
-    assert "\n" not in refused.value.detail
+    assert rejected.value.column == column
+    assert rejected.value.detail
+    assert "\n" not in rejected.value.detail
 
 
-async def test_an_unknown_column_is_refused_with_those_there_are(source: Any) -> None:
+async def test_an_unknown_column_is_rejected_with_the_known_ones(source: Any) -> None:
     for selection in ({"columns": ["a", "A"]}, {"where": {"A": "1"}}):
-        with pytest.raises(UnknownColumn) as refused:
+        with pytest.raises(UnknownColumn) as rejected:
             await read(source, "SELECT 1 AS a, 2 AS b", **selection)
-        assert (refused.value.name, refused.value.known) == ("A", ("a", "b"))
+        assert (rejected.value.name, rejected.value.known) == ("A", ("a", "b"))
 
 
 HOSTILE = [
@@ -788,14 +790,14 @@ async def test_a_parameter_has_the_type_that_its_place_wants(
             assert result.cells == [[cell, "1"]]
 
 
-async def test_a_parameter_that_does_not_fit_is_refused_by_name(source: Any) -> None:
+async def test_a_parameter_that_does_not_fit_is_rejected_by_name(source: Any) -> None:
     with pytest.raises(BadValue, match=r"^v: .*invalid input syntax"):
         await read(source, "SELECT 1 LIMIT :v", parameters={"v": "many"})
     with pytest.raises(BadQuery, match="type list"):
         await read(source, "SELECT 1 LIMIT :v", parameters={"v": [1]})
 
 
-async def test_unknown_parameters_are_refused(source: Any) -> None:
+async def test_unknown_parameters_are_rejected(source: Any) -> None:
     with pytest.raises(BadQuery, match="unknown parameter :w; known: :v"):
         await source.describe(Query("SELECT :w", {"v": 1}))
     with pytest.raises(BadQuery, match="as :name"):
@@ -840,16 +842,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-async def test_what_is_no_reading_query_is_refused_before_the_first_byte(
+async def test_a_query_that_does_not_only_read_is_rejected_before_the_first_byte(
     source: Any, admin: Any, tmp_path: Path, form: str
 ) -> None:
     await table(admin, ["a"])
     await admin.execute("CREATE SEQUENCE s")
     await admin.execute("CREATE FUNCTION wipe() RETURNS int LANGUAGE plpgsql AS 'BEGIN DELETE FROM t; RETURN 1; END'")
     for sql, message in REFUSED:
-        with pytest.raises(BadQuery, match=message) as refused:
+        with pytest.raises(BadQuery, match=message) as rejected:
             await read(source, sql.replace("{file}", str(tmp_path / "made")), form)
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(rejected.value)
         assert await admin.fetchval("SELECT count(*) FROM t") == 1
         assert not list(tmp_path.iterdir())
     assert (await read(source, "SELECT count(*) AS n FROM t", form)).rows == 1, "the connections are as good as before"
@@ -863,7 +865,7 @@ async def test_what_ends_in_a_comment_or_reads_without_select_runs(source: Any, 
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_a_query_that_takes_too_long_is_refused_before_the_first_byte(
+async def test_a_query_that_takes_too_long_is_rejected_before_the_first_byte(
     shared: Postgres, admin: Any, form: str
 ) -> None:
     async with opened(shared, statement_seconds=0.2) as source:
@@ -969,7 +971,7 @@ async def test_a_restart_between_two_exports_is_not_noticed(postgres: Postgres, 
     assert (await read(source, "SELECT 1 AS x")).rows == 1
 
 
-async def test_a_server_that_says_nothing_is_given_up(postgres: Postgres) -> None:
+async def test_a_server_that_does_not_respond_times_out(postgres: Postgres) -> None:
     assert postgres.process is not None
     async with opened(postgres, statement_seconds=0.3, connect_seconds=0.3) as source:
         async with source.export(Query(ENDLESS), Selection(), "csv", formula_guard=True) as (export, _):
@@ -1002,7 +1004,7 @@ async def test_no_more_exports_run_than_there_are_connections(shared: Postgres) 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
 async def test_a_consumer_that_does_not_read_costs_a_bounded_amount(source: Any, admin: Any, form: str) -> None:
-    async def stands_still() -> bool:
+    async def is_stalled() -> bool:
         """Whether PostgreSQL waits, at fifty looks: it could have sent many megabytes in that time."""
         wait = "SELECT wait_event FROM pg_stat_activity WHERE application_name = 'streamlab'"
         waits = "ClientRead" if form == "json" else "ClientWrite"
@@ -1013,7 +1015,7 @@ async def test_a_consumer_that_does_not_read_costs_a_bounded_amount(source: Any,
         async with source.export(Query(ENDLESS), Selection(), form, formula_guard=True) as (export, _):
             chunks = export.chunks()
             size = len(await anext(chunks))
-            await until(stands_still)
+            await until(is_stalled)
             assert tracemalloc.get_traced_memory()[1] < 8 << 20
             for _ in range(20):
                 size = max(size, len(await anext(chunks)))
@@ -1059,14 +1061,14 @@ async def test_a_query_runs_in_a_session_that_only_reads_and_has_limits(source: 
     assert (await read(source, sql.replace(" WHERE", " AND").replace("AND", "WHERE", 1), form)).rows == 1
 
 
-async def test_nothing_of_the_address_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_part_of_the_address_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     source = PostgresSource("postgresql://user:secret@127.0.0.1:1/base", statement_seconds=1)
     with caplog.at_level(logging.DEBUG, logger=module.__name__):
         async with source.opened():
-            with pytest.raises(Unavailable) as refused:
+            with pytest.raises(Unavailable) as rejected:
                 await source.describe(Query("SELECT 1"))
     for word in ("secret", "user", "127.0.0.1", "base:"):
-        assert word not in str(refused.value)
+        assert word not in str(rejected.value)
         assert word not in caplog.text
 
 
@@ -1077,12 +1079,12 @@ async def test_a_server_that_does_not_know_the_user_is_unavailable(shared: Postg
             await source.describe(Query("SELECT 1"))
 
 
-def test_what_is_no_address_is_refused_at_once() -> None:
+def test_an_invalid_address_is_rejected_at_once() -> None:
     with pytest.raises(ValueError, match="postgresql://"):
         PostgresSource("mysql://x", statement_seconds=1)
 
 
-def test_without_asyncpg_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_asyncpg_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "asyncpg", None)
     with pytest.raises(module.MissingLibrary, match=r"pip install 'streamlab\[postgres\]'"):
         PostgresSource("postgresql://x", statement_seconds=1)
@@ -1129,7 +1131,7 @@ def test_curl_sees_a_killed_server_as_exit_18_and_the_next_request_as_503_until_
     server.wait_for_log("the export numbers was interrupted")
 
 
-def test_formats_parameters_and_refusals_are_those_of_sqlite(start: Callable[..., Running], postgres: Postgres) -> None:
+def test_formats_parameters_and_errors_are_those_of_sqlite(start: Callable[..., Running], postgres: Postgres) -> None:
     server = start(SERVED.format(url=postgres.url))
     assert server.get("/export/numbers/jsonl?every=5&limit=2")[2] == (
         b'{"i":5,"t":"text, 5"}\n{"i":10,"t":"text, 10"}\n'
@@ -1147,7 +1149,7 @@ def test_formats_parameters_and_refusals_are_those_of_sqlite(start: Callable[...
     assert listed["numbers"]["columns"] == [{"name": "i", "type": "integer"}, {"name": "t", "type": "text"}]
 
 
-def test_without_its_library_only_its_own_exports_are_refused(start: Callable[..., Running]) -> None:
+def test_without_its_library_only_its_own_exports_are_rejected(start: Callable[..., Running]) -> None:
     hide = "import sys; sys.modules['asyncpg'] = None"
     server = start(SERVED.format(url="postgresql://nobody@127.0.0.1:1/x"), hide=hide)
     status, _, body = server.get("/export/numbers/csv")

@@ -59,12 +59,12 @@ class Client:
     async def connect(cls, server: Running) -> "Client":
         return cls(*await asyncio.open_connection("127.0.0.1", server.port))
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
         self._writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-        answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-        length = int(answer.partition(b"content-length:")[2].partition(b"\r\n")[0])
-        return int(answer.split()[1]), await self._reader.readexactly(length)
+        response = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(response.partition(b"content-length:")[2].partition(b"\r\n")[0])
+        return int(response.split()[1]), await self._reader.readexactly(length)
 
     def close(self) -> None:
         self._writer.close()
@@ -77,7 +77,9 @@ def task(kind: str, **parameters: Any) -> bytes:
 # -- cancelled by many at once
 
 
-def test_thousands_of_tasks_deleted_by_several_at_once_leave_the_server_whole(start: Callable[..., Running]) -> None:
+def test_thousands_of_tasks_deleted_by_several_clients_at_once_leave_the_server_intact(
+    start: Callable[..., Running],
+) -> None:
     """The second DELETE once closed a database that a thread was reading: the process died of SIGSEGV."""
     server = start(
         config(export="sample_rows = 3000", progress="max_running = 8\nmax_queued = 100000"),
@@ -91,16 +93,16 @@ def test_thousands_of_tasks_deleted_by_several_at_once_leave_the_server_whole(st
 
     async def delete(client: Client, path: str, pause: float) -> None:
         await asyncio.sleep(pause)
-        status, _ = await client.ask("DELETE", path)
+        status, _ = await client.request("DELETE", path)
         statuses[status] = statuses.get(status, 0) + 1
 
     async def lane() -> None:
         clients = [await Client.connect(server) for _ in range(5)]
         for number in left:
             kind = "report" if number % 5 == 0 else "export"
-            status, answer = await clients[0].ask("POST", TASKS, task(kind))
-            assert status == 202, answer
-            path = json.loads(answer)["url"]
+            status, response = await clients[0].request("POST", TASKS, task(kind))
+            assert status == 202, response
+            path = json.loads(response)["url"]
             async with asyncio.TaskGroup() as group:
                 for client in clients[: chance.randint(2, 5)]:
                     group.create_task(delete(client, path, chance.uniform(0, 0.002)))
@@ -131,9 +133,9 @@ def test_sigterm_just_after_a_delete_ends_the_server_in_its_time(start: Callable
 
     async def load() -> None:
         client = await Client.connect(server)
-        paths = [json.loads((await client.ask("POST", TASKS, task("export")))[1])["url"] for _ in range(2)]
+        paths = [json.loads((await client.request("POST", TASKS, task("export")))[1])["url"] for _ in range(2)]
         for path in paths:
-            await client.ask("DELETE", path)
+            await client.request("DELETE", path)
         server.process.send_signal(signal.SIGTERM)
         client.close()
 
@@ -152,9 +154,9 @@ def test_the_files_of_200_exports_started_at_once_are_each_its_own(start: Callab
 
     async def run(client: Client, number: int) -> dict[str, Any]:
         body = task("export", name="users", format="jsonl", limit=number + 1, columns=["id"])
-        status, answer = await client.ask("POST", TASKS, body)
-        assert status == 202, answer
-        found = await over(client, json.loads(answer))
+        status, response = await client.request("POST", TASKS, body)
+        assert status == 202, response
+        found = await over(client, json.loads(response))
         assert found["state"] == "done", found
         return dict(found["result"])
 
@@ -185,9 +187,9 @@ def run_task(server: Running, **parameters: Any) -> dict[str, Any]:
 
     async def load() -> dict[str, Any]:
         client = await Client.connect(server)
-        status, answer = await client.ask("POST", TASKS, task("export", **parameters))
-        assert status == 202, answer
-        found = await over(client, json.loads(answer))
+        status, response = await client.request("POST", TASKS, task("export", **parameters))
+        assert status == 202, response
+        found = await over(client, json.loads(response))
         client.close()
         return found
 
@@ -197,7 +199,7 @@ def run_task(server: Running, **parameters: Any) -> dict[str, Any]:
 async def over(client: Client, found: dict[str, Any]) -> dict[str, Any]:
     while found["state"] in ("queued", "running"):
         await asyncio.sleep(0.2)
-        found = json.loads((await client.ask("GET", found["url"]))[1])
+        found = json.loads((await client.request("GET", found["url"]))[1])
     return found
 
 
@@ -205,7 +207,7 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def wait_until_gone(path: Path) -> None:
+def wait_until_deleted(path: Path) -> None:
     deadline = time.monotonic() + 10
     while path.exists():
         assert time.monotonic() < deadline, path
@@ -222,7 +224,7 @@ def test_a_file_is_deleted_when_it_is_too_old_and_no_other(start: Callable[..., 
         path.touch()
         age(path, 1000 if path is not young else -1000)
     link.symlink_to(foreign[0])
-    wait_until_gone(folder / done["file"])
+    wait_until_deleted(folder / done["file"])
     assert server.get(done["url"])[0] == 404
     assert all(path.exists() for path in (young, link, *foreign))
 
@@ -265,7 +267,7 @@ def test_a_start_deletes_what_a_process_that_died_left_and_not_what_another_writ
     assert "deleted .unfinished-left, left by a process that died" in server.log
 
 
-def test_what_a_killed_server_was_writing_is_gone_after_the_next_start(start: Callable[..., Running]) -> None:
+def test_files_that_a_killed_server_was_writing_are_deleted_at_the_next_start(start: Callable[..., Running]) -> None:
     server = start(config(export="sample_rows = 100000"))
     folder = server.base / "var/files/exports"
     server.get("/export/users/csv?limit=1")
