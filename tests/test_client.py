@@ -232,7 +232,7 @@ LAB = """
     from aiohttp import web
     from pydantic import BaseModel, Field
 
-    from streamlab import Problem, Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Problem, Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
     EVENTS = "text/event-stream"
     requests = collections.Counter()
@@ -243,7 +243,8 @@ LAB = """
 
 
     async def send(request, *parts, hold=False, cut=False, content_type=EVENTS):
-        async with open_stream(request, content_type) as response:
+        opened = open_event_stream(request) if content_type == EVENTS else open_stream(request, content_type)
+        async with opened as response:
             for part in parts:
                 await response.write(part.encode())
             if hold:
@@ -298,7 +299,7 @@ LAB = """
 
         @endpoint("GET", "/end-later")
         async def end_later(self, request):
-            async with open_stream(request, EVENTS) as response:
+            async with open_event_stream(request) as response:
                 await response.write(b"event: end\\ndata: {}\\n\\n")
                 await asyncio.sleep(0.1)  # long enough for a client that leaves to be noticed
             return response
