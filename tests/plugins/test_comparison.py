@@ -1,4 +1,4 @@
-"""Buffered and streamed rows on the process that `make run` starts: equal bytes, both costs, and the end of a report."""
+"""Buffered and streamed rows on the process that `make run` starts: equal bytes, both costs, the end of a report."""
 
 import asyncio
 import contextlib
