@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from streamlab.testing import Asked, Conformance, Server
+from streamlab.testing import Conformance, EndpointForm, Server
 
 pytestmark = pytest.mark.usefixtures("forked_servers")
 
@@ -38,7 +38,7 @@ class TestFile(Conformance):
     large = {"path": "large-file.bin"}
 
     @classmethod
-    def furnish(cls, folder: Path) -> None:
+    def write_files(cls, folder: Path) -> None:
         files = folder / "var" / "files"
         files.mkdir(parents=True, exist_ok=True)
         (files / "small.bin").write_bytes(bytes(range(256)))
@@ -60,19 +60,19 @@ class TestLlm(Conformance):
         {
             (case, "POST /v1/chat/completions"): OPENAI
             for case in (
-                "bodies_that_do_not_fit_are_refused",
+                "invalid_bodies_are_rejected",
                 "events_are_whole",
                 "resumes_by_header",
-                "bad_ids_are_told_and_do_no_harm",
-                "end_is_said_and_kept",
+                "bad_ids_get_a_gap_event",
+                "finished_stream_ends_for_good",
             )
         }
         | {
             (case, endpoint): OPENAI  # all of them are in tests/plugins/test_llm_limits.py
             for case in (
-                "other_methods_are_refused",
-                "unknown_parameters_are_refused_by_name",
-                "values_that_do_not_fit_are_refused_by_name",
+                "other_methods_are_rejected",
+                "unknown_parameters_are_rejected_by_name",
+                "invalid_values_are_rejected_by_name",
             )
             for endpoint in ("GET /v1/models", "GET /v1/models/{id}", "POST /v1/chat/completions")
         }
@@ -89,15 +89,15 @@ class TestLlm(Conformance):
     """Ports of the servers whose model is there."""
 
     @classmethod
-    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
+    def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
         while server.port not in cls.loaded:
-            if server.ask("/ai/chat-stream?prompt=Hello&max_tokens=1").status == 200:
+            if server.request("/ai/chat-stream?prompt=Hello&max_tokens=1").status == 200:
                 cls.loaded.add(server.port)
-        if asked.template == "/v1/chat/completions":
-            return {"stream": asked.carries_events}
-        if not asked.template.startswith("/ai/generations/"):
+        if form.template == "/v1/chat/completions":
+            return {"stream": form.carries_events}
+        if not form.template.startswith("/ai/generations/"):
             return {}
-        begun = server.ask("/ai/chat-stream-sse?prompt=Hello&max_tokens=12")
+        begun = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=12")
         return {"id": begun.headers["location"].rpartition("/")[2]}
 
 
@@ -110,10 +110,10 @@ class TestProgress(Conformance):
     settings = "[scenarios.export]\nsample_rows = 1000"
 
     @classmethod
-    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
-        if "{id}" not in asked.template:
+    def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
+        if "{id}" not in form.template:
             return {}
-        return {"id": server.ask("/process/tasks", method="POST", body={"kind": "report"}).json["id"]}
+        return {"id": server.request("/process/tasks", method="POST", body={"kind": "report"}).json["id"]}
 
 
 class TestTicker(Conformance):

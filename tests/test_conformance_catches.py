@@ -157,7 +157,7 @@ SENT = EVENTS[EVENTS.index("async with open_event_stream") : EVENTS.index(END) +
 DEFECTS = {
     # -- every endpoint
     "another_type_than_declared": Defect(
-        "answers_as_described", LINES, 'open_stream(request, "text/plain")', 'open_stream(request, "application/xml")'
+        "responds_as_described", LINES, 'open_stream(request, "text/plain")', 'open_stream(request, "application/xml")'
     ),
     "buffered_by_proxies": Defect(
         "stream_is_neither_cached_nor_buffered_on_its_way",
@@ -179,27 +179,27 @@ DEFECTS = {
         "        await response.prepare(request)\n        if True:\n",
     ),
     "method_of_its_own": Defect(
-        "other_methods_are_refused",
+        "other_methods_are_rejected",
         LINES,
         '    @endpoint("POST", "/lines", body',
         '    @endpoint("DELETE", "/{any:.*}", sends="text/plain")\n    async def all(self, request):\n'
         '        return web.Response(text="fine")\n\n    @endpoint("POST", "/lines", body',
     ),
     "takes_any_parameter": Defect(
-        "unknown_parameters_are_refused_by_name",
+        "unknown_parameters_are_rejected_by_name",
         LINES,
         "class Wanted(BaseModel):\n",
         'class Wanted(BaseModel, extra="allow"):\n',
     ),
     "takes_any_value": Defect(
-        "values_that_do_not_fit_are_refused_by_name",
+        "invalid_values_are_rejected_by_name",
         LINES,
         "    times: int = Field(30, ge=1, le=1_000_000)\n",
         "    times: Annotated[int, BeforeValidator(lambda text: text if str(text).isdigit() else 1)] = "
         "Field(30, ge=0, le=1_000_000)\n",
     ),
     "takes_any_body": Defect(
-        "bodies_that_do_not_fit_are_refused",
+        "invalid_bodies_are_rejected",
         LINES,
         'body=Wanted, sends="application/json", curl="{url}")\n    async def count(self, request, body):\n',
         'takes="application/json", sends="application/json", curl="--json {} {url}")\n'
@@ -231,35 +231,35 @@ DEFECTS = {
         '                    await response.write(b"".join(self._held))\n',
     ),
     "deaf_to_leaving": Defect(
-        "client_that_leaves_stops_its_work",
+        "disconnected_client_stops_its_work",
         LINES,
         PAUSE,
         "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
         "                    await asyncio.sleep(4)\n",
     ),
     "leaks_tasks": Defect(
-        "client_that_leaves_stops_its_work",
+        "disconnected_client_stops_its_work",
         LINES,
         OPEN,
         "        self._held.append(asyncio.create_task(asyncio.sleep(3600)))\n" + OPEN,
     ),
     "leaks_files": Defect(
-        "client_that_leaves_stops_its_work", LINES, OPEN, "        self._held.append(open(__file__))\n" + OPEN
+        "disconnected_client_stops_its_work", LINES, OPEN, "        self._held.append(open(__file__))\n" + OPEN
     ),
     "leaks_threads": Defect(
-        "client_that_leaves_stops_its_work",
+        "disconnected_client_stops_its_work",
         LINES,
         OPEN,
         "        threading.Thread(target=threading.Event().wait, daemon=True).start()\n" + OPEN,
     ),
     "leaks_children": Defect(
-        "client_that_leaves_stops_its_work",
+        "disconnected_client_stops_its_work",
         LINES,
         OPEN,
         '        self._held.append(subprocess.Popen(["sleep", "8"]))\n' + OPEN,
     ),
     "leaving_is_a_failure": Defect(
-        "client_that_leaves_stops_its_work",
+        "disconnected_client_stops_its_work",
         LINES,
         PAUSE,
         "                try:\n    " + PAUSE + "                except asyncio.CancelledError:\n"
@@ -300,7 +300,7 @@ DEFECTS = {
         '        if len(request.config_dict[STREAMS]) > 9:\n            raise Problem(503, "Full.")\n' + OPEN,
     ),
     "blocks_the_loop": Defect(
-        "stream_keeps_nobody_else_waiting",
+        "stream_does_not_block_other_requests",
         LINES,
         WRITE,
         WRITE + "                if number % 300 == 0 and query.width > 100:\n                    time.sleep(1.5)\n",
@@ -323,12 +323,12 @@ DEFECTS = {
         "resumes_by_header", EVENTS, '"word": query.word}', '"word": query.word, "again": bool(last)}'
     ),
     "refuses_bad_ids": Defect(
-        "bad_ids_are_told_and_do_no_harm",
+        "bad_ids_get_a_gap_event",
         EVENTS,
         "        async with",
         '        if last and not known:\n            raise Problem(400, "No such id.")\n        async with',
     ),
-    "says_nothing_of_bad_ids": Defect("bad_ids_are_told_and_do_no_harm", EVENTS, "if last and not known:", "if False:"),
+    "says_nothing_of_bad_ids": Defect("bad_ids_get_a_gap_event", EVENTS, "if last and not known:", "if False:"),
     "silent": Defect(
         "silence_is_never_long",
         EVENTS,
@@ -337,24 +337,24 @@ DEFECTS = {
             END, f"await asyncio.sleep(60)\n{' ' * 12}{END}"
         ),
     ),
-    "no_end": Defect("end_is_said_and_kept", EVENTS, END, "return stream\n            " + END),
-    "comes_back_for_ever": Defect("end_is_said_and_kept", EVENTS, "if number > query.to:", "if False:"),
+    "no_end": Defect("finished_stream_ends_for_good", EVENTS, END, "return stream\n            " + END),
+    "comes_back_for_ever": Defect("finished_stream_ends_for_good", EVENTS, "if number > query.to:", "if False:"),
     # -- downloads
     "range_off_by_one": Defect("ranges_are_parts_of_the_whole", DOWNLOAD, "int(part[2]) + 1", "int(part[2])"),
     "range_after_the_end": Defect("ranges_are_parts_of_the_whole", DOWNLOAD, "raise Problem(416", "raise Problem(404"),
     "joins_two_versions": Defect(
-        "conditions_are_heeded", DOWNLOAD, 'request.headers.get("If-Range", tag) == tag', "True"
+        "conditions_are_evaluated", DOWNLOAD, 'request.headers.get("If-Range", tag) == tag', "True"
     ),
-    "weak_etag": Defect("conditions_are_heeded", DOWNLOAD, "'\"one\"'", "'W/\"one\"'"),
+    "weak_etag": Defect("conditions_are_evaluated", DOWNLOAD, "'\"one\"'", "'W/\"one\"'"),
     # -- the end of the server
     "cuts_events": Defect(
-        "stop_ends_streams_truthfully",
+        "stop_ends_streams_visibly",
         EVENTS,
         "open_event_stream(request)",
         'open_event_stream(request, on_stop="finish")',
     ),
     "part_that_looks_whole": Defect(
-        "stop_ends_streams_truthfully", LINES, '(request, "text/plain")', '(request, "text/plain", on_stop="end")'
+        "stop_ends_streams_visibly", LINES, '(request, "text/plain")', '(request, "text/plain", on_stop="end")'
     ),
     "outlives_its_server": Defect(
         "server_stops_in_time", LINES, OPEN, "        threading.Thread(target=time.sleep, args=(9,)).start()\n" + OPEN
@@ -439,9 +439,9 @@ def broken(pytester: pytest.Pytester, name: str, *cases: str) -> set[str]:
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defect_is_caught(pytester: pytest.Pytester, name: str) -> None:
     case = DEFECTS[name].case
-    assert broken(pytester, name, "answers_as_described", case) == {case}
+    assert broken(pytester, name, "responds_as_described", case) == {case}
 
 
 def test_traceback_is_found_after_another_server_has_stopped(pytester: pytest.Pytester) -> None:
-    cases = ("answers_as_described", "stop_ends_streams_truthfully", "log_has_no_traceback")
+    cases = ("responds_as_described", "stop_ends_streams_visibly", "log_has_no_traceback")
     assert broken(pytester, "traceback_in_the_log", *cases) == {"log_has_no_traceback"}

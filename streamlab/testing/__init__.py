@@ -1,17 +1,17 @@
-"""Conformance: what a plugin's test inherits to ask a real server for every promise of a stream."""
+"""Conformance: the test class that checks every promise of a stream on a real server."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conformance import Conformance
-    from .samples import Asked
-    from .server import Said, Server, State
+    from .samples import EndpointForm
+    from .server import Response, Server, State
 
-__all__ = ["Asked", "Conformance", "Said", "Server", "State"]
+__all__ = ["Conformance", "EndpointForm", "Response", "Server", "State"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the suite when it is first asked for: pytest imports this package in every run, for its plugin alone."""
+    """Load the suite at its first use: pytest imports this package in every run, only for its plugin."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import conformance, samples, server

@@ -13,10 +13,10 @@ from streamlab.server import openapi
 from streamlab.server.app import create_app
 from streamlab.server.site import REGISTRY, ROUTES
 
-from .answers import Answers
 from .downloads import Downloads
 from .event_streams import EventStreams
-from .samples import Asked, forms
+from .responses import EndpointCases
+from .samples import EndpointForm, forms
 from .server import Server, environment, serving, write_settings
 from .stopping import Stopped, Stopping, stopped
 from .streams import Streams
@@ -25,11 +25,11 @@ from .watching import Watched, watch
 
 
 class Unusable(Exception):
-    """A conformance test cannot begin; the text says what would be right."""
+    """A conformance test cannot start; the text says what is needed."""
 
 
-class Conformance(Stopping, EventStreams, Downloads, Streams, Answers):
-    """Every promise of a stream, asked of each endpoint of a plugin, on a server process of its own.
+class Conformance(Stopping, EventStreams, Downloads, Streams, EndpointCases):
+    """Every promise of a stream, checked for each endpoint of a plugin on its own server process.
 
     Inherit it in a test module, and name the plugin::
 
@@ -48,23 +48,23 @@ class Conformance(Stopping, EventStreams, Downloads, Streams, Answers):
     values: ClassVar[Mapping[str, Any]] = {}
     """Values of parameters by name, instead of those that the endpoints give as examples."""
     large: ClassVar[Mapping[str, Any]] = {}
-    """Values that make answers as long as they get: for clients that leave or stall, and for a server that stops."""
+    """Values that make responses as long as possible: for clients that disconnect or stall, and for the stop."""
     data_is_json: ClassVar[bool] = True
     """Whether the data of every event is JSON."""
     varies: ClassVar[Collection[str]] = ()
     """Endpoints, as `GET /x`, whose body may be another each time for the same request, as a language model's: it may
     also be equal twice by chance, so bodies are not compared, only whether each is complete."""
     excused: ClassVar[Mapping[tuple[str, str], str]] = {}
-    """Why a case, named without `test_`, is not asked of an endpoint, as `("resumes_by_header", "GET /x")`; `*` stands
-    for every case."""
+    """Why a case, named without `test_`, is skipped for an endpoint, as `("resumes_by_header", "GET /x")`; `*` means
+    every case."""
 
     @classmethod
-    def furnish(cls, folder: Path) -> None:
-        """Put what the server needs into its folder, before it starts."""
+    def write_files(cls, folder: Path) -> None:
+        """Write the files that the server needs into its folder before it starts."""
 
     @classmethod
-    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
-        """Make what an endpoint is asked for, before each case; returns values that name it, as an id."""
+    def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
+        """Create what an endpoint needs before each case, and return its values, as an id."""
         return {}
 
 
@@ -86,7 +86,7 @@ class Tested:
         self._closing = ExitStack()
         self._watched: dict[str, Future[Watched]] = {}
         self._stopped: Stopped | None = None
-        self.asked = self._forms()
+        self.forms = self._forms()
         """Everything that the plugin answers."""
 
     def _unusable(self, error: ConfigError) -> Unusable:
@@ -94,7 +94,7 @@ class Tested:
         own = "its server has a config.toml of its own, which the attribute `settings` of the test holds"
         return Unusable(f"{self.case.__name__}: {own}:\n{faults}")
 
-    def _forms(self) -> list[Asked]:
+    def _forms(self) -> list[EndpointForm]:
         """What the OpenAPI document of the server declares. Raises Unusable where there is no plugin to ask."""
         try:
             app = create_app(Config.read(self._settings, self._variables))
@@ -122,7 +122,7 @@ class Tested:
 
     def _serving(self, name: str) -> AbstractContextManager[Server]:
         settings = write_settings(self._folder / name, self.case.settings)
-        self.case.furnish(settings.parent)
+        self.case.write_files(settings.parent)
         return serving(settings, self._variables)
 
     def _second_server(self) -> Server:
@@ -131,39 +131,39 @@ class Tested:
             self._second = self._closing.enter_context(self._serving("second"))
         return self._second
 
-    def subject(self, asked: Asked, server: Server, tell: Any) -> Subject:
+    def subject(self, form: EndpointForm, server: Server, report: Any) -> Subject:
         """An endpoint, with what its requests need."""
-        made = self.case.prepare(server, asked)
+        made = self.case.prepare(server, form)
         case = self.case
         return Subject(
-            asked,
+            form,
             server,
             {**case.values, **made},
             case.large,
             case.data_is_json,
             self._known,
-            tell,
-            self._watched.get(asked.label),
+            report,
+            self._watched.get(form.label),
             self.stopped,
         )
 
-    def watch(self, streams: Iterable[Asked]) -> None:
-        """Watch event streams of the second server from now on, side by side, while other cases are asked."""
-        chosen = {asked.label: asked for asked in streams}
+    def watch(self, streams: Iterable[EndpointForm]) -> None:
+        """Watch event streams of the second server from now on, side by side, while other cases run."""
+        chosen = {form.label: form for form in streams}
         if chosen:
             threads = self._closing.enter_context(ThreadPoolExecutor(len(chosen)))
             server = self._second_server()  # it ends before the threads do, which ends what they read
-            self._watched = {label: threads.submit(self._watch, asked, server) for label, asked in chosen.items()}
+            self._watched = {label: threads.submit(self._watch, form, server) for label, form in chosen.items()}
 
-    def _watch(self, asked: Asked, server: Server) -> Watched:
-        return asyncio.run(watch(self.subject(asked, server, print)))
+    def _watch(self, form: EndpointForm, server: Server) -> Watched:
+        return asyncio.run(watch(self.subject(form, server, print)))
 
     def stopped(self) -> Stopped:
         """Stop the second server with a stream of each endpoint open, once its streams have been watched."""
         if self._stopped is None:
             wait(self._watched.values())
             server = self._second_server()
-            subjects = [self.subject(asked, server, print) for asked in self.asked]
+            subjects = [self.subject(form, server, print) for form in self.forms]
             self._stopped = asyncio.run(stopped(server, subjects))
         return self._stopped
 

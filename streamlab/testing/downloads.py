@@ -1,56 +1,56 @@
-"""What a download promises: ranges and conditions, where an endpoint says that it takes them."""
+"""Cases for downloads: ranges and conditions, where an endpoint supports them."""
 
-from .answers import takes_get
-from .promise import NotKept, promise
+from .promise import Broken, promise
+from .responses import has_get
 from .subject import Subject
 
 
 class Downloads:
-    """What is asked of endpoints that say `Accept-Ranges: bytes`."""
+    """Cases for endpoints with `Accept-Ranges: bytes`."""
 
-    @promise("RFC 9110, 14.1.2, 14.2, 14.4 and 15.5.17", of=takes_get)
+    @promise("RFC 9110, 14.1.2, 14.2, 14.4 and 15.5.17", of=has_get)
     async def test_ranges_are_parts_of_the_whole(self, subject: Subject) -> str:
-        """A range is 206 with just its bytes, one that lies outside is 416 with the length, a malformed one ignored."""
-        usual = await subject.answered()
+        """A range gets 206 with exactly its bytes, one outside gets 416 with the length, a malformed one is ignored."""
+        usual = await subject.response()
         if usual.get("accept-ranges") != "bytes":
             return "no ranges: no Accept-Ranges"
         size, body = int(usual.get("content-length") or 0), bytes(usual.body)
         if size < 20:
-            raise NotKept(f"Accept-Ranges: bytes, and a body of {size} bytes: with `values`, choose a longer one")
+            raise Broken(f"Accept-Ranges: bytes, and a body of {size} bytes: with `values`, choose a longer one")
         wanted = {"bytes=2-5": (2, 6), f"bytes={size - 3}-": (size - 3, size), "bytes=-3": (size - 3, size)}
         for field, (begin, end) in wanted.items():
-            async with subject.ask(headers={"Range": field}) as answer:
-                part = await answer.read(seconds=5)
-                if answer.status != 206 or answer.get("content-range") != f"bytes {begin}-{end - 1}/{size}":
-                    raise NotKept(f"{answer.line}, Content-Range: {answer.get('content-range')}, for Range: {field}")
+            async with subject.request(headers={"Range": field}) as response:
+                part = await response.read(seconds=5)
+                if response.status != 206 or response.get("content-range") != f"bytes {begin}-{end - 1}/{size}":
+                    raise Broken(f"{response.line}, Content-Range: {response.get('content-range')}, for Range: {field}")
                 if len(part) != end - begin or (end <= len(body) and part != body[begin:end]):
-                    raise NotKept(f"{part[:80]!r} for Range: {field}, and {body[begin:end]!r} stands there")
-        async with subject.ask(headers={"Range": f"bytes={size}-"}) as answer:
-            if answer.status != 416 or answer.get("content-range") != f"bytes */{size}":
-                raise NotKept(f"{answer.line}, Content-Range: {answer.get('content-range')}, for a range after the end")
+                    raise Broken(f"{part[:80]!r} for Range: {field}, and {body[begin:end]!r} is expected")
+        async with subject.request(headers={"Range": f"bytes={size}-"}) as response:
+            if response.status != 416 or response.get("content-range") != f"bytes */{size}":
+                raise Broken(f"{response.line}, {response.get('content-range')}, for a range after the end")
         for field in ("bytes=b-a", "lines=1-2"):
-            async with subject.ask(headers={"Range": field}) as answer:
-                if answer.status != 200:
-                    raise NotKept(f"{answer.line} for Range: {field}")
+            async with subject.request(headers={"Range": field}) as response:
+                if response.status != 200:
+                    raise Broken(f"{response.line} for Range: {field}")
         return f"{len(wanted) + 3} ranges of {size} bytes"
 
-    @promise("RFC 9110, 13.1, 13.1.5 and 13.2.2", of=takes_get)
-    async def test_conditions_are_heeded(self, subject: Subject) -> str:
-        """What the client has is 304, a wrong If-Match is 412, and a range of another version gets the whole."""
-        usual = await subject.answered()
+    @promise("RFC 9110, 13.1, 13.1.5 and 13.2.2", of=has_get)
+    async def test_conditions_are_evaluated(self, subject: Subject) -> str:
+        """A known version gets 304, a wrong If-Match 412, and a range of another version the complete file."""
+        usual = await subject.response()
         if usual.get("accept-ranges") != "bytes":
             return "no ranges: no Accept-Ranges"
         tag = usual.get("etag")
         if tag is None or tag.startswith("W/"):
-            raise NotKept(f"Accept-Ranges: bytes, and no strong ETag to resume by: {tag}")
+            raise Broken(f"Accept-Ranges: bytes, and no strong ETag to resume by: {tag}")
         for headers, status in (
             ({"If-None-Match": tag}, 304),
             ({"If-Match": '"another"'}, 412),
             ({"Range": "bytes=2-5", "If-Range": tag}, 206),
             ({"Range": "bytes=2-5", "If-Range": '"another"'}, 200),
         ):
-            async with subject.ask(headers=headers) as answer:
-                if answer.status != status:
-                    asked = ", ".join(f"{name}: {value}" for name, value in headers.items())
-                    raise NotKept(f"{answer.line}, and not {status}, for {asked}")
+            async with subject.request(headers=headers) as response:
+                if response.status != status:
+                    form = ", ".join(f"{name}: {value}" for name, value in headers.items())
+                    raise Broken(f"{response.line}, and not {status}, for {form}")
         return f"304, 412, 206 and 200 by the ETag {tag}"

@@ -1,4 +1,4 @@
-"""What pytest is told of conformance tests: their endpoints as parameters, their server, a summary; else nothing.
+"""The pytest plugin of conformance tests: endpoints as parameters, the server, a summary; else nothing.
 
 Installed as the entry point `pytest11`, so that a test module needs no more than the class it inherits.
 """
@@ -14,35 +14,37 @@ import pytest
 
 if TYPE_CHECKING:
     from .conformance import Conformance, Tested
-    from .samples import Asked
+    from .samples import EndpointForm
     from .server import Server
     from .subject import Subject
 
 NOBODY = "no endpoint of this kind"
-"""Stands for the endpoint of a case that is asked of none of a plugin's."""
+"""The parameter of a case that applies to none of a plugin's endpoints."""
 
-_TOLD = "streamlab promise"
+_PROPERTY = "streamlab promise"
 
 _tested = pytest.StashKey[dict[type, "Tested"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Offer `--promises`."""
+    """Add the option `--promises`."""
     group = parser.getgroup("streamlab", "conformance of streamlab plugins")
-    group.addoption("--promises", action="store_true", help="tell every promise: what was expected, what came, and why")
+    group.addoption(
+        "--promises", action="store_true", help="report every promise: what was expected, what came, and why"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make room for what is known of the classes of this run."""
+    """Create the storage for the classes of this run."""
     config.stash[_tested] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Ask each case of every endpoint that it is made for."""
+    """Parametrize each case with the endpoints that it applies to."""
     promise = getattr(metafunc.function, "promise", None)
     if metafunc.cls is None or promise is None or "streamlab_subject" not in metafunc.fixturenames:
         return
-    found = [one for one in _of(metafunc.config, metafunc.cls).asked if promise.of(one)]
+    found = [one for one in _of(metafunc.config, metafunc.cls).forms if promise.of(one)]
     if promise.once:
         metafunc.parametrize("streamlab_subject", found[:1], ids=["server"], indirect=True)
     elif found:
@@ -52,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that none of a plugin's endpoints is asked."""
+    """Deselect the cases that apply to none of a plugin's endpoints."""
     absent = [item for item in items if item.name.endswith(f"[{NOBODY}]")]
     if absent:
         config.hook.pytest_deselected(items=absent)
@@ -75,7 +77,7 @@ def _of(config: pytest.Config, case: type) -> "Tested":
 
 @pytest.fixture(scope="class")
 def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
-    """The server process of a conformance class, for tests of its own too."""
+    """Yield the server process of a conformance class, also for its other tests."""
     tested = _of(request.config, request.cls)
     with ExitStack() as stack:
         try:
@@ -86,37 +88,37 @@ def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
         yield server
 
 
-def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterator[Asked]":
+def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterator[EndpointForm]":
     """The event streams that the tests of a class, as far as they are run, want to be watched."""
     from .promise import excuse
 
     for item in items:
         if isinstance(item, pytest.Function) and item.cls is case and item.function.__dict__.get("promise"):
-            asked: Any = item.callspec.params["streamlab_subject"]
+            form: Any = item.callspec.params["streamlab_subject"]
             name = item.function.__name__.removeprefix("test_")
-            if item.function.promise.watches and not excuse(case.excused, name, asked):
-                yield asked
+            if item.function.promise.watches and not excuse(case.excused, name, form):
+                yield form
 
 
 @pytest.fixture
 def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server") -> "Subject":
-    """The endpoint that a case is asked of."""
+    """Return the endpoint of a case."""
 
     from .promise import excuse
 
     if reason := excuse(request.cls.excused, request.function.__name__.removeprefix("test_"), request.param):
         pytest.skip(f"excused: {reason}")
 
-    def tell(found: Mapping[str, Any]) -> None:
-        request.node.user_properties.append((_TOLD, json.dumps({"class": request.cls.__name__, **found})))
+    def report(found: Mapping[str, Any]) -> None:
+        request.node.user_properties.append((_PROPERTY, json.dumps({"class": request.cls.__name__, **found})))
 
-    return _of(request.config, request.cls).subject(request.param, streamlab_server, tell)
+    return _of(request.config, request.cls).subject(request.param, streamlab_server, report)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how many promises were asked of each plugin, and which were not kept."""
+    """Report how many promises of each plugin were checked, and which are broken."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
-    told = [json.loads(text) for report in reports for name, text in report.user_properties if name == _TOLD]
+    told = [json.loads(text) for report in reports for name, text in report.user_properties if name == _PROPERTY]
     if not told:
         return
     terminalreporter.section("streamlab promises")

@@ -1,4 +1,4 @@
-"""What a server under test says of itself: the plugin that is put beside the one that is asked."""
+"""The probe in a server under test: a plugin that reports what is open in the process."""
 
 import asyncio
 import os
@@ -24,13 +24,13 @@ class ConformanceProbe(Scenario):
 
     @endpoint("GET", "/conformance/state", sends="application/json", curl="{url}")
     async def state(self, request: web.Request) -> web.Response:
-        """Tell what is open now, the memory and processor time taken so far, and which streams have ended."""
+        """Report what is open now, the memory and processor time used so far, and which streams have ended."""
         usage = os.times()
         state = {
             "streams": len(request.config_dict[STREAMS]),
             "tasks": sorted(_words(task) for task in asyncio.all_tasks()),
             "files": sorted(_open_files()),
-            # Those of the loop's own pool are made once and kept.
+            # The threads of the loop's own pool are created once and stay.
             "threads": sorted(thread.name for thread in threading.enumerate() if "asyncio_" not in thread.name),
             "children": sorted(_children()),
             "memory": _resident_bytes(),
@@ -41,7 +41,7 @@ class ConformanceProbe(Scenario):
 
     @hookimpl
     def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
-        """Keep how a stream ended, and when."""
+        """Record how a stream ended, and when."""
         self._ended.append({"route": summary.route, "outcome": summary.outcome.value, "at": time.monotonic()})
 
 
@@ -81,5 +81,5 @@ def _resident_bytes() -> int:
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the probe."""
+    """Return the probe."""
     return [ConformanceProbe]

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .samples import Asked, NoSample
+from .samples import EndpointForm, NoSample
 from .wire import NotHTTP
 
 if TYPE_CHECKING:
     from .subject import Subject
 
 Case = Callable[[Any, "Subject"], Awaitable[str]]
-"""Asks a subject, and returns what came; raises NotKept where that is not what was promised."""
+"""A function that checks a subject and returns what it saw; raises Broken for a broken promise."""
 
 
-class NotKept(Exception):
-    """A promise is broken; the text is what came."""
+class Broken(Exception):
+    """A promise is broken; the text is what happened instead."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,25 @@ class Promise:
 
     expected: str
     standard: str
-    of: Callable[[Asked], bool]
+    of: Callable[[EndpointForm], bool]
     once: bool
-    """Whether it is asked once for all endpoints."""
+    """Whether it is checked once for all endpoints."""
     watches: bool
     """Whether it needs an event stream that is watched for longer than a heartbeat."""
 
 
-def everybody(asked: Asked) -> bool:
-    """Every endpoint."""
+def every_endpoint(form: EndpointForm) -> bool:
+    """Return True: the case applies to every endpoint."""
     return True
 
 
 def promise(
-    standard: str, *, of: Callable[[Asked], bool] = everybody, once: bool = False, watches: bool = False
+    standard: str, *, of: Callable[[EndpointForm], bool] = every_endpoint, once: bool = False, watches: bool = False
 ) -> Callable[[Case], Callable[..., None]]:
     """Make a test of a case, for each endpoint that `of` is true of: its docstring says what is expected.
 
-    `standard` names where it is promised; what is promised by the server as a whole is asked `once`. For a case that
-    `watches`, an event stream is watched from the start of its class on, while others are asked.
+    `standard` names where it is promised; what the server promises as a whole is checked `once`. For a case that
+    `watches`, an event stream is watched from the start of its class on, while others run.
     """
 
     def mark(case: Case) -> Callable[..., None]:
@@ -55,12 +55,12 @@ def promise(
         def test(self: Any, streamlab_subject: "Subject") -> None:
             subject, name = streamlab_subject, case.__name__.removeprefix("test_")
             try:
-                came, kept = asyncio.run(_awaited(case(self, subject))), True
-            except (NotKept, NoSample, NotHTTP) as error:
+                came, kept = asyncio.run(_first_error(case(self, subject))), True
+            except (Broken, NoSample, NotHTTP) as error:
                 came, kept = str(error), False
-            label = "the server" if once else subject.asked.label
+            label = "the server" if once else subject.form.label
             text = f"{label}\n  expected  {made.expected}\n  came      {came}\n  promise   {made.standard}"
-            subject.tell({"endpoint": label, "case": name, "kept": kept, "text": text})
+            subject.report({"endpoint": label, "case": name, "kept": kept, "text": text})
             if not kept:
                 pytest.fail(text, pytrace=False)
             print(text)
@@ -73,17 +73,17 @@ def promise(
     return mark
 
 
-def excuse(excused: Mapping[tuple[str, str], str], case: str, asked: Asked) -> str | None:
-    """Why an endpoint, or one form of it, is not asked for a case."""
-    named = ((one, of) for one in (case, "*") for of in (asked.label, asked.endpoint))
+def excuse(excused: Mapping[tuple[str, str], str], case: str, form: EndpointForm) -> str | None:
+    """Return why a case is skipped for an endpoint or one form of it; None if it is not."""
+    named = ((one, of) for one in (case, "*") for of in (form.label, form.endpoint))
     return next((excused[key] for key in named if key in excused), None)
 
 
-async def _awaited(case: Awaitable[str]) -> str:
+async def _first_error(case: Awaitable[str]) -> str:
     try:
         return await case
     except ExceptionGroup as group:
         fault = group.exceptions[0]
-        if isinstance(fault, NotKept | NotHTTP):
+        if isinstance(fault, Broken | NotHTTP):
             raise fault from None
         raise

@@ -1,4 +1,4 @@
-"""An endpoint's OpenAPI entry, told as requests: one that is right, and many that are wrong."""
+"""Requests made of an endpoint's OpenAPI entry: a valid one, and many invalid ones."""
 
 import json
 import re
@@ -20,8 +20,8 @@ class NoSample(Exception):
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A value that its parameter does not take, and why."""
+class InvalidValue:
+    """An invalid value of a parameter, and why it is invalid."""
 
     name: str
     where: str
@@ -31,8 +31,8 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One form of one endpoint: what is asked for, as its OpenAPI operation declares it."""
+class EndpointForm:
+    """An endpoint with one of its media types, as its OpenAPI operation declares it."""
 
     method: str
     template: str
@@ -40,9 +40,9 @@ class Asked:
     schemas: Mapping[str, Any]
     """The document's `components.schemas`."""
     methods: frozenset[str]
-    """Every method that its path takes."""
+    """The methods of its path."""
     media: str
-    """What Accept says; empty where the endpoint has one form."""
+    """The value of Accept; empty where the endpoint has one form."""
 
     @property
     def endpoint(self) -> str:
@@ -96,9 +96,9 @@ class Asked:
         without: tuple[str, ...] = (),
         body: bytes | None = None,
     ) -> bytes:
-        """A request for it: `values` by name over the examples that it declares, parameters `without` left out.
+        """Return a request: `values` by name override the declared examples, parameters in `without` are omitted.
 
-        Raises NoSample where a value is needed that nothing tells.
+        Raises NoSample for a required value without an example.
         """
         fields = {"Accept": self.media} if self.media else {}
         if self.has_body and body is None:
@@ -135,7 +135,7 @@ class Asked:
         return _made(self._resolved(parameter["schema"]), f"the parameter {name!r} of {self.endpoint}")
 
     def body(self, values: Mapping[str, Any]) -> Any:
-        """A JSON body: the example declared, with `values` of its members laid over it."""
+        """Return a JSON body: the declared example, overridden by `values` of its members."""
         content = self.operation["requestBody"]["content"]
         media = content.get("application/json") or next(iter(content.values()))
         schema, example = self.body_schema, media.get("example", {})
@@ -148,18 +148,18 @@ class Asked:
                 example[name] = _made(self._resolved(members[name]), what)
         return example | {name: value for name, value in values.items() if name in members or name in example}
 
-    def bad_values(self) -> Iterator[Bad]:
-        """Values that its parameters, and the members of its body, do not take."""
+    def invalid_values(self) -> Iterator[InvalidValue]:
+        """Yield invalid values of its parameters and of the members of its body."""
         for parameter in self.parameters:
             for value, why in _wrong(self._resolved(parameter["schema"])):
                 if parameter["in"] == "query" or not isinstance(value, list):
-                    yield Bad(parameter["name"], parameter["in"], value, why)
+                    yield InvalidValue(parameter["name"], parameter["in"], value, why)
         for name, schema in self.body_schema.get("properties", {}).items():
             for value, why in _wrong(self._resolved(schema), typed=True):
-                yield Bad(name, "body", value, why)
+                yield InvalidValue(name, "body", value, why)
 
     def numbers(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Every number that a client may give, with its schema."""
+        """Yield every number that a client may give, with its schema."""
         members = self.body_schema.get("properties", {}).items()
         for name, schema in (*((one["name"], one["schema"]) for one in self.parameters), *members):
             for choice in _choices(self._resolved(schema)):
@@ -167,7 +167,7 @@ class Asked:
                     yield name, choice
 
     def texts(self) -> Iterator[str]:
-        """The names of the query parameters that take any text."""
+        """Yield the names of the query parameters that accept any text."""
         for parameter in self.parameters:
             schema = self._resolved(parameter["schema"])
             plain = [
@@ -181,8 +181,8 @@ class Asked:
         return self.schemas[name] if name else schema
 
 
-def forms(document: Mapping[str, Any], scenarios: frozenset[str]) -> list[Asked]:
-    """Everything that some scenarios of an OpenAPI document answer: events and other types are asked for apart."""
+def forms(document: Mapping[str, Any], scenarios: frozenset[str]) -> list[EndpointForm]:
+    """Return the endpoints of scenarios in an OpenAPI document; events and other media types are separate forms."""
     found = []
     for template, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -194,17 +194,17 @@ def forms(document: Mapping[str, Any], scenarios: frozenset[str]) -> list[Asked]
             for media in (others[0], EVENTS) if several else ("",):
                 schemas = document["components"]["schemas"]
                 methods = frozenset(map(str.upper, operations))
-                found.append(Asked(method.upper(), template, operation, schemas, methods, media))
+                found.append(EndpointForm(method.upper(), template, operation, schemas, methods, media))
     return found
 
 
 def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a value may be, null left out."""
+    """Return the alternatives of a schema, without null."""
     return [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
 
 
 def _made(schema: Mapping[str, Any], what: str) -> Any:
-    """A value that fits a schema; raises NoSample where none can be told from it."""
+    """Return a value that fits a schema; raises NoSample where none can be derived from it."""
     schema = _choices(schema)[0]
     if "default" in schema:
         return schema["default"]
@@ -221,13 +221,13 @@ def _made(schema: Mapping[str, Any], what: str) -> Any:
 
 
 def _wrong(schema: Mapping[str, Any], *, typed: bool = False) -> Iterator[tuple[Any, str]]:
-    """Values that a schema excludes; `typed` where a value is JSON and not text."""
+    """Yield values that a schema excludes; `typed` where a value is JSON and not text."""
     choices = _choices(schema)
     if len(choices) != 1:
         return
     (schema,) = choices
     if "enum" in schema:
-        yield "no-such-choice", "is none of the choices"
+        yield "no-such-choice", "is not one of the choices"
         return
     match schema.get("type"):
         case "integer" | "number" as kind:

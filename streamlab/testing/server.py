@@ -1,4 +1,4 @@
-"""A real server with one plugin and the probe: started, asked what is open in it, and ended."""
+"""A real server with one plugin and the probe: its start, its state and its end."""
 
 import http.client
 import json
@@ -18,13 +18,13 @@ from streamlab.config import Config, nearest
 from streamlab.server.registry import find
 
 START_SECONDS = 30.0
-"""What a server may take until it serves."""
+"""Maximum time for the start of a server, in seconds."""
 
 DRAIN_SECONDS = 1.0
 """`drain_seconds` of a server under test."""
 
 PROBE = "conformance_probe"
-"""The plugin that tells what is open in the server."""
+"""The name of the plugin that reports what is open in the server."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,34 @@ class Server:
         """What it has logged so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
-    def ask(
+    def request(
         self, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, body: Any = None
-    ) -> "Said":
-        """Ask it something on a connection of its own, and wait for the whole answer; `body` is sent as JSON."""
+    ) -> "Response":
+        """Send a request on a new connection and return the complete response; `body` is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         sent, fields = None, dict(headers or {})
         if body is not None:
             sent, fields = json.dumps(body).encode(), {"Content-Type": "application/json"} | fields
         with closing(connection):
             connection.request(method, path, body=sent, headers=fields)
-            answer = connection.getresponse()
-            return Said(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+            response = connection.getresponse()
+            return Response(
+                response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+            )
 
     def state(self) -> State:
-        """What is open in it now."""
-        return State(**self.ask("/conformance/state").json)
+        """Return what is open in it now."""
+        return State(**self.request("/conformance/state").json)
 
     def settled(self, reached: Callable[[State], bool], *, seconds: float) -> State:
-        """Look at its state until it is as wanted, for so many seconds at most; the last one seen."""
+        """Poll its state until `reached` accepts it, for at most `seconds`; return the last one."""
         deadline = time.monotonic() + seconds
         while not reached(state := self.state()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return state
 
     def stop(self, number: int = signal.SIGTERM, *, seconds: float = 30.0) -> int | None:
-        """Send it a signal and wait for its end: its exit status, None where it went on for too long and was killed."""
+        """Send a signal and wait for its end; return the exit status, None if it had to be killed."""
         self.process.send_signal(number)
         try:
             return self.process.wait(seconds)
@@ -100,8 +102,8 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Said:
-    """A whole answer: status, header fields (names in lower case), body."""
+class Response:
+    """A complete response: status, header fields (names in lower case), body."""
 
     status: int
     headers: Mapping[str, str]
@@ -160,7 +162,7 @@ def begin(words: Sequence[str], folder: Path, environ: Mapping[str, str], log: I
 def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
     """Run `streamlab run` with settings and variables, as a process of its own, while the block runs.
 
-    Raises RuntimeError with what it said where it does not start.
+    Raises RuntimeError with its log where it does not start.
     """
     folder = settings.parent
     environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
@@ -177,7 +179,7 @@ def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
 
 
 def _port(server: Server) -> int:
-    """Where it serves, once it does."""
+    """Wait until it serves, and return its port."""
     assert server.process.stdout is not None
     patience = threading.Timer(START_SECONDS, server.process.kill)
     patience.start()

@@ -1,4 +1,4 @@
-"""What every stream promises: its first byte early, its cost bounded, its work stopped when nobody wants it."""
+"""Cases for streams: an early first byte, bounded cost, and work that stops when its client disconnects."""
 
 import asyncio
 import statistics
@@ -9,88 +9,88 @@ from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from typing import Any
 
 from . import wire
-from .promise import NotKept, promise
+from .promise import Broken, promise
 from .server import State
-from .subject import FULL, MOST_BYTES, Subject
-from .wire import Answer, NotHTTP
+from .subject import FULL, MAX_BYTES, Subject
+from .wire import NotHTTP, StreamedResponse
 
 LEAVERS = 10
-"""Clients that leave at once."""
+"""Number of clients that disconnect at the same time."""
 
 CROWD = 50
-"""Clients that ask at once."""
+"""Number of concurrent clients."""
 
 STALLED = 5
-"""Clients that read nothing."""
+"""Number of clients that read nothing."""
 
 STALL_SECONDS = 1.0
-"""How long a stalled client's cost is watched."""
+"""Interval over which the cost of stalled clients is measured, in seconds."""
 
 STALL_LOOKS = 5
-"""How often it is looked at until it is quiet."""
+"""Maximum number of such intervals."""
 
 STALLED_BYTES = 16 * 1024 * 1024
-"""What stalled clients may cost together."""
+"""Maximum memory of all stalled clients, in bytes."""
 
 STALLED_CPU = 0.1
-"""Seconds of a processor that they may take in a second."""
+"""Maximum processor time of all stalled clients, in seconds per second."""
 
 LEAVE_SECONDS = 0.1
-"""How soon the work for a client that has left stops."""
+"""Maximum time until the work for a disconnected client stops, in seconds."""
 
 PATIENCE_SECONDS = 15.0
-"""What a first byte, or an end, may take before nothing more is expected."""
+"""Maximum time for a first byte or an end, in seconds."""
 
 SHORT_SECONDS = 0.25
-"""What takes less has no halves worth telling apart."""
+"""Duration of a response below which its first byte cannot be late, in seconds."""
 
 HEALTH_SECONDS = 0.25
-"""How long the server may keep others waiting because of one stream."""
+"""Maximum time of /health while a stream is open, in seconds."""
 
 
 class Streams:
-    """What is asked of every endpoint, though it shows in those that stream."""
+    """Cases for every endpoint that concern streaming."""
 
     @promise("streamlab: the first byte comes in the first half of the time")
     async def test_first_byte_comes_before_the_end(self, subject: Subject) -> str:
-        """The first byte of the body comes in the first half of the time that the whole takes."""
-        answer = await subject.answered()
-        for long in (False, True, True):  # what is made when it is first asked for is late once
-            if not _is_late(answer, subject.asked.carries_events):
-                return _beginning(answer)
-            async with subject.ask(long=long) as answer:
-                await answer.read(seconds=PATIENCE_SECONDS, most=MOST_BYTES)
-        if not _is_late(answer, subject.asked.carries_events):
-            return _beginning(answer)
-        raise NotKept(f"held back: {_beginning(answer)}")
+        """The first byte of the body comes in the first half of the time of the complete response."""
+        response = await subject.response()
+        for long in (False, True, True):  # what is created at the first request is late once
+            if not _is_late(response, subject.form.carries_events):
+                return _beginning(response)
+            async with subject.request(long=long) as response:
+                await response.read(seconds=PATIENCE_SECONDS, most=MAX_BYTES)
+        if not _is_late(response, subject.form.carries_events):
+            return _beginning(response)
+        raise Broken(f"held back: {_beginning(response)}")
 
-    @promise("streamlab: a client that leaves stops its work within 100 ms")
-    async def test_client_that_leaves_stops_its_work(self, subject: Subject) -> str:
-        """The work for ten clients that leave stops within 100 ms; no stream, task, file, thread or child is left."""
+    @promise("streamlab: a client that disconnects stops its work within 100 ms")
+    async def test_disconnected_client_stops_its_work(self, subject: Subject) -> str:
+        """The work for ten disconnected clients stops within 100 ms; no stream, task, file, thread or child remains."""
         if await subject.fits():
-            return "nothing to leave: the whole answer comes at once"
+            return "no disconnect possible: the response is complete at once"
         delays: list[float] = []
-        for _ in range(3):  # what is made once and kept has been made after the first time
+        for _ in range(3):  # what is created once and cached exists after the first time
             before = await _settled(subject, seconds=1)
             left = await _open_and_leave(subject)
             after = await _settled(subject, before, seconds=2)
-            route = subject.asked.template
+            route = subject.form.template
             ended = [one for one in after.ended if one["at"] >= left and _is_route(one["route"], route)]
             if failed := [one for one in ended if one["outcome"] == "failed"]:
-                raise NotKept(f"{len(failed)} of {LEAVERS} streams ended as `failed`: leaving is no failure")
+                raise Broken(f"{len(failed)} of {LEAVERS} streams ended as `failed`: a disconnect is not a failure")
             delays = [one["at"] - left for one in ended if one["outcome"] == "client left"]
             if not (grown := _grown(before, after)) and (not delays or statistics.median(delays) <= LEAVE_SECONDS):
                 took = f", half of it within {_ms(statistics.median(delays))}" if delays else ""
-                return f"{LEAVERS} left, and nothing of their work is left{took}"
+                return f"{LEAVERS} disconnected, and nothing of their work is left{took}"
         if grown:
-            raise NotKept(f"2 s after {LEAVERS} have left there are more than before: {grown}")
-        raise NotKept(f"half of the work went on for {_ms(statistics.median(delays))} and more")
+            raise Broken(f"2 s after {LEAVERS} have left there are more than before: {grown}")
+        raise Broken(f"half of the work went on for {_ms(statistics.median(delays))} and more")
 
-    @promise("streamlab: a client that does not read costs a bounded amount, and no processor time")
+    @promise("streamlab: a client that does not read costs a bounded amount of memory, and no processor time")
     async def test_client_that_stalls_costs_little(self, subject: Subject) -> str:
-        """Five clients that read nothing cost 16 MiB of memory at most, no growth, and next to no processor time."""
+        """Five clients that read nothing cost at most 16 MiB of memory, no growth, and almost no processor time."""
         if await subject.fits():
-            return "nothing to stall: the whole answer comes at once"
+            return "no stall possible: the response is complete at once"
         before = await _settled(subject, seconds=1)
         if subject.known.idle_cpu is None:
             await asyncio.sleep(STALL_SECONDS)
@@ -108,51 +108,51 @@ class Streams:
                 if cost > STALLED_BYTES or (growth <= STALLED_BYTES / 4 and cpu <= STALLED_CPU * STALL_SECONDS):
                     break
         if cost > STALLED_BYTES:
-            raise NotKept(f"{cost / 1e6:.1f} MB of memory for {STALLED} clients that read nothing")
+            raise Broken(f"{cost / 1e6:.1f} MB of memory for {STALLED} clients that read nothing")
         if growth > STALLED_BYTES / 4:
-            raise NotKept(f"{growth / 1e6:.1f} MB more of memory in a second in which nobody read anything")
+            raise Broken(f"{growth / 1e6:.1f} MB more of memory in a second in which nobody read anything")
         if cpu > STALLED_CPU * STALL_SECONDS:
-            raise NotKept(f"{cpu:.2f} s of a processor in a second in which nobody read anything")
+            raise Broken(f"{cpu:.2f} s of a processor in a second in which nobody read anything")
         after = await _settled(subject, before, seconds=3)
         if grown := _grown(before, after):
-            raise NotKept(f"3 s after {STALLED} stalled clients have left there are more than before: {grown}")
+            raise Broken(f"3 s after {STALLED} stalled clients have left there are more than before: {grown}")
         return f"{max(cost, 0) / 1e6:.1f} MB, {cpu:.2f} s of a processor in a second, and nothing left of it"
 
-    @promise("streamlab: many clients at once; RFC 9110, 15.6.4 and RFC 6585, 4 (429) where there is no place")
+    @promise("streamlab: many clients at once; RFC 9110, 15.6.4 and RFC 6585, 4 (429) beyond the limit")
     async def test_fifty_clients_at_once_get_the_same_as_one(self, subject: Subject) -> str:
-        """Fifty clients get what one gets; one that has no place is told so by 429 or 503 with Retry-After."""
-        usual = await subject.answered()
-        if usual.status not in subject.asked.statuses:
-            raise NotKept(f"{usual.line} for one alone: see answers_as_described")
-        answers: list[Answer | str] = []
+        """Fifty clients get what one gets, or 429 or 503 with Retry-After."""
+        usual = await subject.response()
+        if usual.status not in subject.form.statuses:
+            raise Broken(f"{usual.line} for one alone: see responds_as_described")
+        responses: list[StreamedResponse | str] = []
 
         async def one() -> None:
             try:
-                async with subject.ask() as answer:
-                    answers.append(answer)
+                async with subject.request() as response:
+                    responses.append(response)
                     if usual.ending is None:
-                        await answer.begin(seconds=PATIENCE_SECONDS if usual.body else 0.1)
+                        await response.begin(seconds=PATIENCE_SECONDS if usual.body else 0.1)
                     else:
-                        await answer.read(seconds=PATIENCE_SECONDS, most=len(usual.body) + 1)
+                        await response.read(seconds=PATIENCE_SECONDS, most=len(usual.body) + 1)
             except (NotHTTP, OSError) as error:
-                answers.append(f"{type(error).__name__}: {error}")
+                responses.append(f"{type(error).__name__}: {error}")
 
         async with asyncio.TaskGroup() as group:
             for _ in range(CROWD):
                 group.create_task(one())
-        for answer in answers:
-            if fault := await _of_the_crowd(subject, usual, answer):
-                raise NotKept(f"{fault} for one of {CROWD}")
-        served = sum(isinstance(answer, Answer) and answer.status not in FULL for answer in answers)
-        late = max((a.first_after or 0.0 for a in answers if isinstance(a, Answer)), default=0.0)
-        # Where places are few, and others are told so, some wait for theirs.
+        for response in responses:
+            if fault := await _of_the_crowd(subject, usual, response):
+                raise Broken(f"{fault} for one of {CROWD}")
+        served = sum(isinstance(response, StreamedResponse) and response.status not in FULL for response in responses)
+        late = max((a.first_after or 0.0 for a in responses if isinstance(a, StreamedResponse)), default=0.0)
+        # Where slots are few, and others get 429 or 503, some wait for theirs.
         if served == CROWD and usual.ending and usual.ended_after > SHORT_SECONDS and late > usual.ended_after * 3 + 2:
-            raise NotKept(f"the last of {CROWD} waited {late:.1f} s for its first byte: one after the other")
-        return f"{served} served, {CROWD - served} told to come back; the last first byte after {_ms(late)}"
+            raise Broken(f"the last of {CROWD} waited {late:.1f} s for its first byte: one after the other")
+        return f"{served} served, {CROWD - served} told to retry; the last first byte after {_ms(late)}"
 
     @promise("streamlab: nothing blocks the loop; asyncio, Developing with asyncio: running blocking code")
-    async def test_stream_keeps_nobody_else_waiting(self, subject: Subject) -> str:
-        """While it streams, /health is answered within 250 ms."""
+    async def test_stream_does_not_block_other_requests(self, subject: Subject) -> str:
+        """While it streams, /health responds within 250 ms."""
         if await subject.fits():
             return "over at once"
         longest = usual = 0.0
@@ -161,51 +161,51 @@ class Streams:
             longest = await _longest_health(subject, _streamed(subject))
             if longest <= HEALTH_SECONDS + 3 * usual:
                 return f"the longest /health took {_ms(longest)}, and {_ms(usual)} without it"
-        raise NotKept(f"/health took {_ms(longest)}, and {_ms(usual)} without it")
+        raise Broken(f"/health took {_ms(longest)}, and {_ms(usual)} without it")
 
 
-async def _of_the_crowd(subject: Subject, usual: Answer, answer: Answer | str) -> str:
-    """What is wrong with an answer to one of many, beside that to one alone; nothing where all is well."""
-    if isinstance(answer, str):
-        return f"no answer ({answer})"
-    if answer.status in FULL:
-        return f"{answer.line}, without Retry-After," if answer.get("retry-after") is None else ""
-    if answer.status not in subject.asked.statuses:
-        return f"{answer.line}, which is not declared,"
-    if usual.body and not answer.body:
+async def _of_the_crowd(subject: Subject, usual: StreamedResponse, response: StreamedResponse | str) -> str:
+    """Return what is wrong with a response to one of many, compared with that to one alone; empty if nothing is."""
+    if isinstance(response, str):
+        return f"no answer ({response})"
+    if response.status in FULL:
+        return f"{response.line}, without Retry-After," if response.get("retry-after") is None else ""
+    if response.status not in subject.form.statuses:
+        return f"{response.line}, which is not declared,"
+    if usual.body and not response.body:
         return f"no first byte within {PATIENCE_SECONDS:g} s"
-    if usual.ending == "whole" and answer.ending not in ("whole", None):
+    if usual.ending == "whole" and response.ending not in ("whole", None):
         return "a body that was cut"
-    if answer.status == usual.status and (difference := await subject.differs(bytes(answer.body))):
+    if response.status == usual.status and (difference := await subject.differs(bytes(response.body))):
         return f"another body ({difference})"
     return ""
 
 
-def _is_late(answer: Answer, carries_events: bool) -> bool:
-    """Whether the first byte came in the second half of the time, or has not come; an event may be long in coming."""
-    if answer.first_after is None:
-        return answer.ending is None and not carries_events
+def _is_late(response: StreamedResponse, carries_events: bool) -> bool:
+    """Return whether the first byte came in the second half of the time, or has not come; events may be rare."""
+    if response.first_after is None:
+        return response.ending is None and not carries_events
     return (
-        answer.ending is not None
-        and answer.ended_after >= SHORT_SECONDS
-        and (answer.first_after > answer.ended_after / 2)
+        response.ending is not None
+        and response.ended_after >= SHORT_SECONDS
+        and (response.first_after > response.ended_after / 2)
     )
 
 
-def _beginning(answer: Answer) -> str:
-    end = f"of {_ms(answer.ended_after)}" if answer.ending else "and no end yet"
-    if answer.first_after is None:
-        return f"headers after {_ms(answer.head_after)}, without a body " + end
-    return f"the first byte after {_ms(answer.first_after)} {end}"
+def _beginning(response: StreamedResponse) -> str:
+    end = f"of {_ms(response.ended_after)}" if response.ending else "and no end yet"
+    if response.first_after is None:
+        return f"headers after {_ms(response.head_after)}, without a body " + end
+    return f"the first byte after {_ms(response.first_after)} {end}"
 
 
 async def _longest_health(subject: Subject, meanwhile: Coroutine[Any, Any, None]) -> float:
-    """Ask for /health all the time while something else goes on; the longest that it took, in seconds."""
+    """Request /health repeatedly while `meanwhile` runs; return the longest time, in seconds."""
     longest, message = 0.0, wire.request("GET", "/health", host=subject.host)
     async with asyncio.TaskGroup() as group:
         going = group.create_task(meanwhile)
         while not going.done():
-            async with wire.asked(subject.server.port, message) as health:
+            async with wire.send(subject.server.port, message) as health:
                 await health.read(seconds=PATIENCE_SECONDS)
             longest = max(longest, health.ended_after)
             await asyncio.wait({going}, timeout=0.01)
@@ -213,23 +213,23 @@ async def _longest_health(subject: Subject, meanwhile: Coroutine[Any, Any, None]
 
 
 async def _streamed(subject: Subject) -> None:
-    async with subject.ask(long=True) as answer:
-        await answer.read(seconds=1, most=1 << 30)
+    async with subject.request(long=True) as response:
+        await response.read(seconds=1, most=1 << 30)
 
 
 async def _open_and_leave(subject: Subject) -> float:
-    """Let ten clients come, and leave when they have their first byte, half of them by a reset; when they left."""
+    """Connect ten clients, disconnect them after their first byte, half of them by a reset; return that time."""
     async with AsyncExitStack() as stack:
-        answers = []
+        responses = []
         for _ in range(LEAVERS):
             with suppress(NotHTTP):
-                answers.append(await stack.enter_async_context(subject.ask(long=True)))
+                responses.append(await stack.enter_async_context(subject.request(long=True)))
         async with asyncio.TaskGroup() as group:
-            for answer in answers:
-                group.create_task(answer.begin(seconds=0.5))
+            for response in responses:
+                group.create_task(response.begin(seconds=0.5))
         left = time.monotonic()
-        for number, answer in enumerate(answers):
-            answer.leave(reset=number % 2 == 0)
+        for number, response in enumerate(responses):
+            response.leave(reset=number % 2 == 0)
     return left
 
 
@@ -238,7 +238,7 @@ async def _now(subject: Subject) -> State:
 
 
 async def _settled(subject: Subject, before: State | None = None, *, seconds: float) -> State:
-    """Wait until nothing is open, or no more than before."""
+    """Wait until nothing is open, or no more than before; return the state."""
 
     def reached(now: State) -> bool:
         return not _grown(before, now) if before is not None else not now.streams
@@ -247,7 +247,7 @@ async def _settled(subject: Subject, before: State | None = None, *, seconds: fl
 
 
 def _grown(before: State, after: State) -> str:
-    """What there is more of, for at least half of those who have left; nothing where there is no such thing."""
+    """Return what has grown by at least half of the disconnected clients; empty if nothing has."""
     found = [f"{after.streams - before.streams} streams"] if after.streams > before.streams else []
     for what in ("tasks", "files", "threads", "children"):
         more = Counter(getattr(after, what)) - Counter(getattr(before, what))

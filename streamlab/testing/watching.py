@@ -1,4 +1,4 @@
-"""An event stream that is watched for longer than it may be silent, and whose end is tried."""
+"""An event stream that is watched for longer than it may be silent, and resumed after its end."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import wire
-from .wire import Answer
+from .wire import StreamedResponse
 
 if TYPE_CHECKING:
     from .subject import Subject
@@ -25,34 +25,34 @@ MAXIMUM_BYTES = 1 << 24
 class Watched:
     """What came of an event stream in `HEARTBEAT_SECONDS` and one more."""
 
-    answer: Answer
+    response: StreamedResponse
     silence: float
     """The longest time without a byte, in seconds."""
-    again: Answer | None
+    again: StreamedResponse | None
     """The response to a client that comes back with the id of the last event, where the stream has ended whole."""
 
 
 async def watch(subject: "Subject") -> Watched:
     """Read an event stream to its end, or until it could have been silent for too long; come back after an end."""
     again = None
-    async with subject.ask(without=("limit",)) as answer:
-        silence = await _longest_silence(answer)
-    if answer.ending in ("whole", "closed") and (found := wire.events(bytes(answer.body), errors="replace")):
-        async with subject.ask(without=("limit",), headers={"Last-Event-ID": found[-1].id}) as again:
+    async with subject.request(without=("limit",)) as response:
+        silence = await _longest_silence(response)
+    if response.ending in ("whole", "closed") and (found := wire.events(bytes(response.body), errors="replace")):
+        async with subject.request(without=("limit",), headers={"Last-Event-ID": found[-1].id}) as again:
             await again.read(seconds=END_SECONDS)
-    return Watched(answer, silence, again)
+    return Watched(response, silence, again)
 
 
-async def _longest_silence(answer: Answer) -> float:
+async def _longest_silence(response: StreamedResponse) -> float:
     began, longest = time.monotonic(), 0.0
-    while answer.ending is None and time.monotonic() - began < HEARTBEAT_SECONDS + 1:
-        asked = time.monotonic()
+    while response.ending is None and time.monotonic() - began < HEARTBEAT_SECONDS + 1:
+        form = time.monotonic()
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS):
-                await answer.piece()
+                await response.read_chunk()
         except TimeoutError:
             return HEARTBEAT_SECONDS
-        if len(answer.body) > MAXIMUM_BYTES:
-            answer.body.clear()
-        longest = max(longest, time.monotonic() - asked)
+        if len(response.body) > MAXIMUM_BYTES:
+            response.body.clear()
+        longest = max(longest, time.monotonic() - form)
     return longest

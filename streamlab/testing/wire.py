@@ -1,4 +1,4 @@
-"""HTTP/1.x as bytes on a socket: requests as they are written, answers as they come, with the time of each piece."""
+"""HTTP/1.x as bytes on a socket: requests, and responses with the time of each chunk."""
 
 import asyncio
 import re
@@ -15,25 +15,25 @@ Ending = Literal["whole", "closed", "cut"]
 before its length or its last chunk had come (RFC 9112, section 8)."""
 
 HEAD_SECONDS = 20.0
-"""What an answer's headers may take."""
+"""Maximum time for the headers of a response, in seconds."""
 
 _HEAD_BYTES = 64 * 1024
 
 
 class NotHTTP(Exception):
-    """What came is not an answer as RFC 9112 describes it; its text says what came."""
+    """What arrived is not a response of HTTP/1.x (RFC 9112); the text says what arrived."""
 
 
 @dataclass
-class Answer:
-    """An answer as it comes: its head, then its body piece by piece."""
+class StreamedResponse:
+    """A response as it arrives: its head, then its body chunk by chunk."""
 
     status: int
     reason: str
     version: str
     fields: list[tuple[str, str]]
     """The header fields in their order, names in lower case."""
-    asked_at: float
+    sent_at: float
     """When the request was sent, by `time.monotonic`."""
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -82,8 +82,8 @@ class Answer:
         """The seconds from the request to the first byte of the body."""
         return self.arrivals[0][0] if self.arrivals else None
 
-    async def piece(self) -> bytes:
-        """The next bytes of the body; none when it is over. May be cancelled, and called again."""
+    async def read_chunk(self) -> bytes:
+        """Return the next bytes of the body; none at its end. May be cancelled, and called again."""
         if self.ending is not None:
             return b""
         try:
@@ -91,7 +91,7 @@ class Answer:
         except (asyncio.IncompleteReadError, ConnectionError):
             return self._end("cut")
         if found:
-            self.arrivals.append((time.monotonic() - self.asked_at, len(found)))
+            self.arrivals.append((time.monotonic() - self.sent_at, len(found)))
             self.body += found
         return found
 
@@ -124,22 +124,22 @@ class Answer:
         return found or self._end("cut")
 
     def _end(self, how: Ending) -> bytes:
-        self.ending, self.ended_after = how, time.monotonic() - self.asked_at
+        self.ending, self.ended_after = how, time.monotonic() - self.sent_at
         return b""
 
     async def read(self, *, seconds: float, most: int = 1 << 20) -> bytes:
-        """Read until the body ends, or so many seconds or bytes have passed; what has come by then."""
+        """Read until the body ends, or for `seconds`, or `most` bytes; return what has arrived."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while len(self.body) < most and await self.piece():
+                while len(self.body) < most and await self.read_chunk():
                     pass
         return bytes(self.body)
 
     async def begin(self, *, seconds: float) -> bool:
-        """Wait for the first byte of the body; whether it came."""
+        """Wait for the first byte of the body; return whether it arrived."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self.piece()
+                await self.read_chunk()
         return bool(self.body)
 
     def leave(self, *, reset: bool = False) -> None:
@@ -161,7 +161,7 @@ def request(
     body: bytes | None = None,
     version: str = "1.1",
 ) -> bytes:
-    """The bytes of a request (RFC 9112, section 3)."""
+    """Return the bytes of a request (RFC 9112, section 3)."""
     lines = [f"{method} {target} HTTP/{version}", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     if body is not None:
@@ -170,22 +170,22 @@ def request(
 
 
 @asynccontextmanager
-async def asked(port: int, message: bytes) -> AsyncIterator[Answer]:
-    """Send a request on a connection of its own, and lend the answer, its head read; the connection is closed after.
+async def send(port: int, message: bytes) -> AsyncIterator[StreamedResponse]:
+    """Send a request on a new connection, and yield the response when its head is read; then close the connection.
 
     Raises NotHTTP where no answer comes, or none that is HTTP.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        yield await ask_on(reader, writer, message)
+        yield await send_on(reader, writer, message)
     finally:
         writer.close()
         with suppress(OSError):
             await writer.wait_closed()
 
 
-async def ask_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> Answer:
-    """Send a request on an open connection, and read the head of the answer."""
+async def send_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> StreamedResponse:
+    """Send a request on an open connection, and return the response when its head is read."""
     started = time.monotonic()
     writer.write(message)
     try:
@@ -210,13 +210,13 @@ async def ask_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, mes
         fields.append((name.lower(), value.strip()))
     status = int(found[2])
     has_body = not message.startswith(b"HEAD ") and status >= 200 and status not in (204, 304)
-    answer = Answer(status, found[3] or "", found[1], fields, started, reader, writer, has_body)
-    answer.head_after = time.monotonic() - started
-    return answer
+    response = StreamedResponse(status, found[3] or "", found[1], fields, started, reader, writer, has_body)
+    response.head_after = time.monotonic() - started
+    return response
 
 
 def stalled(port: int, message: bytes) -> socket.socket:
-    """Send a request on a connection that takes as little as the system lets it, and read nothing from it."""
+    """Send a request on a connection with the smallest receive buffer, and read nothing from it."""
     connection = socket.socket()
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -234,7 +234,7 @@ def stalled(port: int, message: bytes) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event as it stands in the stream: its bytes, and its fields in their order (WHATWG HTML 9.2.6)."""
+    """An event of a stream: its bytes, and its fields in their order (WHATWG HTML 9.2.6)."""
 
     raw: bytes
     fields: tuple[tuple[str, str], ...]
@@ -261,7 +261,7 @@ class Event:
 
 
 def events(body: bytes, errors: str = "strict") -> list[Event]:
-    """Every whole event of a body, comments left out. Raises UnicodeDecodeError where it is not UTF-8, if `strict`."""
+    """Return the complete events of a body. Raises UnicodeDecodeError where it is not UTF-8, if `strict`."""
     found: list[Event] = []
     raw: list[bytes] = []
     fields: list[tuple[str, str]] = []

@@ -3,20 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from streamlab.testing import Asked, Conformance, Server
+from streamlab.testing import Conformance, EndpointForm, Server
 
 
 class TestHello(Conformance):
     plugin = "hello"
 
     @classmethod
-    def prepare(cls, server: Server, asked: Asked) -> Mapping[str, Any]:
+    def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
         """Post greetings to follow."""
-        if asked.carries_events:
+        if form.carries_events:
             for name in ("Ada", "Grace", "Barbara"):
-                server.ask("/hello", method="POST", body={"name": name})
+                server.request("/hello", method="POST", body={"name": name})
         return {}
 
     def test_greets_by_name(self, streamlab_server: Server) -> None:
-        answer = streamlab_server.ask("/hello", method="POST", body={"name": "Edsger"})
-        assert (answer.status, answer.json["greeting"]) == (201, "Hello, Edsger!")
+        response = streamlab_server.request("/hello", method="POST", body={"name": "Edsger"})
+        assert (response.status, response.json["greeting"]) == (201, "Hello, Edsger!")

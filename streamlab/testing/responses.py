@@ -1,0 +1,284 @@
+"""Cases for every endpoint: declared responses, HEAD, HTTP/1.0, and error responses that name the fault."""
+
+import asyncio
+import gzip
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from streamlab.problems import MEDIA_TYPE as PROBLEM
+
+from . import wire
+from .promise import Broken, promise
+from .samples import EndpointForm, InvalidValue
+from .subject import Subject
+from .wire import StreamedResponse
+
+FORGED = "a\r\nX-Forged: 1\r\n\r\nid: forged\nevent: forged\rdata: forged\n\n<script>forged</script>\u2028"
+"""A text that would forge a header, a field of an event, a log line, or an element of a page."""
+
+_OF_THE_MOMENT = {"date", "connection", "transfer-encoding", "content-length", "server-timing", "location"}
+"""Header fields that HEAD may leave out: what is known only when the content is made (RFC 9110, 9.3.2)."""
+
+
+def has_get(form: EndpointForm) -> bool:
+    """Return whether the endpoint has GET, and so HEAD."""
+    return form.method == "GET"
+
+
+def has_invalid_values(form: EndpointForm) -> bool:
+    """Return whether some values of its parameters are invalid."""
+    return any(bad.where != "body" for bad in form.invalid_values())
+
+
+def has_request_body(form: EndpointForm) -> bool:
+    """Return whether a request needs a body."""
+    return form.has_body
+
+
+def has_numbers(form: EndpointForm) -> bool:
+    """Return whether a parameter is a number."""
+    return any(True for _ in form.numbers())
+
+
+def has_texts(form: EndpointForm) -> bool:
+    """Return whether a query parameter accepts any text."""
+    return any(True for _ in form.texts())
+
+
+class EndpointCases:
+    """Cases for every endpoint."""
+
+    @promise("OpenAPI 3.1.1, Responses Object; RFC 9110, 8.3")
+    async def test_responds_as_described(self, subject: Subject) -> str:
+        """The response to the documented example has a documented status and media type."""
+        response, form = await subject.response(), subject.form
+        body = bytes(response.body[:200]).decode(errors="replace")
+        if response.status not in form.statuses or response.status >= 400:
+            declared = ", ".join(str(status) for status in sorted(form.statuses) if status < 400)
+            raise Broken(f"{response.line} for {subject.line}, and {declared} is declared: {body.strip()}")
+        wanted = (form.media.partition(";")[0],) if form.media else form.sends
+        if response.status == 200 and response.media not in wanted:
+            raise Broken(f"{response.media or 'no media type'}, and {', '.join(wanted)} are declared")
+        return f"{response.line}, {response.media or 'no body'}"
+
+    @promise("RFC 9111, 5.2.2; nginx, ngx_http_proxy_module: X-Accel-Buffering")
+    async def test_stream_is_neither_cached_nor_buffered_on_its_way(self, subject: Subject) -> str:
+        """A stream has Cache-Control: no-cache or no-store, and X-Accel-Buffering: no."""
+        response = await subject.response()
+        if response.get("content-length") is not None and response.get("x-accel-buffering") is None:
+            return f"no stream: {response.get('content-length')} bytes in one piece"
+        cache, buffering = response.get("cache-control") or "", response.get("x-accel-buffering")
+        if not response.has_body:
+            return f"{response.line}, without a body"
+        if not {"no-cache", "no-store"} & {word.strip() for word in cache.split(",")} or buffering != "no":
+            raise Broken(f"Cache-Control: {cache or 'none'}, X-Accel-Buffering: {buffering or 'none'}")
+        return f"Cache-Control: {cache}, X-Accel-Buffering: {buffering}"
+
+    @promise("RFC 9110, 9.3.2", of=has_get)
+    async def test_head_has_the_headers_of_get(self, subject: Subject) -> str:
+        """HEAD has the status and the header fields of GET, and no body; the connection can be used again."""
+        get = await subject.response()
+        reader, writer = await asyncio.open_connection("127.0.0.1", subject.server.port)
+        try:
+            head = await wire.send_on(reader, writer, subject.message(method="HEAD"))
+            missing = {name for name, _ in get.fields} - {name for name, _ in head.fields} - _OF_THE_MOMENT
+            if head.status != get.status:
+                raise Broken(f"{head.line} for HEAD, {get.line} for GET")
+            if missing:
+                raise Broken(f"HEAD lacks {', '.join(sorted(missing))}")
+            if head.media != get.media:
+                raise Broken(f"{head.media or 'no media type'} for HEAD, {get.media} for GET")
+            length = head.get("content-length")
+            if length is not None and await subject.steady() is not None and get.get("content-length") != length:
+                raise Broken(f"Content-Length {length} for HEAD, {get.get('content-length')} for GET")
+            closes = "close" in (head.get("connection") or "").lower()
+            if not closes:
+                try:
+                    after = await wire.send_on(reader, writer, wire.request("GET", "/health", host=subject.host))
+                except wire.NotHTTP as error:
+                    raise Broken(f"something after the headers of HEAD: {error}") from None
+                await after.read(seconds=5)
+            return f"{head.line}, {len(head.fields)} header fields, no body"
+        finally:
+            writer.close()
+
+    @promise("RFC 9112, 6.1 and 9.3")
+    async def test_http_1_0_has_no_chunks(self, subject: Subject) -> str:
+        """A client of HTTP/1.0 gets the same status, no Transfer-Encoding, and the end of the connection."""
+        usual = await subject.response()
+        async with subject.request(version="1.0") as response:
+            if response.status != usual.status and response.status not in subject.form.statuses:
+                raise Broken(f"{response.line}, and {usual.status} for HTTP/1.1")
+            if coding := response.get("transfer-encoding"):
+                raise Broken(f"Transfer-Encoding: {coding}")
+            if "keep-alive" in (response.get("connection") or "").lower():
+                raise Broken("Connection: keep-alive, which was not requested")
+            if usual.ending is None:
+                await response.begin(seconds=2)
+                return f"{response.line}, no chunks, no end"
+            await response.read(seconds=5, most=1 << 22)
+            if difference := await subject.differs(bytes(response.body)):
+                raise Broken(f"another body than for HTTP/1.1: {difference}")
+            if response.ending is None and len(response.body) < (1 << 22):
+                raise Broken("the connection stays open after the body")
+            return f"{response.line}, {len(response.body)} bytes, closed"
+
+    @promise("RFC 9110, 15.5.6; RFC 9457")
+    async def test_other_methods_are_rejected(self, subject: Subject) -> str:
+        """Another method gets 405, and Allow lists every method of the path."""
+        methods = subject.form.methods
+        other = next(method for method in ("DELETE", "PUT", "PATCH", "POST", "GET") if method not in methods)
+        headers = {} if other in ("GET", "DELETE") else {"Content-Length": "0"}
+        message = wire.request(other, subject.form.target(subject.values), host=subject.host, headers=headers)
+        async with wire.send(subject.server.port, message) as response:
+            await _rejection(response, {405}, f"for {other}")
+            allowed = {method.strip() for method in (response.get("allow") or "").split(",")}
+            if missing := methods - allowed:
+                raise Broken(f"405 for {other}, but Allow lacks {', '.join(sorted(missing))}")
+            return f"405 for {other}, Allow: {response.get('allow')}"
+
+    @promise("RFC 9457, 3; streamlab rejects unknown parameters", of=has_get)
+    async def test_unknown_parameters_are_rejected_by_name(self, subject: Subject) -> str:
+        """An unknown query parameter is rejected with 400 or 422, and named."""
+        target = subject.form.target(subject.values)
+        target += f"{'&' if '?' in target else '?'}no_such_parameter=1"
+        headers = {"Accept": subject.form.media} if subject.form.media else {}
+        message = wire.request(subject.form.method, target, host=subject.host, headers=headers)
+        async with wire.send(subject.server.port, message) as response:
+            document = await _rejection(response, {400, 422}, "for ?no_such_parameter=1")
+            _names(document, "no_such_parameter")
+            return f"{response.line}: {document['errors'][0]['detail']}"
+
+    @promise("RFC 9457, 3; RFC 9110, 15.5.21", of=has_invalid_values)
+    async def test_invalid_values_are_rejected_by_name(self, subject: Subject) -> str:
+        """Each value that a parameter's declaration excludes is rejected with 400 or 422, and the parameter named."""
+        tried = 0
+        for bad in subject.form.invalid_values():
+            if bad.where == "body":
+                continue
+            await _check_rejected(subject, bad)
+            tried += 1
+        return f"{tried} values, each rejected with its parameter's name"
+
+    @promise("RFC 9457, 3; RFC 8259", of=has_request_body)
+    async def test_invalid_bodies_are_rejected(self, subject: Subject) -> str:
+        """A body that is not JSON, has another type, or is excluded by its schema, is rejected with 4xx."""
+        tried = 0
+        for body, why in (
+            (b"{", "for half a JSON text"),
+            (b"", "for an empty body"),
+            (b"\xff\xfe", "for a body that is not UTF-8"),
+        ):
+            async with subject.request(body=body) as response:
+                await _rejection(response, range(400, 500), why)
+            tried += 1
+        async with subject.request(headers={"Content-Type": "image/png"}) as response:
+            await _rejection(response, {400, 415}, "for a body of the type image/png")
+        for bad in subject.form.invalid_values():
+            if bad.where == "body":
+                await _check_rejected(subject, bad)
+                tried += 1
+        return f"{tried + 1} bodies, each rejected"
+
+    @promise("OpenAPI 3.1.1, Schema Object; JSON Schema, 6.2", of=has_numbers)
+    async def test_numbers_have_bounds(self, subject: Subject) -> str:
+        """Every number that a client may give has a documented minimum and maximum."""
+        bounds = []
+        for name, schema in subject.form.numbers():
+            least = schema.get("minimum", schema.get("exclusiveMinimum"))
+            most = schema.get("maximum", schema.get("exclusiveMaximum"))
+            if least is None or most is None:
+                raise Broken(f"{name} has no {'least' if least is None else 'greatest'} value: Field(ge=..., le=...)")
+            bounds.append(f"{name} {least}..{most}")
+        return ", ".join(bounds)
+
+    @promise("RFC 9110, 5.5 and 17.2; WHATWG HTML 9.2.6", of=has_texts)
+    async def test_text_of_a_client_forges_nothing(self, subject: Subject) -> str:
+        """Text with line breaks, or with HTML, forges no header, no field of an event, no element and no log line."""
+        for name in subject.form.texts():
+            for value in (FORGED, "\0", "\ud7ff\U0010ffff"):
+                async with subject.request(values={name: value}) as response:
+                    await response.read(seconds=0.5)
+                    where = f"?{name}= a text with line breaks"
+                    if response.status >= 500:
+                        raise Broken(f"{response.line} for {where}: {bytes(response.body[:200])!r}")
+                    if response.get("x-forged") is not None:
+                        raise Broken(f"a header X-Forged for {where}")
+                    if response.media == "text/html" and b"<script>forged" in response.body:
+                        raise Broken(f"an element of the client's for {where}")
+                    if response.media == "text/event-stream":
+                        _look_for_forged(response, where)
+        if forged := [line for line in subject.server.log.splitlines() if line.startswith(("id: forged", "X-Forged"))]:
+            raise Broken(f"a log line of the client's: {forged[0]}")
+        return f"nothing forged through {', '.join(subject.form.texts())}"
+
+    @promise("RFC 9110, 8.4, 12.5.3 and 12.5.5", of=has_get)
+    async def test_compression_is_negotiated(self, subject: Subject) -> str:
+        """Only negotiated responses are compressed, with Vary and unchanged content; event streams never are."""
+        async with subject.request(headers={"Accept-Encoding": "gzip;q=0, identity"}) as plain:
+            if coding := plain.get("content-encoding"):
+                raise Broken(f"Content-Encoding: {coding} for Accept-Encoding: gzip;q=0")
+        async with subject.request(headers={"Accept-Encoding": "gzip"}) as response:
+            coding = response.get("content-encoding")
+            if coding is None:
+                return "never compressed"
+            if subject.form.carries_events:
+                raise Broken(f"Content-Encoding: {coding} on an event stream, where it delays events")
+            if "accept-encoding" not in (response.get("vary") or "").lower():
+                raise Broken(f"Content-Encoding: {coding}, and no Vary: Accept-Encoding")
+            await response.read(seconds=5)
+            if response.ending is not None and (difference := await subject.differs(_unpacked(bytes(response.body)))):
+                raise Broken(f"another body when unpacked: {difference}")
+            return f"Content-Encoding: {coding}, Vary: {response.get('vary')}"
+
+
+async def _check_rejected(subject: Subject, bad: InvalidValue) -> None:
+    """Send an invalid value. Raises Broken where it is not rejected, or its parameter not named."""
+    statuses = {400, 404, 422} if bad.where == "path" else {400, 422}
+    async with subject.request(values={bad.name: bad.value}) as response:
+        document = await _rejection(response, statuses, _described(bad))
+        if response.status == 422:
+            _names(document, bad.name)
+
+
+async def _rejection(response: StreamedResponse, statuses: Any, why: str) -> dict[str, Any]:
+    """Return the problem document of an error response. Raises Broken where it is not one."""
+    await response.read(seconds=5)
+    text = bytes(response.body[:300]).decode(errors="replace")
+    if response.status not in statuses:
+        raise Broken(f"{response.line} {why}: {text}")
+    if response.media != PROBLEM:
+        raise Broken(f"{response.line} {why}, as {response.media or 'no media type'} and not as {PROBLEM}: {text}")
+    try:
+        document = json.loads(response.body)
+    except ValueError:
+        raise Broken(f"{response.line} {why}, with a body that is not JSON: {text}") from None
+    if not isinstance(document, dict) or document.get("status") != response.status:
+        raise Broken(f"{response.line} {why}, with a document whose status is another: {text}")
+    return document
+
+
+def _names(document: Mapping[str, Any], name: str) -> None:
+    named = [str(error.get("name")) for error in document.get("errors", ())]
+    if not any(one.split(".")[0] == name for one in named):
+        raise Broken(f"{document['status']}, whose errors name {', '.join(named) or 'nothing'} and not {name}")
+
+
+def _described(bad: InvalidValue) -> str:
+    shown = repr(bad.value)
+    return f"for {bad.name}={shown if len(shown) <= 60 else shown[:57] + '...'}, which {bad.why}"
+
+
+def _look_for_forged(response: StreamedResponse, where: str) -> None:
+    for event in wire.events(bytes(response.body)):
+        if event.id == "forged" or event.event == "forged" or event.get("X-Forged") is not None:
+            raise Broken(f"an event with a field of the client's for {where}: {event}")
+
+
+def _unpacked(body: bytes) -> bytes:
+    try:
+        return gzip.decompress(body)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Broken(f"a body that cannot be unpacked: {error}") from None
