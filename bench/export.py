@@ -357,7 +357,7 @@ class Bench(rig.Round):
 
 
 def forms(name: str) -> Sequence[str]:
-    """The formats that are measured of a server."""
+    """Return the formats that are measured of a server."""
     return ("csv",) if name == SQLALCHEMY else ("csv", "jsonl")
 
 
@@ -544,7 +544,7 @@ def measure(run: rig.Run) -> None:
 
 
 def ratio_rows(numbers: Numbers) -> list[list[str]]:
-    """A row for each peer: how many times as fast, and as sparing of CPU, streamlab is."""
+    """Return a row for each peer: how many times as fast, and as sparing of CPU, streamlab is."""
     rows = [["streamlab / peer", "CSV rate", "JSONL rate", "CSV CPU a row", "JSONL CPU a row"]]
     for mine, peer in ((STREAMLAB, FASTAPI), (STREAMLAB, SQLALCHEMY), (STREAMLAB, SQLITE3), (POSTGRES, PSQL)):
         keys = ("csv rate", "jsonl rate", "csv cpu", "jsonl cpu")

@@ -14,7 +14,7 @@ SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def summary(record: Record, markdown: bool) -> str:
-    """A row for each benchmark: how long it took, and how many of its goals are met."""
+    """Return a row for each benchmark: how long it took, and how many of its goals are met."""
     rows = [["benchmark", "took, s", "of", "rounds", "ratios met", "numbers met", "ended"]]
     for name, outcome in record.outcomes.items():
         judged = BENCHMARKS[name].judge(outcome)

@@ -155,7 +155,7 @@ def spread(values: Mapping[int, float]) -> str:
 
 
 def goal_rows(judged: Sequence[Judgement], streams: str) -> list[list[str]]:
-    """A row for each goal; `streams` heads the column with the number of streams."""
+    """Return a row for each goal; `streams` heads the column with the number of streams."""
     rows = [["ratio", streams, "median (min..max)", "goal", "result"]]
     for one in judged:
         wanted = f"{one.goal.sign} {number(one.goal.limit)}"
@@ -173,7 +173,7 @@ def reasons(judged: Sequence[Judgement]) -> list[str]:
 
 
 def server_rows(numbers: Numbers, servers: Sequence[str], keys: Mapping[str, tuple[int, str]]) -> list[list[str]]:
-    """A row for each server that has any of the numbers; `keys`: number of streams and key, by title."""
+    """Return a row for each server that has any of the numbers; `keys`: number of streams and key, by title."""
     rows = [["server", *keys]]
     for name in servers:
         cells = [spread(numbers(name, *which)) for which in keys.values()]
@@ -183,7 +183,7 @@ def server_rows(numbers: Numbers, servers: Sequence[str], keys: Mapping[str, tup
 
 
 def crowd_rows(numbers: Numbers, servers: Sequence[str], streams: str, keys: Mapping[str, str]) -> list[list[str]]:
-    """A row for each server and number of streams that has any of the keys; `keys`: by title."""
+    """Return a row for each server and number of streams that has any of the keys; `keys`: by title."""
     rows = [["server", streams, *keys]]
     for count in sorted({count for key in keys.values() for count in numbers.streams(key)}):
         for name in servers:
@@ -196,7 +196,7 @@ def crowd_rows(numbers: Numbers, servers: Sequence[str], streams: str, keys: Map
 def ratio_rows(
     numbers: Numbers, server: str, peers: Sequence[str], streams: str, keys: Mapping[str, str]
 ) -> list[list[str]]:
-    """A row for each peer and number of streams: the server's numbers divided by the peer's; `keys`: by title."""
+    """Return a row for each peer and number of streams: the server's numbers over the peer's; `keys`: by title."""
     rows = [[f"{server} / peer", streams, *keys]]
     for count in sorted({count for key in keys.values() for count in numbers.streams(key, server)}):
         for peer in peers:
@@ -220,7 +220,7 @@ def table(rows: Table, markdown: bool) -> str:
 
 
 def machine(packages: Sequence[str]) -> dict[str, str]:
-    """What any numbers depend on besides the options, as name and value: `packages` are those whose versions count."""
+    """Return what numbers depend on besides the options, as name and value; `packages`: whose versions count."""
     info = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown CPU")
     binary = nginx_binary()
@@ -235,7 +235,7 @@ def machine(packages: Sequence[str]) -> dict[str, str]:
 
 
 def filesystem(path: Path) -> str:
-    """The type of the file system a path is on, as `ext4`."""
+    """Return the type of the file system a path is on, as `ext4`."""
     kinds = [line.split()[1:3] for line in Path("/proc/mounts").read_text(errors="replace").splitlines()]
     real = path.resolve()
     above = [(mount, kind) for mount, kind in kinds if real.is_relative_to(re.sub(r"\\040", " ", mount))]

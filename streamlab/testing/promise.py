@@ -24,7 +24,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Promise:
-    """What a case asks for, and of whom."""
+    """What a case requires, and of whom."""
 
     expected: str
     standard: str

@@ -115,7 +115,7 @@ class EndpointForm:
         )
 
     def target(self, values: Mapping[str, Any], *, without: tuple[str, ...] = ()) -> str:
-        """The path and query of a request."""
+        """Return the path and query of a request."""
         path, query = self.template, []
         for parameter in self.parameters:
             name = parameter["name"]

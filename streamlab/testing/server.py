@@ -121,7 +121,7 @@ class Response:
 
 
 def environment(plugin: str, settings: Path, folders: Iterable[Path]) -> dict[str, str]:
-    """The variables that make a server of a settings file one under test: the probe is in it, other plugins are not.
+    """Return the variables that put a server under test: the probe is loaded, other plugins are not.
 
     A plugin that has a table in the settings is left on, since the one that is tested may need it. Raises ConfigError
     where the settings cannot be read, and LookupError where no plugin has that name.

@@ -53,7 +53,7 @@ class StreamedResponse:
     _in_trailers: bool = False
 
     def get(self, name: str) -> str | None:
-        """A header field's value, several joined by commas; None where there is none."""
+        """Return a header field's value, several joined by commas; None where there is none."""
         values = [value for known, value in self.fields if known == name.lower()]
         return ", ".join(values) if values else None
 
@@ -240,7 +240,7 @@ class Event:
     fields: tuple[tuple[str, str], ...]
 
     def get(self, name: str) -> str | None:
-        """The last value of a field; of `data`, all lines joined by LF. None where it does not stand there."""
+        """Return the last value of a field; of `data`, all lines joined by LF. None where the field is missing."""
         values = [value for known, value in self.fields if known == name]
         return None if not values else "\n".join(values) if name == "data" else values[-1]
 
