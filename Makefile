@@ -31,7 +31,7 @@ strangers: $(VENV)/dev.stamp $(VENV)/strangers.stamp  ## run other people's tool
 	@$(BIN)/python -m tools.strangers $(ARGS)
 
 soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and watch one that is spared (make soak ARGS="--minutes 2")
-	@$(BIN)/python tests/soak.py $(ARGS)
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 screenshot: $(VENV)/dev.stamp  ## take docs/lab.png anew, the picture of README (needs port 8000)
 	@$(BIN)/python docs/screenshot.py

@@ -10,8 +10,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from chaos import Chaos, Usage, usage_at_rest, usage_of
-from conftest import starting_in
+from tests.support.chaos import Chaos, Usage, usage_at_rest, usage_of
+from tests.support.servers import starting_in
 
 SAMPLES = 30
 """How often the server is looked at; the first third is its warm-up."""

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 
 from bench import __main__ as command
 from bench import file, followers, page, plots, rig, scale, suite
@@ -22,6 +21,7 @@ from bench.event_peers import raw_asyncio
 from bench.record import Outcome, Record
 from bench.report import Goal, Measurement, Numbers, judge, number, spread
 from bench.rig import Run, Step
+from tests.support.servers import REPOSITORY
 
 WITH = {  # what meets every goal of the downloads, by server and number of streams
     ("streamlab", 1): {"rate": 7.0, "cpu": 0.1, "memory": 1.0},

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable
 
 import pytest
-from chaos import Chaos, usage_at_rest
-from conftest import Running
+
+from tests.support.chaos import Chaos, usage_at_rest
+from tests.support.servers import Running
 
 KILLS = 15
 

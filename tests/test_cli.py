@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, run_streamlab, write_plugins
 
 from streamlab.server.site import version
+from tests.support.servers import REPOSITORY, Running, run_streamlab, write_plugins
 
 STREAMLAB = [sys.executable, "-m", "streamlab"]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, write_plugins
 from pydantic import ValidationError
 
 from streamlab.config import Config, ConfigError, EventSettings, Fault, Plugins, Server, nearest
 from streamlab.scenario import Scenario
 from streamlab.server.registry import Registry
+from tests.support.servers import REPOSITORY, write_plugins
 
 NO_DEFAULT = {
     ("server", "tls_certificate"),

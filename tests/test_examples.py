@@ -17,9 +17,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, EventStream, Running, free_port, wait_for
-from fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
 from playwright.async_api import Browser
+
+from tests.support.browsers import wait_for
+from tests.support.connections import EventStream
+from tests.support.fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
+from tests.support.servers import REPOSITORY, Running, free_port
 
 Start = Callable[..., Running]
 

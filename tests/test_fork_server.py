@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, disabled, starting_in
-from fork_server import ForkedProcess, ForkServer
+
+from tests.support.fork_server import ForkedProcess, ForkServer
+from tests.support.servers import REPOSITORY, Running, disabled, starting_in
 
 pytestmark = pytest.mark.skipif(not ForkServer.possible, reason="servers are not forked on this system")
 
@@ -120,8 +121,8 @@ def test_a_traceback_fails_its_test(tmp_path: Path) -> None:
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from conftest import ENVIRONMENT, FORK_SERVER, starting_in
-from fork_server import ForkedProcess
+from tests.support.fork_server import ForkedProcess
+from tests.support.servers import ENVIRONMENT, FORK_SERVER, starting_in
 
 FORK_SERVER.environ = {**os.environ, **ENVIRONMENT}
 with starting_in(Path(sys.argv[1])) as start:
@@ -133,8 +134,7 @@ with starting_in(Path(sys.argv[1])) as start:
 
 
 def test_no_server_outlives_the_process_of_its_test(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((tests, str(REPOSITORY)))}
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environ
     ) as process:

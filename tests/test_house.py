@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 import streamlab
 import streamlab.client
+from tests.support.servers import REPOSITORY
 
 CORE = REPOSITORY / "streamlab"
 PLUGINS = REPOSITORY / "plugins"

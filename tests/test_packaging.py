@@ -8,8 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, write_plugins
-from test_readme import COUNTDOWN
+
+from tests.support.readme import COUNTDOWN
+from tests.support.servers import REPOSITORY, write_plugins
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, EventStream, Running, write_plugins
 
 from streamlab.config import Config
 from streamlab.server.app import create_app
+from tests.support.connections import EventStream
+from tests.support.readme import COUNTDOWN, README, THUMBNAILS, VOTES
+from tests.support.servers import REPOSITORY, Running, write_plugins
 
-README = (REPOSITORY / "README.md").read_text()
-THUMBNAILS, COUNTDOWN, VOTES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TOMLS = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 CURLS = [line.strip("`") for line in re.findall(r"^curl .*$|`curl [^`]*`", README, re.MULTILINE)]
 

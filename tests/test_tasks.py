@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from conftest import write_plugins
 from pydantic import Field
 
 from streamlab import TASKS, Problem, Progress, Task
@@ -17,6 +16,7 @@ from streamlab.config import Config, ConfigError
 from streamlab.server.app import create_app
 from streamlab.server.site import REGISTRY
 from streamlab.tasks import MAX_MESSAGES
+from tests.support.servers import write_plugins
 
 
 async def bake(progress: Progress, cakes: Annotated[int, Field(ge=1)], *, icing: list[str] = []) -> dict[str, Any]:  # noqa: B006

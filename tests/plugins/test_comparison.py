@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import EventStream, Running, plugin_module, read_all, read_until
 
 from streamlab.config import Config
 from streamlab.server.app import create_app
+from tests.support.connections import EventStream, read_all, read_until
+from tests.support.servers import Running, plugin_module
 
 modes = plugin_module("comparison", "modes")
 memory = plugin_module("comparison", "memory")

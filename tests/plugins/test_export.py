@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, plugin_module, read_all, read_until, run_streamlab, starting_in
 
 from streamlab.config import Config
 from streamlab.server.app import create_app
 from streamlab.server.site import REGISTRY
+from tests.support.connections import read_all, read_until
+from tests.support.servers import Running, plugin_module, run_streamlab, starting_in
 
 ROWS = 20_000
 

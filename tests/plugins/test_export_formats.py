@@ -15,9 +15,10 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from conftest import plugin_module
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from tests.support.servers import plugin_module
 
 formats = plugin_module("export", "formats")
 vocabulary = plugin_module("export", "encoder")

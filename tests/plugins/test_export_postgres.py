@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import postgres_server
 import pytest
-from conftest import Running, plugin_module, read_until
-from postgres_server import Postgres
+
+from tests.support import postgres_server
+from tests.support.connections import read_until
+from tests.support.postgres_server import Postgres
+from tests.support.servers import Running, plugin_module
 
 asyncpg = pytest.importorskip("asyncpg", reason="asyncpg is not installed")
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, disabled
+
+from tests.support.servers import Running, disabled
 
 TASKS = "/process/tasks"
 

@@ -25,10 +25,11 @@ import pytest
 import trustme
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient
-from conftest import Running, disabled, plugin_module, read_all, read_until
 
 from streamlab.config import Config
 from streamlab.server.app import create_app
+from tests.support.connections import read_all, read_until
+from tests.support.servers import Running, disabled, plugin_module
 
 BODY = bytes(range(256)) * 1000
 MODIFIED = 1_700_000_000

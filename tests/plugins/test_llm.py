@@ -21,10 +21,24 @@ import httpx
 import httpx_sse
 import openai
 import pytest
-from conftest import REPOSITORY, EventStream, Received, Running, plugin_module, read_all, read_until, run_streamlab
-from fake_upstream import DONE, FINISH, HEAD, MODEL, USED, Exchange, FakeUpstream, Script, chunked, event, fake_upstream
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.connections import EventStream, Received, read_all, read_until
+from tests.support.fake_upstream import (
+    DONE,
+    FINISH,
+    HEAD,
+    MODEL,
+    USED,
+    Exchange,
+    FakeUpstream,
+    Script,
+    chunked,
+    event,
+    fake_upstream,
+)
+from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
 
 KEY = "sk-very-secret-key"
 

@@ -18,8 +18,21 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import REPOSITORY, EventStream, Received, Running, plugin_module, run_streamlab
-from fake_upstream import DONE, FINISH, MODEL, USED, Exchange, FakeUpstream, Script, chunked, event, fake_upstream
+
+from tests.support.connections import EventStream, Received
+from tests.support.fake_upstream import (
+    DONE,
+    FINISH,
+    MODEL,
+    USED,
+    Exchange,
+    FakeUpstream,
+    Script,
+    chunked,
+    event,
+    fake_upstream,
+)
+from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
 
 KEY = "sk-very-secret-key"
 OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))

@@ -16,14 +16,10 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import (
-    EventStream,
-    Received,
-    Running,
-    assert_health_is_prompt_during,
-    run_streamlab,
-    starting_in,
-)
+
+from tests.support.connections import EventStream, Received
+from tests.support.latency import assert_health_is_prompt_during
+from tests.support.servers import Running, run_streamlab, starting_in
 
 CONFIG = """
     [scenarios.ticker]

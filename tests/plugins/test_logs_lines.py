@@ -3,7 +3,8 @@
 import time
 
 import pytest
-from conftest import plugin_module
+
+from tests.support.servers import plugin_module
 
 lines = plugin_module("logs", "lines")
 

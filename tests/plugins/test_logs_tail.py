@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import plugin_module
+
+from tests.support.servers import plugin_module
 
 tail = plugin_module("logs", "tail")
 disk = plugin_module("logs", "disk")

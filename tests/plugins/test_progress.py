@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, EventStream, Received, Running, Valkey, begin, free_port, plugin_module
-from fork_server import ForkedProcess
 
 from streamlab import Problem
 from streamlab.events.channel import Events, open_log
+from tests.support.connections import EventStream, Received
+from tests.support.fork_server import ForkedProcess
+from tests.support.servers import REPOSITORY, Running, begin, free_port, plugin_module
+from tests.support.valkey import Valkey
 
 TOIL = '''
     """Tasks under the control of a test: they wait for files, and record each run."""

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EventStream, Received, Running
+
+from tests.support.connections import EventStream, Received
+from tests.support.servers import Running
 
 FOLDER = Path(__file__).resolve().parents[2] / "plugins" / "ticker"
 PATH = "/stream/stock-ticker"

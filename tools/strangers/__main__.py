@@ -14,7 +14,7 @@ from bench.servers import Running, running, streamlab
 from . import contract, openai_calls, redbot_notes
 from .finding import Finding, Outcome
 
-PROTOCOL_TESTS = "tests/test_protocol.py"
+PROTOCOL_TESTS = "tests/server/test_protocol.py"
 
 CONFIG = """
 [scenarios.ticker]

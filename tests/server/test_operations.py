@@ -15,24 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import postgres_server
 import pytest
 import yaml
-from conftest import (
-    REPOSITORY,
-    WITHOUT_MODEL,
-    EventStream,
-    Running,
-    Valkey,
-    free_port,
-    plugin_module,
-    read_all,
-    read_until,
-)
 from packaging.requirements import Requirement
 
 from streamlab.config import Config, Server
 from streamlab.server.app import create_app
+from tests.support import postgres_server
+from tests.support.connections import EventStream, read_all, read_until
+from tests.support.servers import REPOSITORY, WITHOUT_MODEL, Running, free_port, plugin_module
+from tests.support.valkey import Valkey
 
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from conftest import REPOSITORY, Running, write_plugins
 
 from streamlab.client.follow import MAX_RETRY_SECONDS, Pause, backoff, follow
 from streamlab.client.http import ConnectionLost, RequestRejected, retry_after_seconds
 from streamlab.client.sse import MAX_BYTES, Event, Parser
+from tests.support.servers import REPOSITORY, Running, write_plugins
 
 
 def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002

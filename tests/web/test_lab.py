@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from conftest import REPOSITORY, EventStream, Running, free_port, launched_browser, starting_in
-from fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
 from playwright.async_api import Browser, Locator, Page, Response, expect
+
+from tests.support.browsers import launched_browser
+from tests.support.connections import EventStream
+from tests.support.fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
+from tests.support.servers import REPOSITORY, Running, free_port, starting_in
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, free_port, run_streamlab
+
+from tests.support.servers import REPOSITORY, Running, free_port, run_streamlab
 
 STRANGER = '''
 """A server of somebody else, as tutorials write it."""

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
-from conftest import Running, write_plugins
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +20,7 @@ from streamlab.server import openapi
 from streamlab.server.app import create_app
 from streamlab.server.registry import find
 from streamlab.server.site import ROUTES, version
+from tests.support.servers import Running, write_plugins
 
 Client = Callable[..., Awaitable[TestClient[Any, Any]]]
 

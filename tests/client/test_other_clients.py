@@ -20,8 +20,11 @@ import httpx_sse
 import pytest
 import requests
 import sseclient
-from conftest import EventStream, Running, free_port, read_until, wait_for
 from playwright.async_api import Browser, Page
+
+from tests.support.browsers import wait_for
+from tests.support.connections import EventStream, read_until
+from tests.support.servers import Running, free_port
 
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 PATH = "/stream/stock-ticker"

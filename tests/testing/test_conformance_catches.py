@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import write_plugins
+
+from tests.support.servers import write_plugins
 
 LINES = r'''
 """Lines of text, one after the other."""

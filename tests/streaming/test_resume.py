@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 import pytest
-from chaos import Follower
-from conftest import Running, Valkey, free_port
+
+from tests.support.chaos import Follower
+from tests.support.servers import Running, free_port
+from tests.support.valkey import Valkey
 
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Running, begin, disabled, read_until, write_plugins
+
+from tests.support.connections import read_until
+from tests.support.servers import Running, begin, disabled, write_plugins
 
 HANGS = """
     import asyncio

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, write_plugins
 
 from streamlab import hookspecs
 from streamlab.server.registry import HOOKS
 from streamlab.testing import Conformance
+from tests.support.servers import REPOSITORY, write_plugins
 
 GUIDE = (REPOSITORY / "docs" / "authors.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)

@@ -17,7 +17,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from conftest import Running, read_all, read_until, starting_in
+
+from tests.support.connections import read_all, read_until
+from tests.support.servers import Running, starting_in
 
 LAST_CHUNK = b"0\r\n\r\n"
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from aiohttp_sse import EventSourceResponse
-from conftest import EventStream as Reader
-from conftest import Running, read_all, read_until, starting_in
 
 from streamlab import EventStream
+from tests.support.connections import EventStream as Reader
+from tests.support.connections import read_all, read_until
+from tests.support.servers import Running, starting_in
 
 LAST_CHUNK = b"0\r\n\r\n"
 

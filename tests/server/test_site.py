@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import Running, disabled, read_all, write_plugins
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -26,6 +25,8 @@ from streamlab.server.logging import LineFormatter, logging_to
 from streamlab.server.metrics import METRICS
 from streamlab.server.site import ROUTES, version
 from streamlab.streaming.drain import STREAMS
+from tests.support.connections import read_all
+from tests.support.servers import Running, disabled, write_plugins
 
 Client = TestClient[Any, Any]
 

@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import Running, read_all, read_until, starting_in
 
 from streamlab.problems import phrase
 from streamlab.server.edge import HEAD_SECONDS
+from tests.support.connections import read_all, read_until
+from tests.support.servers import Running, starting_in
 
 PLUGIN = '''
     from aiohttp import web

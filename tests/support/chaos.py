@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
-from conftest import Running, free_port
 
 from streamlab.client.sse import Event, Parser
+from tests.support.servers import Running, free_port
 
 TICKER = "/stream/stock-ticker"
 

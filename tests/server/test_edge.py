@@ -6,7 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from conftest import Running, launched_browser, starting_in
+
+from tests.support.browsers import launched_browser
+from tests.support.servers import Running, starting_in
 
 COUNTER = '''
     from aiohttp import web

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Running, free_port
-from fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
+
+from tests.support.fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
+from tests.support.servers import REPOSITORY, Running, free_port
 
 Start = Callable[..., Running]
 

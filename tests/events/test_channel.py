@@ -17,18 +17,12 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import (
-    EventStream,
-    Received,
-    Running,
-    Valkey,
-    assert_health_is_prompt_during,
-    read_all,
-    read_crowd,
-    read_until,
-)
 
 from streamlab import View
+from tests.support.connections import EventStream, Received, read_all, read_crowd, read_until
+from tests.support.latency import assert_health_is_prompt_during
+from tests.support.servers import Running
+from tests.support.valkey import Valkey
 
 BOARD = '''
     """Channels that tests publish to and follow."""

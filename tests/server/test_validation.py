@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import Running, disabled, write_plugins
 
 from streamlab import request_body
 from streamlab.config import Config
 from streamlab.server.app import create_app
+from tests.support.servers import Running, disabled, write_plugins
 
 Client = TestClient[Any, Any]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import REPOSITORY, disabled, write_plugins
 
 from streamlab import hookspecs
 from streamlab.config import Config, ConfigError
@@ -22,6 +21,7 @@ from streamlab.server.registry import HOOKS, find
 from streamlab.server.site import REGISTRY, ROUTES
 from streamlab.streaming.drain import STREAMS
 from streamlab.tasks import TASKS
+from tests.support.servers import REPOSITORY, disabled, write_plugins
 
 Client = Callable[..., Awaitable[TestClient[Any, Any]]]
 
@@ -723,7 +723,7 @@ def test_every_hook_has_a_test_named_after_it() -> None:
         == HOOKS
     )
     assert all((getattr(hookspecs, hook).__doc__ or "").strip() for hook in HOOKS)
-    tests = "".join((REPOSITORY / "tests" / name).read_text() for name in ("test_registry.py", "test_cli.py"))
+    tests = "".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
     assert [hook for hook in HOOKS if f"def test_{hook}_" not in tests] == []
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from conftest import Valkey
 
 from streamlab.events import sqlite as eventlog_sqlite
 from streamlab.events.append_queue import PENDING_BYTES
@@ -28,6 +27,7 @@ from streamlab.events.log import (
     Position,
     Retention,
 )
+from tests.support.valkey import Valkey
 
 KEEP = Retention(1000, 3600)
 

@@ -1,0 +1,42 @@
+"""A real browser for the tests of pages."""
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@contextlib.asynccontextmanager
+async def launched_browser() -> "AsyncIterator[Browser]":
+    """Run the browser that is here; skips where there is none."""
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
+    from playwright.async_api import async_playwright
+
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=executable, args=SWITCHES.split())
+        yield browser
+        await browser.close()
+
+
+async def wait_for(page: "Page", condition: str) -> None:
+    """Wait in the page itself; playwright's own way needs `eval`, which the page's policy forbids."""
+    async with asyncio.timeout(20):
+        await page.evaluate(
+            f"async () => {{ while (!({condition})) await new Promise(done => setTimeout(done, 10)); }}"
+        )

@@ -1,0 +1,104 @@
+"""Responses read byte by byte: event streams, and connections until their end."""
+
+import http.client
+import itertools
+import json
+import selectors
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support.servers import Running
+
+
+@dataclass(frozen=True)
+class Received:
+    """An event as it came: its fields, and its bytes."""
+
+    id: str
+    event: str
+    data: str
+    raw: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+class EventStream:
+    """An event stream being read; `status` and `headers` (names in lower case) of its response."""
+
+    def __init__(self, server: Running, path: str, after: str | None = None, *, timeout: float = 20) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+        headers = {"Accept": "text/event-stream"} | ({} if after is None else {"Last-Event-ID": after})
+        self._connection.request("GET", path, headers=headers)
+        self._response = self._connection.getresponse()
+        self.status = self._response.status
+        self.headers = {name.lower(): value for name, value in self._response.getheaders()}
+
+    def __enter__(self) -> "EventStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._response.close()
+        self._connection.close()
+
+    def __iter__(self) -> Iterator[Received]:
+        """Events until the stream ends; comments are left out."""
+        lines: list[bytes] = []
+        while line := self._response.readline():
+            if line == b"\n" and lines:
+                fields = dict(entry.rstrip(b"\n").decode().partition(": ")[::2] for entry in lines)
+                raw = b"".join(lines) + line
+                yield Received(fields.get("id", ""), fields.get("event", ""), fields.get("data", ""), raw)
+                lines = []
+            elif not line.startswith(b":"):
+                lines.append(line)
+
+    def take(self, count: int) -> list[Received]:
+        return list(itertools.islice(self, count))
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the server closes; what came so far where it resets."""
+    received = bytearray()
+    with connection:
+        while True:
+            try:
+                chunk = connection.recv(1 << 20)
+            except ConnectionResetError:
+                break
+            if not chunk:
+                break
+            received += chunk
+    return bytes(received)
+
+
+def read_crowd(connections: Sequence[socket.socket]) -> list[bytes]:
+    """Everything that many connections receive until the server closes them, read as it comes."""
+    received = {connection: bytearray() for connection in connections}
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(20)
+            assert ready, "the server sends nothing"
+            for key, _ in ready:
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                if chunk := connection.recv(1 << 18):
+                    received[connection] += chunk
+                else:
+                    selector.unregister(connection)
+    return [bytes(body) for body in received.values()]
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    """What comes until `mark` has come."""
+    received = bytearray()
+    while mark not in received:
+        chunk = connection.recv(65536)
+        assert chunk, f"the connection ended before {mark!r}: {bytes(received)!r}"
+        received += chunk
+    return bytes(received)

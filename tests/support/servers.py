@@ -1,0 +1,204 @@
+"""Real servers for the tests: a process as `make run` starts it, and an application on a socket of this process.
+
+The fixture `start` is for a test that changes or stops its server. Tests that only read share one server for each
+module: a fixture `shared`, which enters `starting_in`. An application of this process loads only the plugin under test:
+`disabled`. Whatever ends after a configured time, such as a drain, gets a short one; a test waits for events, and never
+sleeps.
+"""
+
+import contextlib
+import http.client
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tests.support.fork_server import ForkedProcess, ForkServer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+WITHOUT_MODEL = {"STREAMLAB_SCENARIOS__LLM__ENABLED": "false"}
+
+"""For servers that have no use for a model: loading it takes a second of a processor, and 300 MB."""
+
+
+ENVIRONMENT = {
+    "PYTHONWARNINGS": "error",
+    "PYTHONPATH": str(REPOSITORY),
+    # aiohttp reads the system's certificates when it is imported, which takes a tenth of a second.
+    "SSL_CERT_FILE": os.devnull,
+}
+
+"""What every server has in its environment."""
+
+
+FORK_SERVER = ForkServer()
+
+
+@dataclass
+class Running:
+    """A streamlab process, what it was started with, and ways to talk to it."""
+
+    process: subprocess.Popen[str] | ForkedProcess
+    url: str
+    base: Path
+    stderr: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def log(self) -> str:
+        return self.stderr.read_text()
+
+    def connect(self, *, receive_buffer: int | None = None, timeout: float = 10) -> socket.socket:
+        """A plain connection; with a small receive buffer, one that stalls soon when it does not read."""
+        connection = socket.socket()
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(timeout)
+        try:
+            connection.connect(("127.0.0.1", self.port))
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def send(self, request: str, **options: object) -> socket.socket:
+        """Send a request given as its head, line by line; `{port}` is filled in. Returns the open connection."""
+        connection = self.connect(**options)  # type: ignore[arg-type]
+        head = textwrap.dedent(request).strip().replace("{port}", str(self.port)).replace("\n", "\r\n")
+        connection.sendall(head.encode() + b"\r\n\r\n")
+        return connection
+
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", body: bytes | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (names in lower case) and body of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, body=body, headers=dict(headers or {}))
+            response = connection.getresponse()
+            return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+
+    def wait_for_log(self, text: str, *, seconds: float = 10) -> str:
+        """The log, once it holds `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in (log := self.log):
+            assert time.monotonic() < deadline, f"no {text!r} within {seconds} s in:\n{log}"
+            time.sleep(0.01)
+        return log
+
+    def terminate(self, number: int = signal.SIGTERM, *, seconds: float = 20) -> tuple[int, float]:
+        """Send a signal and wait for the end: exit status, and the seconds it took."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        return status, time.monotonic() - started
+
+
+def plugin_module(plugin: str, name: str) -> Any:
+    """A module of a plugin's folder, loaded by itself: without the plugin's `__init__`, and once a test session."""
+    package = f"{plugin}_under_test"
+    folder = REPOSITORY / "plugins" / plugin
+    sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(folder)]
+    return importlib.import_module(f"{package}.{name}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def disabled(*, but: str = "") -> dict[str, dict[str, Any]]:
+    """Tables that disable what ships, for tests of something else: importing it takes a fifth of a second each time."""
+    shipped = (path.parent.name for path in (REPOSITORY / "plugins").glob("*/__init__.py"))
+    return {name: {"enabled": False} for name in shipped if name != but}
+
+
+def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
+    """Write plugin files beside the configuration."""
+    folder = base / "plugins"
+    folder.mkdir(exist_ok=True)
+    for name, source in plugins.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(source))
+
+
+def begin(
+    words: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str], fresh: bool = False
+) -> subprocess.Popen[str] | ForkedProcess:
+    """Start `python -m streamlab WORDS...`, with a pipe as its stdout."""
+    environ = {**os.environ, **ENVIRONMENT, **environ}
+    if not fresh and FORK_SERVER.suits(environ):
+        return FORK_SERVER.start(words, environ=environ, cwd=cwd, stderr=stderr)
+    command = [sys.executable, "-m", "streamlab", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
+
+
+def run_streamlab(*words: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
+    """Run a command to its end: exit status, stdout and stderr."""
+    with tempfile.TemporaryFile("w+") as errors:
+        with begin(words, environ=variables, cwd=cwd, stderr=errors) as process:
+            assert process.stdout is not None
+            try:
+                out, status = process.stdout.read(), process.wait()
+            finally:
+                process.kill()  # it is there still where its test has been given up
+        errors.seek(0)
+        return status, out, errors.read()
+
+
+@contextlib.contextmanager
+def starting_in(base: Path) -> Iterator[Callable[..., Running]]:
+    """Yield a function that starts servers in a folder; they are stopped at the end."""
+    servers: list[tuple[Running, bool]] = []
+
+    def starting(
+        config: str = "",
+        *,
+        tracebacks: bool = False,
+        environ: Mapping[str, str] | None = None,
+        port: int = 0,
+        fresh: bool = False,
+        **plugins: str,
+    ) -> Running:
+        write_plugins(base, plugins)
+        config_file = base / "config.toml"
+        config_file.write_text(textwrap.dedent(config))
+        stderr = base / f"stderr-{len(servers)}.log"
+        words = ["run", "--config", str(config_file), "--port", str(port)]
+        without = {} if "[scenarios.llm]" in config else WITHOUT_MODEL
+        with stderr.open("w") as errors:
+            process = begin(words, environ={**without, **(environ or {})}, cwd=base, stderr=errors, fresh=fresh)
+        assert process.stdout is not None
+        address = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), None)
+        server = Running(process, address or "", base, stderr)
+        servers.append((server, tracebacks))
+        assert address is not None, f"the server did not start:\n{server.log}"
+        return server
+
+    try:
+        yield starting
+    finally:
+        for server, _ in servers:
+            with server.process as process:
+                if process.poll() is None:
+                    process.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(15)
+                if process.poll() is None:
+                    process.kill()
+    for server, tracebacks in servers:
+        assert tracebacks or "Traceback" not in server.log, server.log
