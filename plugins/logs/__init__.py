@@ -41,7 +41,8 @@ from .chunks import Line
 from .download import matching_events, matching_lines
 from .filters import BadPattern, LineFilter, compile_pattern, moment
 from .lines import LEVELS, Reader
-from .tail import Rotation, Tail
+from .rotation import Rotation
+from .tail import Tail
 
 log = logging.getLogger(__name__)
 

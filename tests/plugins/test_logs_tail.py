@@ -6,7 +6,8 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import AsyncGenerator
+import zlib
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 
 from tests.support.servers import plugin_module
 
-tail = plugin_module("logs", "tail")
+changes = plugin_module("logs", "changes")
+chunks = plugin_module("logs", "chunks")
+content = plugin_module("logs", "content")
 disk = plugin_module("logs", "disk")
+tail = plugin_module("logs", "tail")
 Line, Rotation, Tail = tail.Line, tail.Rotation, tail.Tail
 
 GRACE = 0.3
@@ -203,7 +207,7 @@ async def test_a_line_says_which_file_it_is_of(log: Path) -> None:
 
 
 async def test_a_line_of_exactly_one_piece_is_whole(log: Path) -> None:
-    text = "x" * tail.CHUNK
+    text = "x" * chunks.CHUNK
     add(log, text, "short")
     add(log, text, end="\r\n")
     async with following(log, backlog=10**9) as follower:
@@ -218,7 +222,7 @@ async def test_a_line_of_exactly_one_piece_is_whole(log: Path) -> None:
 
 @pytest.mark.parametrize("restarts", [False, True])
 async def test_a_longer_line_comes_in_chunks_that_never_split_a_character(log: Path, restarts: bool) -> None:
-    text = "€" * (tail.CHUNK * 5 // 6) + "end"
+    text = "€" * (chunks.CHUNK * 5 // 6) + "end"
     add(log, text, "short")
     lines: list[Any] = []
     follower = Follower(log, backlog=10**9)
@@ -233,13 +237,13 @@ async def test_a_longer_line_comes_in_chunks_that_never_split_a_character(log: P
     await follower.close()
     assert [line.continued for line in lines] == [True, True, False, False]
     assert "".join(line.text for line in lines[:-1]) == text
-    assert all(len(line.text.encode()) <= tail.CHUNK for line in lines)
+    assert all(len(line.text.encode()) <= chunks.CHUNK for line in lines)
 
 
 async def test_a_line_too_long_is_told_before_its_end_has_come(log: Path) -> None:
-    add(log, "x" * (tail.CHUNK + 10), end="")
+    add(log, "x" * (chunks.CHUNK + 10), end="")
     async with following(log, backlog=10**9) as follower:
-        assert await follower.take(1) == ["x" * tail.CHUNK]
+        assert await follower.take(1) == ["x" * chunks.CHUNK]
         add(log, "yz")
         assert await follower.take(1) == ["x" * 10 + "yz"]
 
@@ -310,6 +314,80 @@ async def test_a_tail_can_be_followed_only_once(log: Path) -> None:
         await follower.take(1)
         with pytest.raises(RuntimeError, match="followed only once"):
             await anext(follower.tail.batches())
+
+
+# -- checkpoints of earlier versions
+
+
+def former_position(path: Path, offset: int, *, turn: str = "rotated", told: bool = False) -> dict[str, Any]:
+    """A position as earlier versions stored it, with the names that its fields had."""
+    status, before = path.stat(), path.read_bytes()[max(0, offset - 1024) : offset]
+    return {
+        "path": str(path),
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "offset": offset,
+        "check": zlib.crc32(before),
+        "modified": status.st_mtime_ns,
+        "turn": turn,
+        "told": told,
+    }
+
+
+def former_file_in_place(log: Path) -> list[dict[str, Any]]:
+    add(log, "x" * 2000, "one", "two")
+    return [former_position(log, 2005)]
+
+
+def former_copy_before_truncation(log: Path) -> list[dict[str, Any]]:
+    add(log, "one", "two")
+    copytruncate(log, copy := Path(f"{log}.1"))
+    add(log, "three")
+    return [former_position(copy, 4, turn="truncated")]
+
+
+def former_truncation_that_was_reported(log: Path) -> list[dict[str, Any]]:
+    add(log, "one")
+    truncated = former_position(log, 4, turn="truncated", told=True)
+    os.truncate(log, 0)
+    emptied = former_position(log, 0)
+    add(log, "one", "two")  # the same bytes as before, but another content
+    return [truncated, emptied]
+
+
+def former_rotation_with_a_late_writer(log: Path) -> list[dict[str, Any]]:
+    add(log, "one")
+    log.rename(renamed := Path(f"{log}.1"))
+    rotated = former_position(renamed, 4, told=True)
+    add(log, "two", "three")
+    current = former_position(log, 4)
+    add(renamed, "late")
+    return [rotated, current]
+
+
+@pytest.mark.parametrize(
+    ("former", "items"),
+    [
+        (former_file_in_place, ["two"]),
+        (former_copy_before_truncation, ["two", "<truncated>", "three"]),
+        (former_truncation_that_was_reported, ["one", "two"]),
+        (former_rotation_with_a_late_writer, ["late", "three"]),
+    ],
+)
+async def test_a_checkpoint_of_an_earlier_version_resumes_without_a_lost_or_duplicated_line(
+    log: Path, former: Callable[[Path], list[dict[str, Any]]], items: list[str]
+) -> None:
+    async with following(log, json.dumps({str(log): former(log)})) as follower:
+        assert await follower.take(len(items)) == items
+        add(log, "end")
+        assert await follower.take(1) == ["end"]
+        stored = json.loads(follower.cursors)[str(log)]
+    assert {frozenset(position) for position in stored} == {
+        frozenset(("path", "device", "inode", "offset", "check", "modified", "ended_by", "reported"))
+    }
+    async with following(log, follower.cursors) as again:
+        add(log, "more")
+        assert await again.take(1) == ["more"]
 
 
 # -- rotation by renaming
@@ -453,6 +531,37 @@ async def test_a_late_writer_is_heard_after_the_new_file_has_begun(log: Path) ->
         print("later", file=writer, flush=True)
         async with following(log, follower.cursors) as again:
             assert await again.take(1) == ["later"]
+
+
+async def test_a_late_writer_s_last_line_without_a_line_break_is_read_after_the_grace(
+    log: Path, tmp_path: Path
+) -> None:
+    add(log, "one")
+    async with following(log) as follower:
+        await follower.take(1)
+        log.rename(renamed := Path(f"{log}.1"))
+        add(log, "new")
+        assert await follower.take(2) == ["<rotated>", "new"]
+        add(renamed, "half", end="")
+        assert await follower.take(1) == ["half"]
+        while len(json.loads(follower.cursors)[str(log)]) > 1:
+            await follower.step()
+        assert open_logs(tmp_path) == [str(log)]
+
+
+async def test_a_renamed_file_that_was_deleted_across_a_restart_is_forgotten(log: Path) -> None:
+    add(log, "one")
+    async with following(log, grace=100) as follower:
+        await follower.take(1)
+        log.rename(f"{log}.1")
+        add(log, "two")
+        assert await follower.take(2) == ["<rotated>", "two"]
+    assert len(json.loads(follower.cursors)[str(log)]) == 2
+    Path(f"{log}.1").unlink()
+    async with following(log, follower.cursors, grace=100) as again:
+        async with asyncio.timeout(10):
+            await again.step()
+        assert (again.items, len(json.loads(again.cursors)[str(log)])) == ([], 1)
 
 
 async def test_half_a_line_of_a_renamed_file_is_told_when_it_is_given_up(moment: Moment, log: Path) -> None:
@@ -791,7 +900,7 @@ async def test_rotation_behind_a_link_is_followed(moment: Moment, tmp_path: Path
 async def test_a_path_that_cannot_be_opened_is_warned_of_once_and_tried_again(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tail, "LOOK_MS", 50)
+    monkeypatch.setattr(changes, "LOOK_MS", 50)
     log.symlink_to(log)
     async with following(log) as follower:
         await follower.nothing(0.5)
@@ -806,7 +915,7 @@ async def test_a_path_that_cannot_be_opened_is_warned_of_once_and_tried_again(
 async def test_permission_denied_is_no_end(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tail, "LOOK_MS", 50)
+    monkeypatch.setattr(changes, "LOOK_MS", 50)
     add(log, "old", "one")
     real = disk.open_file
 
@@ -832,17 +941,17 @@ async def test_permission_denied_is_no_end(
 async def test_a_failed_reading_is_repeated(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tail, "LOOK_MS", 50)
+    monkeypatch.setattr(changes, "LOOK_MS", 50)
     add(log, "one")
-    real = tail.wrap
+    real = content.wrap
 
     def fail(file: Any, **options: Any) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(tail, "wrap", fail)
+    monkeypatch.setattr(content, "wrap", fail)
     async with following(log) as follower:
         await follower.nothing(0.5)
-        monkeypatch.setattr(tail, "wrap", real)
+        monkeypatch.setattr(content, "wrap", real)
         assert await follower.take(1) == ["one"]
     assert len(caplog.records) == 1
 
@@ -854,8 +963,8 @@ async def test_without_a_watcher_it_still_looks(
         raise OSError(28, "No space left on device")
         yield
 
-    monkeypatch.setattr(tail, "awatch", fail)
-    monkeypatch.setattr(tail, "LOOK_MS", 50)
+    monkeypatch.setattr(changes, "awatch", fail)
+    monkeypatch.setattr(changes, "LOOK_MS", 50)
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
