@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -16,7 +16,7 @@ URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=45)
 
 
-async def events(session: aiohttp.ClientSession, path: str) -> AsyncIterator[tuple[str, str]]:
+async def events(session: aiohttp.ClientSession, path: str) -> AsyncGenerator[tuple[str, str], None]:
     """Yield the id and the data of each event, across reconnects."""
     last = ""
     while True:

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import httpx
@@ -21,7 +21,7 @@ async def tokens(client: httpx.AsyncClient, prompt: str) -> AsyncIterator[str]:
             yield text
 
 
-async def events(client: httpx.AsyncClient, path: str) -> AsyncIterator[tuple[str, str]]:
+async def events(client: httpx.AsyncClient, path: str) -> AsyncGenerator[tuple[str, str], None]:
     """Yield the id and the data of each event, across reconnects."""
     last = ""
     while True:

@@ -27,6 +27,6 @@ class Browser(Scenario):
 
 
 @hookimpl
-def register_scenarios():
+def register_scenarios() -> list[type[Scenario]]:
     """Bring the page."""
     return [Browser]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 from openai import OpenAI
 
@@ -24,9 +24,9 @@ MESSAGES: Any = [{"role": "user", "content": "Say hello."}]
 
 def run(server: str) -> Outcome:
     """Make all calls."""
-    requests: list[httpx.Request] = []
+    requests: list[httpx2.Request] = []
     with (
-        httpx.Client(event_hooks={"request": [requests.append]}, timeout=60) as http,
+        httpx2.Client(event_hooks={"request": [requests.append]}, timeout=60) as http,
         OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, http_client=http) as client,
     ):
         findings = []
@@ -39,7 +39,7 @@ def run(server: str) -> Outcome:
     return Outcome(f"{len(CALLS)} promises, {len(requests)} requests of openai {openai.__version__}", findings)
 
 
-def _curl(request: httpx.Request) -> str:
+def _curl(request: httpx2.Request) -> str:
     """Return the command that repeats a request."""
     body = request.read().decode()
     if len(body) > SHOWN:

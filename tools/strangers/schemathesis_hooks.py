@@ -52,7 +52,7 @@ REHEARSAL_CAPS = {"steps": Cap(3, 1, 1_000_000, True), "delay": Cap(0.01, 0, 60,
 
 
 @schemathesis.hook
-def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
     """Cap what makes a valid request long."""
     operation = case.operation.label
     if isinstance(case.query, MutableMapping):
@@ -63,8 +63,9 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
             _let_all_lines_through(case.query)
     if isinstance(case.body, MutableMapping):
         _cap(case.body, BODY_CAPS.get(operation, {}))
-        if case.body.get("kind") == "rehearsal" and isinstance(case.body.get("parameters"), MutableMapping):
-            _cap(case.body["parameters"], REHEARSAL_CAPS)
+        parameters = case.body.get("parameters")
+        if case.body.get("kind") == "rehearsal" and isinstance(parameters, MutableMapping):
+            _cap(parameters, REHEARSAL_CAPS)
 
 
 def _cap(values: MutableMapping[str, Any], caps: dict[str, Cap]) -> None:
@@ -222,7 +223,7 @@ ACCEPTED = (
 
 
 @schemathesis.hook
-def filter_failure(context: HookContext, failure: Failure, case: Case, response: Response) -> bool:
+def filter_failure(context: HookContext, failure: Failure, case: Case[Any], response: Response) -> bool:
     """Return whether a failure counts."""
     operation = f"{case.method} {case.path}"
     return not any(accepted.applies(failure.code, operation, response) for accepted in ACCEPTED)
