@@ -25,7 +25,7 @@ class Unread(Enum):
 
     LINES = auto()
     """Possibly lines: its end has not been reached, or it has changed since."""
-    HALF_LINE = auto()
+    PARTIAL_LINE = auto()
     """Only a last line without a line break."""
     NOTHING = auto()
 
@@ -151,7 +151,7 @@ class Content:
                 break
         else:
             if not more:
-                self.unread = Unread.HALF_LINE if end < len(found) else Unread.NOTHING
+                self.unread = Unread.PARTIAL_LINE if end < len(found) else Unread.NOTHING
         if lines:
             self.position = position.advanced(found, end, self.modified)
         return lines

@@ -90,13 +90,13 @@ class Finding(Enum):
     SUCCEEDED = "its end was reported, and a file follows it", Step.OPEN_NEXT
     LOST = "its file was not found, and a file follows it", Step.SKIP_TO_NEXT
     UNREAD = "it was replaced or deleted, and not read to its end", Step.READ
-    UNSETTLED = "it was replaced or deleted, and its writer may still complete it", Step.WAIT
-    HALF_LINE = "it was replaced or deleted, and its last line has no line break", Step.FINISH
+    UNSETTLED = "it was replaced or deleted, and its writer is not silent yet", Step.WAIT
+    PARTIAL_LINE = "it was replaced or deleted, its writer is silent, and its last line has no line break", Step.FINISH
     REPLACED = "it was read to its end, and a file follows it", Step.MOVE_TO_NEXT
     DELETED = "it was read to its end and deleted, and nothing follows it", Step.END
     # A content before the current one.
     LATE = "its writer may still add lines", Step.WAIT
-    LATE_HALF_LINE = "its writer is silent, and its last line has no line break", Step.FINISH
+    LATE_PARTIAL_LINE = "its writer is silent, and its last line has no line break", Step.FINISH
     SILENT = "its writer is silent", Step.CLOSE
     UNTRACEABLE = "its file was not found", Step.CLOSE
 
@@ -112,8 +112,8 @@ def classify(facts: Facts) -> Finding:
             return Finding.UNTRACEABLE
         case Facts(successor=Successor.OPEN, unread=Unread.LINES) | Facts(successor=Successor.OPEN, silent=False):
             return Finding.LATE
-        case Facts(successor=Successor.OPEN, unread=Unread.HALF_LINE):
-            return Finding.LATE_HALF_LINE
+        case Facts(successor=Successor.OPEN, unread=Unread.PARTIAL_LINE):
+            return Finding.LATE_PARTIAL_LINE
         case Facts(successor=Successor.OPEN):
             return Finding.SILENT
 
@@ -133,9 +133,9 @@ def classify(facts: Facts) -> Finding:
         # The file was renamed and another follows it, or it was deleted.
         case Facts(unread=Unread.LINES):
             return Finding.UNREAD
-        case Facts(unread=Unread.HALF_LINE, silent=True):
-            return Finding.HALF_LINE
-        case Facts(unread=Unread.HALF_LINE) | Facts(successor=Successor.NONE, silent=False):
+        case Facts(unread=Unread.PARTIAL_LINE, silent=True):
+            return Finding.PARTIAL_LINE
+        case Facts(unread=Unread.PARTIAL_LINE) | Facts(successor=Successor.NONE, silent=False):
             return Finding.UNSETTLED
         case Facts(successor=Successor.FOUND):
             return Finding.REPLACED

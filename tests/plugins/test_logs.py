@@ -46,7 +46,7 @@ def write(path: Path, *lines: str) -> None:
 
 
 def texts(events: Sequence[Received]) -> list[str]:
-    """The lines of events; what is told of the log itself in brackets."""
+    """Return the lines of events; the names of events about the log itself are in brackets."""
     return [f"[{event.event}]" if event.event else event.json["line"] for event in events]
 
 
@@ -58,7 +58,9 @@ def followed(server: Running, query: str, count: int, **options: Any) -> list[Re
 # -- following
 
 
-def test_last_lines_come_first_and_then_what_is_written(start: Callable[..., Running], app_log: Path) -> None:
+def test_a_stream_starts_with_the_last_lines_and_continues_with_new_ones(
+    start: Callable[..., Running], app_log: Path
+) -> None:
     write(app_log, *(f"line {number}" for number in range(30)))
     server = start(CONFIG)
     followed(server, "source=app&tail=1", 1)  # the file has been read
@@ -71,7 +73,7 @@ def test_last_lines_come_first_and_then_what_is_written(start: Callable[..., Run
         assert texts(stream.take(1)) == ["line 32"]
 
 
-def test_a_line_is_told_with_its_level_time_and_file(start: Callable[..., Running], app_log: Path) -> None:
+def test_an_event_has_the_level_time_and_file_of_its_line(start: Callable[..., Running], app_log: Path) -> None:
     record = "2026-11-25T10:00:00.5+02:00 ERROR shop.payment refused\n"
     traceback = 'Traceback (most recent call last):\n  File "x.py", line 1, in y\nValueError: no\n'
     app_log.write_text(record + traceback + "plain\xe9\x00\n", encoding="latin-1")
@@ -90,7 +92,7 @@ def test_a_line_is_told_with_its_level_time_and_file(start: Callable[..., Runnin
     assert events[4].json["line"] == "plain\ufffd\x00"
 
 
-def test_rotation_is_told_and_no_line_is_lost(start: Callable[..., Running], app_log: Path) -> None:
+def test_rotation_is_reported_and_no_line_is_lost(start: Callable[..., Running], app_log: Path) -> None:
     write(app_log, "one")
     server = start(CONFIG)
     with EventStream(server, LIVE) as stream:
@@ -107,7 +109,7 @@ def test_rotation_is_told_and_no_line_is_lost(start: Callable[..., Running], app
         assert rest[0].json["complete"] is True
 
 
-def test_a_file_that_does_not_exist_yet_is_waited_for(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_stream_waits_for_a_file_that_does_not_exist_yet(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start(CONFIG)
     with EventStream(server, LIVE) as stream:
         (tmp_path / "logs").mkdir()
@@ -117,7 +119,7 @@ def test_a_file_that_does_not_exist_yet_is_waited_for(start: Callable[..., Runni
         assert texts(stream.take(2)) == ["[readable]", "at last"]
 
 
-def test_a_line_of_a_megabyte_comes_whole(start: Callable[..., Running], app_log: Path) -> None:
+def test_a_line_of_a_megabyte_is_one_event(start: Callable[..., Running], app_log: Path) -> None:
     long = "x" * 1_000_000
     write(app_log, "before")
     server = start(CONFIG)
@@ -126,15 +128,15 @@ def test_a_line_of_a_megabyte_comes_whole(start: Callable[..., Running], app_log
         write(app_log, long, "after")
         assert texts(stream.take(2)) == [long, "after"]
         write(app_log, long + "é" * 200_000)
-        pieces = stream.take(2)
-    assert [piece.json.get("continued", False) for piece in pieces] == [True, False]
-    assert "".join(texts(pieces)) == long + "é" * 200_000
+        chunks = stream.take(2)
+    assert [chunk.json.get("continued", False) for chunk in chunks] == [True, False]
+    assert "".join(texts(chunks)) == long + "é" * 200_000
 
 
 # -- resuming
 
 
-def test_every_line_comes_once_across_a_killed_server_and_rotation_meanwhile(
+def test_every_line_is_sent_once_across_killed_servers_and_rotations(
     start: Callable[..., Running], app_log: Path
 ) -> None:
     write(app_log, "0")
@@ -180,8 +182,7 @@ def test_two_servers_that_share_a_log_read_a_file_once(start: Callable[..., Runn
         assert second.take(2) == events
 
 
-# -- choosing
-
+# -- filters
 
 LINES = (
     "2026-11-25T10:00:00Z DEBUG a debugging",
@@ -194,9 +195,9 @@ LINES = (
 
 
 @pytest.fixture(scope="module")
-def chosen_from(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def filtered_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server with these lines in its log, for the tests that only read them."""
-    base = tmp_path_factory.mktemp("chosen")
+    base = tmp_path_factory.mktemp("filtered")
     (base / "logs").mkdir()
     write(base / "logs" / "app.log", *LINES)
     with starting_in(base) as start:
@@ -206,7 +207,7 @@ def chosen_from(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize(
-    ("query", "chosen"),
+    ("query", "selected"),
     [
         ("level=INFO", [1, 2, 3, 4, 5]),
         ("level=ERROR", [3, 4, 5]),
@@ -221,19 +222,17 @@ def chosen_from(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         ("tail=2&grep=user", [3, 5]),
     ],
 )
-def test_lines_are_chosen_the_same_way_by_stream_and_download(
-    chosen_from: Running, query: str, chosen: list[int]
-) -> None:
-    wanted = [LINES[number] for number in chosen]
+def test_stream_and_download_select_the_same_lines(filtered_log: Running, query: str, selected: list[int]) -> None:
+    wanted = [LINES[number] for number in selected]
     past = "" if "tail" in query or "since" in query else "&tail=100"
-    assert texts(followed(chosen_from, f"{query}{past}", len(wanted))) == wanted
+    assert texts(followed(filtered_log, f"{query}{past}", len(wanted))) == wanted
     if "tail" not in query:
-        status, headers, body = chosen_from.get(f"/logs/download?source=app&{query}")
+        status, headers, body = filtered_log.get(f"/logs/download?source=app&{query}")
         assert (status, body.decode()) == (200, "".join(f"{line}\n" for line in wanted))
         assert headers["content-disposition"] == 'attachment; filename="app.log"'
 
 
-def test_a_download_has_rotated_files_too_and_streams_compressed(start: Callable[..., Running], app_log: Path) -> None:
+def test_a_download_contains_rotated_files_and_can_be_compressed(start: Callable[..., Running], app_log: Path) -> None:
     app_log.with_name("app.log.2").write_bytes(b"1\n2\r\n\xff\xfe\n")
     app_log.with_name("app.log.1").write_bytes(b"3\nhalf")
     app_log.with_name("app.log.3.gz").write_bytes(gzip.compress(b"0\n"))
@@ -268,15 +267,15 @@ def test_a_download_has_rotated_files_too_and_streams_compressed(start: Callable
         ("colour=red", "colour"),
     ],
 )
-def test_what_cannot_be_done_is_422_and_named(chosen_from: Running, query: str, name: str) -> None:
+def test_an_invalid_parameter_is_422_with_its_name(filtered_log: Running, query: str, name: str) -> None:
     for path in (LIVE, "/logs/download"):
-        status, _, body = chosen_from.get(f"{path}?{query}")
+        status, _, body = filtered_log.get(f"{path}?{query}")
         assert (status, [error["name"] for error in json.loads(body)["errors"]]) == (422, [name])
     for wrong in ("tail=-1", "tail=10001", "limit=0", "limit=x"):
-        assert chosen_from.get(f"{LIVE}?{wrong}")[0] == 422
+        assert filtered_log.get(f"{LIVE}?{wrong}")[0] == 422
 
 
-def test_a_hostile_pattern_does_not_hold_the_server_up(start: Callable[..., Running], app_log: Path) -> None:
+def test_a_hostile_pattern_does_not_block_the_server(start: Callable[..., Running], app_log: Path) -> None:
     write(app_log, "a" * 5000 + "!")  # minutes for an engine that backtracks
     server = start(CONFIG)
     followed(server, "tail=1", 1)
@@ -289,11 +288,13 @@ def test_a_hostile_pattern_does_not_hold_the_server_up(start: Callable[..., Runn
 
 
 COSTLY = "|".join(["[a-z]{1,50}q"] * 70)
-"""Half a second for one line of 8 kB: its automaton has too many states, whatever memory it gets."""
+"""A pattern that takes half a second for a line of 8 kB: its automaton has too many states for any memory limit."""
 
 
-def test_costly_patterns_of_many_followers_delay_nobody_else(start: Callable[..., Running], app_log: Path) -> None:
-    """As an attack does it: twenty patterns that are too large, a hundred that are not, and lines of 8 kB."""
+def test_costly_patterns_of_many_followers_do_not_delay_other_clients(
+    start: Callable[..., Running], app_log: Path
+) -> None:
+    """An attack with twenty patterns that are too large, a hundred that are not, and lines of 8 kB."""
     write(app_log, "begun")
     server = start(CONFIG)
     followed(server, "tail=1", 1)
@@ -317,7 +318,7 @@ def test_costly_patterns_of_many_followers_delay_nobody_else(start: Callable[...
 
 
 def test_rejected_patterns_are_cheap(start: Callable[..., Running], app_log: Path) -> None:
-    """Each would take 50 ms to compile."""
+    """Each pattern would take 50 ms to compile."""
     write(app_log, "begun")
     server = start(CONFIG)
 
@@ -332,7 +333,7 @@ def test_rejected_patterns_are_cheap(start: Callable[..., Running], app_log: Pat
 # -- sources
 
 
-def test_the_demo_log_is_there_without_any_configuration(start: Callable[..., Running]) -> None:
+def test_the_demo_log_needs_no_configuration(start: Callable[..., Running]) -> None:
     server = start("[scenarios.ticker]\nenabled = false")
     first = followed(server, "tail=1", 2)
     assert {event.json["source"] for event in first} == {"demo"}
@@ -340,7 +341,7 @@ def test_the_demo_log_is_there_without_any_configuration(start: Callable[..., Ru
     assert (server.base / "var/demo/service.log").is_file()
 
 
-def test_the_server_s_own_log_can_be_followed_and_does_not_feed_itself(start: Callable[..., Running]) -> None:
+def test_following_the_server_s_own_log_does_not_add_lines_to_it(start: Callable[..., Running]) -> None:
     server = start("[scenarios.ticker]\nenabled = false\n[scenarios.logs]\ndemo = false")
     with EventStream(server, f"{LIVE}?source=server&grep=path%3D/nowhere&tail=0") as stream:
         server.get("/nowhere")
@@ -351,7 +352,7 @@ def test_the_server_s_own_log_can_be_followed_and_does_not_feed_itself(start: Ca
     assert server.log.count("\n") - lines <= 3
 
 
-def test_a_server_without_a_log_file_has_no_log_of_its_own(start: Callable[..., Running]) -> None:
+def test_a_server_without_a_log_file_does_not_serve_its_own_log(start: Callable[..., Running]) -> None:
     server = start('[server]\nlog_file = ""\n[scenarios.ticker]\nenabled = false')
     status, _, body = server.get(f"{LIVE}?source=server")
     assert (status, "known: demo" in body.decode()) == (422, True)
@@ -368,7 +369,7 @@ COMMAND = """
 """
 
 
-def test_a_command_s_lines_are_followed_and_it_is_started_anew_when_it_ends(
+def test_a_command_s_lines_are_followed_and_it_is_restarted_when_it_ends(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
     (tmp_path / "talk.py").write_text("\n".join(line[4:] for line in COMMAND.splitlines()))
@@ -397,7 +398,7 @@ def test_a_command_ends_with_the_server(start: Callable[..., Running], tmp_path:
         os.kill(pid, 0)
 
 
-def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
+def test_a_command_that_cannot_be_started_is_logged_and_does_not_affect_other_sources(
     start: Callable[..., Running], app_log: Path
 ) -> None:
     write(app_log, "one")
@@ -407,7 +408,7 @@ def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ("[scenarios.logs.sources.a]\n", "scenarios.logs.sources.a - a source needs either a path or a command"),
         ('[scenarios.logs.sources.a]\npath = "x"\ncommand = "y"\n', "a source has both a path and a command"),
@@ -415,31 +416,31 @@ def test_a_command_that_cannot_be_started_is_said_and_does_not_stop_the_others(
         ('[scenarios.logs.sources."A B"]\npath = "x"\n', "scenarios.logs.sources.A B"),
     ],
 )
-def test_an_invalid_source_is_rejected_at_the_start(tmp_path: Path, table: str, said: str) -> None:
+def test_an_invalid_source_is_rejected_at_the_start(tmp_path: Path, table: str, message: str) -> None:
     (tmp_path / "config.toml").write_text(table)
-    status, _, told = run_streamlab("check", cwd=tmp_path)
+    status, _, output = run_streamlab("check", cwd=tmp_path)
     assert status == 2
-    assert said in told
+    assert message in output
 
 
 # -- logs that cannot be read
 
 UNPRIVILEGED = '''
-    """Takes from the server what lets root read every file, as a service of an ordinary user lacks it."""
+    """Drop the capabilities that let root read every file: a service of an ordinary user does not have them."""
 
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, capabilities) == 0
-    capabilities[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of what is effective
+    capabilities[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of the effective set
     assert libc.capset(header, capabilities) == 0
 '''
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="takes capabilities from a process")
 
 
-def refusal(server: Running, path: str) -> tuple[int, str]:
+def rejection(server: Running, path: str) -> tuple[int, str]:
     status, headers, body = server.get(path)
     assert headers["content-type"].startswith("application/problem+json")
     assert str(server.base) not in body.decode()
@@ -459,7 +460,7 @@ def test_a_log_without_permission_is_403_until_it_is_readable(start: Callable[..
     reason = "app.log cannot be read: Permission denied"
     assert health(server) == ("degraded", f"app: {reason}")
     for path in (LIVE, "/logs/download", f"{LIVE}?grep=x", "/logs/download?grep=x"):
-        assert refusal(server, path) == (403, f"This log cannot be read: {reason}.")
+        assert rejection(server, path) == (403, f"This log cannot be read: {reason}.")
     app_log.chmod(0o600)
     with EventStream(server, f"{LIVE}?tail=5") as stream:
         assert (stream.status, texts(stream.take(3))) == (200, ["[unreadable]", "[readable]", "secret"])
@@ -481,18 +482,18 @@ def test_a_log_that_becomes_unreadable_reports_it_in_band(start: Callable[..., R
         assert [text for text in texts(stream.take(3)) if text != "[rotated]"] == ["[readable]", "two"]
 
 
-def test_a_missing_log_is_404_to_download_and_a_missing_command_503(
+def test_a_download_of_a_missing_log_is_404_and_a_missing_command_is_503(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
     command = '[scenarios.logs.sources.talk]\ncommand = "/no/such/program -f"\n'
     server = start(CONFIG + command + '[scenarios.logs.sources.many]\npath = "logs/*.txt"\n')
-    assert refusal(server, "/logs/download") == (404, "This log cannot be read: there is no file app.log.")
-    assert refusal(server, "/logs/download?source=many") == (404, "This log cannot be read: there is no file *.txt.")
+    assert rejection(server, "/logs/download") == (404, "This log cannot be read: there is no file app.log.")
+    assert rejection(server, "/logs/download?source=many") == (404, "This log cannot be read: there is no file *.txt.")
     for path in (LIVE, "/logs/download"):
         reason = "This log cannot be read: the command program cannot be started: it was not found."
-        assert refusal(server, f"{path}?source=talk") == (503, reason)
+        assert rejection(server, f"{path}?source=talk") == (503, reason)
     status, out, _ = run_streamlab("check", cwd=tmp_path)
     assert (status, "logs: degraded - app: there is no file app.log; talk: the command program" in out) == (0, True)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "app.log").touch()
-    assert server.get("/logs/download")[::2] == (200, b"")  # readable, and empty indeed
+    assert server.get("/logs/download")[::2] == (200, b"")  # readable and empty

@@ -1,4 +1,4 @@
-"""The log file of a service that does not exist."""
+"""The log file of the simulated service."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ async def serving(path: Path, **options: Any) -> AsyncIterator[None]:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    # The last record may still be on its way in a thread.
+    # A thread may still be writing the last record.
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
@@ -43,7 +43,7 @@ def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-async def test_records_are_written_into_a_folder_that_is_made(tmp_path: Path) -> None:
+async def test_records_are_written_into_a_folder_that_is_created(tmp_path: Path) -> None:
     path = tmp_path / "not" / "there" / "shop.log"
     async with serving(path, interval=0.001, seed=1):
         await until(lambda: count(path) >= 20)
@@ -51,7 +51,7 @@ async def test_records_are_written_into_a_folder_that_is_made(tmp_path: Path) ->
     assert RECORD.fullmatch(first)
 
 
-async def test_about_so_many_records_are_written_in_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_mean_interval_of_records_is_half_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     enough = asyncio.Event()
 
@@ -68,11 +68,11 @@ async def test_about_so_many_records_are_written_in_a_time(tmp_path: Path, monke
     assert sum(waits) / len(waits) == pytest.approx(0.5, rel=0.1)
 
 
-async def test_the_file_is_rotated_by_renaming_and_no_record_is_cut(tmp_path: Path) -> None:
+async def test_the_file_is_rotated_by_renaming_between_records(tmp_path: Path) -> None:
     path = tmp_path / "shop.log"
     async with serving(path, interval=0.0005, seed=1, max_bytes=2000, backups=2):
         await until((tmp_path / "shop.log.2").exists)
-        # Until it has made room for another one.
+        # Until the next rotation replaces it.
         with (tmp_path / "shop.log.2").open() as oldest:
             await until(lambda: os.fstat(oldest.fileno()).st_nlink == 0)
     assert {file.name for file in tmp_path.iterdir()} == {"shop.log", "shop.log.1", "shop.log.2"}
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_records() -> None:
     assert list(islice(demo._records(random.Random(3)), 500)) == list(islice(demo._records(random.Random(3)), 500))
 
 
-def test_records_are_of_every_level_and_some_are_tracebacks_without_a_path_of_this_machine() -> None:
+def test_records_have_every_level_and_some_are_tracebacks_without_a_path_of_this_machine() -> None:
     records = list(islice(demo._records(random.Random(1)), 3000))
     levels = [level for level, _, _ in records]
     assert levels.count("INFO") > levels.count("DEBUG") > levels.count("WARNING") > levels.count("ERROR") > 20
@@ -98,14 +98,14 @@ def test_records_are_of_every_level_and_some_are_tracebacks_without_a_path_of_th
         assert set(re.findall(r'File "([^"]*)"', message)) == {"shop/web.py", "shop/orders.py", "shop/payment.py"}
 
 
-def test_every_line_of_a_record_reads_as_the_record() -> None:
+def test_every_line_of_a_record_has_its_level_and_time() -> None:
     reader = lines.Reader()
     for level, logger, message in islice(demo._records(random.Random(1)), 1000):
         for text in f"2026-11-01T12:00:00.000Z {level} {logger} {message}".split("\n"):
             assert reader.read(text) == (level, 1_793_534_400.0)
 
 
-async def test_a_disk_that_refuses_is_warned_of_once_and_tried_again(
+async def test_an_error_of_the_disk_is_logged_once_and_retried(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "folder" / "shop.log"
@@ -118,7 +118,7 @@ async def test_a_disk_that_refuses_is_warned_of_once_and_tried_again(
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_a_disk_that_is_full_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "shop.log"
     demo._append(path, b"one\n", 1000, 1)
     real = Path.open

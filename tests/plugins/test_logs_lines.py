@@ -1,4 +1,4 @@
-"""What log lines of many kinds say of their level and their time."""
+"""The level and the time of log lines of many formats."""
 
 import time
 
@@ -82,12 +82,12 @@ def test_level_and_time_of(text: str, level: str, seconds: float | None) -> None
 @pytest.mark.parametrize(
     "form", ["%b %e %H:%M:%S host app[1]: x", "<11>%b %e %H:%M:%S host x", "I%m%d %H:%M:%S.0 1 a]"]
 )
-def test_a_time_without_a_year_is_the_latest_that_is_past(form: str) -> None:
+def test_a_time_without_a_year_is_the_latest_in_the_past(form: str) -> None:
     past = int(time.time()) - 90 * 86400
     assert read(time.strftime(form, time.gmtime(past)))[1] == past
 
 
-def test_prefixes_of_syslog_and_klog_tell_the_level() -> None:
+def test_prefixes_of_syslog_and_klog_have_a_level() -> None:
     assert read("<11>Nov  1 12:00:00 host app: x")[0] == "ERROR"
     assert [read(f"{letter}1101 12:00:00.000001 1 a.go:1] x")[0] for letter in "IWEF"] == [
         "INFO",
@@ -145,7 +145,7 @@ def test_levels_are_in_order() -> None:
         "\0" * 1_000_000,
     ],
 )
-def test_no_line_is_expensive(text: str) -> None:
+def test_the_cost_of_a_line_is_bounded(text: str) -> None:
     reader = lines.Reader()
     started = time.process_time()
     for _ in range(100):

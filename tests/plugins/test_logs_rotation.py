@@ -15,30 +15,30 @@ Facts, Finding, Place, Successor, Unread = (
 )
 
 TABLE = """
-    finding         step          place                       successor   reported  unread             silent
+    finding            step          place                      successor   reported  unread                silent
 
-    IN_PLACE        WAIT          AT_PATH                     NONE|FOUND  -         -                  -
-    RENAMED         WAIT          RENAMED                     NONE        no        -                  -
-    MISSING         WAIT          NOT_FOUND                   NONE        no        -                  -
-    LOST            SKIP_TO_NEXT  NOT_FOUND                   FOUND       no        -                  -
-    ENDED           WAIT          RENAMED|DELETED|NOT_FOUND   NONE        yes       -                  -
-    SUCCEEDED       OPEN_NEXT     RENAMED|DELETED|NOT_FOUND   FOUND       yes       -                  -
+    IN_PLACE           WAIT          AT_PATH                    NONE|FOUND  -         -                     -
+    RENAMED            WAIT          RENAMED                    NONE        no        -                     -
+    MISSING            WAIT          NOT_FOUND                  NONE        no        -                     -
+    LOST               SKIP_TO_NEXT  NOT_FOUND                  FOUND       no        -                     -
+    ENDED              WAIT          RENAMED|DELETED|NOT_FOUND  NONE        yes       -                     -
+    SUCCEEDED          OPEN_NEXT     RENAMED|DELETED|NOT_FOUND  FOUND       yes       -                     -
 
-    UNREAD          READ          RENAMED|DELETED             FOUND       no        LINES              -
-    UNSETTLED       WAIT          RENAMED|DELETED             FOUND       no        HALF_LINE          no
-    HALF_LINE       FINISH        RENAMED|DELETED             FOUND       no        HALF_LINE          yes
-    REPLACED        MOVE_TO_NEXT  RENAMED|DELETED             FOUND       no        NOTHING            -
+    UNREAD             READ          RENAMED|DELETED            FOUND       no        LINES                 -
+    UNSETTLED          WAIT          RENAMED|DELETED            FOUND       no        PARTIAL_LINE          no
+    PARTIAL_LINE       FINISH        RENAMED|DELETED            FOUND       no        PARTIAL_LINE          yes
+    REPLACED           MOVE_TO_NEXT  RENAMED|DELETED            FOUND       no        NOTHING               -
 
-    UNREAD          READ          DELETED                     NONE        no        LINES              -
-    UNSETTLED       WAIT          DELETED                     NONE        no        HALF_LINE|NOTHING  no
-    HALF_LINE       FINISH        DELETED                     NONE        no        HALF_LINE          yes
-    DELETED         END           DELETED                     NONE        no        NOTHING            yes
+    UNREAD             READ          DELETED                    NONE        no        LINES                 -
+    UNSETTLED          WAIT          DELETED                    NONE        no        PARTIAL_LINE|NOTHING  no
+    PARTIAL_LINE       FINISH        DELETED                    NONE        no        PARTIAL_LINE          yes
+    DELETED            END           DELETED                    NONE        no        NOTHING               yes
 
-    LATE            WAIT          AT_PATH|RENAMED|DELETED     OPEN        -         LINES              -
-    LATE            WAIT          AT_PATH|RENAMED|DELETED     OPEN        -         HALF_LINE|NOTHING  no
-    LATE_HALF_LINE  FINISH        AT_PATH|RENAMED|DELETED     OPEN        -         HALF_LINE          yes
-    SILENT          CLOSE         AT_PATH|RENAMED|DELETED     OPEN        -         NOTHING            yes
-    UNTRACEABLE     CLOSE         NOT_FOUND                   OPEN        -         -                  -
+    LATE               WAIT          AT_PATH|RENAMED|DELETED    OPEN        -         LINES                 -
+    LATE               WAIT          AT_PATH|RENAMED|DELETED    OPEN        -         PARTIAL_LINE|NOTHING  no
+    LATE_PARTIAL_LINE  FINISH        AT_PATH|RENAMED|DELETED    OPEN        -         PARTIAL_LINE          yes
+    SILENT             CLOSE         AT_PATH|RENAMED|DELETED    OPEN        -         NOTHING               yes
+    UNTRACEABLE        CLOSE         NOT_FOUND                  OPEN        -         -                     -
 """
 """Each combination of facts is in exactly one row; `-` is any value."""
 

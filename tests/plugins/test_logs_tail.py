@@ -1,4 +1,4 @@
-"""Log files followed through everything that happens to them: while somebody looks, and while nobody does."""
+"""Log files followed through everything that happens to them: while they are followed, and across a restart."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ GRACE = 0.3
 
 
 class Follower:
-    """What a consumer does: it keeps the items, and the cursors of the last batch as JSON."""
+    """A consumer that stores the items, and the cursors of the last batch as JSON."""
 
     def __init__(self, pattern: str | Path, cursors: str = "{}", **options: Any) -> None:
         self.tail = Tail(pattern, json.loads(cursors), **{"grace": GRACE} | options)
@@ -38,7 +38,7 @@ class Follower:
         self.next: asyncio.Future[Any] | None = None
 
     def wait(self) -> "asyncio.Future[Any]":
-        """The next batch, which outlives a time-out."""
+        """Return the next batch as a future that a timeout of the caller does not cancel."""
         if self.next is None:
             self.next = asyncio.ensure_future(anext(self.batches))
         return self.next
@@ -57,7 +57,7 @@ class Follower:
         self.cursors = json.dumps(batch.cursors)
 
     async def take(self, count: int, seconds: float = 10) -> list[Any]:
-        """The next `count` items: texts, and the kinds of turns in angle brackets."""
+        """Return the next `count` items: texts of lines, and kinds of rotations in angle brackets."""
         async with asyncio.timeout(seconds):
             while len(self.items) < count:
                 await self.step()
@@ -65,7 +65,7 @@ class Follower:
         return [shown(item) for item in taken]
 
     async def until_known(self) -> None:
-        """Until the cursors say where the file is."""
+        """Read until the cursors have a position."""
         async with asyncio.timeout(10):
             while not any(json.loads(self.cursors).values()):
                 await self.step()
@@ -106,7 +106,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def descriptors() -> list[str]:
-    """What is open in this process."""
+    """Return the targets of the open file descriptors of this process."""
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -119,21 +119,21 @@ def open_logs(folder: Path) -> list[str]:
 
 
 class Moment:
-    """Either of two moments at which something happens to a file: while it is followed, or while nobody looks."""
+    """When something happens to a file: while it is followed, or across a restart."""
 
     def __init__(self, live: bool) -> None:
         self.live = live
 
     @asynccontextmanager
     async def following(self, log: str | Path, known: int, happens: Any, **options: Any) -> Any:
-        """Follow until `known` items are told, let it happen, then go on following."""
+        """Follow until `known` items were read, let it happen, then continue."""
         async with following(log, **options) as follower:
             if known:
                 await follower.take(known)
             else:
                 await follower.until_known()
             if self.live:
-                # Not between two batches, but while the next one is waited for.
+                # While the next batch is waited for, not between two.
                 follower.wait()
                 await asyncio.sleep(0.1)
                 happens()
@@ -152,13 +152,13 @@ def moment(request: pytest.FixtureRequest) -> Moment:
 # -- lines
 
 
-async def test_lines_added_are_told(moment: Moment, log: Path) -> None:
+async def test_added_lines_are_read(moment: Moment, log: Path) -> None:
     add(log, "one")
     async with moment.following(log, 1, lambda: add(log, "two", "three")) as follower:
         assert await follower.take(2) == ["two", "three"]
 
 
-async def test_a_line_is_told_within_a_tenth_of_a_second(log: Path) -> None:
+async def test_a_line_is_read_within_a_tenth_of_a_second(log: Path) -> None:
     add(log, "one")
     loop = asyncio.get_running_loop()
     async with following(log) as follower:
@@ -172,14 +172,14 @@ async def test_a_line_is_told_within_a_tenth_of_a_second(log: Path) -> None:
         assert sorted(delays)[5] < 0.1
 
 
-async def test_half_a_line_is_told_when_its_end_has_come(moment: Moment, log: Path) -> None:
+async def test_a_partial_line_is_read_when_its_line_break_is_written(moment: Moment, log: Path) -> None:
     add(log, "one")
     add(log, "tw", end="")
     async with moment.following(log, 1, lambda: add(log, "o", "three")) as follower:
         assert await follower.take(2) == ["two", "three"]
 
 
-async def test_half_a_line_waits(log: Path) -> None:
+async def test_a_partial_line_is_not_read(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -187,26 +187,26 @@ async def test_half_a_line_waits(log: Path) -> None:
         await follower.nothing(0.3)
 
 
-async def test_only_a_line_feed_ends_a_line_and_a_return_before_it_is_dropped(log: Path) -> None:
+async def test_only_a_line_feed_ends_a_line_and_a_carriage_return_before_it_is_removed(log: Path) -> None:
     log.write_bytes(b"a\r\nb\rc\x0bd\xc2\x85e\xe2\x80\xa8f\n\n\r\ng\n")
     async with following(log) as follower:
         assert await follower.take(5) == ["a", "b\rc\x0bd\x85e\u2028f", "", "", "g"]
 
 
-async def test_bytes_that_are_no_text_survive_as_characters(log: Path) -> None:
+async def test_bytes_that_are_not_utf_8_become_replacement_characters(log: Path) -> None:
     log.write_bytes(b"\x00\x00nul\n\xff\xfe\xc3\nend\n")
     async with following(log) as follower:
         assert await follower.take(3) == ["\0\0nul", "���", "end"]
 
 
-async def test_a_line_says_which_file_it_is_of(log: Path) -> None:
+async def test_a_line_has_the_name_of_its_file(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.step()
         assert follower.items == [Line("one", "app.log", False)]
 
 
-async def test_a_line_of_exactly_one_piece_is_whole(log: Path) -> None:
+async def test_a_line_of_the_maximum_size_is_one_item(log: Path) -> None:
     text = "x" * chunks.CHUNK
     add(log, text, "short")
     add(log, text, end="\r\n")
@@ -221,7 +221,7 @@ async def test_a_line_of_exactly_one_piece_is_whole(log: Path) -> None:
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-async def test_a_longer_line_comes_in_chunks_that_never_split_a_character(log: Path, restarts: bool) -> None:
+async def test_a_longer_line_is_split_into_chunks_between_characters(log: Path, restarts: bool) -> None:
     text = "€" * (chunks.CHUNK * 5 // 6) + "end"
     add(log, text, "short")
     lines: list[Any] = []
@@ -240,7 +240,7 @@ async def test_a_longer_line_comes_in_chunks_that_never_split_a_character(log: P
     assert all(len(line.text.encode()) <= chunks.CHUNK for line in lines)
 
 
-async def test_a_line_too_long_is_told_before_its_end_has_come(log: Path) -> None:
+async def test_a_chunk_of_a_long_line_is_read_before_its_line_break_is_written(log: Path) -> None:
     add(log, "x" * (chunks.CHUNK + 10), end="")
     async with following(log, backlog=10**9) as follower:
         assert await follower.take(1) == ["x" * chunks.CHUNK]
@@ -266,10 +266,10 @@ async def test_text_in_a_batch_is_bounded_over_many_files(tmp_path: Path) -> Non
             count, follower.items = count + len(follower.items), []
 
 
-# -- where it begins
+# -- the first position
 
 
-async def test_the_first_look_begins_at_a_line_start_within_the_backlog(log: Path) -> None:
+async def test_reading_starts_at_a_line_start_within_the_backlog(log: Path) -> None:
     add(log, "0123456789", "abcdefghij", "ABCDEFGHIJ")
     for backlog, lines in [(0, []), (10, []), (11, ["A"]), (21, ["A"]), (22, ["a", "A"]), (33, ["0", "a", "A"])]:
         async with following(log, backlog=backlog) as follower:
@@ -277,7 +277,7 @@ async def test_the_first_look_begins_at_a_line_start_within_the_backlog(log: Pat
             assert [item.text[0] for item in follower.items] == lines, backlog
 
 
-async def test_where_it_began_is_kept_even_if_there_was_nothing_to_tell(moment: Moment, log: Path) -> None:
+async def test_the_first_position_is_in_the_cursors_although_no_line_was_read(moment: Moment, log: Path) -> None:
     add(log, "old")
     async with moment.following(log, 0, lambda: add(log, "new"), backlog=0) as follower:
         assert await follower.take(1) == ["new"]
@@ -405,7 +405,7 @@ async def test_a_renamed_file_is_read_to_its_end_before_the_new_one(moment: Mome
         assert await follower.take(3) == ["two", "<rotated>", "three"]
 
 
-async def test_several_rotations_are_told_in_their_order(moment: Moment, log: Path) -> None:
+async def test_several_rotations_are_reported_in_order(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -446,9 +446,7 @@ async def test_rotation_to_dates_is_followed(moment: Moment, log: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("2", "1"), ("10", "9"), ("2026-11-09", "2026-11-10"), ("20261101", "20261102")])
-async def test_where_the_clock_is_too_coarse_the_name_tells_the_order(
-    moment: Moment, log: Path, names: tuple[str, str]
-) -> None:
+async def test_files_of_equal_times_are_ordered_by_name(moment: Moment, log: Path, names: tuple[str, str]) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -464,7 +462,7 @@ async def test_where_the_clock_is_too_coarse_the_name_tells_the_order(
         assert await follower.take(5) == [names[0], "<rotated>", names[1], "<rotated>", "last"]
 
 
-async def test_half_a_line_alone_in_a_new_file_is_told_when_that_is_deleted(log: Path) -> None:
+async def test_a_partial_line_alone_in_a_new_file_is_read_when_the_file_is_deleted(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -491,7 +489,7 @@ async def test_older_rotations_are_not_read_again(moment: Moment, log: Path) -> 
         assert await follower.take(2) == ["<rotated>", "two"]
 
 
-async def test_a_rotation_is_told_before_the_new_file_has_a_line(moment: Moment, log: Path) -> None:
+async def test_a_rotation_is_reported_before_the_new_file_has_a_line(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -505,7 +503,7 @@ async def test_a_rotation_is_told_before_the_new_file_has_a_line(moment: Moment,
         assert await again.take(1) == ["two"]
 
 
-async def test_a_renamed_file_is_read_on_until_the_new_one_appears(log: Path) -> None:
+async def test_a_renamed_file_is_read_until_the_new_one_appears(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -518,7 +516,7 @@ async def test_a_renamed_file_is_read_on_until_the_new_one_appears(log: Path) ->
         assert await follower.take(2) == ["<rotated>", "three"]
 
 
-async def test_a_late_writer_is_heard_after_the_new_file_has_begun(log: Path) -> None:
+async def test_lines_of_a_late_writer_are_read_after_those_of_the_new_file(log: Path) -> None:
     add(log, "one")
     with log.open("a") as writer:
         async with following(log) as follower:
@@ -533,9 +531,7 @@ async def test_a_late_writer_is_heard_after_the_new_file_has_begun(log: Path) ->
             assert await again.take(1) == ["later"]
 
 
-async def test_a_late_writer_s_last_line_without_a_line_break_is_read_after_the_grace(
-    log: Path, tmp_path: Path
-) -> None:
+async def test_a_partial_line_of_a_late_writer_is_read_after_the_grace_period(log: Path, tmp_path: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -549,7 +545,7 @@ async def test_a_late_writer_s_last_line_without_a_line_break_is_read_after_the_
         assert open_logs(tmp_path) == [str(log)]
 
 
-async def test_a_renamed_file_that_was_deleted_across_a_restart_is_forgotten(log: Path) -> None:
+async def test_a_renamed_file_that_was_deleted_across_a_restart_leaves_the_cursors(log: Path) -> None:
     add(log, "one")
     async with following(log, grace=100) as follower:
         await follower.take(1)
@@ -564,7 +560,7 @@ async def test_a_renamed_file_that_was_deleted_across_a_restart_is_forgotten(log
         assert (again.items, len(json.loads(again.cursors)[str(log)])) == ([], 1)
 
 
-async def test_half_a_line_of_a_renamed_file_is_told_when_it_is_given_up(moment: Moment, log: Path) -> None:
+async def test_a_partial_line_of_a_renamed_file_is_read_after_the_grace_period(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -576,7 +572,7 @@ async def test_half_a_line_of_a_renamed_file_is_told_when_it_is_given_up(moment:
         assert await follower.take(3) == ["half", "<rotated>", "two"]
 
 
-async def test_half_a_line_of_a_renamed_file_may_still_get_its_end(log: Path) -> None:
+async def test_a_partial_line_of_a_renamed_file_can_be_completed_within_the_grace_period(log: Path) -> None:
     add(log, "one")
     async with following(log, grace=5) as follower:
         await follower.take(1)
@@ -588,7 +584,7 @@ async def test_half_a_line_of_a_renamed_file_may_still_get_its_end(log: Path) ->
         assert await follower.take(3) == ["half and half", "<rotated>", "two"]
 
 
-async def test_a_renamed_file_is_closed_after_the_grace(log: Path, tmp_path: Path) -> None:
+async def test_a_renamed_file_is_closed_after_the_grace_period(log: Path, tmp_path: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -602,7 +598,7 @@ async def test_a_renamed_file_is_closed_after_the_grace(log: Path, tmp_path: Pat
         assert open_logs(tmp_path) == [str(log)]
 
 
-async def test_what_the_old_content_held_and_nobody_kept_is_missed_aloud(log: Path) -> None:
+async def test_lines_that_cannot_be_found_are_reported_as_an_incomplete_rotation(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -620,7 +616,7 @@ async def test_rotations_newer_than_the_lost_content_are_read(log: Path) -> None
     log.rename(log.with_name("elsewhere"))
     for number, name in ((2, "second"), (1, "third")):
         add(log, name)
-        # The clock of the disk may be too coarse to tell them apart.
+        # The resolution of file times may be too low to order them.
         later = log.stat().st_mtime + 10 - number
         os.utime(log, (later, later))
         log.rename(f"{log}.{number}")
@@ -632,7 +628,7 @@ async def test_rotations_newer_than_the_lost_content_are_read(log: Path) -> None
 # -- truncation
 
 
-async def test_a_copy_is_read_on_after_truncation(moment: Moment, log: Path) -> None:
+async def test_a_copy_is_read_to_its_end_after_truncation(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -644,7 +640,7 @@ async def test_a_copy_is_read_on_after_truncation(moment: Moment, log: Path) -> 
         assert await follower.take(4) == ["two", "three", "<truncated>", "four"]
 
 
-async def test_truncation_is_seen_even_if_the_file_has_grown_again(moment: Moment, log: Path) -> None:
+async def test_truncation_is_detected_although_the_file_has_grown_again(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -655,7 +651,7 @@ async def test_truncation_is_seen_even_if_the_file_has_grown_again(moment: Momen
         assert await follower.take(6) == ["<truncated>", *(f"new {number}" for number in range(5))]
 
 
-async def test_several_copies_are_read_in_their_order(moment: Moment, log: Path) -> None:
+async def test_several_copies_are_read_in_order(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -669,7 +665,7 @@ async def test_several_copies_are_read_in_their_order(moment: Moment, log: Path)
         assert await follower.take(5) == ["two", "<truncated>", "three", "<truncated>", "four"]
 
 
-async def test_a_compressed_copy_does_not_count(moment: Moment, log: Path) -> None:
+async def test_a_compressed_copy_is_not_read(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -681,18 +677,18 @@ async def test_a_compressed_copy_does_not_count(moment: Moment, log: Path) -> No
         assert await follower.take(2) == ["<truncated, not complete>", "three"]
 
 
-async def test_truncation_is_told_while_the_file_is_empty_and_only_once(moment: Moment, log: Path) -> None:
+async def test_truncation_is_reported_once_while_the_file_is_empty(moment: Moment, log: Path) -> None:
     add(log, "one")
     async with moment.following(log, 1, lambda: os.truncate(log, 0)) as follower:
         assert await follower.take(1) == ["<truncated, not complete>"]
     async with following(log, follower.cursors) as again:
         await again.nothing(0.2)
-        # The same bytes as before: still a new content.
+        # The same bytes as before, but a new content.
         add(log, "one", "two")
         assert await again.take(2) == ["one", "two"]
 
 
-async def test_a_copy_of_what_was_never_seen_in_its_place_is_read(moment: Moment, log: Path) -> None:
+async def test_a_copy_of_a_content_that_was_never_read_at_its_path_is_read(moment: Moment, log: Path) -> None:
     add(log, "one")
     async with moment.following(log, 1, lambda: copytruncate(log, Path(f"{log}.2"))) as follower:
         assert await follower.take(1) == ["<truncated>"]
@@ -702,7 +698,7 @@ async def test_a_copy_of_what_was_never_seen_in_its_place_is_read(moment: Moment
         assert await follower.take(3) == ["two", "<truncated>", "three"]
 
 
-async def test_half_a_line_of_a_copy_is_told(moment: Moment, log: Path) -> None:
+async def test_a_partial_line_of_a_copy_is_read(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -717,7 +713,7 @@ async def test_half_a_line_of_a_copy_is_told(moment: Moment, log: Path) -> None:
 # -- deletion
 
 
-async def test_a_file_deleted_and_made_again_is_read_from_its_beginning(log: Path) -> None:
+async def test_a_file_that_was_deleted_and_recreated_is_read_from_its_beginning(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -728,7 +724,9 @@ async def test_a_file_deleted_and_made_again_is_read_from_its_beginning(log: Pat
 
 
 @pytest.mark.parametrize("same_inode", [True, False])
-async def test_a_file_made_again_while_nobody_looked_is_read_from_its_beginning(log: Path, same_inode: bool) -> None:
+async def test_a_file_that_was_recreated_across_a_restart_is_read_from_its_beginning(
+    log: Path, same_inode: bool
+) -> None:
     add(log, "one", "two")
     async with following(log) as follower:
         await follower.take(2)
@@ -744,7 +742,7 @@ async def test_a_file_made_again_while_nobody_looked_is_read_from_its_beginning(
         assert await again.take(3) == [f"<{kind}, not complete>", "other", "lines"]
 
 
-async def test_the_rest_of_a_deleted_file_is_told_and_the_file_let_go(log: Path, tmp_path: Path) -> None:
+async def test_the_rest_of_a_deleted_file_is_read_and_the_file_closed(log: Path, tmp_path: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -759,7 +757,7 @@ async def test_the_rest_of_a_deleted_file_is_told_and_the_file_let_go(log: Path,
         assert await again.take(1) == ["new"]
 
 
-async def test_a_file_that_is_away_for_a_while_is_still_known(log: Path) -> None:
+async def test_a_file_that_is_missing_for_a_while_retains_its_position(log: Path) -> None:
     add(log, "one")
     async with following(log) as follower:
         await follower.take(1)
@@ -771,7 +769,7 @@ async def test_a_file_that_is_away_for_a_while_is_still_known(log: Path) -> None
         assert await again.take(1) == ["two"]
 
 
-async def test_a_folder_made_again_is_watched_again(tmp_path: Path) -> None:
+async def test_a_recreated_folder_is_watched_again(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "app.log"
     log.parent.mkdir()
     add(log, "one")
@@ -787,7 +785,7 @@ async def test_a_folder_made_again_is_watched_again(tmp_path: Path) -> None:
 # -- many files
 
 
-async def test_files_of_a_glob_come_and_go(tmp_path: Path) -> None:
+async def test_files_of_a_glob_appear_and_disappear(tmp_path: Path) -> None:
     add(tmp_path / "a.log", "a1")
     async with following(f"{tmp_path}/*.log") as follower:
         assert await follower.take(1) == ["a1"]
@@ -806,7 +804,7 @@ async def test_files_of_a_glob_come_and_go(tmp_path: Path) -> None:
         assert await again.take(1) == ["c1"]
 
 
-async def test_a_glob_does_not_take_rotations_for_files_of_their_own(moment: Moment, log: Path) -> None:
+async def test_rotations_that_match_a_glob_are_not_separate_files(moment: Moment, log: Path) -> None:
     add(log, "one")
 
     def rotate() -> None:
@@ -835,7 +833,7 @@ async def test_a_file_renamed_to_another_of_the_glob_is_not_read_twice(moment: M
         assert await follower.take(1) == ["four"]
 
 
-async def test_a_link_and_what_it_leads_to_are_one_file(tmp_path: Path) -> None:
+async def test_a_link_and_its_target_are_one_file(tmp_path: Path) -> None:
     add(tmp_path / "app-1.log", "one")
     (tmp_path / "current.log").symlink_to("app-1.log")
     async with following(tmp_path / "*.log") as follower:
@@ -843,7 +841,7 @@ async def test_a_link_and_what_it_leads_to_are_one_file(tmp_path: Path) -> None:
         await follower.nothing(0.2)
 
 
-async def test_folders_and_pipes_are_passed_over(tmp_path: Path) -> None:
+async def test_folders_and_pipes_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "folder.log").mkdir()
     os.mkfifo(tmp_path / "pipe.log")
     add(tmp_path / "plain.log", "one")
@@ -851,7 +849,7 @@ async def test_folders_and_pipes_are_passed_over(tmp_path: Path) -> None:
         assert await follower.take(1) == ["one"]
 
 
-async def test_many_files_share_the_rounds(tmp_path: Path) -> None:
+async def test_many_files_are_read_in_turns(tmp_path: Path) -> None:
     for number in range(20):
         add(tmp_path / f"{number:02}.log", *(f"{number}:{line}" for line in range(1200)))
     async with following(tmp_path / "*.log") as follower:
@@ -860,24 +858,24 @@ async def test_many_files_share_the_rounds(tmp_path: Path) -> None:
         assert [line for line in lines if line.startswith(f"{number}:")] == [f"{number}:{line}" for line in range(1200)]
 
 
-# -- links, and what the disk refuses
+# -- links, and errors of the disk
 
 
-async def test_a_link_led_elsewhere_is_a_rotation(moment: Moment, tmp_path: Path) -> None:
+async def test_another_target_of_a_link_is_a_rotation(moment: Moment, tmp_path: Path) -> None:
     pods, log = tmp_path / "pods", tmp_path / "containers" / "shop.log"
     pods.mkdir()
     log.parent.mkdir()
     add(pods / "0.log", "one")
     log.symlink_to(pods / "0.log")
 
-    def lead_elsewhere() -> None:
+    def change_target() -> None:
         add(pods / "0.log", "two")
         add(pods / "1.log", "three")
         fresh = log.with_name("fresh")
         fresh.symlink_to(pods / "1.log")
         fresh.rename(log)
 
-    async with moment.following(log, 1, lead_elsewhere) as follower:
+    async with moment.following(log, 1, change_target) as follower:
         assert await follower.take(3) == ["two", "<rotated>", "three"]
 
 
@@ -897,7 +895,7 @@ async def test_rotation_behind_a_link_is_followed(moment: Moment, tmp_path: Path
         assert await follower.take(5) == ["2", "<rotated>", "3", "<rotated>", "four"]
 
 
-async def test_a_path_that_cannot_be_opened_is_warned_of_once_and_tried_again(
+async def test_a_path_that_cannot_be_opened_is_logged_once_and_retried(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "LOOK_MS", 50)
@@ -912,24 +910,24 @@ async def test_a_path_that_cannot_be_opened_is_warned_of_once_and_tried_again(
     assert str(log) in caplog.records[0].getMessage()
 
 
-async def test_permission_denied_is_no_end(
+async def test_a_file_without_permission_is_retried(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "LOOK_MS", 50)
     add(log, "old", "one")
     real = disk.open_file
 
-    def refuse(path: Path, status: os.stat_result) -> None:
+    def deny(path: Path, status: os.stat_result) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(disk, "open_file", refuse)
+    monkeypatch.setattr(disk, "open_file", deny)
     for pattern in (log, f"{log.parent}/*.log"):
         async with following(pattern, backlog=4) as follower:
             await follower.nothing(0.5)
             monkeypatch.setattr(disk, "open_file", real)
             assert await follower.take(1) == ["one"]
-        monkeypatch.setattr(disk, "open_file", refuse)
-    monkeypatch.setattr(disk, "open_file", refuse)
+        monkeypatch.setattr(disk, "open_file", deny)
+    monkeypatch.setattr(disk, "open_file", deny)
     async with following(log, follower.cursors) as again:
         await again.nothing(0.5)
         monkeypatch.setattr(disk, "open_file", real)
@@ -938,7 +936,7 @@ async def test_permission_denied_is_no_end(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
 
 
-async def test_a_failed_reading_is_repeated(
+async def test_a_failed_read_is_repeated(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "LOOK_MS", 50)
@@ -956,7 +954,7 @@ async def test_a_failed_reading_is_repeated(
     assert len(caplog.records) == 1
 
 
-async def test_without_a_watcher_it_still_looks(
+async def test_files_are_read_every_second_if_folders_cannot_be_watched(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def fail(*folders: str, **options: Any) -> AsyncGenerator[Any, None]:
@@ -973,14 +971,14 @@ async def test_without_a_watcher_it_still_looks(
     assert len(caplog.records) == 1
 
 
-# -- the end
+# -- closing
 
 
 async def test_closing_releases_files_and_watcher(log: Path, tmp_path: Path) -> None:
     def watchers() -> int:
         return sum("inotify" in target for target in descriptors())
 
-    async def gone() -> None:
+    async def closed() -> None:
         async with asyncio.timeout(5):
             while watchers() > before:
                 await asyncio.sleep(0.01)
@@ -998,7 +996,7 @@ async def test_closing_releases_files_and_watcher(log: Path, tmp_path: Path) -> 
             await follower.take(1)
         await follower.close()
         assert open_logs(tmp_path) == []
-        await gone()
+        await closed()
 
 
 @pytest.mark.parametrize("delay", [0, 0.0003, 0.001, 0.003, 0.01, 0.1])
@@ -1023,10 +1021,10 @@ async def test_cancelling_at_any_moment_releases_the_files(log: Path, tmp_path: 
     assert open_logs(tmp_path) == []
 
 
-# -- the whole
+# -- everything together
 
 
-def test_history_is_the_oldest_content_first_without_what_is_no_rotation(tmp_path: Path) -> None:
+def test_history_has_the_oldest_content_first_and_only_rotations(tmp_path: Path) -> None:
     names = ["app.log.2", "app.log-20261101", "app.log.1", "app.log"]
     for seconds, name in enumerate([*names, "app.log.old", "app.log.3.gz", "app.log2", "app.log.lock"]):
         add(tmp_path / name, name)
@@ -1038,12 +1036,12 @@ def test_history_is_the_oldest_content_first_without_what_is_no_rotation(tmp_pat
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_every_line_arrives_once_and_in_order_whatever_happens(tmp_path: Path, seed: int) -> None:
+async def test_every_line_is_read_once_and_in_order_whatever_happens(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     paths = [tmp_path / "a.log", tmp_path / "b.log"]
     written: dict[str, list[str]] = {path.name: [] for path in paths}
-    told: dict[str, list[str]] = {path.name: [] for path in paths}
-    turns, kept = 0, "{}"
+    received: dict[str, list[str]] = {path.name: [] for path in paths}
+    reported, stored = 0, "{}"
     by_copy = {path: chance.random() < 0.5 for path in paths}
 
     def write(path: Path) -> None:
@@ -1062,15 +1060,15 @@ async def test_every_line_arrives_once_and_in_order_whatever_happens(tmp_path: P
             else:
                 path.rename(f"{path}.1")
 
-    def keep(follower: Follower) -> None:
-        nonlocal turns, kept
-        kept = follower.cursors
+    def store(follower: Follower) -> None:
+        nonlocal reported, stored
+        stored = follower.cursors
         for item in follower.items:
             if isinstance(item, Rotation):
                 assert item.complete
-                turns += 1
+                reported += 1
             else:
-                told[item.file].append(item.text)
+                received[item.file].append(item.text)
         follower.items.clear()
 
     for path in paths:
@@ -1078,7 +1076,7 @@ async def test_every_line_arrives_once_and_in_order_whatever_happens(tmp_path: P
     follower = Follower(tmp_path / "*.log", backlog=10**9)
     while len(json.loads(follower.cursors)) < 3:
         await follower.step()
-        keep(follower)
+        store(follower)
     rotations = 0
     for _ in range(60):
         action = chance.choice(["write", "write", "write", "rotate", "read", "read", "restart", "crash", "wait"])
@@ -1088,23 +1086,23 @@ async def test_every_line_arrives_once_and_in_order_whatever_happens(tmp_path: P
         elif action == "rotate" and rotations < 25:
             rotations += 1
             rotate(path)
-        elif action in ("read", "crash") and any(len(told[name]) < len(written[name]) for name in told):
+        elif action in ("read", "crash") and any(len(received[name]) < len(written[name]) for name in received):
             async with asyncio.timeout(10):
                 await follower.step()
             if action == "read":
-                keep(follower)
+                store(follower)
             else:
                 await follower.close()
-                follower = Follower(tmp_path / "*.log", kept)
+                follower = Follower(tmp_path / "*.log", stored)
         elif action == "wait":
             await asyncio.sleep(chance.random() * 0.05)
         elif action == "restart":
             await follower.close()
             follower = Follower(tmp_path / "*.log", follower.cursors)
     async with asyncio.timeout(20):
-        while any(len(told[name]) < len(written[name]) for name in told):
+        while any(len(received[name]) < len(written[name]) for name in received):
             await follower.step()
-            keep(follower)
+            store(follower)
     await follower.close()
-    assert told == written
-    assert turns <= rotations
+    assert received == written
+    assert reported <= rotations
