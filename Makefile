@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab $(PLUGINS) bench docs/*.py examples tools
+	$(BIN)/mypy --strict streamlab $(PLUGINS) bench docs/*.py examples tests tools
 
 format: $(VENV)/dev.stamp  ## write the style
 	$(BIN)/ruff check --fix

@@ -88,7 +88,7 @@ def test_a_value_of_the_file_wins_over_the_default(tmp_path: Path) -> None:
 def test_a_configuration_cannot_be_changed_once_read(tmp_path: Path) -> None:
     config = Config.read(written(tmp_path, ""), {})
     with pytest.raises(ValidationError, match="frozen"):
-        config.server.port = 1
+        config.server.port = 1  # type: ignore[misc]
 
 
 def test_tables_in_memory_are_not_touched_by_the_overlay() -> None:

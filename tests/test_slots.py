@@ -26,7 +26,7 @@ async def test_one_request_more_than_slots_and_queue_is_rejected_with_retry_afte
 
 
 async def test_requests_get_their_slots_in_their_order_whatever_they_need() -> None:
-    slots, started, first, second = Slots(3, 2), [], asyncio.Event(), asyncio.Event()
+    slots, started, first, second = Slots(3, 2), list[int](), asyncio.Event(), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         group.create_task(hold(slots, 2, started, first))
         await asyncio.sleep(0)

@@ -86,7 +86,7 @@ async def test_work_that_still_waits_for_a_thread_is_dropped() -> None:
 
 
 async def test_a_result_nobody_gets_is_discarded() -> None:
-    work, discarded = Work(), []
+    work, discarded = Work(), list[str]()
     async with Threads("test", 1) as threads:
         caller = asyncio.ensure_future(threads.run(work, discard=discarded.append))
         await _begun(work.began)
@@ -130,7 +130,7 @@ async def test_threads_that_are_not_open_report_their_kind() -> None:
 
 async def test_a_close_is_never_dropped() -> None:
     """What ends something runs even where its caller is cancelled while it still waits for a thread."""
-    first, closed = Work(), []
+    first, closed = Work(), list[str]()
     async with Threads("test", 1) as threads:
         running = asyncio.ensure_future(threads.run(first))
         closing = asyncio.ensure_future(threads.finish(closed.append, "closed"))

@@ -136,7 +136,7 @@ def running(admin: Any) -> Callable[[], Any]:
 
 def none_runs(admin: Any) -> Callable[[], Any]:
     async def idle() -> bool:
-        return await running(admin)() == 0
+        return bool(await running(admin)() == 0)
 
     return idle
 

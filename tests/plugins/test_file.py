@@ -564,7 +564,8 @@ def test_file_overwritten_with_its_time_put_back_during_a_download_fails_visibly
 def test_file_linked_or_deleted_during_a_download_is_sent_as_it_was(big: tuple[Running, Path], tmp_path: Path) -> None:
     server, path = big
     whole = path.read_bytes()
-    for change in (lambda: os.link(path, tmp_path / "backup.bin"), path.unlink):
+    changes: tuple[Callable[[], None], ...] = (lambda: os.link(path, tmp_path / "backup.bin"), path.unlink)
+    for change in changes:
         connection, begun = slowly(server, "/download/large-file")
         change()
         assert (begun + read_all(connection)).partition(b"\r\n\r\n")[2] == whole

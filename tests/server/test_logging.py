@@ -52,12 +52,13 @@ def test_traceback_is_indented_so_that_its_text_cannot_pass_for_a_line() -> None
 
 
 def test_full_queue_drops_lines_and_says_how_many() -> None:
-    handler = BoundedQueueHandler(queue.Queue(2))
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(2)
+    handler = BoundedQueueHandler(lines)
     for number in range(5):
         handler.emit(record("line %d", number))
-    assert [handler.queue.get_nowait().getMessage() for _ in range(2)] == ["line 0", "line 1"]
+    assert [lines.get_nowait().getMessage() for _ in range(2)] == ["line 0", "line 1"]
     handler.emit(record("line %d", 5))
-    assert [handler.queue.get_nowait().getMessage() for _ in range(2)] == [
+    assert [lines.get_nowait().getMessage() for _ in range(2)] == [
         "3 log lines were dropped: they came faster than they could be written",
         "line 5",
     ]

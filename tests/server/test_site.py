@@ -159,9 +159,9 @@ async def test_the_index_lists_every_route_with_a_line_and_a_command(lab: Lab) -
     assert text.startswith(f"streamlab {version()}: a streaming server for backends\n\n")
     origin = f"http://127.0.0.1:{client.port}"
     assert f"GET  /lab/stream  Send five bytes & <stop>.\n     curl -N {origin}/lab/stream\n" in text
-    for route in client.app[ROUTES]:  # type: ignore[union-attr]
+    for route in client.app[ROUTES]:
         assert f"{route.endpoint.method:4} {route.endpoint.template}  {route.endpoint.summary}\n" in text
-    assert len(re.findall(rf"^     curl .*{re.escape(origin)}/", text, re.MULTILINE)) == len(client.app[ROUTES])  # type: ignore[union-attr]
+    assert len(re.findall(rf"^     curl .*{re.escape(origin)}/", text, re.MULTILINE)) == len(client.app[ROUTES])
 
 
 async def test_the_index_is_html_for_a_browser(lab: Lab) -> None:
@@ -175,7 +175,7 @@ async def test_the_index_is_html_for_a_browser(lab: Lab) -> None:
     assert "Send five bytes &amp; &lt;stop&gt;." in page
     assert "<stop>" not in page
     assert "{{" not in page
-    for route in client.app[ROUTES]:  # type: ignore[union-attr]
+    for route in client.app[ROUTES]:
         method, path = route.endpoint.method, route.endpoint.template
         assert f'<span class="method">{method}</span> <code>{path}</code>' in page
         assert f"<pre>{escape(openapi.curl(route.endpoint, f'http://127.0.0.1:{client.port}'))}</pre>" in page
@@ -252,13 +252,13 @@ async def test_health_counts_open_streams(lab: Lab) -> None:
         async with client.post("/lab/open"):
             pass
         await response.read()
-    await wait_for(lambda: not len(client.app[STREAMS]))  # type: ignore[union-attr]
+    await wait_for(lambda: not len(client.app[STREAMS]))
     assert json.loads((await get(client, "/health"))[1])["open_streams"] == 0
 
 
 async def test_health_is_503_while_the_server_drains(lab: Lab) -> None:
     client = await lab()
-    client.app[STREAMS].draining = True  # type: ignore[union-attr]
+    client.app[STREAMS].draining = True
     async with client.get("/health") as response:
         assert (response.status, response.content_type) == (503, "application/json")
         assert response.headers["Connection"] == "close"
@@ -267,7 +267,7 @@ async def test_health_is_503_while_the_server_drains(lab: Lab) -> None:
 
 async def test_a_stream_is_refused_while_the_server_drains(lab: Lab) -> None:
     client = await lab()
-    client.app[STREAMS].draining = True  # type: ignore[union-attr]
+    client.app[STREAMS].draining = True
     document, headers = await problem(client, "GET", "/lab/stream", 503)
     assert (document["detail"], headers["Retry-After"]) == ("The server is stopping.", "5")
     assert headers["Connection"] == "close"
@@ -318,7 +318,7 @@ async def test_metrics_of_a_stream_that_ended_are_exact(lab: Lab) -> None:
     client = await lab()
     for _ in range(3):
         assert await get(client, "/lab/stream") == (200, "12345")
-    await wait_for(lambda: not len(client.app[STREAMS]))  # type: ignore[union-attr]
+    await wait_for(lambda: not len(client.app[STREAMS]))
     _, text = await get(client, "/metrics")
     assert samples(text, "streamlab_streams_total") == {("finished", "lab"): 3}
     assert samples(text, "streamlab_stream_bytes_total") == {("lab",): 15}
@@ -357,7 +357,7 @@ async def test_the_life_of_a_stream_is_not_mixed_into_request_latency(lab: Lab) 
 
 async def test_the_lag_of_the_event_loop_is_measured(lab: Lab) -> None:
     client = await lab()
-    metrics = client.app[METRICS]  # type: ignore[union-attr]
+    metrics = client.app[METRICS]
 
     def lags() -> float:
         return samples(metrics.exposition("")[0].decode(), "streamlab_event_loop_lag_seconds_count")[()]
@@ -371,7 +371,7 @@ async def test_metrics_speak_openmetrics_to_whom_asks(lab: Lab) -> None:
     accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
     async with client.get("/metrics", headers={"Accept": accept}) as response:
         assert response.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
-        found = {family.name: family.type for family in parse_openmetrics(await response.text())}
+        found = {family.name: family.type for family in parse_openmetrics(await response.text())}  # type: ignore[no-untyped-call]
     assert found["streamlab_streams"] == "counter"
 
 

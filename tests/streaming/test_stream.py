@@ -1,5 +1,6 @@
 """Every way a stream can begin and end, on the process that `make run` starts."""
 
+import functools
 import gzip
 import http.client
 import json
@@ -351,7 +352,11 @@ def test_client_that_stalls_is_cut_after_stall_seconds(serve: Callable[..., Runn
     for number, path in enumerate(paths, start=1):
         with server.send(f"GET {path} HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
             assert connection.recv(5) == b"HTTP/"
-            wait_until(lambda number=number: server.log.count('outcome="client left"') == number)
+            wait_until(functools.partial(has_left, server, number))
+
+
+def has_left(server: Running, times: int) -> bool:
+    return server.log.count('outcome="client left"') == times
 
 
 def test_client_that_stalls_costs_a_bounded_amount(serve: Callable[..., Running]) -> None:

@@ -391,8 +391,10 @@ class Chaos:
             async with asyncio.TaskGroup() as group:
                 following = [group.create_task(each.run(self._session, self._news)) for each in self.followers]
                 async with asyncio.TaskGroup() as working:
-                    for each in (*self.publishers, *self.clients):
-                        working.create_task(each.run(self._session, lambda: is_over))
+                    for publisher in self.publishers:
+                        working.create_task(publisher.run(self._session, lambda: is_over))
+                    for client in self.clients:
+                        working.create_task(client.run(self._session, lambda: is_over))
                     yield
                     is_over = True
                 await self._caught_up()

@@ -85,12 +85,12 @@ def read_crowd(connections: Sequence[socket.socket]) -> list[bytes]:
             ready = selector.select(20)
             assert ready, "the server sends nothing"
             for key, _ in ready:
-                connection = key.fileobj
-                assert isinstance(connection, socket.socket)
-                if chunk := connection.recv(1 << 18):
-                    received[connection] += chunk
+                ready_one = key.fileobj
+                assert isinstance(ready_one, socket.socket)
+                if chunk := ready_one.recv(1 << 18):
+                    received[ready_one] += chunk
                 else:
-                    selector.unregister(connection)
+                    selector.unregister(ready_one)
     return [bytes(body) for body in received.values()]
 
 

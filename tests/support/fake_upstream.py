@@ -93,7 +93,7 @@ class Exchange:
         return self.closed.is_set()
 
 
-Script = Callable[[Exchange], None]
+Script = Callable[[Exchange], object]
 
 
 @dataclass

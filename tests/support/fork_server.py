@@ -117,7 +117,7 @@ class ForkServer:
         self._control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__], stdin=theirs, stdout=subprocess.DEVNULL, env=_outer(self.environ)
+                [sys.executable, __file__], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=_outer(self.environ)
             )
         return self._control
 

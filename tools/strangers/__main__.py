@@ -21,8 +21,10 @@ CONFIG = """
 interval = 0.05
 [scenarios.export]
 sample_rows = 2000
+[scenarios.logs.sources.app]
+path = "var/app.log"
 """
-"""As `make run` serves, but for streams that soon have what a test waits for."""
+"""As `make run` serves, but for streams that soon have what a test waits for, and a log that does not grow."""
 
 PUSH_CONFIG = """
 [scenarios.ticker]
@@ -44,10 +46,9 @@ def main() -> int:
     chosen = [options.only] if options.only else [name for name in TOOLS if not (options.quick and name == "protocol")]
     with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
         with (
-            running(streamlab("server", lambda _: CONFIG, llm=True), Path(folder, "server"), None) as server,
+            running(streamlab("server", _configured, llm=True), Path(folder, "server"), None) as server,
             running(streamlab("push", lambda _: PUSH_CONFIG), Path(folder, "push"), None) as push,
         ):
-            _write_files(Path(folder, "server"))
             for name in chosen:
                 started = time.monotonic()
                 outcome = TOOLS[name](server, push, options.quick)
@@ -60,11 +61,13 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _write_files(folder: Path) -> None:
-    """Give /files/ something to serve."""
+def _configured(folder: Path) -> str:
+    """Write what a server serves into its folder, and return its configuration."""
     served = folder / "var" / "files"
-    served.mkdir(parents=True, exist_ok=True)
+    served.mkdir(parents=True)
     (served / "notes.txt").write_text("a line of a file that is long enough for ranges\n" * 100, encoding="utf-8")
+    (folder / "var" / "app.log").write_text("2026-11-28T12:00:00Z INFO a line of a log\n" * 500, encoding="utf-8")
+    return CONFIG
 
 
 def _show(name: str, outcome: Outcome, seconds: float) -> None:

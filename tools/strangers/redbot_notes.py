@@ -32,7 +32,7 @@ PATHS = (
     "/files/",
     "/files/notes.txt",
     "/download/large-file?size_mb=1",
-    "/logs/download?source=demo",
+    "/logs/download?source=app",
     "/no/such/route",
 )
 
@@ -43,7 +43,7 @@ ACCEPTED: dict[str, dict[str, str]] = {
         "/export/users/jsonl?limit=50": "as csv",
         "/demo/comparison/buffered?rows=50": "has the headers of the streamed response, to be compared with it",
         "/files/": "a listing is read for each request, and has no version",
-        "/logs/download?source=demo": "grows while it is sent",
+        "/logs/download?source=app": "grows while it is sent",
         "/v1/models": "a list of one model, smaller than the headers",
         "/lab": "7 kB from the same machine or network; its scripts, which are larger, have validators",
         "/docs": "2 kB from the same machine or network; its scripts, which are larger, have validators",
