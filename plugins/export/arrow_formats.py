@@ -101,7 +101,7 @@ class Arrow:
     def __init__(self, columns: Sequence[Column]) -> None:
         if reason := unavailable(type(self)):
             raise MissingLibrary(reason)
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         self._pyarrow: Any = pyarrow
         self._columns = columns
@@ -204,7 +204,7 @@ class Parquet(Arrow):
 
     def begin(self) -> bytes:
         """Return the magic number."""
-        from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetWriter
 
         self._writer = ParquetWriter(self._sink, self._schema, compression="zstd")
         return self._sink.drain()
