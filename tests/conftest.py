@@ -63,7 +63,7 @@ def forked_servers() -> Iterator[None]:
         return FORK_SERVER.start(words, environ={**FORK_SERVER.environ, **configured}, cwd=folder, stderr=log)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamlab.testing.server.begin", forked)
+        patch.setattr("streamlab.testing.server.start_process", forked)
         yield
 
 

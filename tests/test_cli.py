@@ -296,7 +296,7 @@ def test_new_writes_a_plugin_that_serves_and_a_test_that_passes(start: Callable[
         env=environment(),
     )
     assert tested.returncode == 0, tested.stdout
-    assert re.search(r"^TestPriceFeed: (\d+) of \1 promises kept by 1 endpoint$", tested.stdout, re.MULTILINE)
+    assert re.search(r"^TestPriceFeed: (\d+) of \1 promises verified on 1 endpoint$", tested.stdout, re.MULTILINE)
     server = start("[scenarios.price_feed]\ninterval = 0.0\n")
     assert server.get("/stream/price_feed?times=2")[::2] == (200, b"hello 1\nhello 2\n")
     assert server.get("/stream/price_feed?times=0")[0] == 422

@@ -1,4 +1,4 @@
-"""Conformance: the test class that checks every promise of a stream on a real server."""
+"""Conformance: the test class that checks the promises of every stream on a real server."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -20,41 +20,41 @@ from .samples import EndpointForm, forms
 from .server import Server, environment, serving, write_settings
 from .stopping import Stopped, Stopping, stopped
 from .streams import Streams
-from .subject import Known, Subject
+from .subject import Cache, Subject
 from .watching import Watched, watch
 
 
-class Unusable(Exception):
-    """A conformance test cannot start; the text says what is needed."""
+class SetupError(Exception):
+    """A conformance test cannot start; the message is the reason."""
 
 
 class Conformance(Stopping, EventStreams, Downloads, Streams, EndpointCases):
-    """Every promise of a stream, checked for each endpoint of a plugin on its own server process.
+    """The promises of every stream, checked for each endpoint of a plugin on its own server process.
 
     Inherit it in a test module, and name the plugin::
 
         class TestGreeter(Conformance):
             plugin = "greeter"
 
-    The plugin is looked for where the nearest config.toml above the test says, or in the nearest folder `plugins`
-    above it, and among those that are installed. Requests are made of the examples in the OpenAPI document.
+    The plugin is searched for in the folders of the nearest config.toml above the test, or in the nearest folder
+    `plugins` above it, and among the installed ones. Requests are built from the examples in the OpenAPI document.
     """
 
     plugin: ClassVar[str]
     """Its name: that of its file, folder or entry point."""
     settings: ClassVar[str] = ""
-    """The server's config.toml. Paths in it start at a folder of the server's own; other plugins are off unless they
-    have a table here."""
+    """The server's config.toml. Relative paths in it start at the server's temporary folder; other plugins are off
+    unless they have a table here."""
     values: ClassVar[Mapping[str, Any]] = {}
-    """Values of parameters by name, instead of those that the endpoints give as examples."""
+    """Values of parameters by name, instead of the examples that the endpoints declare."""
     large: ClassVar[Mapping[str, Any]] = {}
     """Values that make responses as long as possible: for clients that disconnect or stall, and for the stop."""
     data_is_json: ClassVar[bool] = True
     """Whether the data of every event is JSON."""
-    varies: ClassVar[Collection[str]] = ()
-    """Endpoints, as `GET /x`, whose body may be another each time for the same request, as a language model's: it may
-    also be equal twice by chance, so bodies are not compared, only whether each is complete."""
-    excused: ClassVar[Mapping[tuple[str, str], str]] = {}
+    nondeterministic: ClassVar[Collection[str]] = ()
+    """Endpoints, as `GET /x`, whose body may differ for the same request, as a language model's: bodies are checked to
+    be complete, but not compared."""
+    skipped: ClassVar[Mapping[tuple[str, str], str]] = {}
     """Why a case, named without `test_`, is skipped for an endpoint, as `("resumes_by_header", "GET /x")`; `*` means
     every case."""
 
@@ -64,12 +64,12 @@ class Conformance(Stopping, EventStreams, Downloads, Streams, EndpointCases):
 
     @classmethod
     def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
-        """Create what an endpoint needs before each case, and return its values, as an id."""
+        """Create what an endpoint needs before each case, and return values for its request, such as an id."""
         return {}
 
 
-class Tested:
-    """One conformance class at work: its endpoints, its server, and what is known of it."""
+class ConformanceRun:
+    """The run of one conformance class: its endpoints, its servers, and their cached responses."""
 
     def __init__(self, case: type[Conformance], folder: Path) -> None:
         self.case = case
@@ -78,41 +78,42 @@ class Tested:
         try:
             self._variables = environment(case.plugin, self._settings, _plugin_folders(case))
         except LookupError as error:
-            raise Unusable(f"{case.__name__}: {error}; a package must be installed first") from None
+            raise SetupError(f"{case.__name__}: {error}; a package must be installed first") from None
         except ConfigError as error:
             raise self._unusable(error) from None
-        self._known = Known(frozenset(case.varies))
+        self._cache = Cache(frozenset(case.nondeterministic))
         self._second: Server | None = None
         self._closing = ExitStack()
         self._watched: dict[str, Future[Watched]] = {}
         self._stopped: Stopped | None = None
         self.forms = self._forms()
-        """Everything that the plugin answers."""
+        """Every endpoint of the plugin, once for each of its forms."""
 
-    def _unusable(self, error: ConfigError) -> Unusable:
+    def _unusable(self, error: ConfigError) -> SetupError:
         faults = "\n".join(f"  {fault.key}: {fault.reason}" for fault in error.faults)
-        own = "its server has a config.toml of its own, which the attribute `settings` of the test holds"
-        return Unusable(f"{self.case.__name__}: {own}:\n{faults}")
+        return SetupError(
+            f"{self.case.__name__}: the attribute `settings`, the server's config.toml, is invalid:\n{faults}"
+        )
 
     def _forms(self) -> list[EndpointForm]:
-        """Return what the OpenAPI document of the server declares. Raises Unusable where the plugin has no endpoint."""
+        """Return the endpoints in the OpenAPI document of the server. Raises SetupError if the plugin has none."""
         try:
             app = create_app(Config.read(self._settings, self._variables))
         except ConfigError as error:
             raise self._unusable(error) from None
         plugin = next(one for one in app[REGISTRY].plugins if one.name == self.case.plugin)
         if plugin.state != "ready":
-            raise Unusable(f"{self.case.__name__}: the plugin {plugin.name} is {plugin.state}: {plugin.reason}")
+            raise SetupError(f"{self.case.__name__}: the plugin {plugin.name} is {plugin.state}: {plugin.reason}")
         described = dict.fromkeys(plugin.scenario_names, "")
         routes = app[ROUTES]
         found = forms(openapi.document(routes, version="", described=described), frozenset(described))
         if not found:
-            raise Unusable(f"{self.case.__name__}: the plugin {plugin.name} has no endpoint")
+            raise SetupError(f"{self.case.__name__}: the plugin {plugin.name} has no endpoint")
         return found
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        """Run a server with the plugin while the block runs, and the second one once it is needed."""
+        """Run a server with the plugin while the block runs, and a second one once it is needed."""
         try:
             with self._serving("first") as server, self._closing:
                 yield server
@@ -126,29 +127,29 @@ class Tested:
         return serving(settings, self._variables)
 
     def _second_server(self) -> Server:
-        """Return the server whose streams are watched, and which is stopped at the end; start it at first."""
+        """Return the server whose streams are watched and which is stopped at the end; the first call starts it."""
         if self._second is None:
             self._second = self._closing.enter_context(self._serving("second"))
         return self._second
 
     def subject(self, form: EndpointForm, server: Server, report: Any) -> Subject:
         """Return an endpoint with what its requests need."""
-        made = self.case.prepare(server, form)
+        prepared = self.case.prepare(server, form)
         case = self.case
         return Subject(
             form,
             server,
-            {**case.values, **made},
+            {**case.values, **prepared},
             case.large,
             case.data_is_json,
-            self._known,
+            self._cache,
             report,
             self._watched.get(form.label),
             self.stopped,
         )
 
     def watch(self, streams: Iterable[EndpointForm]) -> None:
-        """Watch event streams of the second server from now on, side by side, while other cases run."""
+        """Watch event streams of the second server from now on, concurrently, while other cases run."""
         chosen = {form.label: form for form in streams}
         if chosen:
             threads = self._closing.enter_context(ThreadPoolExecutor(len(chosen)))
@@ -169,7 +170,7 @@ class Tested:
 
 
 def _plugin_folders(case: type[Conformance]) -> tuple[Path, ...]:
-    """Where the plugin may be: as the nearest config.toml above the test says, or in the nearest folder `plugins`."""
+    """Return the plugin folders of the nearest config.toml above the test, or the nearest folder `plugins`."""
     file = sys.modules[case.__module__].__file__
     for folder in Path(file).resolve().parents if file else ():
         if (folder / "config.toml").is_file():

@@ -9,22 +9,22 @@ class Downloads:
     """Cases for endpoints with `Accept-Ranges: bytes`."""
 
     @promise("RFC 9110, 14.1.2, 14.2, 14.4 and 15.5.17", of=has_get)
-    async def test_ranges_are_parts_of_the_whole(self, subject: Subject) -> str:
-        """A range gets 206 with exactly its bytes, one outside gets 416 with the length, a malformed one is ignored."""
+    async def test_ranges_return_exact_bytes(self, subject: Subject) -> str:
+        """A range gets 206 with exactly its bytes, one past the end 416 with the size; a malformed one is ignored."""
         usual = await subject.response()
         if usual.get("accept-ranges") != "bytes":
             return "no ranges: no Accept-Ranges"
         size, body = int(usual.get("content-length") or 0), bytes(usual.body)
         if size < 20:
-            raise Broken(f"Accept-Ranges: bytes, and a body of {size} bytes: with `values`, choose a longer one")
-        wanted = {"bytes=2-5": (2, 6), f"bytes={size - 3}-": (size - 3, size), "bytes=-3": (size - 3, size)}
-        for field, (begin, end) in wanted.items():
+            raise Broken(f"Accept-Ranges: bytes, and a body of {size} bytes: choose a longer one in `values`")
+        ranges = {"bytes=2-5": (2, 6), f"bytes={size - 3}-": (size - 3, size), "bytes=-3": (size - 3, size)}
+        for field, (begin, end) in ranges.items():
             async with subject.request(headers={"Range": field}) as response:
                 part = await response.read(seconds=5)
                 if response.status != 206 or response.get("content-range") != f"bytes {begin}-{end - 1}/{size}":
                     raise Broken(f"{response.line}, Content-Range: {response.get('content-range')}, for Range: {field}")
                 if len(part) != end - begin or (end <= len(body) and part != body[begin:end]):
-                    raise Broken(f"{part[:80]!r} for Range: {field}, and {body[begin:end]!r} is expected")
+                    raise Broken(f"{part[:80]!r} for Range: {field}, expected {body[begin:end]!r}")
         async with subject.request(headers={"Range": f"bytes={size}-"}) as response:
             if response.status != 416 or response.get("content-range") != f"bytes */{size}":
                 raise Broken(f"{response.line}, {response.get('content-range')}, for a range after the end")
@@ -32,17 +32,17 @@ class Downloads:
             async with subject.request(headers={"Range": field}) as response:
                 if response.status != 200:
                     raise Broken(f"{response.line} for Range: {field}")
-        return f"{len(wanted) + 3} ranges of {size} bytes"
+        return f"{len(ranges) + 3} ranges of {size} bytes"
 
     @promise("RFC 9110, 13.1, 13.1.5 and 13.2.2", of=has_get)
     async def test_conditions_are_evaluated(self, subject: Subject) -> str:
-        """A known version gets 304, a wrong If-Match 412, and a range of another version the complete file."""
+        """The current version gets 304, a wrong If-Match 412, and a range of another version the complete file."""
         usual = await subject.response()
         if usual.get("accept-ranges") != "bytes":
             return "no ranges: no Accept-Ranges"
         tag = usual.get("etag")
         if tag is None or tag.startswith("W/"):
-            raise Broken(f"Accept-Ranges: bytes, and no strong ETag to resume by: {tag}")
+            raise Broken(f"Accept-Ranges: bytes without a strong ETag: {tag}")
         for headers, status in (
             ({"If-None-Match": tag}, 304),
             ({"If-Match": '"another"'}, 412),
@@ -52,5 +52,5 @@ class Downloads:
             async with subject.request(headers=headers) as response:
                 if response.status != status:
                     form = ", ".join(f"{name}: {value}" for name, value in headers.items())
-                    raise Broken(f"{response.line}, and not {status}, for {form}")
+                    raise Broken(f"{response.line} for {form}, expected {status}")
         return f"304, 412, 206 and 200 by the ETag {tag}"

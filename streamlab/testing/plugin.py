@@ -1,6 +1,6 @@
-"""The pytest plugin of conformance tests: endpoints as parameters, the server, a summary; else nothing.
+"""The pytest plugin of conformance tests: endpoints as parameters, the server, and a summary.
 
-Installed as the entry point `pytest11`, so that a test module needs no more than the class it inherits.
+Installed as the entry point `pytest11`, so that a test module only has to inherit the class.
 """
 
 import json
@@ -13,29 +13,29 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .conformance import Conformance, Tested
+    from .conformance import Conformance, ConformanceRun
     from .samples import EndpointForm
     from .server import Server
     from .subject import Subject
 
-NOBODY = "no endpoint of this kind"
+NO_ENDPOINT = "no endpoint of this kind"
 """The parameter of a case that applies to none of a plugin's endpoints."""
 
-_PROPERTY = "streamlab promise"
+_PROPERTY = "streamlab conformance"
 
-_tested = pytest.StashKey[dict[type, "Tested"]]()
+_tested = pytest.StashKey[dict[type, "ConformanceRun"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option `--promises`."""
     group = parser.getgroup("streamlab", "conformance of streamlab plugins")
     group.addoption(
-        "--promises", action="store_true", help="report every promise: what was expected, what came, and why"
+        "--promises", action="store_true", help="report every promise: what was expected and observed, and the standard"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Create the storage for the classes of this run."""
+    """Create the storage for the conformance classes of this session."""
     config.stash[_tested] = {}
 
 
@@ -44,33 +44,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     promise = getattr(metafunc.function, "promise", None)
     if metafunc.cls is None or promise is None or "streamlab_subject" not in metafunc.fixturenames:
         return
-    found = [one for one in _of(metafunc.config, metafunc.cls).forms if promise.of(one)]
+    found = [one for one in _run_of(metafunc.config, metafunc.cls).forms if promise.of(one)]
     if promise.once:
         metafunc.parametrize("streamlab_subject", found[:1], ids=["server"], indirect=True)
     elif found:
         metafunc.parametrize("streamlab_subject", found, ids=[one.label for one in found], indirect=True)
     else:
-        metafunc.parametrize("streamlab_subject", [None], ids=[NOBODY], indirect=True)
+        metafunc.parametrize("streamlab_subject", [None], ids=[NO_ENDPOINT], indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the cases that apply to none of a plugin's endpoints."""
-    absent = [item for item in items if item.name.endswith(f"[{NOBODY}]")]
+    absent = [item for item in items if item.name.endswith(f"[{NO_ENDPOINT}]")]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
 
 
-def _of(config: pytest.Config, case: type) -> "Tested":
-    from .conformance import Tested, Unusable
+def _run_of(config: pytest.Config, case: type) -> "ConformanceRun":
+    from .conformance import ConformanceRun, SetupError
 
     found = config.stash[_tested]
     if case not in found:
         folder = tempfile.TemporaryDirectory(prefix="streamlab-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         try:
-            found[case] = Tested(case, Path(folder.name))
-        except Unusable as error:
+            found[case] = ConformanceRun(case, Path(folder.name))
+        except SetupError as error:
             raise pytest.Collector.CollectError(str(error)) from None
     return found[case]
 
@@ -78,7 +78,7 @@ def _of(config: pytest.Config, case: type) -> "Tested":
 @pytest.fixture(scope="class")
 def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
     """Yield the server process of a conformance class, also for its other tests."""
-    tested = _of(request.config, request.cls)
+    tested = _run_of(request.config, request.cls)
     with ExitStack() as stack:
         try:
             server = stack.enter_context(tested.server())
@@ -89,14 +89,14 @@ def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
 
 
 def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterator[EndpointForm]":
-    """Yield the event streams that the selected tests of a class want to be watched."""
-    from .promise import excuse
+    """Yield the event streams that the selected tests of a class need to have watched."""
+    from .promise import skip_reason
 
     for item in items:
         if isinstance(item, pytest.Function) and item.cls is case and item.function.__dict__.get("promise"):
             form: Any = item.callspec.params["streamlab_subject"]
             name = item.function.__name__.removeprefix("test_")
-            if item.function.promise.watches and not excuse(case.excused, name, form):
+            if item.function.promise.watches and not skip_reason(case.skipped, name, form):
                 yield form
 
 
@@ -104,31 +104,31 @@ def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterat
 def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server") -> "Subject":
     """Return the endpoint of a case."""
 
-    from .promise import excuse
+    from .promise import skip_reason
 
-    if reason := excuse(request.cls.excused, request.function.__name__.removeprefix("test_"), request.param):
-        pytest.skip(f"excused: {reason}")
+    if reason := skip_reason(request.cls.skipped, request.function.__name__.removeprefix("test_"), request.param):
+        pytest.skip(reason)
 
     def report(found: Mapping[str, Any]) -> None:
         request.node.user_properties.append((_PROPERTY, json.dumps({"class": request.cls.__name__, **found})))
 
-    return _of(request.config, request.cls).subject(request.param, streamlab_server, report)
+    return _run_of(request.config, request.cls).subject(request.param, streamlab_server, report)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Report how many promises of each plugin were checked, and which are broken."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
-    told = [json.loads(text) for report in reports for name, text in report.user_properties if name == _PROPERTY]
-    if not told:
+    results = [json.loads(text) for report in reports for name, text in report.user_properties if name == _PROPERTY]
+    if not results:
         return
     terminalreporter.section("streamlab promises")
     if config.getoption("promises"):
-        for one in told:
+        for one in results:
             terminalreporter.write_line(one["text"])
-    for plugin in dict.fromkeys(one["class"] for one in told):
-        mine = [one for one in told if one["class"] == plugin]
-        kept = sum(one["kept"] for one in mine)
+    for plugin in dict.fromkeys(one["class"] for one in results):
+        mine = [one for one in results if one["class"] == plugin]
+        verified = sum(one["verified"] for one in mine)
         endpoints = len({one["endpoint"] for one in mine} - {"the server"})
-        broken = ", ".join(dict.fromkeys(one["case"] for one in mine if not one["kept"]))
-        line = f"{plugin}: {kept} of {len(mine)} promises kept by {endpoints} endpoint{'s' * (endpoints != 1)}"
+        broken = ", ".join(dict.fromkeys(one["case"] for one in mine if not one["verified"]))
+        line = f"{plugin}: {verified} of {len(mine)} promises verified on {endpoints} endpoint{'s' * (endpoints != 1)}"
         terminalreporter.write_line(f"{line}; broken: {broken}" if broken else line)

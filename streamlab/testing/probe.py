@@ -18,7 +18,7 @@ from streamlab.streaming.drain import STREAMS
 
 
 class ConformanceProbe(Scenario):
-    """What is open, and what it costs, in the process of this server."""
+    """What is open in the process of this server, and the memory and processor time it has used."""
 
     _ended: deque[dict[str, Any]] = PrivateAttr(default_factory=lambda: deque(maxlen=1000))
 
@@ -28,9 +28,9 @@ class ConformanceProbe(Scenario):
         usage = os.times()
         state = {
             "streams": len(request.config_dict[STREAMS]),
-            "tasks": sorted(_words(task) for task in asyncio.all_tasks()),
+            "tasks": sorted(_name(task) for task in asyncio.all_tasks()),
             "files": sorted(_open_files()),
-            # The threads of the loop's own pool are created once and stay.
+            # The threads of the event loop's default pool are created once and remain.
             "threads": sorted(thread.name for thread in threading.enumerate() if "asyncio_" not in thread.name),
             "children": sorted(_children()),
             "memory": _resident_bytes(),
@@ -45,7 +45,7 @@ class ConformanceProbe(Scenario):
         self._ended.append({"route": summary.route, "outcome": summary.outcome.value, "at": time.monotonic()})
 
 
-def _words(task: "asyncio.Task[Any]") -> str:
+def _name(task: "asyncio.Task[Any]") -> str:
     coroutine = task.get_coro()
     return str(getattr(coroutine, "__qualname__", coroutine))
 
@@ -56,7 +56,7 @@ def _open_files() -> list[str]:
     for entry in folder.iterdir():
         try:
             found.append(str(entry.readlink()))
-        except OSError:  # the listing's own, closed by now; or a system whose entries are no links
+        except OSError:  # the descriptor of the listing itself, closed by now; or a system whose entries are not links
             continue
     return found
 

@@ -1,4 +1,4 @@
-"""A promise, and the test that it becomes: what was expected, what came, and the standard behind it."""
+"""A promise and its test: what was expected, what was observed, and the standard behind it."""
 
 import asyncio
 import inspect
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from .subject import Subject
 
 Case = Callable[[Any, "Subject"], Awaitable[str]]
-"""A function that checks a subject and returns what it saw; raises Broken for a broken promise."""
+"""A function that checks a subject and returns what it observed; raises Broken for a broken promise."""
 
 
 class Broken(Exception):
-    """A promise is broken; the text is what happened instead."""
+    """A promise is broken; the message is what was observed instead."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What a case requires, and of whom."""
+    """What a case requires, and of which endpoints."""
 
     expected: str
     standard: str
@@ -43,40 +43,40 @@ def every_endpoint(form: EndpointForm) -> bool:
 def promise(
     standard: str, *, of: Callable[[EndpointForm], bool] = every_endpoint, once: bool = False, watches: bool = False
 ) -> Callable[[Case], Callable[..., None]]:
-    """Make a test of a case, for each endpoint that `of` is true of: its docstring says what is expected.
+    """Turn a case into a test for each endpoint that `of` accepts; its docstring is what is expected.
 
-    `standard` names where it is promised; what the server promises as a whole is checked `once`. For a case that
-    `watches`, an event stream is watched from the start of its class on, while others run.
+    `standard` names its source; a promise of the whole server is checked `once`. For a case that `watches`, an event
+    stream is watched from the start of the class, while other cases run.
     """
 
     def mark(case: Case) -> Callable[..., None]:
-        made = Promise(" ".join((inspect.getdoc(case) or "").split()), standard, of, once, watches)
+        required = Promise(" ".join((inspect.getdoc(case) or "").split()), standard, of, once, watches)
 
         def test(self: Any, streamlab_subject: "Subject") -> None:
             subject, name = streamlab_subject, case.__name__.removeprefix("test_")
             try:
-                came, kept = asyncio.run(_first_error(case(self, subject))), True
+                observed, verified = asyncio.run(_first_error(case(self, subject))), True
             except (Broken, NoSample, NotHTTP) as error:
-                came, kept = str(error), False
+                observed, verified = str(error), False
             label = "the server" if once else subject.form.label
-            text = f"{label}\n  expected  {made.expected}\n  came      {came}\n  promise   {made.standard}"
-            subject.report({"endpoint": label, "case": name, "kept": kept, "text": text})
-            if not kept:
+            text = f"{label}\n  expected  {required.expected}\n  observed  {observed}\n  standard  {required.standard}"
+            subject.report({"endpoint": label, "case": name, "verified": verified, "text": text})
+            if not verified:
                 pytest.fail(text, pytrace=False)
             print(text)
 
         test.__name__, test.__doc__, test.__module__ = case.__name__, case.__doc__, case.__module__
         test.__qualname__ = case.__qualname__
-        test.__dict__["promise"] = made
+        test.__dict__["promise"] = required
         return test
 
     return mark
 
 
-def excuse(excused: Mapping[tuple[str, str], str], case: str, form: EndpointForm) -> str | None:
+def skip_reason(skipped: Mapping[tuple[str, str], str], case: str, form: EndpointForm) -> str | None:
     """Return why a case is skipped for an endpoint or one form of it; None if it is not."""
-    named = ((one, of) for one in (case, "*") for of in (form.label, form.endpoint))
-    return next((excused[key] for key in named if key in excused), None)
+    keys = ((one, endpoint) for one in (case, "*") for endpoint in (form.label, form.endpoint))
+    return next((skipped[key] for key in keys if key in skipped), None)
 
 
 async def _first_error(case: Awaitable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Cases for every endpoint: declared responses, HEAD, HTTP/1.0, and error responses that name the fault."""
+"""Cases for every endpoint: declared responses, HEAD, HTTP/1.0, and error responses that name the invalid parameter."""
 
 import asyncio
 import gzip
@@ -18,8 +18,8 @@ from .wire import StreamedResponse
 FORGED = "a\r\nX-Forged: 1\r\n\r\nid: forged\nevent: forged\rdata: forged\n\n<script>forged</script>\u2028"
 """A text that would forge a header, a field of an event, a log line, or an element of a page."""
 
-_OF_THE_MOMENT = {"date", "connection", "transfer-encoding", "content-length", "server-timing", "location"}
-"""Header fields that HEAD may leave out: what is known only when the content is made (RFC 9110, 9.3.2)."""
+_CONTENT_DEPENDENT = {"date", "connection", "transfer-encoding", "content-length", "server-timing", "location"}
+"""Header fields that HEAD may omit, because they are known only once the content is generated (RFC 9110, 9.3.2)."""
 
 
 def has_get(form: EndpointForm) -> bool:
@@ -28,7 +28,7 @@ def has_get(form: EndpointForm) -> bool:
 
 
 def has_invalid_values(form: EndpointForm) -> bool:
-    """Return whether some values of its parameters are invalid."""
+    """Return whether its parameters have invalid values to send."""
     return any(bad.where != "body" for bad in form.invalid_values())
 
 
@@ -57,22 +57,22 @@ class EndpointCases:
         body = bytes(response.body[:200]).decode(errors="replace")
         if response.status not in form.statuses or response.status >= 400:
             declared = ", ".join(str(status) for status in sorted(form.statuses) if status < 400)
-            raise Broken(f"{response.line} for {subject.line}, and {declared} is declared: {body.strip()}")
-        wanted = (form.media.partition(";")[0],) if form.media else form.sends
-        if response.status == 200 and response.media not in wanted:
-            raise Broken(f"{response.media or 'no media type'}, and {', '.join(wanted)} are declared")
+            raise Broken(f"{response.line} for {subject.line}, declared: {declared}: {body.strip()}")
+        declared_types = (form.media.partition(";")[0],) if form.media else form.sends
+        if response.status == 200 and response.media not in declared_types:
+            raise Broken(f"{response.media or 'no media type'}, declared: {', '.join(declared_types)}")
         return f"{response.line}, {response.media or 'no body'}"
 
     @promise("RFC 9111, 5.2.2; nginx, ngx_http_proxy_module: X-Accel-Buffering")
-    async def test_stream_is_neither_cached_nor_buffered_on_its_way(self, subject: Subject) -> str:
+    async def test_stream_is_neither_cached_nor_buffered(self, subject: Subject) -> str:
         """A stream has Cache-Control: no-cache or no-store, and X-Accel-Buffering: no."""
         response = await subject.response()
         if response.get("content-length") is not None and response.get("x-accel-buffering") is None:
-            return f"no stream: {response.get('content-length')} bytes in one piece"
+            return f"no stream: {response.get('content-length')} bytes at once"
         cache, buffering = response.get("cache-control") or "", response.get("x-accel-buffering")
         if not response.has_body:
             return f"{response.line}, without a body"
-        if not {"no-cache", "no-store"} & {word.strip() for word in cache.split(",")} or buffering != "no":
+        if not {"no-cache", "no-store"} & {directive.strip() for directive in cache.split(",")} or buffering != "no":
             raise Broken(f"Cache-Control: {cache or 'none'}, X-Accel-Buffering: {buffering or 'none'}")
         return f"Cache-Control: {cache}, X-Accel-Buffering: {buffering}"
 
@@ -83,7 +83,7 @@ class EndpointCases:
         reader, writer = await asyncio.open_connection("127.0.0.1", subject.server.port)
         try:
             head = await wire.send_on(reader, writer, subject.message(method="HEAD"))
-            missing = {name for name, _ in get.fields} - {name for name, _ in head.fields} - _OF_THE_MOMENT
+            missing = {name for name, _ in get.fields} - {name for name, _ in head.fields} - _CONTENT_DEPENDENT
             if head.status != get.status:
                 raise Broken(f"{head.line} for HEAD, {get.line} for GET")
             if missing:
@@ -91,14 +91,14 @@ class EndpointCases:
             if head.media != get.media:
                 raise Broken(f"{head.media or 'no media type'} for HEAD, {get.media} for GET")
             length = head.get("content-length")
-            if length is not None and await subject.steady() is not None and get.get("content-length") != length:
+            if length is not None and await subject.stable_body() is not None and get.get("content-length") != length:
                 raise Broken(f"Content-Length {length} for HEAD, {get.get('content-length')} for GET")
             closes = "close" in (head.get("connection") or "").lower()
             if not closes:
                 try:
                     after = await wire.send_on(reader, writer, wire.request("GET", "/health", host=subject.host))
                 except wire.NotHTTP as error:
-                    raise Broken(f"something after the headers of HEAD: {error}") from None
+                    raise Broken(f"bytes after the headers of HEAD: {error}") from None
                 await after.read(seconds=5)
             return f"{head.line}, {len(head.fields)} header fields, no body"
         finally:
@@ -110,17 +110,17 @@ class EndpointCases:
         usual = await subject.response()
         async with subject.request(version="1.0") as response:
             if response.status != usual.status and response.status not in subject.form.statuses:
-                raise Broken(f"{response.line}, and {usual.status} for HTTP/1.1")
+                raise Broken(f"{response.line}, but {usual.status} for HTTP/1.1")
             if coding := response.get("transfer-encoding"):
                 raise Broken(f"Transfer-Encoding: {coding}")
             if "keep-alive" in (response.get("connection") or "").lower():
                 raise Broken("Connection: keep-alive, which was not requested")
             if usual.ending is None:
-                await response.begin(seconds=2)
+                await response.wait_for_first_byte(seconds=2)
                 return f"{response.line}, no chunks, no end"
-            await response.read(seconds=5, most=1 << 22)
+            await response.read(seconds=5, max_bytes=1 << 22)
             if difference := await subject.differs(bytes(response.body)):
-                raise Broken(f"another body than for HTTP/1.1: {difference}")
+                raise Broken(f"a different body from HTTP/1.1: {difference}")
             if response.ending is None and len(response.body) < (1 << 22):
                 raise Broken("the connection stays open after the body")
             return f"{response.line}, {len(response.body)} bytes, closed"
@@ -167,7 +167,7 @@ class EndpointCases:
         """A body that is not JSON, has another type, or is excluded by its schema, is rejected with 4xx."""
         tried = 0
         for body, why in (
-            (b"{", "for half a JSON text"),
+            (b"{", "for truncated JSON"),
             (b"", "for an empty body"),
             (b"\xff\xfe", "for a body that is not UTF-8"),
         ):
@@ -184,34 +184,34 @@ class EndpointCases:
 
     @promise("OpenAPI 3.1.1, Schema Object; JSON Schema, 6.2", of=has_numbers)
     async def test_numbers_have_bounds(self, subject: Subject) -> str:
-        """Every number that a client may give has a documented minimum and maximum."""
+        """Every number in a request has a documented minimum and maximum."""
         bounds = []
         for name, schema in subject.form.numbers():
-            least = schema.get("minimum", schema.get("exclusiveMinimum"))
-            most = schema.get("maximum", schema.get("exclusiveMaximum"))
-            if least is None or most is None:
-                raise Broken(f"{name} has no {'least' if least is None else 'greatest'} value: Field(ge=..., le=...)")
-            bounds.append(f"{name} {least}..{most}")
+            minimum = schema.get("minimum", schema.get("exclusiveMinimum"))
+            maximum = schema.get("maximum", schema.get("exclusiveMaximum"))
+            if minimum is None or maximum is None:
+                raise Broken(f"{name} has no {'minimum' if minimum is None else 'maximum'}: Field(ge=..., le=...)")
+            bounds.append(f"{name} {minimum}..{maximum}")
         return ", ".join(bounds)
 
     @promise("RFC 9110, 5.5 and 17.2; WHATWG HTML 9.2.6", of=has_texts)
-    async def test_text_of_a_client_forges_nothing(self, subject: Subject) -> str:
+    async def test_client_text_cannot_forge_output(self, subject: Subject) -> str:
         """Text with line breaks, or with HTML, forges no header, no field of an event, no element and no log line."""
         for name in subject.form.texts():
             for value in (FORGED, "\0", "\ud7ff\U0010ffff"):
                 async with subject.request(values={name: value}) as response:
                     await response.read(seconds=0.5)
-                    where = f"?{name}= a text with line breaks"
+                    where = f"?{name}= with line breaks"
                     if response.status >= 500:
                         raise Broken(f"{response.line} for {where}: {bytes(response.body[:200])!r}")
                     if response.get("x-forged") is not None:
                         raise Broken(f"a header X-Forged for {where}")
                     if response.media == "text/html" and b"<script>forged" in response.body:
-                        raise Broken(f"an element of the client's for {where}")
+                        raise Broken(f"an element of the client's text for {where}")
                     if response.media == "text/event-stream":
                         _look_for_forged(response, where)
         if forged := [line for line in subject.server.log.splitlines() if line.startswith(("id: forged", "X-Forged"))]:
-            raise Broken(f"a log line of the client's: {forged[0]}")
+            raise Broken(f"a log line of the client's text: {forged[0]}")
         return f"nothing forged through {', '.join(subject.form.texts())}"
 
     @promise("RFC 9110, 8.4, 12.5.3 and 12.5.5", of=has_get)
@@ -229,8 +229,10 @@ class EndpointCases:
             if "accept-encoding" not in (response.get("vary") or "").lower():
                 raise Broken(f"Content-Encoding: {coding}, and no Vary: Accept-Encoding")
             await response.read(seconds=5)
-            if response.ending is not None and (difference := await subject.differs(_unpacked(bytes(response.body)))):
-                raise Broken(f"another body when unpacked: {difference}")
+            if response.ending is not None and (
+                difference := await subject.differs(_decompressed(bytes(response.body)))
+            ):
+                raise Broken(f"a different body after decompression: {difference}")
             return f"Content-Encoding: {coding}, Vary: {response.get('vary')}"
 
 
@@ -250,20 +252,20 @@ async def _rejection(response: StreamedResponse, statuses: Any, why: str) -> dic
     if response.status not in statuses:
         raise Broken(f"{response.line} {why}: {text}")
     if response.media != PROBLEM:
-        raise Broken(f"{response.line} {why}, as {response.media or 'no media type'} and not as {PROBLEM}: {text}")
+        raise Broken(f"{response.line} {why}, as {response.media or 'no media type'}, expected {PROBLEM}: {text}")
     try:
         document = json.loads(response.body)
     except ValueError:
         raise Broken(f"{response.line} {why}, with a body that is not JSON: {text}") from None
     if not isinstance(document, dict) or document.get("status") != response.status:
-        raise Broken(f"{response.line} {why}, with a document whose status is another: {text}")
+        raise Broken(f"{response.line} {why}, with a document of another status: {text}")
     return document
 
 
 def _names(document: Mapping[str, Any], name: str) -> None:
     named = [str(error.get("name")) for error in document.get("errors", ())]
     if not any(one.split(".")[0] == name for one in named):
-        raise Broken(f"{document['status']}, whose errors name {', '.join(named) or 'nothing'} and not {name}")
+        raise Broken(f"{document['status']} with errors for {', '.join(named) or 'no parameter'}, expected {name}")
 
 
 def _described(bad: InvalidValue) -> str:
@@ -274,11 +276,11 @@ def _described(bad: InvalidValue) -> str:
 def _look_for_forged(response: StreamedResponse, where: str) -> None:
     for event in wire.events(bytes(response.body)):
         if event.id == "forged" or event.event == "forged" or event.get("X-Forged") is not None:
-            raise Broken(f"an event with a field of the client's for {where}: {event}")
+            raise Broken(f"an event with a field of the client's text for {where}: {event}")
 
 
-def _unpacked(body: bytes) -> bytes:
+def _decompressed(body: bytes) -> bytes:
     try:
         return gzip.decompress(body)
     except (OSError, EOFError, zlib.error) as error:
-        raise Broken(f"a body that cannot be unpacked: {error}") from None
+        raise Broken(f"a body that cannot be decompressed: {error}") from None

@@ -1,4 +1,4 @@
-"""Requests made of an endpoint's OpenAPI entry: a valid one, and many invalid ones."""
+"""Requests built from an endpoint's OpenAPI operation: a valid one, and many invalid ones."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from .wire import request
 EVENTS = "text/event-stream"
 
 _LONG = 4000
-"""Characters of a value that is too long, where that is more than may be; a request line holds 8190 bytes."""
+"""Maximum length of a value that is sent as too long, in characters; a request line holds 8190 bytes."""
 
 
 class NoSample(Exception):
-    """No request can be made of an endpoint's declaration; its text says what it lacks."""
+    """No request can be built from an endpoint's declaration; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class EndpointForm:
 
     @property
     def carries_events(self) -> bool:
-        """Whether the answer is an event stream."""
+        """Whether the response is an event stream."""
         return self.media == EVENTS or self.sends == (EVENTS,)
 
     @property
@@ -132,7 +132,7 @@ class EndpointForm:
             return values[name]
         if "example" in parameter:
             return parameter["example"]
-        return _made(self._resolved(parameter["schema"]), f"the parameter {name!r} of {self.endpoint}")
+        return _generated(self._resolved(parameter["schema"]), f"the parameter {name!r} of {self.endpoint}")
 
     def body(self, values: Mapping[str, Any]) -> Any:
         """Return a JSON body: the declared example, overridden by `values` of its members."""
@@ -145,21 +145,21 @@ class EndpointForm:
         for name in schema.get("required", ()):
             if name not in example and name not in values:
                 what = f"the member {name!r} of the body of {self.endpoint}"
-                example[name] = _made(self._resolved(members[name]), what)
+                example[name] = _generated(self._resolved(members[name]), what)
         return example | {name: value for name, value in values.items() if name in members or name in example}
 
     def invalid_values(self) -> Iterator[InvalidValue]:
         """Yield invalid values of its parameters and of the members of its body."""
         for parameter in self.parameters:
-            for value, why in _wrong(self._resolved(parameter["schema"])):
+            for value, why in _invalid_values(self._resolved(parameter["schema"])):
                 if parameter["in"] == "query" or not isinstance(value, list):
                     yield InvalidValue(parameter["name"], parameter["in"], value, why)
         for name, schema in self.body_schema.get("properties", {}).items():
-            for value, why in _wrong(self._resolved(schema), typed=True):
+            for value, why in _invalid_values(self._resolved(schema), typed=True):
                 yield InvalidValue(name, "body", value, why)
 
     def numbers(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield every number that a client may give, with its schema."""
+        """Yield every number of a request, with its schema."""
         members = self.body_schema.get("properties", {}).items()
         for name, schema in (*((one["name"], one["schema"]) for one in self.parameters), *members):
             for choice in _choices(self._resolved(schema)):
@@ -203,8 +203,8 @@ def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
 
 
-def _made(schema: Mapping[str, Any], what: str) -> Any:
-    """Return a value that fits a schema; raises NoSample where none can be derived from it."""
+def _generated(schema: Mapping[str, Any], what: str) -> Any:
+    """Return a value that a schema accepts; raises NoSample if none can be derived from it."""
     schema = _choices(schema)[0]
     if "default" in schema:
         return schema["default"]
@@ -220,7 +220,7 @@ def _made(schema: Mapping[str, Any], what: str) -> Any:
     raise NoSample(f"{what} needs an example: Field(examples=[...]), or `values` of the test")
 
 
-def _wrong(schema: Mapping[str, Any], *, typed: bool = False) -> Iterator[tuple[Any, str]]:
+def _invalid_values(schema: Mapping[str, Any], *, typed: bool = False) -> Iterator[tuple[Any, str]]:
     """Yield values that a schema excludes; `typed` where a value is JSON and not text."""
     choices = _choices(schema)
     if len(choices) != 1:
@@ -233,29 +233,29 @@ def _wrong(schema: Mapping[str, Any], *, typed: bool = False) -> Iterator[tuple[
         case "integer" | "number" as kind:
             yield "many", "is not a number"
             if kind == "integer":
-                yield 1.5, "is not whole"
-            yield from _beyond(schema)
+                yield 1.5, "is not an integer"
+            yield from _out_of_bounds(schema)
         case "boolean":
             yield "perhaps", "is neither true nor false"
         case "string":
             if typed:
-                yield 5, "is not a text"
+                yield 5, "is not a string"
             if "maxLength" in schema and schema["maxLength"] < _LONG:
                 yield "x" * (schema["maxLength"] + 1), f"is longer than {schema['maxLength']}"
             if schema.get("minLength"):
                 yield "", "is empty"
             if "pattern" in schema:
-                wrong = next((text for text in ("~ ~", "!", "0", "x") if not re.search(schema["pattern"], text)), None)
-                if wrong is not None:
-                    yield wrong, f"does not match {schema['pattern']}"
+                text = next((one for one in ("~ ~", "!", "0", "x") if not re.search(schema["pattern"], one)), None)
+                if text is not None:
+                    yield text, f"does not match {schema['pattern']}"
         case "array":
-            for value, why in _wrong(schema.get("items", {}), typed=typed):
+            for value, why in _invalid_values(schema.get("items", {}), typed=typed):
                 yield [value], why
         case "object" if typed:
             yield "no object", "is not an object"
 
 
-def _beyond(schema: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+def _out_of_bounds(schema: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     if "maximum" in schema:
         yield schema["maximum"] + 1, f"is more than {schema['maximum']}"
     if "exclusiveMaximum" in schema:

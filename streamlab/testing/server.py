@@ -29,7 +29,7 @@ PROBE = "conformance_probe"
 
 @dataclass(frozen=True)
 class State:
-    """What is open in a server, and what it has cost so far."""
+    """What is open in a server, and the memory and processor time it has used."""
 
     streams: int
     tasks: list[str]
@@ -39,9 +39,9 @@ class State:
     memory: int
     """Resident bytes."""
     cpu: float
-    """Seconds of a processor."""
+    """Processor time, in seconds."""
     ended: list[dict[str, Any]]
-    """The streams that have ended, each with `route`, `outcome`, and the time `at` which, by `time.monotonic`."""
+    """The streams that have ended, each with `route`, `outcome`, and the time `at`, by `time.monotonic`."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Server:
     process: "subprocess.Popen[str]"
     port: int
     folder: Path
-    """Where its config.toml is, and `var/`."""
+    """The folder of its config.toml and `var/`."""
     log_file: Path
 
     @property
@@ -61,7 +61,7 @@ class Server:
 
     @property
     def log(self) -> str:
-        """What it has logged so far."""
+        """Its log so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def request(
@@ -83,10 +83,10 @@ class Server:
         """Return what is open in it now."""
         return State(**self.request("/conformance/state").json)
 
-    def settled(self, reached: Callable[[State], bool], *, seconds: float) -> State:
-        """Poll its state until `reached` accepts it, for at most `seconds`; return the last one."""
+    def wait_for_state(self, accept: Callable[[State], bool], *, seconds: float) -> State:
+        """Poll its state until `accept` returns True, for at most `seconds`; return the last one."""
         deadline = time.monotonic() + seconds
-        while not reached(state := self.state()) and time.monotonic() < deadline:
+        while not accept(state := self.state()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return state
 
@@ -121,10 +121,10 @@ class Response:
 
 
 def environment(plugin: str, settings: Path, folders: Iterable[Path]) -> dict[str, str]:
-    """Return the variables that put a server under test: the probe is loaded, other plugins are not.
+    """Return the environment variables of a server under test: they enable the probe and disable other plugins.
 
-    A plugin that has a table in the settings is left on, since the one that is tested may need it. Raises ConfigError
-    where the settings cannot be read, and LookupError where no plugin has that name.
+    A plugin that has a table in the settings stays enabled, since the tested one may need it. Raises ConfigError where
+    the settings cannot be read, and LookupError where no plugin has that name.
     """
     paths = json.dumps([str(path.resolve()) for path in (*folders, settings.parent / "probe")])
     variables = {
@@ -142,7 +142,7 @@ def environment(plugin: str, settings: Path, folders: Iterable[Path]) -> dict[st
 
 
 def write_settings(folder: Path, settings: str) -> Path:
-    """Write a server's settings, as they stand in config.toml, and the probe beside them; the path of the settings."""
+    """Write the config.toml of a server, and the probe; return the path of config.toml."""
     probe = folder / "probe" / f"{PROBE}.py"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_text((Path(__file__).parent / "probe.py").read_text(encoding="utf-8"), encoding="utf-8")
@@ -150,9 +150,11 @@ def write_settings(folder: Path, settings: str) -> Path:
     return folder / "config.toml"
 
 
-def begin(words: Sequence[str], folder: Path, environ: Mapping[str, str], log: IO[str]) -> "subprocess.Popen[str]":
-    """Start `streamlab WORDS...` in a folder, with a pipe as its stdout, and its stderr in `log`."""
-    command = [sys.executable, "-m", "streamlab", *words]
+def start_process(
+    arguments: Sequence[str], folder: Path, environ: Mapping[str, str], log: IO[str]
+) -> "subprocess.Popen[str]":
+    """Start `streamlab ARGUMENTS...` in a folder, with a pipe as its stdout, and its stderr in `log`."""
+    command = [sys.executable, "-m", "streamlab", *arguments]
     return subprocess.Popen(  # noqa: S603 - this very program
         command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environ
     )
@@ -160,14 +162,16 @@ def begin(words: Sequence[str], folder: Path, environ: Mapping[str, str], log: I
 
 @contextmanager
 def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
-    """Run `streamlab run` with settings and variables, as a process of its own, while the block runs.
+    """Run `streamlab run` with settings and variables, as a separate process, while the block runs.
 
-    Raises RuntimeError with its log where it does not start.
+    Raises RuntimeError with its log if it does not start.
     """
     folder = settings.parent
     environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
     with (folder / "log").open("w", encoding="utf-8") as log:
-        process = begin(["run", "--config", str(settings), "--port", "0"], folder, {**environ, **variables}, log)
+        process = start_process(
+            ["run", "--config", str(settings), "--port", "0"], folder, {**environ, **variables}, log
+        )
     with process:
         server = Server(process, 0, folder, folder / "log")
         try:
@@ -181,14 +185,14 @@ def serving(settings: Path, variables: Mapping[str, str]) -> Iterator[Server]:
 def _port(server: Server) -> int:
     """Wait until it serves, and return its port."""
     assert server.process.stdout is not None
-    patience = threading.Timer(START_SECONDS, server.process.kill)
-    patience.start()
+    timer = threading.Timer(START_SECONDS, server.process.kill)
+    timer.start()
     try:
         for line in server.process.stdout:
             if " serves http" in line:
                 return int(line.rpartition(":")[2])
     finally:
-        patience.cancel()
+        timer.cancel()
     status = server.process.wait()
-    how = f"within {START_SECONDS:g} s" if status == -signal.SIGKILL else f"and left with status {status}"
+    how = f"within {START_SECONDS:g} s" if status == -signal.SIGKILL else f"and exited with status {status}"
     raise RuntimeError(f"the server did not start, {how}:\n{server.log}")

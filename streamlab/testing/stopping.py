@@ -29,7 +29,7 @@ SLACK_SECONDS = 0.5
 
 @dataclass
 class Stopped:
-    """How a server stopped that had a stream of each endpoint open."""
+    """How a server with an open stream of each endpoint stopped."""
 
     status: int | None
     """Its exit status; None where it had to be killed."""
@@ -37,22 +37,22 @@ class Stopped:
     """From SIGTERM to its end."""
     log: str
     responses: dict[str, StreamedResponse | str] = field(default_factory=dict)
-    """By endpoint; a text says why there is none."""
+    """By endpoint; a string is the reason why there is none."""
     waited: dict[str, float | None] = field(default_factory=dict)
-    """The seconds from SIGTERM to the end of each; None where it was over before."""
+    """The seconds from SIGTERM to the end of each; None if it had ended before."""
 
 
 async def stopped(server: Server, subjects: Sequence[Subject]) -> Stopped:
-    """Open a stream of each subject, stop the server with SIGTERM, and see how they end."""
+    """Open a stream of each subject, stop the server with SIGTERM, and record how they end."""
     found = Stopped(None, 0, "")
-    # What ends by itself is to end within the drain, and is compared with the whole; the rest is long.
+    # A response that ends by itself must do so during the drain, and is compared with the complete one.
     short = {subject.form.label: await _is_short(subject) for subject in subjects}
     async with AsyncExitStack() as stack:
         for subject in subjects:
             label = subject.form.label
             try:
                 response = await stack.enter_async_context(subject.request(long=not short[label]))
-                await response.begin(seconds=1)
+                await response.wait_for_first_byte(seconds=1)
                 found.responses[label] = response
             except (NoSample, NotHTTP, OSError) as error:
                 found.responses[label] = f"{type(error).__name__}: {error}"
@@ -61,7 +61,7 @@ async def stopped(server: Server, subjects: Sequence[Subject]) -> Stopped:
         async with asyncio.TaskGroup() as group:
             for label, opened in found.responses.items():
                 if isinstance(opened, StreamedResponse):
-                    group.create_task(_read_on(label, opened, began, found.waited))
+                    group.create_task(_read_to_end(label, opened, began, found.waited))
             group.create_task(_wait(server, found))
     found.log = server.log
     return found
@@ -69,12 +69,12 @@ async def stopped(server: Server, subjects: Sequence[Subject]) -> Stopped:
 
 async def _is_short(subject: Subject) -> bool:
     try:
-        return await subject.steady() is not None and (await subject.response()).ended_after > SHORT_SECONDS
+        return await subject.stable_body() is not None and (await subject.response()).ended_after > SHORT_SECONDS
     except (NoSample, NotHTTP, OSError):
         return False
 
 
-async def _read_on(label: str, response: StreamedResponse, began: float, waited: dict[str, float | None]) -> None:
+async def _read_to_end(label: str, response: StreamedResponse, began: float, waited: dict[str, float | None]) -> None:
     waited[label] = None
     if response.ending is None:
         try:
@@ -101,7 +101,7 @@ class Stopping:
 
     @promise("streamlab: event streams end at once, others within drain_seconds; RFC 9112, 8")
     async def test_stop_ends_streams_visibly(self, subject: Subject) -> str:
-        """At SIGTERM an event stream ends whole, with `retry`, within 0.5 s; nothing aborted looks complete."""
+        """At SIGTERM an event stream ends with `retry` and its last chunk in 0.5 s; no aborted body looks complete."""
         found = await asyncio.to_thread(subject.stopped)
         response, label = found.responses[subject.form.label], subject.form.label
         if isinstance(response, str):
@@ -110,16 +110,18 @@ class Stopping:
             return f"not open: {response.line}"
         waited = found.waited[label]
         if waited is None:
-            return "over before the server stopped"
+            return "ended before the server stopped"
         if response.ending is None:
             raise Broken(f"still open {waited:.1f} s after SIGTERM")
         if subject.form.carries_events:
             return _farewell(response, waited)
-        whole = await subject.steady()
-        looks_whole = response.ending == "whole" and response.get("content-length") is None
-        if looks_whole and whole is not None and response.size < len(whole):
-            raise Broken(f"{response.size} of {len(whole)} bytes, and then the last chunk: a part that looks whole")
-        return f"{'ended' if response.ending == 'whole' else 'was cut'} after {waited:.1f} s"
+        expected = await subject.stable_body()
+        looks_complete = response.ending == "complete" and response.get("content-length") is None
+        if looks_complete and expected is not None and response.size < len(expected):
+            raise Broken(
+                f"{response.size} of {len(expected)} bytes, then the last chunk: a partial body that looks complete"
+            )
+        return f"{'ended' if response.ending == 'complete' else 'was cut'} after {waited:.1f} s"
 
     @promise("streamlab: the process exits within drain_seconds + 1 s; POSIX: exit status 0", once=True)
     async def test_server_stops_in_time(self, subject: Subject) -> str:
@@ -135,26 +137,26 @@ class Stopping:
             raise Broken(f"a traceback in its log: {found.log[found.log.index('Traceback') :][:1000]}")
         return f"ended after {found.seconds:.1f} s, status 0"
 
-    @promise("streamlab: what a client does is not a fault of the server", once=True)
+    @promise("streamlab: an action of a client is not a fault of the server", once=True)
     async def test_log_has_no_traceback(self, subject: Subject) -> str:
         """At the end, the server's log has no traceback and no Python warning."""
         log = subject.server.log
-        for word in ("Traceback", "Warning: ", "never retrieved"):
-            if word in log:
-                raise Broken(f"in its log: {log[max(0, log.index(word) - 500) :][:1500]}")
+        for text in ("Traceback", "Warning: ", "never retrieved"):
+            if text in log:
+                raise Broken(f"in its log: {log[max(0, log.index(text) - 500) :][:1500]}")
         return f"{len(log.splitlines())} lines, none of them a traceback"
 
 
 def _farewell(response: StreamedResponse, waited: float) -> str:
-    if response.ending != "whole":
+    if response.ending != "complete":
         raise Broken(f"{response.ending} {waited:.1f} s after SIGTERM, without the last chunk")
     if waited > FAREWELL_SECONDS + SLACK_SECONDS:
         raise Broken(f"its last chunk came {waited:.1f} s after SIGTERM")
     events = parsed(response)
     last = events[-1] if events else None
     if last is not None and last.event == "end":
-        return f"its own end {waited:.2f} s after SIGTERM"
+        return f"ended by itself {waited:.2f} s after SIGTERM"
     retry = last.get("retry") if last is not None else None
     if retry is None or not (retry.isascii() and retry.isdigit()):
-        raise Broken(f"the last event has no retry, so that all come back at once: {last or 'no event'}")
-    return f"whole after {waited:.2f} s, retry: {retry}"
+        raise Broken(f"the last event has no retry, so all clients reconnect at once: {last or 'no event'}")
+    return f"complete after {waited:.2f} s, retry: {retry}"

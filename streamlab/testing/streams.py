@@ -1,4 +1,4 @@
-"""Cases for streams: an early first byte, bounded cost, and work that stops when its client disconnects."""
+"""Cases for streams: an early first byte, bounded cost, and work that stops when the client disconnects."""
 
 import asyncio
 import statistics
@@ -14,10 +14,10 @@ from .server import State
 from .subject import FULL, MAX_BYTES, Subject
 from .wire import NotHTTP, StreamedResponse
 
-LEAVERS = 10
+DISCONNECTS = 10
 """Number of clients that disconnect at the same time."""
 
-CROWD = 50
+CONCURRENT = 50
 """Number of concurrent clients."""
 
 STALLED = 5
@@ -26,7 +26,7 @@ STALLED = 5
 STALL_SECONDS = 1.0
 """Interval over which the cost of stalled clients is measured, in seconds."""
 
-STALL_LOOKS = 5
+STALL_INTERVALS = 5
 """Maximum number of such intervals."""
 
 STALLED_BYTES = 16 * 1024 * 1024
@@ -35,10 +35,10 @@ STALLED_BYTES = 16 * 1024 * 1024
 STALLED_CPU = 0.1
 """Maximum processor time of all stalled clients, in seconds per second."""
 
-LEAVE_SECONDS = 0.1
+STOP_WORK_SECONDS = 0.1
 """Maximum time until the work for a disconnected client stops, in seconds."""
 
-PATIENCE_SECONDS = 15.0
+TIMEOUT_SECONDS = 15.0
 """Maximum time for a first byte or an end, in seconds."""
 
 SHORT_SECONDS = 0.25
@@ -51,56 +51,56 @@ HEALTH_SECONDS = 0.25
 class Streams:
     """Cases for every endpoint that concern streaming."""
 
-    @promise("streamlab: the first byte comes in the first half of the time")
-    async def test_first_byte_comes_before_the_end(self, subject: Subject) -> str:
-        """The first byte of the body comes in the first half of the time of the complete response."""
+    @promise("streamlab: the first byte arrives in the first half of the time")
+    async def test_first_byte_arrives_before_the_end(self, subject: Subject) -> str:
+        """The first byte of the body arrives in the first half of the time of the complete response."""
         response = await subject.response()
-        for long in (False, True, True):  # what is created at the first request is late once
+        for long in (False, True, True):  # what the first request creates delays only that one
             if not _is_late(response, subject.form.carries_events):
-                return _beginning(response)
+                return _first_byte_timing(response)
             async with subject.request(long=long) as response:
-                await response.read(seconds=PATIENCE_SECONDS, most=MAX_BYTES)
+                await response.read(seconds=TIMEOUT_SECONDS, max_bytes=MAX_BYTES)
         if not _is_late(response, subject.form.carries_events):
-            return _beginning(response)
-        raise Broken(f"held back: {_beginning(response)}")
+            return _first_byte_timing(response)
+        raise Broken(f"buffered: {_first_byte_timing(response)}")
 
     @promise("streamlab: a client that disconnects stops its work within 100 ms")
     async def test_disconnected_client_stops_its_work(self, subject: Subject) -> str:
         """The work for ten disconnected clients stops within 100 ms; no stream, task, file, thread or child remains."""
-        if await subject.fits():
+        if await subject.is_complete_at_once():
             return "no disconnect possible: the response is complete at once"
         delays: list[float] = []
-        for _ in range(3):  # what is created once and cached exists after the first time
+        for _ in range(3):  # objects created once and cached exist after the first time
             before = await _settled(subject, seconds=1)
-            left = await _open_and_leave(subject)
+            disconnected_at = await _open_and_disconnect(subject)
             after = await _settled(subject, before, seconds=2)
             route = subject.form.template
-            ended = [one for one in after.ended if one["at"] >= left and _is_route(one["route"], route)]
+            ended = [one for one in after.ended if one["at"] >= disconnected_at and _is_route(one["route"], route)]
             if failed := [one for one in ended if one["outcome"] == "failed"]:
-                raise Broken(f"{len(failed)} of {LEAVERS} streams ended as `failed`: a disconnect is not a failure")
-            delays = [one["at"] - left for one in ended if one["outcome"] == "client left"]
-            if not (grown := _grown(before, after)) and (not delays or statistics.median(delays) <= LEAVE_SECONDS):
-                took = f", half of it within {_ms(statistics.median(delays))}" if delays else ""
-                return f"{LEAVERS} disconnected, and nothing of their work is left{took}"
+                raise Broken(f"{len(failed)} of {DISCONNECTS} streams ended as `failed`: a disconnect is not a failure")
+            delays = [one["at"] - disconnected_at for one in ended if one["outcome"] == "client left"]
+            if not (grown := _grown(before, after)) and (not delays or statistics.median(delays) <= STOP_WORK_SECONDS):
+                timing = f", half of it within {_ms(statistics.median(delays))}" if delays else ""
+                return f"{DISCONNECTS} disconnected, and none of their work remains{timing}"
         if grown:
-            raise Broken(f"2 s after {LEAVERS} have left there are more than before: {grown}")
-        raise Broken(f"half of the work went on for {_ms(statistics.median(delays))} and more")
+            raise Broken(f"2 s after {DISCONNECTS} clients disconnected there are more than before: {grown}")
+        raise Broken(f"half of the work continued for {_ms(statistics.median(delays))} or longer")
 
     @promise("streamlab: a client that does not read costs a bounded amount of memory, and no processor time")
-    async def test_client_that_stalls_costs_little(self, subject: Subject) -> str:
+    async def test_stalled_client_uses_bounded_resources(self, subject: Subject) -> str:
         """Five clients that read nothing cost at most 16 MiB of memory, no growth, and almost no processor time."""
-        if await subject.fits():
+        if await subject.is_complete_at_once():
             return "no stall possible: the response is complete at once"
         before = await _settled(subject, seconds=1)
-        if subject.known.idle_cpu is None:
+        if subject.cache.idle_cpu is None:
             await asyncio.sleep(STALL_SECONDS)
-            subject.known.idle_cpu = (await _now(subject)).cpu - before.cpu
-        message, idle = subject.message(long=True), subject.known.idle_cpu
+            subject.cache.idle_cpu = (await _now(subject)).cpu - before.cpu
+        message, idle = subject.message(long=True), subject.cache.idle_cpu
         with ExitStack() as stack:
             for _ in range(STALLED):
                 stack.enter_context(closing(await asyncio.to_thread(wire.stalled, subject.server.port, message)))
             early = await _now(subject)
-            for _ in range(STALL_LOOKS):  # what a source does before it can begin is no fault
+            for _ in range(STALL_INTERVALS):  # preparing a source before its first data is allowed
                 await asyncio.sleep(STALL_SECONDS)
                 late = await _now(subject)
                 cost, growth = late.memory - before.memory, late.memory - early.memory
@@ -110,20 +110,20 @@ class Streams:
         if cost > STALLED_BYTES:
             raise Broken(f"{cost / 1e6:.1f} MB of memory for {STALLED} clients that read nothing")
         if growth > STALLED_BYTES / 4:
-            raise Broken(f"{growth / 1e6:.1f} MB more of memory in a second in which nobody read anything")
+            raise Broken(f"{growth / 1e6:.1f} MB of memory growth in a second in which no client read")
         if cpu > STALLED_CPU * STALL_SECONDS:
-            raise Broken(f"{cpu:.2f} s of a processor in a second in which nobody read anything")
+            raise Broken(f"{cpu:.2f} s of processor time in a second in which no client read")
         after = await _settled(subject, before, seconds=3)
         if grown := _grown(before, after):
-            raise Broken(f"3 s after {STALLED} stalled clients have left there are more than before: {grown}")
-        return f"{max(cost, 0) / 1e6:.1f} MB, {cpu:.2f} s of a processor in a second, and nothing left of it"
+            raise Broken(f"3 s after {STALLED} stalled clients disconnected there are more than before: {grown}")
+        return f"{max(cost, 0) / 1e6:.1f} MB, {cpu:.2f} s of processor time per second, nothing left open"
 
-    @promise("streamlab: many clients at once; RFC 9110, 15.6.4 and RFC 6585, 4 (429) beyond the limit")
-    async def test_fifty_clients_at_once_get_the_same_as_one(self, subject: Subject) -> str:
-        """Fifty clients get what one gets, or 429 or 503 with Retry-After."""
+    @promise("streamlab: many concurrent clients; RFC 9110, 15.6.4 and RFC 6585, 4 (429) beyond the limit")
+    async def test_concurrent_clients_get_the_same_response(self, subject: Subject) -> str:
+        """Fifty concurrent clients get the response of a single one, or 429 or 503 with Retry-After."""
         usual = await subject.response()
         if usual.status not in subject.form.statuses:
-            raise Broken(f"{usual.line} for one alone: see responds_as_described")
+            raise Broken(f"{usual.line} for a single client: see responds_as_described")
         responses: list[StreamedResponse | str] = []
 
         async def one() -> None:
@@ -131,32 +131,39 @@ class Streams:
                 async with subject.request() as response:
                     responses.append(response)
                     if usual.ending is None:
-                        await response.begin(seconds=PATIENCE_SECONDS if usual.body else 0.1)
+                        await response.wait_for_first_byte(seconds=TIMEOUT_SECONDS if usual.body else 0.1)
                     else:
-                        await response.read(seconds=PATIENCE_SECONDS, most=len(usual.body) + 1)
+                        await response.read(seconds=TIMEOUT_SECONDS, max_bytes=len(usual.body) + 1)
             except (NotHTTP, OSError) as error:
                 responses.append(f"{type(error).__name__}: {error}")
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(CROWD):
+            for _ in range(CONCURRENT):
                 group.create_task(one())
         for response in responses:
-            if fault := await _of_the_crowd(subject, usual, response):
-                raise Broken(f"{fault} for one of {CROWD}")
+            if fault := await _concurrent_fault(subject, usual, response):
+                raise Broken(f"{fault} for one of {CONCURRENT} clients")
         served = sum(isinstance(response, StreamedResponse) and response.status not in FULL for response in responses)
         late = max((a.first_after or 0.0 for a in responses if isinstance(a, StreamedResponse)), default=0.0)
-        # Where slots are few, and others get 429 or 503, some wait for theirs.
-        if served == CROWD and usual.ending and usual.ended_after > SHORT_SECONDS and late > usual.ended_after * 3 + 2:
-            raise Broken(f"the last of {CROWD} waited {late:.1f} s for its first byte: one after the other")
-        return f"{served} served, {CROWD - served} told to retry; the last first byte after {_ms(late)}"
+        # Where some clients get 429 or 503, others may wait for one of few slots.
+        if (
+            served == CONCURRENT
+            and usual.ending
+            and usual.ended_after > SHORT_SECONDS
+            and late > usual.ended_after * 3 + 2
+        ):
+            raise Broken(f"the last of {CONCURRENT} waited {late:.1f} s for its first byte: served one after the other")
+        return (
+            f"{served} served, {CONCURRENT - served} rejected with Retry-After; the last first byte after {_ms(late)}"
+        )
 
     @promise("streamlab: nothing blocks the loop; asyncio, Developing with asyncio: running blocking code")
     async def test_stream_does_not_block_other_requests(self, subject: Subject) -> str:
         """While it streams, /health responds within 250 ms."""
-        if await subject.fits():
-            return "over at once"
+        if await subject.is_complete_at_once():
+            return "complete at once"
         longest = usual = 0.0
-        for _ in range(3):  # a machine that is busy otherwise may be late once
+        for _ in range(3):  # a busy machine may be late once
             usual = await _longest_health(subject, asyncio.sleep(0.2))
             longest = await _longest_health(subject, _streamed(subject))
             if longest <= HEALTH_SECONDS + 3 * usual:
@@ -164,20 +171,20 @@ class Streams:
         raise Broken(f"/health took {_ms(longest)}, and {_ms(usual)} without it")
 
 
-async def _of_the_crowd(subject: Subject, usual: StreamedResponse, response: StreamedResponse | str) -> str:
-    """Return what is wrong with a response to one of many, compared with that to one alone; empty if nothing is."""
+async def _concurrent_fault(subject: Subject, usual: StreamedResponse, response: StreamedResponse | str) -> str:
+    """Return what is wrong with a response under concurrency, compared with the usual one; empty if nothing is."""
     if isinstance(response, str):
-        return f"no answer ({response})"
+        return f"no response ({response})"
     if response.status in FULL:
         return f"{response.line}, without Retry-After," if response.get("retry-after") is None else ""
     if response.status not in subject.form.statuses:
         return f"{response.line}, which is not declared,"
     if usual.body and not response.body:
-        return f"no first byte within {PATIENCE_SECONDS:g} s"
-    if usual.ending == "whole" and response.ending not in ("whole", None):
-        return "a body that was cut"
+        return f"no first byte within {TIMEOUT_SECONDS:g} s"
+    if usual.ending == "complete" and response.ending not in ("complete", None):
+        return "an incomplete body"
     if response.status == usual.status and (difference := await subject.differs(bytes(response.body))):
-        return f"another body ({difference})"
+        return f"a different body ({difference})"
     return ""
 
 
@@ -192,8 +199,8 @@ def _is_late(response: StreamedResponse, carries_events: bool) -> bool:
     )
 
 
-def _beginning(response: StreamedResponse) -> str:
-    end = f"of {_ms(response.ended_after)}" if response.ending else "and no end yet"
+def _first_byte_timing(response: StreamedResponse) -> str:
+    end = f"of {_ms(response.ended_after)}" if response.ending else "without an end"
     if response.first_after is None:
         return f"headers after {_ms(response.head_after)}, without a body " + end
     return f"the first byte after {_ms(response.first_after)} {end}"
@@ -203,34 +210,34 @@ async def _longest_health(subject: Subject, meanwhile: Coroutine[Any, Any, None]
     """Request /health repeatedly while `meanwhile` runs; return the longest time, in seconds."""
     longest, message = 0.0, wire.request("GET", "/health", host=subject.host)
     async with asyncio.TaskGroup() as group:
-        going = group.create_task(meanwhile)
-        while not going.done():
+        running = group.create_task(meanwhile)
+        while not running.done():
             async with wire.send(subject.server.port, message) as health:
-                await health.read(seconds=PATIENCE_SECONDS)
+                await health.read(seconds=TIMEOUT_SECONDS)
             longest = max(longest, health.ended_after)
-            await asyncio.wait({going}, timeout=0.01)
+            await asyncio.wait({running}, timeout=0.01)
     return longest
 
 
 async def _streamed(subject: Subject) -> None:
     async with subject.request(long=True) as response:
-        await response.read(seconds=1, most=1 << 30)
+        await response.read(seconds=1, max_bytes=1 << 30)
 
 
-async def _open_and_leave(subject: Subject) -> float:
-    """Connect ten clients, disconnect them after their first byte, half of them by a reset; return that time."""
+async def _open_and_disconnect(subject: Subject) -> float:
+    """Connect ten clients, disconnect them after their first byte, half of them by a reset; return the time of it."""
     async with AsyncExitStack() as stack:
         responses = []
-        for _ in range(LEAVERS):
+        for _ in range(DISCONNECTS):
             with suppress(NotHTTP):
                 responses.append(await stack.enter_async_context(subject.request(long=True)))
         async with asyncio.TaskGroup() as group:
             for response in responses:
-                group.create_task(response.begin(seconds=0.5))
-        left = time.monotonic()
+                group.create_task(response.wait_for_first_byte(seconds=0.5))
+        disconnected_at = time.monotonic()
         for number, response in enumerate(responses):
-            response.leave(reset=number % 2 == 0)
-    return left
+            response.disconnect(reset=number % 2 == 0)
+    return disconnected_at
 
 
 async def _now(subject: Subject) -> State:
@@ -238,12 +245,12 @@ async def _now(subject: Subject) -> State:
 
 
 async def _settled(subject: Subject, before: State | None = None, *, seconds: float) -> State:
-    """Wait until nothing is open, or no more than before; return the state."""
+    """Wait until no stream is open, or no more objects than before; return the state."""
 
-    def reached(now: State) -> bool:
+    def accept(now: State) -> bool:
         return not _grown(before, now) if before is not None else not now.streams
 
-    return await asyncio.to_thread(subject.server.settled, reached, seconds=seconds)
+    return await asyncio.to_thread(subject.server.wait_for_state, accept, seconds=seconds)
 
 
 def _grown(before: State, after: State) -> str:
@@ -251,7 +258,7 @@ def _grown(before: State, after: State) -> str:
     found = [f"{after.streams - before.streams} streams"] if after.streams > before.streams else []
     for what in ("tasks", "files", "threads", "children"):
         more = Counter(getattr(after, what)) - Counter(getattr(before, what))
-        if more.total() - (Counter(getattr(before, what)) - Counter(getattr(after, what))).total() >= LEAVERS // 2:
+        if more.total() - (Counter(getattr(before, what)) - Counter(getattr(after, what))).total() >= DISCONNECTS // 2:
             found.append(f"{more.total()} {what} ({', '.join(sorted(more))[:200]})")
     return ", ".join(found)
 

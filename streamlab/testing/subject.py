@@ -1,4 +1,4 @@
-"""One endpoint of a server under test, and what is known of its responses."""
+"""One endpoint of a server under test, and its cached responses."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -28,14 +28,14 @@ FULL = (429, 503)
 
 
 @dataclass
-class Known:
-    """What is known of the endpoints of a server, shared by the cases: each response is requested once."""
+class Cache:
+    """Results that the cases of a server share, so that each response is requested once."""
 
-    varies: frozenset[str] = frozenset()
-    """Endpoints whose body may be another each time."""
+    nondeterministic: frozenset[str] = frozenset()
+    """Endpoints whose body may differ for the same request."""
     responses: dict[bytes, StreamedResponse] = field(default_factory=dict)
     """By request."""
-    steady: dict[bytes, bool] = field(default_factory=dict)
+    is_stable: dict[bytes, bool] = field(default_factory=dict)
     idle_cpu: float | None = None
 
 
@@ -47,15 +47,15 @@ class Subject:
     server: Server
     values: Mapping[str, Any]
     large: Mapping[str, Any]
-    """Values that make the answer as long as it gets."""
+    """Values that make the response as long as possible."""
     data_is_json: bool
-    known: Known
+    cache: Cache
     report: Callable[[Mapping[str, Any]], None]
     """A function that records what a case found, for the summary."""
     watching: "Future[Watched] | None"
-    """The event stream of this endpoint as another client watches it; None where nobody does."""
+    """The event stream of this endpoint, watched by another client; None if none watches it."""
     stopped: "Callable[[], Stopped]"
-    """Returns how a server stopped that had a stream of each endpoint open; the first call stops one."""
+    """A function that returns how a server with open streams stopped; its first call stops one."""
 
     @property
     def host(self) -> str:
@@ -64,10 +64,10 @@ class Subject:
 
     def message(self, *, long: bool = False, values: Mapping[str, Any] | None = None, **options: Any) -> bytes:
         """Return a request, valid but for the options; `long` for a response as long as possible."""
-        everything = {**self.values, **(self.large if long else {}), **(values or {})}
+        merged = {**self.values, **(self.large if long else {}), **(values or {})}
         if long and self.form.carries_events and "limit" not in self.large:
             options["without"] = ("limit",)
-        return self.form.message(everything, self.host, **options)
+        return self.form.message(merged, self.host, **options)
 
     @property
     def line(self) -> str:
@@ -80,11 +80,11 @@ class Subject:
         return wire.send(self.server.port, self.message(**options))
 
     def _key(self, *, long: bool = False) -> bytes:
-        """Return the request as it is to every server of this plugin."""
+        """Return the request without the server's address, which differs between the servers of a plugin."""
         return self.message(long=long).replace(self.host.encode(), b"", 1)
 
     async def watched(self) -> Watched:
-        """Wait until the event stream has been watched; where it was full of other clients, watch it alone."""
+        """Wait until the event stream has been watched; if the server was over its limits, watch it alone."""
         if self.watching is not None:
             watched = await asyncio.wrap_future(self.watching)
             if watched.response.status not in FULL:
@@ -92,37 +92,37 @@ class Subject:
         return await watch(self)
 
     async def response(self, *, long: bool = False) -> StreamedResponse:
-        """Return the response to the valid request, read for a while; it is requested once."""
+        """Return the response to the valid request, read for WATCH_SECONDS; it is requested once."""
         key = self._key(long=long)
-        if key not in self.known.responses:
+        if key not in self.cache.responses:
             async with self.request(long=long) as response:
-                await response.read(seconds=WATCH_SECONDS, most=MAX_BYTES)
-            self.known.responses[key] = response
-        return self.known.responses[key]
+                await response.read(seconds=WATCH_SECONDS, max_bytes=MAX_BYTES)
+            self.cache.responses[key] = response
+        return self.cache.responses[key]
 
-    async def steady(self) -> bytes | None:
-        """Return the body of a response that ends and is the same each time; None for others, and for events."""
-        if self.form.carries_events or self.form.endpoint in self.known.varies:
+    async def stable_body(self) -> bytes | None:
+        """Return the body if the response ends and is the same each time; None otherwise, and for events."""
+        if self.form.carries_events or self.form.endpoint in self.cache.nondeterministic:
             return None
         key, first = self._key(), await self.response()
-        if key not in self.known.steady:
+        if key not in self.cache.is_stable:
             async with self.request() as again:
-                await again.read(seconds=WATCH_SECONDS, most=MAX_BYTES)
-            over = first.ending is not None and again.ending is not None
-            self.known.steady[key] = over and first.body == again.body
-        return bytes(first.body) if self.known.steady[key] else None
+                await again.read(seconds=WATCH_SECONDS, max_bytes=MAX_BYTES)
+            ended = first.ending is not None and again.ending is not None
+            self.cache.is_stable[key] = ended and first.body == again.body
+        return bytes(first.body) if self.cache.is_stable[key] else None
 
     async def differs(self, body: bytes) -> str:
         """Return how a body differs from the usual one; empty where it may differ each time."""
-        whole = await self.steady()
-        if whole is None or body == whole:
+        expected = await self.stable_body()
+        if expected is None or body == expected:
             return ""
-        async with self.request() as again:  # what grows, as a log does, was the same twice only by chance
-            await again.read(seconds=WATCH_SECONDS, most=MAX_BYTES)
-        return _difference(body, whole) if again.body == whole else ""
+        async with self.request() as again:  # a growing resource, such as a log, may be the same twice by chance
+            await again.read(seconds=WATCH_SECONDS, max_bytes=MAX_BYTES)
+        return _difference(body, expected) if again.body == expected else ""
 
-    async def fits(self) -> bool:
-        """Return whether even the longest response is short and complete at once: no client can leave or stall."""
+    async def is_complete_at_once(self) -> bool:
+        """Return whether even the longest response is short and complete at once: no client can disconnect or stall."""
         if (await self.response()).ending is None:
             return False  # nor does a longer one end
         response = await self.response(long=True)
@@ -130,27 +130,27 @@ class Subject:
 
     @asynccontextmanager
     async def events(
-        self, *, most: int, seconds: float, **options: Any
+        self, *, limit: int, seconds: float, **options: Any
     ) -> "AsyncIterator[tuple[StreamedResponse, list[Event]]]":
-        """Request the event stream, and yield its first events: up to `most`, or those of `seconds`."""
+        """Request the event stream, and yield its first events: up to `limit`, or those of `seconds`."""
         async with self.request(**options) as response:
-            yield response, await taken(response, most=most, seconds=seconds)
+            yield response, await read_events(response, limit=limit, seconds=seconds)
 
 
-def _difference(body: bytes, whole: bytes) -> str:
-    place = next((n for n, (one, other) in enumerate(zip(body, whole, strict=False)) if one != other), None)
-    if place is None:
-        return f"{len(body)} bytes and not {len(whole)}"
-    return f"{body[place : place + 40]!r} at byte {place}, and not {whole[place : place + 40]!r}"
+def _difference(body: bytes, expected: bytes) -> str:
+    at = next((n for n, (one, other) in enumerate(zip(body, expected, strict=False)) if one != other), None)
+    if at is None:
+        return f"{len(body)} bytes, expected {len(expected)}"
+    return f"{body[at : at + 40]!r} at byte {at}, expected {expected[at : at + 40]!r}"
 
 
-async def taken(response: StreamedResponse, *, most: int, seconds: float) -> list[Event]:
-    """Return the first events of a response: up to `most`, or those of `seconds`."""
+async def read_events(response: StreamedResponse, *, limit: int, seconds: float) -> list[Event]:
+    """Return the first events of a response: up to `limit`, or those of `seconds`."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while len(parsed(response)) < most and await response.read_chunk():
+            while len(parsed(response)) < limit and await response.read_chunk():
                 pass
-    return parsed(response)[:most]
+    return parsed(response)[:limit]
 
 
 def parsed(response: StreamedResponse) -> list[Event]:

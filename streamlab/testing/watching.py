@@ -1,4 +1,4 @@
-"""An event stream that is watched for longer than it may be silent, and resumed after its end."""
+"""An event stream that is watched for longer than the heartbeat interval, and resumed after its end."""
 
 import asyncio
 import time
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .subject import Subject
 
 HEARTBEAT_SECONDS = 15.0
-"""Maximum silence of an event stream."""
+"""Maximum silence of an event stream, in seconds."""
 
 END_SECONDS = 3.0
-"""How long a response to a client that has the end is read."""
+"""Maximum time for which the response to a reconnect after the end is read, in seconds."""
 
 MAXIMUM_BYTES = 1 << 24
 """Maximum body of a stream that is stored, in bytes."""
@@ -23,30 +23,30 @@ MAXIMUM_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Watched:
-    """What came of an event stream in `HEARTBEAT_SECONDS` and one more."""
+    """What an event stream sent in `HEARTBEAT_SECONDS` + 1 s."""
 
     response: StreamedResponse
     silence: float
     """The longest time without a byte, in seconds."""
-    again: StreamedResponse | None
-    """The response to a client that comes back with the id of the last event, where the stream has ended whole."""
+    reconnected: StreamedResponse | None
+    """The response to a reconnect with the id of the last event, if the stream has ended."""
 
 
 async def watch(subject: "Subject") -> Watched:
-    """Read an event stream to its end, or until it could have been silent for too long; come back after an end."""
-    again = None
+    """Read an event stream to its end, or for longer than the heartbeat interval; reconnect after an end."""
+    reconnected = None
     async with subject.request(without=("limit",)) as response:
         silence = await _longest_silence(response)
-    if response.ending in ("whole", "closed") and (found := wire.events(bytes(response.body), errors="replace")):
-        async with subject.request(without=("limit",), headers={"Last-Event-ID": found[-1].id}) as again:
-            await again.read(seconds=END_SECONDS)
-    return Watched(response, silence, again)
+    if response.ending in ("complete", "closed") and (found := wire.events(bytes(response.body), errors="replace")):
+        async with subject.request(without=("limit",), headers={"Last-Event-ID": found[-1].id}) as reconnected:
+            await reconnected.read(seconds=END_SECONDS)
+    return Watched(response, silence, reconnected)
 
 
 async def _longest_silence(response: StreamedResponse) -> float:
     began, longest = time.monotonic(), 0.0
     while response.ending is None and time.monotonic() - began < HEARTBEAT_SECONDS + 1:
-        form = time.monotonic()
+        started = time.monotonic()
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS):
                 await response.read_chunk()
@@ -54,5 +54,5 @@ async def _longest_silence(response: StreamedResponse) -> float:
             return HEARTBEAT_SECONDS
         if len(response.body) > MAXIMUM_BYTES:
             response.body.clear()
-        longest = max(longest, time.monotonic() - form)
+        longest = max(longest, time.monotonic() - started)
     return longest

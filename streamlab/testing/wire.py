@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-Ending = Literal["whole", "closed", "cut"]
-"""How a body ended: as its framing says it should; by the end of the connection, which is all that HTTP/1.0 has; or
-before its length or its last chunk had come (RFC 9112, section 8)."""
+Ending = Literal["complete", "closed", "cut"]
+"""How a body ended: complete by its framing; by the end of the connection, the only framing of HTTP/1.0; or before its
+length or its last chunk (RFC 9112, section 8)."""
 
 HEAD_SECONDS = 20.0
 """Maximum time for the headers of a response, in seconds."""
@@ -21,7 +21,7 @@ _HEAD_BYTES = 64 * 1024
 
 
 class NotHTTP(Exception):
-    """What arrived is not a response of HTTP/1.x (RFC 9112); the text says what arrived."""
+    """What arrived is not a response of HTTP/1.x (RFC 9112); the message says what arrived."""
 
 
 @dataclass
@@ -40,21 +40,21 @@ class StreamedResponse:
     has_body: bool
     body: bytearray = field(default_factory=bytearray)
     arrivals: list[tuple[float, int]] = field(default_factory=list)
-    """For each piece of the body: the seconds since the request, and its bytes."""
+    """For each read of the body: the seconds since the request, and the number of bytes."""
     ending: Ending | None = None
-    """None while more may come."""
+    """None while the body may continue."""
     ended_after: float = 0.0
     """The seconds from the request to the end of the body."""
     head_after: float = 0.0
     """The seconds from the request to the end of the headers."""
     _left: int = 0
-    """Bytes of a chunk that are still to come."""
+    """Remaining bytes of the current chunk."""
     _chunks: int = 0
     _in_trailers: bool = False
 
     def get(self, name: str) -> str | None:
         """Return a header field's value, several joined by commas; None where there is none."""
-        values = [value for known, value in self.fields if known == name.lower()]
+        values = [value for field, value in self.fields if field == name.lower()]
         return ", ".join(values) if values else None
 
     @property
@@ -69,12 +69,12 @@ class StreamedResponse:
 
     @property
     def size(self) -> int:
-        """The bytes of the body that have come."""
+        """The number of bytes of the body that have arrived."""
         return sum(length for _, length in self.arrivals)
 
     @property
     def is_chunked(self) -> bool:
-        """Whether the body comes in chunks."""
+        """Whether the body has chunked framing."""
         return "chunked" in (self.get("transfer-encoding") or "").lower()
 
     @property
@@ -83,11 +83,11 @@ class StreamedResponse:
         return self.arrivals[0][0] if self.arrivals else None
 
     async def read_chunk(self) -> bytes:
-        """Return the next bytes of the body; none at its end. May be cancelled, and called again."""
+        """Return the next bytes of the body; empty at its end. May be cancelled, and called again."""
         if self.ending is not None:
             return b""
         try:
-            found = await self._next()
+            found = await self._receive()
         except (asyncio.IncompleteReadError, ConnectionError):
             return self._end("cut")
         if found:
@@ -95,24 +95,24 @@ class StreamedResponse:
             self.body += found
         return found
 
-    async def _next(self) -> bytes:
+    async def _receive(self) -> bytes:
         if not self.has_body:
-            return self._end("whole")
+            return self._end("complete")
         if self.is_chunked:
-            return await self._of_a_chunk()
+            return await self._read_chunked()
         length = self.get("content-length")
         left = (1 << 16) if length is None else int(length) - self.size
         if not left:
-            return self._end("whole")
+            return self._end("complete")
         found = await self.reader.read(min(left, 1 << 16))
         return found or self._end("closed" if length is None else "cut")
 
-    async def _of_a_chunk(self) -> bytes:
+    async def _read_chunked(self) -> bytes:
         while not self._left:
             line = (await self.reader.readuntil(b"\r\n"))[:-2]
             if self._in_trailers:
                 if not line:
-                    return self._end("whole")
+                    return self._end("complete")
             elif line or not self._chunks:  # an empty line ends the chunk before
                 size = line.partition(b";")[0].strip()
                 if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
@@ -127,23 +127,23 @@ class StreamedResponse:
         self.ending, self.ended_after = how, time.monotonic() - self.sent_at
         return b""
 
-    async def read(self, *, seconds: float, most: int = 1 << 20) -> bytes:
-        """Read until the body ends, or for `seconds`, or `most` bytes; return what has arrived."""
+    async def read(self, *, seconds: float, max_bytes: int = 1 << 20) -> bytes:
+        """Read until the body ends, or for `seconds`, or `max_bytes` bytes; return what has arrived."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while len(self.body) < most and await self.read_chunk():
+                while len(self.body) < max_bytes and await self.read_chunk():
                     pass
         return bytes(self.body)
 
-    async def begin(self, *, seconds: float) -> bool:
+    async def wait_for_first_byte(self, *, seconds: float) -> bool:
         """Wait for the first byte of the body; return whether it arrived."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.read_chunk()
         return bool(self.body)
 
-    def leave(self, *, reset: bool = False) -> None:
-        """Close the connection, with a reset instead of an orderly end if wanted."""
+    def disconnect(self, *, reset: bool = False) -> None:
+        """Close the connection, with a reset instead of an orderly end if `reset`."""
         connection = self.writer.get_extra_info("socket")
         if reset and connection is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -173,7 +173,7 @@ def request(
 async def send(port: int, message: bytes) -> AsyncIterator[StreamedResponse]:
     """Send a request on a new connection, and yield the response when its head is read; then close the connection.
 
-    Raises NotHTTP where no answer comes, or none that is HTTP.
+    Raises NotHTTP if no response arrives, or one that is not HTTP.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -241,12 +241,12 @@ class Event:
 
     def get(self, name: str) -> str | None:
         """Return the last value of a field; of `data`, all lines joined by LF. None where the field is missing."""
-        values = [value for known, value in self.fields if known == name]
+        values = [value for field, value in self.fields if field == name]
         return None if not values else "\n".join(values) if name == "data" else values[-1]
 
     @property
     def id(self) -> str:
-        """Its own id, or nothing."""
+        """Its id; empty if it has none."""
         return self.get("id") or ""
 
     @property
@@ -255,7 +255,7 @@ class Event:
         return self.get("event") or "message"
 
     def __str__(self) -> str:
-        """As it reads, shortened."""
+        """Return its text on one line, shortened."""
         text = self.raw.decode(errors="replace").strip().replace("\n", " | ")
         return text if len(text) <= 160 else text[:157] + "..."
 
@@ -268,7 +268,7 @@ def events(body: bytes, errors: str = "strict") -> list[Event]:
     for line in re.split(rb"(?<=\n)|(?<=\r)(?!\n)", body):
         content = line.rstrip(b"\r\n")
         if len(content) == len(line):
-            break  # not whole yet
+            break  # not complete yet
         if content.startswith(b":"):
             continue
         if content:

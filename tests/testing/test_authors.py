@@ -1,4 +1,4 @@
-"""The authors' guide is true: its plugins keep every promise, its hooks are those of the code, its package installs."""
+"""docs/authors.md matches the code: its plugins pass the conformance suite, its hooks exist, its package installs."""
 
 import ast
 import inspect
@@ -21,9 +21,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 PLUGINS = [block for block in BLOCKS if "def register_scenarios" in block]
 
 
-def promised() -> str:
-    """The table of the guide, as the code has it."""
-    rows = ["| case | what is promised | where |", "| --- | --- | --- |"]
+def table_of_promises() -> str:
+    """Return the table of the guide, as the code defines it."""
+    rows = ["| case | what is promised | standard |", "| --- | --- | --- |"]
     for base in reversed(Conformance.__mro__):
         for name, case in vars(base).items():
             if name.startswith("test_"):
@@ -31,13 +31,13 @@ def promised() -> str:
     return "\n".join(rows)
 
 
-def pytest_in(folder: Path, *words: str, **environ: str) -> str:
-    """Run pytest in a folder as an author does; what it said."""
+def pytest_in(folder: Path, *arguments: str, **environ: str) -> str:
+    """Run pytest in a folder as an author does; return its output."""
     (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     path = os.pathsep.join([*filter(None, [environ.pop("site", "")]), str(REPOSITORY)])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *words],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
         env={**inherited, **environ, "PYTHONPATH": path, "SSL_CERT_FILE": os.devnull},
         capture_output=True,
@@ -49,7 +49,7 @@ def pytest_in(folder: Path, *words: str, **environ: str) -> str:
     return done.stdout
 
 
-def test_tests_of_something_else_hear_nothing_of_the_suite(tmp_path: Path) -> None:
+def test_unrelated_tests_do_not_load_the_suite(tmp_path: Path) -> None:
     (tmp_path / "test_other.py").write_text(
         "import sys\n\n\ndef test_nothing_is_loaded(pytestconfig):\n"
         "    assert pytestconfig.pluginmanager.has_plugin('streamlab')\n"
@@ -61,12 +61,12 @@ def test_tests_of_something_else_hear_nothing_of_the_suite(tmp_path: Path) -> No
 
 def test_hooks_of_the_guide_are_those_of_the_code() -> None:
     (block,) = re.findall(r"```python hooks\n(.*?)```", GUIDE, re.DOTALL)
-    told = {item.name: item for item in ast.parse(block).body if isinstance(item, ast.FunctionDef)}
+    documented = {item.name: item for item in ast.parse(block).body if isinstance(item, ast.FunctionDef)}
     code = {
         item.name: item for item in ast.parse(inspect.getsource(hookspecs)).body if isinstance(item, ast.FunctionDef)
     }
-    assert set(told) == HOOKS
-    for name, function in told.items():
+    assert set(documented) == HOOKS
+    for name, function in documented.items():
         written = code[name]
         assert ast.unparse(function.args) == ast.unparse(written.args), name
         assert ast.unparse(function.returns or ast.Constant(None)) == ast.unparse(written.returns or ast.Constant(None))
@@ -76,18 +76,18 @@ def test_hooks_of_the_guide_are_those_of_the_code() -> None:
 
 def test_promises_of_the_guide_are_those_of_the_suite() -> None:
     table = GUIDE.partition("<!-- promises -->\n")[2].partition("\n<!-- /promises -->")[0]
-    assert table == promised(), f"docs/authors.md should have:\n\n{promised()}"
+    assert table == table_of_promises(), f"docs/authors.md should have:\n\n{table_of_promises()}"
 
 
 def test_attributes_of_the_guide_are_those_of_the_class() -> None:
-    told = set(re.findall(r"^\| `(\w+)(?: = False|\([\w, ]+\))?` \|", GUIDE, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(\w+)(?: = False|\([\w, ]+\))?` \|", GUIDE, re.MULTILINE))
     own = {name for name in {*vars(Conformance), *Conformance.__annotations__} if not name.startswith("_")}
-    assert own <= told
+    assert own <= documented
 
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("source", PLUGINS, ids=lambda source: re.search(r"class (\w+)\(Scenario", source)[1].lower())  # type: ignore[index]
-def test_plugins_of_the_guide_keep_every_promise(tmp_path: Path, source: str) -> None:
+def test_plugins_of_the_guide_pass_the_conformance_suite(tmp_path: Path, source: str) -> None:
     write_plugins(tmp_path, {"mine": source})
     (tmp_path / "tests").mkdir()
     test = BLOCKS[0].replace('"greeter"', '"mine"').replace("TestGreeter", "TestMine")
@@ -105,7 +105,7 @@ def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_package_of_the_guide_installs_and_keeps_every_promise(tmp_path: Path) -> None:
+def test_package_of_the_guide_installs_and_passes_the_conformance_suite(tmp_path: Path) -> None:
     package, site = tmp_path / "streamlab-hello", tmp_path / "site"
     shutil.copytree(REPOSITORY / "examples" / "streamlab-hello", package, ignore=shutil.ignore_patterns("__pycache__"))
     build = [
@@ -124,8 +124,8 @@ def test_package_of_the_guide_installs_and_keeps_every_promise(tmp_path: Path) -
     assert f"dist/{wheel.name}" in GUIDE
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run([sys.executable, *install], check=True, capture_output=True)
-    (package / "streamlab_hello.py").unlink()  # what is tested is what was installed
-    said = pytest_in(package, "--promises", "tests", site=str(site))
-    assert re.search(r"^TestHello: (\d+) of \1 promises kept by 2 endpoints$", said, re.MULTILINE)
-    for word in ("expected", "came", "promise"):
-        assert said.count(f"\n  {word:<10}") == said.count("\n  expected  ")
+    (package / "streamlab_hello.py").unlink()  # the tests must import the installed package
+    output = pytest_in(package, "--promises", "tests", site=str(site))
+    assert re.search(r"^TestHello: (\d+) of \1 promises verified on 2 endpoints$", output, re.MULTILINE)
+    for word in ("expected", "observed", "standard"):
+        assert output.count(f"\n  {word:<10}") == output.count("\n  expected  ")

@@ -1,4 +1,4 @@
-"""Every plugin that ships keeps what every stream promises."""
+"""Every built-in plugin passes the conformance suite."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +16,13 @@ class TestComparison(Conformance):
     settings = "[scenarios.comparison]\nmax_reports = 4"
     values = {"rows": 1000, "repeats": 1}
     large = {"rows": 50_000}
-    excused = {
-        ("client_that_stalls_costs_little", "GET /demo/comparison/buffered"): "it shows what collecting costs",
+    skipped = {
+        (
+            "stalled_client_uses_bounded_resources",
+            "GET /demo/comparison/buffered",
+        ): "it demonstrates the cost of buffering",
     } | {
-        (case, "GET /demo/comparison/report as text/event-stream"): "a report belongs to its request, and is not kept"
+        (case, "GET /demo/comparison/report as text/event-stream"): "a report belongs to its request, and is not stored"
         for case in ("resumes_by_header", "resumes_by_parameter")
     }
 
@@ -45,7 +48,7 @@ class TestFile(Conformance):
         (files / "large-file.bin").write_bytes(bytes(20_000_000))
 
 
-OPENAI = "the OpenAI API is another protocol: its events have no ids, [DONE] is its end, and its errors are its own"
+OPENAI = "the OpenAI API is another protocol: its events have no ids, it ends with [DONE], and has its own error format"
 
 
 class TestLlm(Conformance):
@@ -53,22 +56,22 @@ class TestLlm(Conformance):
     settings = "[scenarios.llm]\nmax_waiting = 4\nwait_seconds = 5\nabandon_seconds = 1"
     values = {"max_tokens": 16}
     large = {"max_tokens": 500}
-    # Generations that run at once are computed together, in another order of additions than one alone: the words may
-    # differ. What is promised of them is in tests/plugins/test_llm_limits.py.
-    varies = {"GET /ai/chat-stream", "POST /ai/chat-stream", "POST /v1/chat/completions"}
-    excused = (
+    # Concurrent generations are computed in one batch, with another order of additions than a single one: tokens may
+    # differ. tests/plugins/test_llm_limits.py tests them.
+    nondeterministic = {"GET /ai/chat-stream", "POST /ai/chat-stream", "POST /v1/chat/completions"}
+    skipped = (
         {
             (case, "POST /v1/chat/completions"): OPENAI
             for case in (
                 "invalid_bodies_are_rejected",
-                "events_are_whole",
+                "events_are_complete",
                 "resumes_by_header",
                 "bad_ids_get_a_gap_event",
-                "finished_stream_ends_for_good",
+                "finite_stream_ends_with_end_event",
             )
         }
         | {
-            (case, endpoint): OPENAI  # all of them are in tests/plugins/test_llm_limits.py
+            (case, endpoint): OPENAI  # tests/plugins/test_llm_limits.py tests all of them
             for case in (
                 "other_methods_are_rejected",
                 "unknown_parameters_are_rejected_by_name",
@@ -78,15 +81,15 @@ class TestLlm(Conformance):
         }
         | {
             (
-                "first_byte_comes_before_the_end",
+                "first_byte_arrives_before_the_end",
                 "POST /v1/chat/completions as application/json",
-            ): "one document of it all",
-            ("numbers_have_bounds", "POST /v1/chat/completions"): "max_tokens is bounded by what the server is set to",
+            ): "one complete document",
+            ("numbers_have_bounds", "POST /v1/chat/completions"): "the configuration bounds max_tokens",
         }
     )
 
     loaded: ClassVar[set[int]] = set()
-    """Ports of the servers whose model is there."""
+    """Ports of the servers whose model is loaded."""
 
     @classmethod
     def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
@@ -97,8 +100,8 @@ class TestLlm(Conformance):
             return {"stream": form.carries_events}
         if not form.template.startswith("/ai/generations/"):
             return {}
-        begun = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=12")
-        return {"id": begun.headers["location"].rpartition("/")[2]}
+        started = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=12")
+        return {"id": started.headers["location"].rpartition("/")[2]}
 
 
 class TestLogs(Conformance):
@@ -119,10 +122,10 @@ class TestProgress(Conformance):
 class TestTicker(Conformance):
     plugin = "ticker"
     settings = "[scenarios.ticker]\ninterval = 0.05"
-    excused = {("*", "POST /stream/stock-ticker"): "prices are simulated here"}
+    skipped = {("*", "POST /stream/stock-ticker"): "prices are simulated here"}
 
 
 class TestPushedTicker(Conformance):
     plugin = "ticker"
     settings = '[scenarios.ticker]\nsource = "push"'
-    excused = {("*", "GET /stream/stock-ticker"): "its prices are pushed here, and nobody pushes any"}
+    skipped = {("*", "GET /stream/stock-ticker"): "its prices are pushed here, and none are pushed"}
