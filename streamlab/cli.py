@@ -2,14 +2,11 @@
 
 import asyncio
 import dataclasses
-import fcntl
-import os
 import resource
 import shlex
-import stat
 import sys
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +18,7 @@ from watchfiles import PythonFilter, run_process
 
 from .client.doctor import examine
 from .client.follow import follow as follow_events
-from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, printable
+from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, print_events, printable
 from .commands import DEFAULT_CONFIG, CommandGroup, plugin_views
 from .config import Config, ConfigError, Fault
 from .problems import Problem
@@ -227,34 +224,13 @@ def follow(
     """Print an event stream, and resume after its last event when the connection is lost."""
     # The reader of the pipe may exit first, as `head` does.
     with exit_on_error(), suppress(asyncio.CancelledError, BrokenPipeError):
-        asyncio.run(_print_events(url, last_event_id, limit, reconnect=not no_reconnect))
-
-
-async def _print_events(url: str, last_event_id: str, limit: int | None, *, reconnect: bool) -> None:
-    """Print the data of each event, after its name if any; cancel this task when the reader of the pipe exits."""
-    output, terminal = sys.stdout.fileno(), sys.stdout.isatty()
-    task, access = asyncio.current_task(), fcntl.fcntl(output, fcntl.F_GETFL) & os.O_ACCMODE
-    if task is not None and access == os.O_WRONLY and stat.S_ISFIFO(os.fstat(output).st_mode):
-        # The write end of a pipe becomes readable when its reader exits: detected without an event to write.
-        asyncio.get_running_loop().add_reader(output, task.cancel)
-    count = 0
-    events = follow_events(
-        url, last_event_id=last_event_id, reconnect=reconnect, on_pause=lambda pause: print_error(str(pause))
-    )
-    async with aclosing(events):
-        async for event in events:
-            text = event.data if event.event == "message" else f"{event.event}: {event.data}"
-            if terminal:
-                line = (printable(text) + "\n").encode(sys.stdout.encoding, "backslashreplace")
-            else:
-                line = text.encode() + b"\n"
-            while line:
-                line = line[
-                    os.write(output, line) :
-                ]  # not sys.stdout: its buffer would be flushed into a broken pipe at exit
-            count += 1
-            if count == limit:
-                break
+        events = follow_events(
+            url,
+            last_event_id=last_event_id,
+            reconnect=not no_reconnect,
+            on_pause=lambda pause: print_error(str(pause)),
+        )
+        asyncio.run(print_events(events, limit))
 
 
 @cli.command()

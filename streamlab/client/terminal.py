@@ -1,13 +1,19 @@
-"""Terminal output of the commands: escape control characters, map errors to exit codes."""
+"""Terminal output of the commands: print events, escape control characters, map errors to exit codes."""
 
+import asyncio
+import fcntl
+import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Annotated
 
 import typer
 
 from .http import RequestRejected
+from .sse import Event
 
 LOCAL_URL = "http://127.0.0.1:8000"
 """Address of a server with the default configuration on this machine."""
@@ -48,3 +54,31 @@ def exit_on_error() -> Iterator[None]:
     except (RequestRejected, OSError) as error:
         print_error(f"streamlab: {error}")
         raise typer.Exit(1) from None
+
+
+async def print_events(events: AsyncGenerator[Event, None], limit: int | None) -> None:
+    """Print the data of each event, after its name if any; cancel this task when the reader of the pipe exits."""
+    output, is_terminal = sys.stdout.fileno(), sys.stdout.isatty()
+    _cancel_when_pipe_breaks(output)
+    count = 0
+    async with aclosing(events):
+        async for event in events:
+            text = event.data if event.event == "message" else f"{event.event}: {event.data}"
+            if is_terminal:
+                line = (printable(text) + "\n").encode(sys.stdout.encoding, "backslashreplace")
+            else:
+                line = text.encode() + b"\n"
+            while line:  # not to sys.stdout: its buffer would be flushed into a broken pipe at exit
+                written = os.write(output, line)
+                line = line[written:]
+            count += 1
+            if count == limit:
+                break
+
+
+def _cancel_when_pipe_breaks(output: int) -> None:
+    """Cancel this task when the reader of a pipe exits; without this, only the next write would detect it."""
+    task, access = asyncio.current_task(), fcntl.fcntl(output, fcntl.F_GETFL) & os.O_ACCMODE
+    if task is not None and access == os.O_WRONLY and stat.S_ISFIFO(os.fstat(output).st_mode):
+        # The write end of a pipe becomes readable when its reader exits.
+        asyncio.get_running_loop().add_reader(output, task.cancel)
