@@ -62,14 +62,14 @@ class _Cursor:
     """Consecutive connections without a byte of the stream."""
     ended: bool = False
 
-    def pause_seconds(self, retry_after: float | None) -> float:
-        """Return the seconds until the next connection."""
-        if retry_after is None:
-            return backoff(self.failures, self.retry_seconds)
-        if self.failures == 1:
-            return retry_after
-        # A server that repeats `Retry-After: 0` must not be requested in a tight loop.
-        return max(retry_after, backoff(self.failures, self.retry_seconds))
+    def pause(self, failure: ConnectionLost | RequestRejected | None) -> Pause:
+        """Return the pause before the next connection; the last one failed, or ended regularly (None)."""
+        reason = failure.reason if failure else "stream ended"
+        seconds = backoff(self.failures, self.retry_seconds)
+        if isinstance(failure, RequestRejected) and failure.retry_after is not None:
+            # A server that repeats `Retry-After: 0` must not be requested in a tight loop.
+            seconds = failure.retry_after if self.failures == 1 else max(failure.retry_after, seconds)
+        return Pause(reason, seconds, self.last_event_id)
 
 
 def backoff(failures: int, retry_seconds: float) -> float:
@@ -110,32 +110,31 @@ async def follow(
     if UNSENDABLE.search(last_event_id):
         raise ValueError(f"invalid event id {last_event_id!r}: it contains characters that no header can carry")
     cursor = _Cursor(last_event_id)
-    async with aiohttp.ClientSession(
-        # Each connection serves one stream: no connection is reused that the server may have closed meanwhile.
-        connector=aiohttp.TCPConnector(force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=read_seconds),
-    ) as session:
+    async with _session(read_seconds) as session:
         while True:
-            retry_after = None
+            failure = None
             try:
                 async with aclosing(_read_connection(session, target, cursor)) as events:
                     async for event in events:
                         yield event
-                reason = "stream ended"
-            except ConnectionLost as lost:
-                if not reconnect:
+            except (ConnectionLost, RequestRejected) as error:
+                if not reconnect or not error.is_transient:
                     raise
-                reason = lost.reason
-            except RequestRejected as rejected:
-                if not reconnect or not rejected.is_transient:
-                    raise
-                reason, retry_after = rejected.reason, rejected.retry_after
+                failure = error
             if cursor.ended or not reconnect:
                 return
-            pause = Pause(reason, cursor.pause_seconds(retry_after), cursor.last_event_id)
+            pause = cursor.pause(failure)
             if on_pause is not None:
                 on_pause(pause)
             await asyncio.sleep(pause.seconds)
+
+
+def _session(read_seconds: float) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        # Each connection serves one stream: no connection is reused that the server may have closed meanwhile.
+        connector=aiohttp.TCPConnector(force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=read_seconds),
+    )
 
 
 async def _read_connection(session: aiohttp.ClientSession, target: URL, cursor: _Cursor) -> AsyncGenerator[Event, None]:

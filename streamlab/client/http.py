@@ -60,6 +60,9 @@ class RequestRejected(Exception):
 class ConnectionLost(ConnectionError):
     """The connection failed or broke; a new one may succeed."""
 
+    is_transient = True
+    """Whether a retry may succeed."""
+
     def __init__(self, url: URL, reason: str) -> None:
         super().__init__(f"{display_url(url)}: {reason}")
         self.reason = reason
