@@ -34,8 +34,6 @@ class EmbeddedEngine(Engine):
         self._queue = FairQueue()
         self._tickets: asyncio.Queue[None] = asyncio.Queue()
         """One for each task in the queue."""
-        self._waiting: dict[str, str] = {}
-        """Clients of the tasks in the queue, and of those about to enter it, by task id."""
         self._watched: set[str] = set()
         """Processes whose leases are waited for."""
 
@@ -55,8 +53,8 @@ class EmbeddedEngine(Engine):
 
     async def submit(self, record: Record) -> None:
         """Store a new task and put it into the queue; raises Problem 429 where the queue is full."""
-        self._limits.check(len(self._waiting), lambda: list(self._waiting.values()).count(record.client))
-        self._waiting[record.id] = record.client
+        self._limits.check(len(self._queue), lambda: self._queue.count(record.client))
+        self._queue.reserve(record.client, record.id)
         await self.run_shielded(self._accept(record))
 
     async def _accept(self, record: Record) -> None:
@@ -64,12 +62,11 @@ class EmbeddedEngine(Engine):
         try:
             await self.store.save(record, encode_event(record.progress_data(), "progress"))
         except BaseException:
-            self._waiting.pop(record.id, None)
+            self._queue.withdraw(record.id)
             raise
         self._enqueue(record.client, record.id)
 
     def _enqueue(self, client: str, id: str, *, first: bool = False) -> None:  # noqa: A002
-        self._waiting[id] = client
         self._queue.add(client, id, first=first)
         self._tickets.put_nowait(None)
 
@@ -86,7 +83,6 @@ class EmbeddedEngine(Engine):
             await self._tickets.get()
             client, id = self._queue.take()  # noqa: A001
             try:
-                del self._waiting[id]
                 await self.runner.run(id, self.ownership.process)
             except EventLogError as error:
                 log.error("cannot start a task: %s", error)
@@ -149,7 +145,7 @@ class EmbeddedEngine(Engine):
             log.info("took over %d tasks of a dead process", len(orphans))
 
     def _has(self, id: str) -> bool:  # noqa: A002
-        return id in self._waiting or self.runner.has(id)
+        return id in self._queue or self.runner.has(id)
 
     async def _requeue(self, record: Record) -> None:
         before = record.state

@@ -16,12 +16,35 @@ class FairQueue:
     def __init__(self, turns: Mapping[str, int] | None = None) -> None:
         self._waiting: dict[str, deque[str]] = {}
         """Ids by client, oldest first."""
+        self._clients: dict[str, str] = {}
+        """Clients of the tasks in the queue, and of those with a reserved slot in it, by task id."""
         self._running: Counter[str] = Counter()
         self._turns = dict(turns or {})
         """When each client had its last turn: any number that grows. Clients without a turn come first."""
 
+    def __len__(self) -> int:
+        """Return the number of tasks in the queue, with the reserved slots."""
+        return len(self._clients)
+
+    def __contains__(self, id: str) -> bool:  # noqa: A002
+        """Return whether a task is in the queue, or has a reserved slot."""
+        return id in self._clients
+
+    def count(self, client: str) -> int:
+        """Return the number of a client's tasks in the queue, with the reserved slots."""
+        return list(self._clients.values()).count(client)
+
+    def reserve(self, client: str, id: str) -> None:  # noqa: A002
+        """Count a task that is about to be added; `take` does not return it before."""
+        self._clients[id] = client
+
+    def withdraw(self, id: str) -> None:  # noqa: A002
+        """Free the reserved slot of a task that is not added."""
+        self._clients.pop(id, None)
+
     def add(self, client: str, id: str, *, first: bool = False) -> None:  # noqa: A002
         """Put a task after the others of its client, or before them."""
+        self._clients[id] = client
         ids = self._waiting.setdefault(client, deque())
         if first:
             ids.appendleft(id)
@@ -32,6 +55,7 @@ class FairQueue:
         """Return the client and the id of the next task, which occupies a slot until `release`; raises ValueError."""
         client = min(self._waiting, key=lambda client: (self._running[client], self._turns.get(client, 0)))
         id = self._waiting[client].popleft()  # noqa: A001
+        del self._clients[id]
         if not self._waiting[client]:
             del self._waiting[client]
         self._turns[client] = max(self._turns.values(), default=0) + 1
