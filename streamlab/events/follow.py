@@ -197,7 +197,7 @@ class _Session:
         """Write batches as the client takes them; return True when the stream is complete."""
         follower = self._follower
         for batch in batches:
-            await self._write(batch.body, batch.after)
+            await self._write(batch.wire, batch.after)
             if follower.remaining is not None:
                 follower.remaining -= batch.events
         follower.position = after

@@ -106,7 +106,10 @@ class Follower(FanoutWriter):
 class FrameBatch(NamedTuple):
     """Whole frames of at most FRAME_BATCH_BYTES together, or one that is larger."""
 
-    body: bytes
+    wire: bytes
+    """The frames as they are written: with chunk framing where the transfer coding is chunked."""
+    size: int
+    """Size of the frames, in bytes."""
     events: int
     after: Position
     """Position of a follower that has it."""
@@ -114,7 +117,7 @@ class FrameBatch(NamedTuple):
     """Whether it ends the channel."""
 
 
-def batch_frames(items: Sequence[Frame], after: Position) -> list[FrameBatch]:
+def batch_frames(items: Sequence[Frame], after: Position, *, chunked: bool = False) -> list[FrameBatch]:
     """Join frames into batches of bounded size; a follower that has all of them is at `after`."""
     groups: list[list[Frame]] = []
     size = FRAME_BATCH_BYTES
@@ -124,14 +127,16 @@ def batch_frames(items: Sequence[Frame], after: Position) -> list[FrameBatch]:
             groups.append([])
             size = len(item.frame)
         groups[-1].append(item)
+    bodies = [b"".join(item.frame for item in group) for group in groups]
     return [
         FrameBatch(
-            body=b"".join(item.frame for item in group),
+            wire=Chunk(body).framed if chunked else body,
+            size=len(body),
             events=len(group),
             after=after if group is groups[-1] else group[-1].event.position,
             is_last=group[-1].event.event == END,
         )
-        for group in groups
+        for group, body in zip(groups, bodies, strict=True)
     ]
 
 
@@ -183,31 +188,6 @@ class Audience:
             self.timer.cancel()
         if self.filtering is not None:
             self.filtering.cancel()
-
-    def wire_batches(self, items: Sequence[Frame], after: Position) -> list["WireBatch"]:
-        """Return what to write to each follower; one that has all of it is at `after`."""
-        return [
-            WireBatch(
-                wire=Chunk(batch.body).framed if self.chunked else batch.body,
-                size=len(batch.body),
-                is_too_large=len(batch.body) > FRAME_BATCH_BYTES,
-                events=batch.events,
-                after=batch.after,
-                is_last=batch.is_last,
-            )
-            for batch in batch_frames(items, after)
-        ]
-
-
-class WireBatch(NamedTuple):
-    """A batch of frames, as an audience gets it."""
-
-    wire: bytes
-    size: int
-    is_too_large: bool
-    events: int
-    after: Position
-    is_last: bool
 
 
 class Hub:
@@ -337,7 +317,7 @@ class Hub:
         began: float,
     ) -> float:
         """Push events to followers, which are at `after` then; return when the event loop last had its turn."""
-        batches = audience.wire_batches(chosen, after)
+        batches = batch_frames(chosen, after, chunked=audience.chunked)
         push = self._push_some if audience.limited or audience.view.conflate or len(batches) != 1 else _push_one
         for start in range(0, len(followers), SLICE):
             some: Sequence[Follower] = followers[start : start + SLICE]
@@ -381,7 +361,7 @@ class Hub:
     def _push_some(
         self,
         followers: Sequence[Follower],
-        batches: Sequence[WireBatch],
+        batches: Sequence[FrameBatch],
         audience: Audience,
         chosen: Sequence[Frame],
         after: Position,
@@ -392,9 +372,11 @@ class Hub:
             if audience.view.conflate and chosen and follower.position >= chosen[0].event.position:
                 # It joined after some of these were delayed for the others, and has them from the log.
                 missing = [item for item in chosen if item.event.position > follower.position]
-                mine = audience.wire_batches(missing, after)
+                mine = batch_frames(missing, after, chunked=audience.chunked)
             for batch in mine:
-                if batch.is_too_large or (follower.remaining is not None and batch.events > follower.remaining):
+                if batch.size > FRAME_BATCH_BYTES or (
+                    follower.remaining is not None and batch.events > follower.remaining
+                ):
                     follower.release(done=False)  # its task reads from the log as many as the limit allows
                 if not follower.live:
                     break
@@ -405,17 +387,17 @@ class Hub:
                 follower.position = after
 
 
-def _push_one(followers: Sequence[Follower], batches: Sequence[WireBatch], *_: object) -> None:
+def _push_one(followers: Sequence[Follower], batches: Sequence[FrameBatch], *_: object) -> None:
     """Push one batch to followers: the loop in which a server with many clients spends its time."""
     batch = batches[0]
     for follower in followers:
-        if batch.is_too_large:
+        if batch.size > FRAME_BATCH_BYTES:
             follower.release(done=False)
         if follower.live:
             _push(follower, batch, batch.is_last)
 
 
-def _push(follower: Follower, batch: WireBatch, done: bool) -> None:
+def _push(follower: Follower, batch: FrameBatch, done: bool) -> None:
     """Push a batch to a live follower, which has everything then if `done`."""
     if done:  # before the write, which may call `fall_behind`: nothing is missing any more
         follower.release(done=True)
