@@ -1,13 +1,13 @@
 // Line charts on canvas: bounded memory at any rate of points, drawn on demand, in a box of constant size.
 
-/** Maximum number of steps of x that each line retains. */
-const KEPT = 900;
+/** Maximum number of points that each line retains. */
+const MAX_POINTS = 900;
 
 const palette = matchMedia("(prefers-color-scheme: dark)");
 
 /**
- * A chart of one or several lines. `step`: the smallest difference of x that is drawn; points within it become
- * their least, greatest and last. `y` and `x` write a number for the axes; `floor`: a y that is always in sight.
+ * A chart of one or several lines. `step`: the smallest difference of x that is drawn; points within it are reduced to
+ * their minimum, maximum and last. `y` and `x` format a number for the axes; `floor`: a y that is always visible.
  */
 export class LineChart {
   #host;
@@ -44,17 +44,17 @@ export class LineChart {
     if (!line) this.#lines.set(name, (line = []));
     const last = line.at(-1);
     if (last && x - last.x < this.#options.step) {
-      last.least = Math.min(last.least, y);
-      last.most = Math.max(last.most, y);
+      last.min = Math.min(last.min, y);
+      last.max = Math.max(last.max, y);
       last.y = y;
     } else {
-      line.push({ x, y, least: y, most: y });
-      if (line.length > KEPT + 100) line.splice(0, 100);
+      line.push({ x, y, min: y, max: y });
+      if (line.length > MAX_POINTS + 100) line.splice(0, 100);
     }
     this.#stale = true;
   }
 
-  /** Bring the canvas up to date, if anything has changed. */
+  /** Redraw the canvas if the data has changed. */
   draw() {
     if (!this.#stale) return;
     this.#stale = false;
@@ -84,9 +84,9 @@ export class LineChart {
     for (const line of this.#lines.values()) {
       left = Math.min(left, line[0].x);
       right = Math.max(right, line.at(-1).x);
-      for (const { least, most } of line) {
-        if (least < low) low = least;
-        if (most > high) high = most;
+      for (const { min, max } of line) {
+        if (min < low) low = min;
+        if (max > high) high = max;
       }
     }
     if (left === Infinity) return null;
@@ -95,16 +95,16 @@ export class LineChart {
   }
 
   #plot(pen, { left, right, low, high }, width, height) {
-    const { y: write, filled, labelled } = this.#options;
+    const { y: format, filled, labelled } = this.#options;
     let ticks = steps(low, high, height < 120 ? 2 : 4);
     if (this.#options.floor === undefined) {
-      // Lines without a floor fill the box, and the grid is what falls into it.
+      // Lines without a floor fill the box; only grid lines inside it are drawn.
       ticks = ticks.filter((tick) => tick >= low && tick <= high);
       [low, high] = [low - (high - low) * 0.04, high + (high - low) * 0.04];
     } else [low, high] = [ticks[0], ticks.at(-1)];
     const { ink, grid, series } = this.#colours;
     pen.font = "11px system-ui, sans-serif";
-    const margin = Math.max(0, ...ticks.map((tick) => pen.measureText(write(tick)).width)) + 10;
+    const margin = Math.max(0, ...ticks.map((tick) => pen.measureText(format(tick)).width)) + 10;
     const after = labelled ? 46 : 6;
     const across = (x) => margin + ((x - left) / (right - left)) * (width - margin - after);
     const up = (y) => height - 8 - ((y - low) / (high - low)) * (height - 18);
@@ -119,7 +119,7 @@ export class LineChart {
       pen.lineTo(width - after, at);
       pen.stroke();
       pen.fillStyle = ink;
-      pen.fillText(write(tick), margin - 6, at);
+      pen.fillText(format(tick), margin - 6, at);
     }
     const ends = [];
     [...this.#lines].forEach(([name, line], number) => {
@@ -129,12 +129,12 @@ export class LineChart {
       pen.lineJoin = "round";
       pen.beginPath();
       let at = null;
-      for (const { x, y, least, most } of line) {
+      for (const { x, y, min, max } of line) {
         const here = across(x);
         if (at === null) pen.moveTo(here, up(y));
-        if (most - least > 0) {
-          pen.lineTo(here, up(least));
-          pen.lineTo(here, up(most));
+        if (max - min > 0) {
+          pen.lineTo(here, up(min));
+          pen.lineTo(here, up(max));
         }
         pen.lineTo(here, up(y));
         at = here;
@@ -153,17 +153,17 @@ export class LineChart {
     if (labelled) label(pen, ends, width - after + 5, height);
   }
 
-  /** What the chart shows, in words. */
+  /** Describe the chart in words. */
   #label() {
-    const { y: write } = this.#options;
+    const { y: format } = this.#options;
     return [...this.#lines]
       .slice(0, 12)
-      .map(([name, line]) => `${name}: ${write(line.at(-1).y)}`)
+      .map(([name, line]) => `${name}: ${format(line.at(-1).y)}`)
       .join(", ");
   }
 }
 
-/** Names at the ends of their lines, moved apart where they would cover each other. */
+/** Draw names at the ends of their lines, moved apart where they would overlap. */
 function label(pen, ends, x, height) {
   pen.textAlign = "left";
   ends = ends.slice(0, Math.floor((height - 8) / 12)).sort((one, other) => one.y - other.y);
@@ -175,7 +175,7 @@ function label(pen, ends, x, height) {
   }
 }
 
-/** Round numbers from at or below `low` to at or above `high`, some `count` of them. */
+/** Return about `count` round numbers that cover the range from `low` to `high`. */
 function steps(low, high, count) {
   const rough = (high - low) / count;
   const unit = 10 ** Math.floor(Math.log10(rough));

@@ -4,10 +4,10 @@ import { LineChart } from "./charts.js";
 
 const number = new Intl.NumberFormat("en");
 const SECOND = 1000;
-/** Milliseconds between two points of the charts of rates; each is the rate of the second before it. */
+/** Interval between two points of the rate charts, in milliseconds; each is the rate over the last second. */
 const SAMPLE = 250;
 
-/** A size in bytes, as people say it. */
+/** Format a size in bytes for people. */
 export function size(bytes) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let at = 0;
@@ -15,7 +15,7 @@ export function size(bytes) {
   return `${at === 0 ? number.format(Math.round(bytes)) : bytes.toFixed(bytes < 10 ? 2 : 1)} ${units[at]}`;
 }
 
-/** A duration in milliseconds, as people say it. */
+/** Format a duration in milliseconds for people. */
 export function duration(milliseconds) {
   if (milliseconds < 1) return "< 1 ms";
   if (milliseconds < 10 * SECOND) return `${number.format(Math.round(milliseconds))} ms`;
@@ -26,64 +26,64 @@ export class Figures {
   #run = null;
   #counts = [];
   #poll = 0;
-  #bytes = new LineChart(named("chart-bytes"), { y: round, floor: 0, filled: true });
-  #things = new LineChart(named("chart-count"), { y: short, floor: 0, filled: true });
-  #memory = new LineChart(named("chart-memory"), { y: round, floor: 0, filled: true });
+  #bytes = new LineChart(byId("chart-bytes"), { y: round, floor: 0, filled: true });
+  #items = new LineChart(byId("chart-count"), { y: short, floor: 0, filled: true });
+  #memory = new LineChart(byId("chart-memory"), { y: round, floor: 0, filled: true });
 
-  /** A run begins, or none: everything counts from nothing. */
-  begin(run) {
+  /** Reset everything, for a run or for none. */
+  reset(run) {
     this.#run = run;
-    this.#counts = [{ bytes: 0, things: 0, at: performance.now() }];
-    for (const chart of [this.#bytes, this.#things, this.#memory]) chart.clear();
-    for (const id of ["status", "ttfb", "bytes", "count", "gaps", "memory", "streams"]) named(id).textContent = "–";
+    this.#counts = [{ bytes: 0, items: 0, at: performance.now() }];
+    for (const chart of [this.#bytes, this.#items, this.#memory]) chart.clear();
+    for (const id of ["status", "ttfb", "bytes", "count", "gaps", "memory", "streams"]) byId(id).textContent = "–";
     this.#name("Chunks");
     clearTimeout(this.#poll);
     if (run) this.#watch(run);
   }
 
   respond(response) {
-    named("status").textContent = response.status;
+    byId("status").textContent = response.status;
     this.#name(this.#run.hasEvents ? "Events" : "Chunks");
   }
 
-  /** Show what is known now. */
+  /** Show the current figures. */
   draw() {
     const run = this.#run;
     if (!run) return;
     this.#sample(performance.now());
-    if (run.firstByte !== null) named("ttfb").textContent = duration(run.firstByte);
-    named("bytes").textContent = size(run.bytes);
-    named("count").textContent = number.format(this.#counted());
+    if (run.firstByte !== null) byId("ttfb").textContent = duration(run.firstByte);
+    byId("bytes").textContent = size(run.bytes);
+    byId("count").textContent = number.format(this.#counted());
     if (run.gaps.length) {
       const sorted = Float64Array.from(run.gaps).sort();
-      named("gaps").textContent = [sorted[0], sorted[sorted.length >> 1], sorted.at(-1)].map(duration).join(" · ");
+      byId("gaps").textContent = [sorted[0], sorted[sorted.length >> 1], sorted.at(-1)].map(duration).join(" · ");
     }
-    for (const chart of [this.#bytes, this.#things, this.#memory]) chart.draw();
+    for (const chart of [this.#bytes, this.#items, this.#memory]) chart.draw();
   }
 
   #counted() {
     return this.#run.hasEvents ? this.#run.events : this.#run.chunks;
   }
 
-  #name(things) {
-    named("things").textContent = things;
-    named("chart-count-name").textContent = `${things} a second`;
+  #name(items) {
+    byId("count-name").textContent = items;
+    byId("chart-count-name").textContent = `${items} per second`;
   }
 
-  /** Add a point to the charts of rates, every quarter of a second while data arrives. */
+  /** Add a point to the rate charts, at most every SAMPLE milliseconds while data arrives. */
   #sample(now) {
     const run = this.#run;
     if (now - this.#counts.at(-1).at < SAMPLE || run.over) return;
-    const count = { bytes: run.bytes, things: this.#counted(), at: now };
+    const count = { bytes: run.bytes, items: this.#counted(), at: now };
     this.#counts.push(count);
     while (this.#counts.length > 2 && now - this.#counts[1].at >= SECOND) this.#counts.shift();
     const before = this.#counts[0];
     const [x, seconds] = [(now - run.startedAt) / SECOND, (now - before.at) / SECOND];
-    this.#bytes.add("bytes a second", x, (count.bytes - before.bytes) / seconds);
-    this.#things.add("a second", x, (count.things - before.things) / seconds);
+    this.#bytes.add("bytes per second", x, (count.bytes - before.bytes) / seconds);
+    this.#items.add("per second", x, (count.items - before.items) / seconds);
   }
 
-  /** Read the server's metrics, about once a second during the run, and once after. */
+  /** Read the server's metrics, about once per second during the run, and once after it. */
   async #watch(run) {
     const last = run.over;
     try {
@@ -92,14 +92,14 @@ export class Figures {
       const memory = /^process_resident_memory_bytes (\S+)/m.exec(text);
       const open = [...text.matchAll(/^streamlab_open_streams\{[^}]*\} (\S+)/gm)];
       if (memory) {
-        named("memory").textContent = size(Number(memory[1]));
+        byId("memory").textContent = size(Number(memory[1]));
         this.#memory.add("server memory", (performance.now() - run.startedAt) / SECOND, Number(memory[1]));
         this.#memory.draw();
       }
-      named("streams").textContent = number.format(open.reduce((sum, [, value]) => sum + Number(value), 0));
+      byId("streams").textContent = number.format(open.reduce((sum, [, value]) => sum + Number(value), 0));
     } catch {
       if (run !== this.#run) return;
-      named("memory").textContent = named("streams").textContent = "–"; // the server is unavailable
+      byId("memory").textContent = byId("streams").textContent = "–"; // the server is unavailable
     }
     if (!last) this.#poll = setTimeout(() => this.#watch(run), SECOND);
   }
@@ -113,6 +113,6 @@ function short(value) {
   return value >= 1e6 ? `${value / 1e6} M` : value >= 1e3 ? `${value / 1e3} k` : `${value}`;
 }
 
-function named(id) {
+function byId(id) {
   return document.getElementById(id);
 }

@@ -4,32 +4,32 @@ import { element, prose } from "./views.js";
 
 const number = new Intl.NumberFormat("en");
 
-/** Fill `place` with the fields of an operation; `given` has values of path parameters. Returns the form's reader. */
-export function build(place, operation, given = {}) {
-  // What is needed comes first.
+/** Fill `container` with the fields of an operation; `values` are those of path parameters. Return the form. */
+export function build(container, operation, values = {}) {
+  // Required parameters come first.
   const parameters = [...operation.parameters].sort((one, other) => other.required - one.required);
-  const fields = parameters.map((parameter) => field(parameter, given[parameter.name]));
-  // Where to go on is what the button Resume says by itself; by hand it is rarely wanted.
-  const byHand = fields.filter(({ parameter }) => parameter.name === "last_event_id");
+  const fields = parameters.map((parameter) => field(parameter, values[parameter.name]));
+  // The button Resume sends the last event id by itself; setting it by hand is rarely needed.
+  const rare = fields.filter(({ parameter }) => parameter.name === "last_event_id");
   const grid = element(
     "div",
     { className: "grid" },
-    ...fields.filter((field) => !byHand.includes(field)).map(({ node }) => node),
+    ...fields.filter((field) => !rare.includes(field)).map(({ node }) => node),
   );
   const accept =
     operation.media.length > 1
       ? choice("Accept", "Media type to request. Default: the choice of the server.", operation.media, operation.accept)
       : null;
   if (accept) grid.append(accept.node);
-  place.replaceChildren(grid);
+  container.replaceChildren(grid);
 
   let more = null;
-  if (operation.parameters.some(({ place }) => place === "query")) {
+  if (operation.parameters.some(({ where }) => where === "query")) {
     more = element("input", { id: "more", type: "text", placeholder: "name=value&name=value", spellcheck: false });
-    const label = element("label", { htmlFor: "more" }, "Anything else");
-    const says = element("small", {}, "Sent unchanged, after the others.");
-    const fields = [...byHand.map(({ node }) => node), element("div", { className: "field" }, label, more, says)];
-    place.append(
+    const label = element("label", { htmlFor: "more" }, "Other parameters");
+    const help = element("small", {}, "Sent unchanged, after the other parameters.");
+    const fields = [...rare.map(({ node }) => node), element("div", { className: "field" }, label, more, help)];
+    container.append(
       element(
         "details",
         { className: "more" },
@@ -48,30 +48,30 @@ export function build(place, operation, given = {}) {
       spellcheck: false,
       rows: Math.min(10, operation.body.example.split("\n").length + 1),
     });
-    body.setAttribute("aria-describedby", "body-says");
-    const says = element("small", { id: "body-says" }, ...prose(operation.body.description));
+    body.setAttribute("aria-describedby", "body-help");
+    const help = element("small", { id: "body-help" }, ...prose(operation.body.description));
     const row = element(
       "div",
       { className: "field body" },
       element("label", { htmlFor: "body" }, "Body"),
       body,
-      says,
+      help,
       fault("body"),
     );
     if (operation.body.types.length > 1) {
       type = choice("Content-Type", "", operation.body.types, operation.body.types[0], false);
       row.prepend(type.node);
     }
-    place.append(row);
+    container.append(row);
   }
 
   return {
-    /** What the form says now, as `routes.request` takes it. */
+    /** Return the values of the form, for `routes.request`. */
     values() {
       const path = {};
       const query = [];
       for (const { parameter, read } of fields)
-        if (parameter.place === "path") path[parameter.name] = read()[0] ?? "";
+        if (parameter.where === "path") path[parameter.name] = read()[0] ?? "";
         else for (const value of read()) query.push([parameter.name, value]);
       return {
         path,
@@ -83,15 +83,15 @@ export function build(place, operation, given = {}) {
       };
     },
 
-    /** Mark the fields that an error response names, and only those. */
-    blame(errors) {
+    /** Mark the fields that an error response names as invalid, and no others. */
+    markInvalid(errors) {
       for (const { control, parameter } of fields)
-        blame(
+        mark(
           control,
           errors.filter(({ name }) => name === parameter.name),
         );
       if (body)
-        blame(
+        mark(
           body,
           errors.filter((error) => error.in === "body"),
         );
@@ -99,9 +99,9 @@ export function build(place, operation, given = {}) {
   };
 }
 
-function blame(control, errors) {
-  const place = control.closest(".field").querySelector(".fault");
-  place.textContent = errors.map(({ detail }) => detail).join("; ");
+function mark(control, errors) {
+  const fault = control.closest(".field").querySelector(".fault");
+  fault.textContent = errors.map(({ detail }) => detail).join("; ");
   if (errors.length) control.setAttribute("aria-invalid", "true");
   else control.removeAttribute("aria-invalid");
 }
@@ -110,23 +110,23 @@ function fault(name) {
   return element("small", { id: `${name}-fault`, className: "fault" });
 }
 
-function field(parameter, given) {
+function field(parameter, preset) {
   const { name, shape, required, description, example } = parameter;
   const id = `field-${name}`;
-  // What is needed is filled in; what may be left out only says what it could be.
-  const value = given ?? (required ? String(example ?? shape.default ?? "") : "");
+  // Required values are filled in; optional ones only have a placeholder.
+  const value = preset ?? (required ? String(example ?? shape.default ?? "") : "");
   const control = make(shape, value, required);
   control.id = id;
-  control.setAttribute("aria-describedby", `${id}-says ${id}-fault`);
+  control.setAttribute("aria-describedby", `${id}-help ${id}-fault`);
   if (required) control.required = true;
   if (!shape.enum && shape.type !== "boolean") control.placeholder = suggestion(shape, example);
-  const label = element("label", { htmlFor: id }, element("code", {}, name), required ? " (needed)" : "");
-  const says = element("small", { id: `${id}-says` }, ...prose([description, hint(shape)].filter(Boolean).join(" ")));
+  const label = element("label", { htmlFor: id }, element("code", {}, name), required ? " (required)" : "");
+  const help = element("small", { id: `${id}-help` }, ...prose([description, hint(shape)].filter(Boolean).join(" ")));
   return {
     parameter,
     control,
     read: () => read(control, shape),
-    node: element("div", { className: "field" }, label, control, says, fault(id)),
+    node: element("div", { className: "field" }, label, control, help, fault(id)),
   };
 }
 
@@ -174,15 +174,16 @@ function suggestion(shape, example) {
   return fallback == null || fallback === "" || Array.isArray(fallback) ? "" : `${fallback}`;
 }
 
-/** What the type and the bounds of a parameter are, in words. */
+/** Describe the type and the bounds of a parameter. */
 function hint(shape) {
   if (shape.enum || shape.type === "boolean") return "";
-  const said = [{ array: "One per line", integer: "Integer", number: "Number" }[shape.type] ?? "Text"];
-  const least = shape.minimum ?? shape.exclusiveMinimum;
-  const most = shape.maximum ?? shape.exclusiveMaximum;
-  if (least !== undefined && most !== undefined) said.push(`${number.format(least)} to ${number.format(most)}`);
-  else if (least !== undefined) said.push(`from ${number.format(least)}`);
-  else if (most !== undefined) said.push(`up to ${number.format(most)}`);
-  else if (shape.maxLength !== undefined) said.push(`${number.format(shape.maxLength)} characters maximum`);
-  return `${said.join(", ")}.`;
+  const parts = [{ array: "One per line", integer: "Integer", number: "Number" }[shape.type] ?? "Text"];
+  const minimum = shape.minimum ?? shape.exclusiveMinimum;
+  const maximum = shape.maximum ?? shape.exclusiveMaximum;
+  const [from, to] = [minimum, maximum].map((bound) => bound !== undefined && number.format(bound));
+  if (from && to) parts.push(`${from} to ${to}`);
+  else if (from) parts.push(`from ${from}`);
+  else if (to) parts.push(`up to ${to}`);
+  else if (shape.maxLength !== undefined) parts.push(`${number.format(shape.maxLength)} characters maximum`);
+  return `${parts.join(", ")}.`;
 }

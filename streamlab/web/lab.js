@@ -6,13 +6,13 @@ import { curl, load, matching, request, simplest } from "./routes.js";
 import { Run } from "./run.js";
 import { Output, element, prose } from "./views.js";
 
-/** Milliseconds between two drawings: as often as an eye can follow figures, and no burden at any rate of events. */
-const DRAWING = 80;
+/** Minimum interval between two drawings, in milliseconds: independent of the rate of events. */
+const DRAW_INTERVAL = 80;
 const STATES = {
   connecting: "Connecting …",
   running: "Running.",
   cut: "Cut.",
-  away: "The server is unavailable.",
+  disconnected: "The server is unavailable.",
   done: "Done: the response is complete.",
   stopped: "Stopped.",
   failed: "Failed.",
@@ -29,10 +29,10 @@ const operations = await load().catch((error) => {
   throw error;
 });
 
-/** The links of the list. Their places lose the names that serve browsers without JavaScript: nothing scrolls. */
-const listed = new Map();
+/** The links of the list. Their items lose the ids that browsers without JavaScript need, so that nothing scrolls. */
+const links = new Map();
 for (const entry of document.querySelectorAll("#list li[id]")) {
-  listed.set(entry.id, entry.querySelector("a"));
+  links.set(entry.id, entry.querySelector("a"));
   entry.removeAttribute("id");
 }
 
@@ -44,10 +44,10 @@ let form = null;
 let run = null;
 let drawn = 0;
 
-// -- the route on the bench
+// -- the selected route
 
-/** Select a route; `given` has values of its path parameters. */
-function choose(chosen, given) {
+/** Select a route; `values` are those of its path parameters. */
+function choose(chosen, values) {
   run?.stop();
   run = null;
   operation = chosen;
@@ -57,22 +57,22 @@ function choose(chosen, given) {
   at("summary").replaceChildren(...prose(chosen.summary));
   at("description").replaceChildren(...prose(chosen.description));
   document.title = `${chosen.method} ${chosen.path} · streamlab`;
-  form = build(at("fields"), chosen, given);
-  // At full speed a download would end before anybody could press Cut.
+  form = build(at("fields"), chosen, values);
+  // At full speed a download would end before Cut could be pressed.
   at("pace").value = chosen.ranges ? "20000000" : "0";
-  for (const link of listed.values()) link.removeAttribute("aria-current");
-  listed.get(chosen.key)?.setAttribute("aria-current", "true");
-  output.begin();
-  figures.begin(null);
+  for (const link of links.values()) link.removeAttribute("aria-current");
+  links.get(chosen.key)?.setAttribute("aria-current", "true");
+  output.reset();
+  figures.reset(null);
   at("head").textContent = "";
-  at("there").replaceChildren();
+  at("location").replaceChildren();
   at("headers").querySelector("dl").replaceChildren();
   command();
   buttons();
 }
 
 /** Select the route that a response points to. */
-function visit({ operation, values }) {
+function openRoute({ operation, values }) {
   history.pushState(null, "", `#${operation.key}`);
   choose(operation, values);
   at("bench").focus();
@@ -82,14 +82,14 @@ function command() {
   at("curl").textContent = curl(operation, request(operation, form.values()));
 }
 
-/** The route that the address names, or null. */
-function named() {
+/** Return the route in the address, or null. */
+function routeInAddress() {
   const name = location.hash.slice(1);
   return operations.find(({ key }) => [key, encodeURI(key)].includes(name)) ?? null;
 }
 
 window.addEventListener("hashchange", () => {
-  const chosen = named();
+  const chosen = routeInAddress();
   if (chosen && chosen !== operation) choose(chosen);
   at("list").classList.remove("open");
   at("unfold").setAttribute("aria-expanded", "false");
@@ -110,24 +110,24 @@ at("form").addEventListener("input", command);
 at("form").addEventListener("submit", (submit) => {
   submit.preventDefault();
   run?.stop();
-  form.blame([]);
-  const asked = request(operation, form.values());
+  form.markInvalid([]);
+  const message = request(operation, form.values());
   const pace = () => Number(at("pace").value);
-  const mine = new Run(asked, { ranges: operation.ranges, pace, listener: listener(() => run === mine) });
+  const mine = new Run(message, { ranges: operation.ranges, pace, listener: listener(() => run === mine) });
   run = mine;
-  at("there").replaceChildren();
-  output.begin("Request sent; no data yet.");
-  figures.begin(run);
+  at("location").replaceChildren();
+  output.reset("Request sent; no data yet.");
+  figures.reset(run);
   run.start();
-  reveal();
+  scrollToOutput();
   requestAnimationFrame(draw);
 });
 
-/** Where little of what arrives would be in sight, as on a phone, bring it there. */
-function reveal() {
+/** Scroll to the received data if little of it is visible, as on a phone. */
+function scrollToOutput() {
   if (at("output").getBoundingClientRect().top < innerHeight * 0.7) return;
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  document.querySelector(".controls").scrollIntoView({ behavior: still ? "auto" : "smooth" });
+  const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  document.querySelector(".controls").scrollIntoView({ behavior: reducedMotion ? "auto" : "smooth" });
 }
 
 /** Return the listener of a run; it ignores a run that is no longer selected. */
@@ -135,8 +135,8 @@ function listener(current) {
   return {
     state: () => {
       if (!current()) return;
-      form.blame(run.errors);
-      if (run.over) draw(performance.now()); // a run that is over has been drawn completely
+      form.markInvalid(run.errors);
+      if (run.over) draw(performance.now()); // draws the complete data of a run that has ended
       buttons();
     },
     response: (response) => current() && respond(response),
@@ -153,10 +153,12 @@ function respond(response) {
   at("headers")
     .querySelector("dl")
     .replaceChildren(...rows);
-  const there = response.headers.get("Location");
-  const target = there && matching(operations, "GET", new URL(there, location.href).pathname);
-  if (target)
-    at("there").replaceChildren(element("button", { type: "button", onclick: () => visit(target) }, `Open ${there}`));
+  const url = response.headers.get("Location");
+  const target = url && matching(operations, "GET", new URL(url, location.href).pathname);
+  if (target) {
+    const button = element("button", { type: "button", onclick: () => openRoute(target) }, `Open ${url}`);
+    at("location").replaceChildren(button);
+  }
 }
 
 at("stop").addEventListener("click", () => run.stop());
@@ -169,21 +171,21 @@ at("copy").addEventListener("click", async () => {
     at("copy").textContent = "Copied";
     setTimeout(() => (at("copy").textContent = "Copy"), 1500);
   } catch {
-    getSelection().selectAllChildren(at("curl")); // no clipboard without HTTPS: selected, to be copied by hand
+    getSelection().selectAllChildren(at("curl")); // no clipboard without HTTPS: select it for copying by hand
   }
 });
 
 /** Update the buttons, and the line with the state. */
 function buttons() {
   const state = run?.state ?? "";
-  const going = Boolean(run) && !run.over;
-  const parked = state === "cut" || state === "away";
-  // The focus moves to the next button if its button is disabled.
+  const active = Boolean(run) && !run.over;
+  const disconnected = state === "cut" || state === "disconnected";
+  // The focus moves to the other button when the focused one is disabled.
   const focused = document.activeElement;
-  at("stop").disabled = !going;
+  at("stop").disabled = !active;
   at("cut").disabled = state !== "running";
-  at("resume").disabled = !parked || !run.resumable;
-  if (focused === at("cut") && parked && run.resumable) at("resume").focus();
+  at("resume").disabled = !disconnected || !run.resumable;
+  if (focused === at("cut") && disconnected && run.resumable) at("resume").focus();
   if (focused === at("resume") && state === "running") at("cut").focus();
   document.body.dataset.state = state;
   const line = run ? run.detail || STATES[state] : "";
@@ -194,8 +196,8 @@ function buttons() {
 function verdict() {
   const { mark, text } = verdictOf();
   const line = at("verdict");
-  // Read out once when it turns good or bad, and not again whenever its figures change.
-  if (line.dataset.mark !== mark) at("heard").textContent = mark ? text : "";
+  // Announce it when it becomes good or bad, not at each change of its figures.
+  if (line.dataset.mark !== mark) at("announcement").textContent = mark ? text : "";
   line.dataset.mark = mark;
   if (line.textContent !== text) line.textContent = text;
 }
@@ -204,7 +206,7 @@ function verdictOf() {
   if (!run)
     return {
       mark: "",
-      text: "Cut the connection while it runs, and resume: this line reports whether anything was lost.",
+      text: "Cut the connection while it runs, and resume: this line reports whether data was lost.",
     };
   if (run.state === "cut") {
     const text = run.resumable
@@ -218,7 +220,7 @@ function verdictOf() {
 function draw(now) {
   if (!run) return;
   const over = run.over;
-  if (over || now - drawn >= DRAWING) {
+  if (over || now - drawn >= DRAW_INTERVAL) {
     drawn = now;
     output.draw(over);
     figures.draw();
@@ -227,6 +229,6 @@ function draw(now) {
   if (!over) requestAnimationFrame(draw);
 }
 
-// Routes that are out of service are not in the list, and no welcome.
-choose(named() ?? simplest(operations.filter(({ key }) => listed.has(key))));
+// Routes that are out of service have no link, and are not selected at first.
+choose(routeInAddress() ?? simplest(operations.filter(({ key }) => links.has(key))));
 at("bench").removeAttribute("aria-busy");

@@ -1,23 +1,23 @@
-// Proof that nothing was lost across a cut: consecutive ids for events; size and SHA-256 for a download.
+// Checks that no data was lost across a cut: consecutive ids of events; size and SHA-256 of a download.
 
-import { place } from "./sse.js";
+import { position } from "./sse.js";
 
 const number = new Intl.NumberFormat("en");
 
-/** Number of consecutive offsets that prove that a view filters nothing, so that a jump across a cut is a loss. */
-const SURE = 10;
+/** Minimum number of consecutive offsets that shows that a view filters nothing: a jump across a cut is a loss then. */
+const MIN_CONSECUTIVE = 10;
 
-/** Maximum bytes of a download that is hashed: hashing more would slow a fast server down. */
-const HASHED = 256e6;
+/** Maximum size of a download that is hashed, in bytes: hashing more would slow down a fast server. */
+const MAX_HASHED = 256e6;
 
 const events = (count) => `${number.format(count)} ${count === 1 ? "event" : "events"}`;
 
-/** Whether the events of a run follow each other. */
+/** Checks whether the events of a run are consecutive. */
 export class EventProof {
   #last = null;
   #first = null;
-  #placed = 0;
-  #broken = false;
+  #count = 0;
+  #isCut = false;
   #seam = null;
   #jumps = 0;
   #repeated = 0;
@@ -25,13 +25,13 @@ export class EventProof {
   #lost = 0;
   #epochs = 0;
 
-  take(event, json) {
+  add(event, json) {
     if (event.event === "gap")
       this.#gap = typeof json?.missing === "number" ? events(json.missing) : "an unknown number of events";
-    const here = event.named && place(event.id);
+    const here = event.hasOwnId && position(event.id);
     if (!here) return;
     const last = this.#last;
-    // A batch of rows counts them all: its id is the place of the last.
+    // A batch of rows has the position of its last row as its id.
     const step = Array.isArray(json?.rows) ? json.rows.length : 1;
     const follows = last !== null && here.epoch === last.epoch;
     const missing = follows ? here.offset - last.offset - step : 0;
@@ -40,85 +40,85 @@ export class EventProof {
       this.#repeated++;
       return;
     }
-    if (this.#broken) {
+    if (this.#isCut) {
       this.#seam = { before: last.offset, after: here.offset - step + 1 };
       this.#lost += missing;
     } else if (missing > 0) this.#jumps++;
     this.#first ??= here.offset - step + 1;
-    this.#broken = false;
+    this.#isCut = false;
     this.#last = here;
-    this.#placed++;
+    this.#count++;
   }
 
-  /** The connection is lost: the next event must be the one that follows. */
-  cut() {
-    this.#broken = this.#last !== null;
+  /** The connection was lost: the next event must be consecutive. */
+  disconnect() {
+    this.#isCut = this.#last !== null;
   }
 
   /** {mark, text}; `mark` is "good", "bad", "warn", or "" while there is no result. */
   verdict() {
     const seam = this.#seam;
-    if (this.#repeated) return { mark: "bad", text: `${events(this.#repeated)} came twice.` };
+    if (this.#repeated) return { mark: "bad", text: `${events(this.#repeated)} arrived twice.` };
     if (this.#epochs)
       return { mark: "warn", text: "The history of this channel was lost: its ids have a new epoch." };
     if (this.#gap !== null)
       return { mark: "warn", text: `No longer retained by the server (event gap): ${this.#gap}.` };
     if (!seam) return { mark: "", text: "" };
-    const over = `after offset ${seam.before} came ${seam.after}`;
+    const across = `offset ${seam.before} was followed by ${seam.after}`;
     if (this.#jumps)
       return {
         mark: "",
-        text: `No duplicates, and no gap reported: ${over}. Losses cannot be excluded, since this view filters events: offsets jump without a cut, too.`,
+        text: `No duplicates, and no gap reported: ${across}. Losses cannot be excluded, since this view filters events: offsets jump without a cut, too.`,
       };
-    if (this.#lost && this.#placed < SURE)
+    if (this.#lost && this.#count < MIN_CONSECUTIVE)
       return {
         mark: "",
-        text: `No duplicates, and no gap reported: ${over}. More events will show whether this view filters some.`,
+        text: `No duplicates, and no gap reported: ${across}. More events will show whether this view filters some.`,
       };
-    if (this.#lost) return { mark: "bad", text: `${events(this.#lost)} missing: ${over}.` };
-    const all = `all ${number.format(this.#placed)} events from ${this.#first} to ${this.#last.offset} came once, in order`;
-    return { mark: "good", text: `Nothing was lost: ${over}, and ${all}.` };
+    if (this.#lost) return { mark: "bad", text: `${events(this.#lost)} missing: ${across}.` };
+    const all = `all ${number.format(this.#count)} events from ${this.#first} to ${this.#last.offset}`;
+    return { mark: "good", text: `Nothing was lost: ${across}, and ${all} arrived once, in order.` };
   }
 }
 
-/** Whether the parts of a download are the file of the server. */
+/** Checks whether the parts of a download are the file of the server. */
 export class DownloadProof {
   received = 0;
-  pieces = 1;
+  parts = 1;
 
   #hash = null;
   #finished = false;
   #digest = null;
-  #theirs = null;
+  #expected = null;
   #total = null;
   #changed = false;
   #seam = null;
 
-  take(bytes) {
+  add(bytes) {
     this.received += bytes.length;
     this.#hash?.update(bytes);
   }
 
   /** Start with the total length from the first response. */
-  begin(total) {
+  start(total) {
     this.#total = total;
-    this.#hash = total !== null && total > HASHED ? null : new Sha256();
+    this.#hash = total !== null && total > MAX_HASHED ? null : new Sha256();
   }
 
-  /** A response resumes at `start`; true if that is where the last one was cut. */
+  /** A response resumes at `start`; return whether the last one was cut there. */
   resumeAt(start, total) {
-    this.pieces++;
-    this.#seam = { asked: this.received, start };
+    this.parts++;
+    this.#seam = { requested: this.received, start };
     this.#total = total;
     return start === this.received;
   }
 
-  /** The file has changed: the server sends the new one from its beginning. */
+  /** The file has changed: the server sends the new one from its first byte. */
   restart(total) {
     this.received = 0;
-    this.pieces = 1;
+    this.parts = 1;
     this.#changed = true;
-    this.begin(total);
+    this.start(total);
   }
 
   /** The download is complete: compare it with the digest of the server, if it sends one. */
@@ -126,54 +126,54 @@ export class DownloadProof {
     try {
       if (this.#hash === null) return;
       this.#digest = this.#hash.digest();
-      const answer = await fetch(url, {
+      const response = await fetch(url, {
         method: "HEAD",
         headers: { "Want-Repr-Digest": "sha-256=1" },
         cache: "no-store",
       });
-      this.#theirs = /sha-256=:([^:]+):/.exec(answer.headers.get("Repr-Digest") ?? "")?.[1] ?? null;
+      this.#expected = /sha-256=:([^:]+):/.exec(response.headers.get("Repr-Digest") ?? "")?.[1] ?? null;
     } catch {
-      this.#theirs = null; // the server is unavailable: only the size is checked
+      this.#expected = null; // the server is unavailable: only the size is checked
     } finally {
       this.#finished = true;
     }
   }
 
   verdict() {
-    const whole = this.#total === null ? "" : ` of ${number.format(this.#total)}`;
-    const pieces = this.pieces === 1 ? "one part" : `${this.pieces} parts`;
+    const ofTotal = this.#total === null ? "" : ` of ${number.format(this.#total)}`;
+    const parts = this.parts === 1 ? "one part" : `${this.parts} parts`;
     if (!this.#finished) {
       if (this.#changed)
         return {
           mark: "warn",
-          text: "The file has changed: the server sends the new one from its first byte, and mixes nothing.",
+          text: "The file has changed: the server sends the new one from its first byte.",
         };
       if (this.#seam === null) return { mark: "", text: "" };
-      const { asked, start } = this.#seam;
-      if (start !== asked)
+      const { requested, start } = this.#seam;
+      if (start !== requested)
         return {
           mark: "bad",
-          text: `Requested byte ${number.format(asked)}, the server resumed at ${number.format(start)}.`,
+          text: `Requested byte ${number.format(requested)}, the server resumed at ${number.format(start)}.`,
         };
       return { mark: "good", text: `The server resumed at byte ${number.format(start)} exactly.` };
     }
     if (this.#total !== null && this.received !== this.#total)
-      return { mark: "bad", text: `${number.format(this.received)}${whole} bytes came.` };
-    const came = `${number.format(this.received)} bytes in ${pieces}`;
+      return { mark: "bad", text: `${number.format(this.received)}${ofTotal} bytes arrived.` };
+    const received = `${number.format(this.received)} bytes in ${parts}`;
     if (this.#digest === null)
-      return { mark: "good", text: `Nothing was lost by size: ${came}. A download of this size is not hashed here.` };
-    const mine = hex(this.#digest);
-    const short = `${mine.slice(0, 8)}…${mine.slice(-8)}`;
-    if (this.#theirs === null)
+      return { mark: "good", text: `The size matches: ${received}. A download of this size is not hashed here.` };
+    const digest = hex(this.#digest);
+    const short = `${digest.slice(0, 8)}…${digest.slice(-8)}`;
+    if (this.#expected === null)
       return {
         mark: "good",
-        text: `Nothing was lost by size: ${came}. Their SHA-256 is ${short}; the server sends none to compare.`,
+        text: `The size matches: ${received}. Their SHA-256 is ${short}; the server sends none to compare.`,
       };
-    if (base64(this.#digest) !== this.#theirs)
-      return { mark: "bad", text: `The SHA-256 of the ${pieces} is ${short}, and not the server's.` };
+    if (base64(this.#digest) !== this.#expected)
+      return { mark: "bad", text: `The SHA-256 of the ${parts}, ${short}, differs from the server's.` };
     return {
       mark: "good",
-      text: `Nothing was lost: ${came}, and their SHA-256 ${short} is that of the server.`,
+      text: `Nothing was lost: ${received}, and their SHA-256 ${short} matches the server's.`,
     };
   }
 }
@@ -211,10 +211,10 @@ export class Sha256 {
       if (this.#filled < 64) return;
       compress(this.#state, this.#block, 0, 64);
     }
-    const whole = from + Math.floor((bytes.length - from) / 64) * 64;
-    compress(this.#state, bytes, from, whole);
-    this.#block.set(bytes.subarray(whole));
-    this.#filled = bytes.length - whole;
+    const end = from + Math.floor((bytes.length - from) / 64) * 64;
+    compress(this.#state, bytes, from, end);
+    this.#block.set(bytes.subarray(end));
+    this.#filled = bytes.length - end;
   }
 
   digest() {
@@ -231,7 +231,7 @@ export class Sha256 {
   }
 }
 
-/** Take blocks of 64 bytes into the state. Everything is a plain local variable: engines make that two times as fast. */
+/** Process blocks of 64 bytes. Plain local variables double the speed in current engines. */
 function compress(state, bytes, from, to) {
   const words = new Int32Array(64);
   const round = ROUND;

@@ -1,6 +1,6 @@
-// The routes of /openapi.json: operations, the request of a filled form, and its curl line.
+// The routes of /openapi.json: operations, the request of a filled form, and its curl command.
 
-/** All operations, in the document's order. */
+/** Load all operations, in the order of the document. */
 export async function load() {
   const document = await (await fetch("/openapi.json")).json();
   return Object.entries(document.paths).flatMap(([path, methods]) =>
@@ -10,9 +10,9 @@ export async function load() {
 
 function operation(method, path, declared, document) {
   const media = Object.keys(declared.responses["200"]?.content ?? {});
-  const words = declared["x-curl"] ?? ["-N", "{url}"];
+  const options = declared["x-curl"] ?? ["-N", "{url}"];
   return {
-    key: method + path, // what an address names after its "#"
+    key: method + path, // the fragment of its address
     method,
     path,
     summary: declared.summary ?? "",
@@ -20,18 +20,18 @@ function operation(method, path, declared, document) {
     parameters: (declared.parameters ?? []).map(parameter),
     body: declared.requestBody ? body(declared.requestBody, document) : null,
     media,
-    accept: accepted(words) ?? media.find((one) => one === "text/event-stream") ?? "", // the one with views of its own
+    accept: accepted(options) ?? media.find((one) => one === "text/event-stream") ?? "", // which has special views
     ranges: "206" in declared.responses,
-    words,
+    curlOptions: options,
   };
 }
 
-function parameter({ name, in: place, required, description, example, schema }) {
-  // A parameter that may be left out is a choice between its shape and null.
+function parameter({ name, in: where, required, description, example, schema }) {
+  // An optional parameter is a choice between its shape and null.
   const shape = schema.anyOf
     ? { ...schema, ...schema.anyOf.find((one) => one.type !== "null"), anyOf: undefined }
     : schema;
-  return { name, place, required, description: description ?? "", example, shape };
+  return { name, where, required, description: description ?? "", example, shape };
 }
 
 function body({ content }, document) {
@@ -45,26 +45,26 @@ function body({ content }, document) {
   return { types, example: text, description: schema.description ?? "" };
 }
 
-function accepted(words) {
-  return words.find((word) => /^Accept: /.test(word))?.slice("Accept: ".length);
+function accepted(options) {
+  return options.find((option) => /^Accept: /.test(option))?.slice("Accept: ".length);
 }
 
 /**
- * The route that a newcomer meets first: an event stream that needs nothing, has no end of its own, can be resumed, and
- * asks the least.
+ * Return the route that is selected at first: an event stream without required parameters that is endless, can be
+ * resumed, and has the fewest parameters.
  */
 export function simplest(operations) {
   const ready = operations.filter(
     ({ method, parameters, media }) =>
       method === "GET" && media.join() === "text/event-stream" && !parameters.some(({ required }) => required),
   );
-  const takes = (name) => ({ parameters }) => parameters.some((parameter) => parameter.name === name);
-  const resumable = ready.filter(takes("last_event_id")).filter(takes("limit"));
+  const has = (name) => ({ parameters }) => parameters.some((parameter) => parameter.name === name);
+  const resumable = ready.filter(has("last_event_id")).filter(has("limit"));
   const fewest = (one, other) => one.parameters.length - other.parameters.length;
   return resumable.sort(fewest)[0] ?? ready.sort(fewest)[0] ?? operations[0];
 }
 
-/** The operation that a path of this server is answered by, with the values of its path parameters; or null. */
+/** Return the operation that serves a path, with the values of its path parameters; null if there is none. */
 export function matching(operations, method, path) {
   for (const candidate of operations.filter((one) => one.method === method)) {
     const names = [...candidate.path.matchAll(/\{(\w+)\}/g)].map(([, name]) => name);
@@ -79,7 +79,7 @@ export function matching(operations, method, path) {
   return null;
 }
 
-/** The request that an operation becomes with the values of its form. */
+/** Return the request for the values of a form. */
 export function request(operation, { path, query, more, accept, type, body }) {
   let address = operation.path;
   for (const [name, value] of Object.entries(path))
@@ -91,17 +91,17 @@ export function request(operation, { path, query, more, accept, type, body }) {
   return { method: operation.method, url: location.origin + address + (search ? `?${search}` : ""), headers, body };
 }
 
-/** The command that sends a request, with the options that the route's author chose for it. */
+/** Return the curl command of a request, with the options that the author of the route has chosen. */
 export function curl(operation, { method, url, headers, body }) {
   const command = ["curl"];
   if (!["GET", "POST"].includes(method)) command.push("-X", method);
   else if (method === "POST" && body === null) command.push("-X", "POST");
-  const options = operation.words.filter((word) => word !== "{url}");
+  const options = operation.curlOptions.filter((option) => option !== "{url}");
   for (let at = 0; at < options.length; at++) {
     const takesBody = ["--json", "-d", "--data"].includes(options[at]);
     const namesHeader = options[at] === "-H" && /^(Accept|Content-Type): /.test(options[at + 1] ?? "");
     if (takesBody || namesHeader)
-      at++; // said below, as the form has it
+      at++; // added below from the form
     else command.push(options[at]);
   }
   for (const [name, value] of Object.entries(headers)) command.push("-H", `${name}: ${value}`);

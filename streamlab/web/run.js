@@ -3,19 +3,20 @@
 import { DownloadProof, EventProof } from "./proof.js";
 import { EventStreamParser } from "./sse.js";
 
-/** Default and maximum time before reconnecting, in milliseconds. */
+/** Default time before reconnecting, in milliseconds. */
 const RETRY = 1000;
-const LONGEST_RETRY = 15000;
-/** Maximum time of processing before the page can draw, in milliseconds. */
-const TURN = 12;
+/** Maximum time before reconnecting, in milliseconds. */
+const MAX_RETRY = 15000;
+/** Maximum processing time before the page can draw, in milliseconds. */
+const SLICE = 12;
 /** Minimum bytes processed at once at a limited pace: browsers read ahead, and chunks get large. */
 const MIN_PART = 4096;
 /** Maximum bytes of an error response that are parsed for its `errors`. */
 const PROBLEM = 65536;
 
 /**
- * A request in progress. States: connecting, running, cut (by hand; resumable), away (reconnects by itself), and,
- * finally, done, stopped or failed. `listener` is called for everything: state(), response(response), bytes(chunk) and
+ * A request in progress. States: connecting, running, cut (by hand; resumable), disconnected (reconnects by itself),
+ * and, finally, done, stopped or failed. `listener` has the callbacks state(), response(response), bytes(chunk) and
  * event(event, json).
  */
 export class Run {
@@ -39,7 +40,7 @@ export class Run {
   #ranges;
   #pace;
   #abort = new AbortController();
-  #wanted = "";
+  #endState = "";
   #timer = 0;
   #attempts = 0;
   #parser = null;
@@ -48,7 +49,7 @@ export class Run {
   #location = null;
   #lastEvent = null;
   #lastChunkAt = 0;
-  #refusal = "";
+  #errorText = "";
 
   /** `ranges`: whether the route declares ranges. `pace()`: bytes per second to read, 0 for no limit. */
   constructor(request, { ranges, pace, listener }) {
@@ -62,7 +63,7 @@ export class Run {
     return ["done", "stopped", "failed"].includes(this.state);
   }
 
-  /** Whether what comes is an event stream. */
+  /** Whether the response is an event stream. */
   get hasEvents() {
     return this.#parser !== null;
   }
@@ -85,7 +86,7 @@ export class Run {
     this.#connect(this.#request);
   }
 
-  /** Abort the connection, as a lost network does. */
+  /** Abort the connection, as a network failure does. */
   cut() {
     this.#end("cut");
   }
@@ -98,105 +99,105 @@ export class Run {
   /** Resume after the data that has arrived. */
   resume() {
     clearTimeout(this.#timer);
-    const { "Content-Type": _, ...headers } = this.#request.headers; // it was the body's, and that is not sent again
-    const again = { method: "GET", url: this.#request.url, headers, body: null };
+    const { "Content-Type": _, ...headers } = this.#request.headers; // of the body, which is not sent again
+    const next = { method: "GET", url: this.#request.url, headers, body: null };
     if (this.#parser) {
       this.#parser.reconnect();
       headers["Last-Event-ID"] = this.#parser.lastId;
       headers["Accept"] = "text/event-stream"; // the Location may have other media types
       // A stream with a Location is resumed there: the first request might start another one.
-      if (this.#location) again.url = this.#location;
+      if (this.#location) next.url = this.#location;
     } else Object.assign(headers, { Range: `bytes=${this.proof.received}-`, "If-Range": this.#validator });
-    this.#connect(again);
+    this.#connect(next);
   }
 
   #end(state) {
     clearTimeout(this.#timer);
-    this.#wanted = state;
-    if (this.state === "away" || this.state === "cut") this.#become(state);
+    this.#endState = state;
+    if (this.state === "disconnected" || this.state === "cut") this.#setState(state);
     else this.#abort.abort();
   }
 
-  #become(state, detail = "") {
+  #setState(state, detail = "") {
     this.state = state;
     this.detail = detail;
-    if (state === "cut" || state === "away") this.proof?.cut?.();
-    if (this.over) this.#abort.abort(); // of a response whose rest is not needed
+    if (state === "cut" || state === "disconnected") this.proof?.disconnect?.();
+    if (this.over) this.#abort.abort(); // the rest of the response is not needed
     this.#listener.state();
   }
 
   async #connect(request) {
-    const going = this.proof !== null && (this.state === "cut" || this.state === "away");
-    this.#wanted = "";
+    const resuming = this.proof !== null && (this.state === "cut" || this.state === "disconnected");
+    this.#endState = "";
     this.#abort = new AbortController();
-    this.#become("connecting");
+    this.#setState("connecting");
     const { url, method, headers } = request;
     const body = request.body ?? undefined;
     let response;
     try {
       response = await fetch(url, { method, headers, body, signal: this.#abort.signal, cache: "no-store" });
     } catch {
-      if (this.#wanted) return this.#become(this.#wanted);
-      return going
+      if (this.#endState) return this.#setState(this.#endState);
+      return resuming
         ? this.#reconnect("The server cannot be reached.")
-        : this.#become("failed", "The server cannot be reached.");
+        : this.#setState("failed", "The server cannot be reached.");
     }
-    if (going && response.status === 503)
+    if (resuming && response.status === 503)
       return this.#reconnect("The server is not ready.", 1000 * (Number(response.headers.get("Retry-After")) || 0));
-    if (!this.#fits(response, going)) return;
+    if (!this.#accept(response, resuming)) return;
     this.#listener.response(response);
-    this.#become("running");
+    this.#setState("running");
     try {
       await this.#read(response);
     } catch {
-      if (this.#wanted) return this.#become(this.#wanted);
+      if (this.#endState) return this.#setState(this.#endState);
       const failed = this.#lastEvent?.event === "error";
       if (this.resumable && !failed) return this.#reconnect("The connection was lost.");
-      return this.#become(
+      return this.#setState(
         "failed",
         failed
           ? "The source failed, and the server aborted the response: the data is incomplete."
           : "The connection was lost: the data is incomplete.",
       );
     }
-    if (this.#lastEvent?.event === "stop") return this.#reconnect("The server stops.");
+    if (this.#lastEvent?.event === "stop") return this.#reconnect("The server is stopping.");
     if (this.proof instanceof DownloadProof) await this.proof.finish(this.#request.url);
-    if (response.ok) return this.#become("done");
-    this.errors = parsed(this.#refusal)?.errors ?? [];
-    this.#become("failed", "The server rejected the request.");
+    if (response.ok) return this.#setState("done");
+    this.errors = parsed(this.#errorText)?.errors ?? [];
+    this.#setState("failed", "The server rejected the request.");
   }
 
-  /** Process the head of a response; false if it ends the run. */
-  #fits(response, going) {
+  /** Process the head of a response; return false if it ends the run. */
+  #accept(response, resuming) {
     const type = (response.headers.get("Content-Type") ?? "").split(";")[0];
-    if (response.status === 204 && going) {
-      this.#become("done", "The server has no more events (204).");
+    if (response.status === 204 && resuming) {
+      this.#setState("done", "The server has no more events (204).");
       return false;
     }
-    if (going && !response.ok) {
+    if (resuming && !response.ok) {
       this.#listener.response(response);
-      this.#become("failed", `The server does not resume: ${response.status}.`);
+      this.#setState("failed", `The server does not resume: ${response.status}.`);
       return false;
     }
-    if (going && this.#parser && type !== "text/event-stream") {
-      this.#become("failed", "The server does not resume the event stream.");
+    if (resuming && this.#parser && type !== "text/event-stream") {
+      this.#setState("failed", "The server does not resume the event stream.");
       return false;
     }
     const total = length(response);
-    if (going && this.proof instanceof DownloadProof) {
+    if (resuming && this.proof instanceof DownloadProof) {
       if (response.status !== 206) this.proof.restart(total);
       else if (!this.proof.resumeAt(...range(response))) {
-        this.#become("failed", "The server resumed at another byte than requested.");
+        this.#setState("failed", "The server resumed at a different byte than requested.");
         return false;
       }
-    } else if (!going && type === "text/event-stream" && response.ok) {
+    } else if (!resuming && type === "text/event-stream" && response.ok) {
       this.#parser = new EventStreamParser();
       this.proof = new EventProof();
-      const there = response.headers.get("Location");
-      this.#location = there && new URL(there, location.href).origin === location.origin ? there : null;
-    } else if (!going && this.#ranges && response.status === 200 && response.headers.get("Accept-Ranges") === "bytes") {
+      const url = response.headers.get("Location");
+      this.#location = url && new URL(url, location.href).origin === location.origin ? url : null;
+    } else if (!resuming && this.#ranges && hasRanges(response)) {
       this.proof = new DownloadProof();
-      this.proof.begin(total);
+      this.proof.start(total);
     }
     // Only a strong validator guarantees that two parts belong to the same bytes (RFC 9110 13.1.5).
     const tag = response.headers.get("ETag");
@@ -209,36 +210,36 @@ export class Run {
     const reader = response.body?.getReader();
     if (!reader) return;
     this.#lastChunkAt = 0;
-    let turn = performance.now();
-    let due = turn;
+    let sliceStart = performance.now();
+    let due = sliceStart;
     for (;;) {
-      const asked = performance.now();
+      const requestedAt = performance.now();
       const { done, value } = await reader.read();
       if (done) return;
       this.#attempts = 0;
       const now = performance.now();
-      if (now - asked > 1) turn = now; // the page could draw while this waited
+      if (now - requestedAt > 1) sliceStart = now; // the page could draw while this waited
       this.#measure(now);
       for (let from = 0; from < value.length;) {
         const pace = this.#pace();
-        const piece = value.subarray(from, from + (pace ? Math.max(MIN_PART, Math.ceil(pace / 10)) : value.length));
-        from += piece.length;
-        this.#take(piece, response);
+        const part = value.subarray(from, from + (pace ? Math.max(MIN_PART, Math.ceil(pace / 10)) : value.length));
+        from += part.length;
+        this.#process(part, response);
         if (pace) {
           // Back-pressure: data that is not read here fills the socket buffers, until the server waits.
-          due = Math.max(due, performance.now() - 100) + (1000 * piece.length) / pace;
+          due = Math.max(due, performance.now() - 100) + (1000 * part.length) / pace;
           if (due > performance.now()) await this.#pause(due - performance.now());
         }
-        if (performance.now() - turn > TURN) {
+        if (performance.now() - sliceStart > SLICE) {
           await this.#pause(0);
-          turn = performance.now();
+          sliceStart = performance.now();
         }
-        if (this.#wanted) throw new DOMException("cut by hand", "AbortError");
+        if (this.#endState) throw new DOMException("cut by hand", "AbortError");
       }
     }
   }
 
-  #take(bytes, response) {
+  #process(bytes, response) {
     this.bytes += bytes.length;
     this.#listener.bytes(bytes);
     if (this.#parser) {
@@ -246,11 +247,11 @@ export class Run {
         this.events++;
         this.#lastEvent = event;
         const json = parsed(event.data);
-        this.proof.take(event, json);
+        this.proof.add(event, json);
         this.#listener.event(event, json);
       }
-    } else if (this.proof) this.proof.take(bytes);
-    else if (!response.ok && this.bytes < PROBLEM) this.#refusal += this.#decoder.decode(bytes, { stream: true });
+    } else if (this.proof) this.proof.add(bytes);
+    else if (!response.ok && this.bytes < PROBLEM) this.#errorText += this.#decoder.decode(bytes, { stream: true });
   }
 
   #measure(now) {
@@ -263,7 +264,7 @@ export class Run {
     this.chunks++;
   }
 
-  /** Wait, at most until the run is aborted. */
+  /** Wait, or return early when the run is aborted. */
   #pause(milliseconds) {
     return new Promise((resolve) => {
       const signal = this.#abort.signal;
@@ -278,12 +279,12 @@ export class Run {
   }
 
   #reconnect(reason, atLeast = 0) {
-    const asked = this.#parser?.retry ?? RETRY;
-    const wait = Math.max(Math.min(asked * 2 ** this.#attempts, Math.max(LONGEST_RETRY, asked)), atLeast);
+    const base = this.#parser?.retry ?? RETRY;
+    const wait = Math.max(Math.min(base * 2 ** this.#attempts, Math.max(MAX_RETRY, base)), atLeast);
     this.#attempts++;
     this.#lastEvent = null;
     this.#timer = setTimeout(() => this.resume(), wait);
-    this.#become("away", `${reason} Reconnecting in ${(wait / 1000).toFixed(1)} s (try ${this.#attempts}).`);
+    this.#setState("disconnected", `${reason} Reconnecting in ${(wait / 1000).toFixed(1)} s (try ${this.#attempts}).`);
   }
 }
 
@@ -295,12 +296,16 @@ function parsed(data) {
   }
 }
 
+function hasRanges(response) {
+  return response.status === 200 && response.headers.get("Accept-Ranges") === "bytes";
+}
+
 function length(response) {
   const header = response.headers.get("Content-Length");
   return header === null || response.headers.get("Content-Encoding") ? null : Number(header);
 }
 
-/** Where a 206 begins, and how long the whole is. */
+/** Return the first byte of a 206, and the size of the complete file. */
 function range(response) {
   const found = /^bytes (\d+)-\d+\/(\d+)$/.exec(response.headers.get("Content-Range") ?? "");
   return found ? [Number(found[1]), Number(found[2])] : [NaN, null];

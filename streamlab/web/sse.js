@@ -1,6 +1,6 @@
 // Event streams: parsing bytes into events (WHATWG HTML 9.2), and the position in an id.
 
-/** Events of a stream whose text is fed in chunks, split anywhere. */
+/** Parser of an event stream whose text arrives in chunks, split anywhere. */
 export class EventStreamParser {
   lastId = "";
   /** Time before reconnecting, if the stream has sent it, in milliseconds. */
@@ -9,11 +9,11 @@ export class EventStreamParser {
   #rest = "";
   #fresh = true;
   #id = "";
-  #named = false;
+  #hasOwnId = false;
   #event = "";
   #data = [];
 
-  /** Yield the events that are complete with this text: {id, named, event, data}; `named` if the id is its own. */
+  /** Yield the events that this text completes: {id, hasOwnId, event, data}; `hasOwnId` if it has an `id` field. */
   *feed(text) {
     if (this.#fresh && text) {
       text = text.replace(/^\uFEFF/, "");
@@ -21,7 +21,7 @@ export class EventStreamParser {
     }
     let buffer = this.#rest + text;
     let from = 0;
-    // A CR at the end may be half of a CRLF: it waits for what follows.
+    // A CR at the end may be half of a CRLF: it waits for the next text.
     for (let match; (match = lineEnd(buffer, from)); from = match.next) {
       const event = this.#line(buffer.slice(from, match.at));
       if (event) yield event;
@@ -29,14 +29,14 @@ export class EventStreamParser {
     this.#rest = buffer.slice(from);
   }
 
-  /** A new connection begins: what was left of an event that was cut is dropped, the last id is not. */
+  /** Start a new connection: drop an incomplete event, retain the last id. */
   reconnect() {
     this.#rest = "";
     this.#fresh = true;
     this.#event = "";
     this.#data = [];
     this.#id = this.lastId;
-    this.#named = false;
+    this.#hasOwnId = false;
   }
 
   #line(line) {
@@ -47,18 +47,19 @@ export class EventStreamParser {
     const value = colon < 0 ? "" : line.slice(colon + 1).replace(/^ /, "");
     if (name === "data") this.#data.push(value);
     else if (name === "event") this.#event = value;
-    else if (name === "id" && !value.includes("\0")) [this.#id, this.#named] = [value, true];
+    else if (name === "id" && !value.includes("\0")) [this.#id, this.#hasOwnId] = [value, true];
     else if (name === "retry" && /^\d+$/.test(value)) this.retry = Number(value);
     return null;
   }
 
   #dispatch() {
     this.lastId = this.#id;
-    const event = { id: this.#id, named: this.#named, event: this.#event || "message", data: this.#data.join("\n") };
+    const data = this.#data.join("\n");
+    const event = { id: this.#id, hasOwnId: this.#hasOwnId, event: this.#event || "message", data };
     const empty = this.#data.length === 0;
     this.#event = "";
     this.#data = [];
-    this.#named = false;
+    this.#hasOwnId = false;
     return empty ? null : event;
   }
 }
@@ -73,10 +74,10 @@ function lineEnd(text, from) {
 }
 
 /**
- * The place of an event in its channel, from an id `<epoch>-<offset>` or `<prefix>:<epoch>-<offset>`; null for other ids.
- * What the server says between events (`gap`, `stop`, `end` of a query) has an id with a suffix, and no place.
+ * Return the position of an event in its channel, from an id `<epoch>-<offset>` or `<prefix>:<epoch>-<offset>`; null
+ * for other ids. Events outside the channel (`gap`, `stop`, `end` of a query) have a suffix in the id, and no position.
  */
-export function place(id) {
+export function position(id) {
   const found = /^(.*?)-(\d+)$/.exec(id);
   return found && { epoch: found[1], offset: Number(found[2]) };
 }

@@ -1,4 +1,4 @@
-// Views of the data as it arrives: the data selects the view, and everything that is retained is bounded.
+// Views of the data as it arrives: the data selects the view, and all retained data is bounded.
 
 import { LineChart } from "./charts.js";
 import { duration, size } from "./figures.js";
@@ -7,30 +7,32 @@ const number = new Intl.NumberFormat("en");
 const precise = new Intl.NumberFormat("en", { maximumFractionDigits: 2 });
 const finer = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
 
-/** Characters of text, and rows of a list, that are kept; and how many rows are shown of them. */
+/** Maximum number of characters of text that are retained. */
 const TEXT = 65536;
+/** Maximum number of rows of a list that are retained. */
 const ROWS = 1000;
+/** Maximum number of rows of a list that are shown. */
 const SHOWN = 200;
 
-/** An element with properties and children; text is never taken for markup. */
+/** Create an element with properties and children; text is never parsed as markup. */
 export function element(name, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
+  const created = Object.assign(document.createElement(name), properties);
+  created.append(...children);
+  return created;
 }
 
-/** Text with `code` in it, as elements. */
+/** Return text with `code` in it as elements. */
 export function prose(text) {
   return text.split("`").map((part, at) => (at % 2 ? element("code", {}, part) : part));
 }
 
 // -- the panel with its tabs
 
-/** The panel: at the left tab the richest view that fits, then the events, then the bytes. */
+/** The panel: the first tab is the most specific view of the data, then come the events, then the bytes. */
 export class Output {
   #tabs;
   #panels;
-  #kept;
+  #retained;
   #views = [];
   #shown = null;
   #chosen = false;
@@ -39,7 +41,7 @@ export class Output {
   constructor(section) {
     this.#tabs = section.querySelector("[role=tablist]");
     this.#panels = section.querySelector(".panels");
-    this.#kept = section.querySelector("#kept");
+    this.#retained = section.querySelector("#retained");
     this.#tabs.addEventListener("keydown", (press) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[press.key];
       if (!step) return;
@@ -47,18 +49,18 @@ export class Output {
       this.#show(this.#views.at(at % this.#views.length), true);
       this.#shown.tab.focus();
     });
-    this.#panels.addEventListener("input", () => this.draw(true)); // a view with a filter of its own
-    this.begin();
+    this.#panels.addEventListener("input", () => this.draw(true)); // a view has its own filter
+    this.reset();
   }
 
-  /** Forget everything, and say what will be here. */
-  begin(told = "Press Run: what arrives is shown here, as it arrives.") {
+  /** Drop all data, and show a text instead. */
+  reset(text = "Press Run: data is shown here as it arrives.") {
     this.#text = null;
     this.#chosen = false;
-    this.#set([new Nothing(told)]);
+    this.#set([new Placeholder(text)]);
   }
 
-  /** A response has come; that of a resumed run goes on in the views there are. */
+  /** Create the views for a response; a resumed run continues in the existing ones. */
   respond(response) {
     const type = response.headers.get("Content-Type") ?? "";
     this.#text = textual(type) ? new TextDecoder() : null;
@@ -75,26 +77,26 @@ export class Output {
   event(event, json) {
     const events = this.#views.find((view) => view instanceof Events);
     for (const view of this.#views) view.event(event, json);
-    // A comparison may tell its progress before what it has measured.
+    // A comparison may report progress before its first measurement.
     const late = this.#views[0] instanceof Progress && Comparison.shows(event, json);
     if (this.#views[0] !== events && !late) return;
-    const Rich = [Prices, Progress, Tokens, Log, Comparison, Rows].find((one) => one.shows(event, json));
-    if (!Rich) return;
-    const rich = new Rich();
-    for (const [past, parsed] of events.rows) rich.event(past, parsed);
-    this.#set([rich, ...this.#views], this.#chosen ? this.#shown : rich);
+    const Specific = [Prices, Progress, Tokens, Log, Comparison, Rows].find((one) => one.shows(event, json));
+    if (!Specific) return;
+    const specific = new Specific();
+    for (const [past, parsed] of events.rows) specific.event(past, parsed);
+    this.#set([specific, ...this.#views], this.#chosen ? this.#shown : specific);
   }
 
-  /** Bring what is in sight up to date. `over`: nothing more will come. */
+  /** Redraw the visible view. `over`: no more data will arrive. */
   draw(over) {
     const { follows, scroller } = this.#shown;
-    // Who scrolls back to read is left alone; who is at the end follows it.
+    // A reader who has scrolled back is not disturbed; one at the end follows it.
     const following = follows && scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - 8;
     if (follows && !following && !over) return;
     this.#shown.draw(over);
     if (following) scroller.scrollTop = scroller.scrollHeight;
-    const told = this.#shown.kept();
-    if (this.#kept.textContent !== told) this.#kept.textContent = told;
+    const text = this.#shown.retained();
+    if (this.#retained.textContent !== text) this.#retained.textContent = text;
   }
 
   #set(views, shown = views[0]) {
@@ -135,7 +137,7 @@ function textual(type) {
 function viewOf(type, headers) {
   const media = type.split(";")[0];
   if (media === "text/event-stream") return new Events();
-  if (media === "application/problem+json") return new Refusal();
+  if (media === "application/problem+json") return new ErrorResponse();
   if (media === "application/jsonl" || media === "application/x-ndjson") return new Rows(lines);
   if (media === "text/csv") return new Rows(csv);
   if (media === "application/json") return new Json();
@@ -143,10 +145,10 @@ function viewOf(type, headers) {
   return null;
 }
 
-// -- views: each has a title, an element, what it takes, and how it is drawn
+// -- views: each has a title, an element, methods that receive data, and one that draws it
 
 class View {
-  /** Whether the end is what one wants to see. */
+  /** Whether the view scrolls to its end as data arrives. */
   follows = true;
   stale = true;
 
@@ -160,21 +162,21 @@ class View {
   event() {}
   draw() {}
 
-  /** What is shown of all that came. */
-  kept() {
+  /** Describe which part of the data is shown. */
+  retained() {
     return "";
   }
 }
 
-class Nothing extends View {
+class Placeholder extends View {
   follows = false;
 
-  constructor(told) {
-    super("Output", "empty", element("p", {}, told));
+  constructor(text) {
+    super("Output", "empty", element("p", {}, text));
   }
 }
 
-/** Text as it flows; of long ones the end. */
+/** Text as it arrives; the end of long texts. */
 class Text extends View {
   #parts = [];
   #length = 0;
@@ -202,7 +204,7 @@ class Text extends View {
     this.element.classList.toggle("columns", / {3}\S/.test(this.#parts[0])); // a table is laid out with spaces
   }
 
-  kept() {
+  retained() {
     const dropped = this.#total - Math.min(this.#total, TEXT);
     return dropped
       ? `The last ${number.format(TEXT)} characters; ${number.format(dropped)} before them were dropped.`
@@ -215,7 +217,7 @@ class Text extends View {
   }
 }
 
-/** Bytes that are no text: how many, how they begin, and how they end. */
+/** Bytes that are not text: their number, their beginning, and their end. */
 class Binary extends View {
   follows = false;
   #head = new Uint8Array(256);
@@ -245,7 +247,7 @@ class Binary extends View {
     this.#out.textContent = [...shown, ...(from > 256 ? ["…"] : []), ...rest].join("\n");
   }
 
-  kept() {
+  retained() {
     return this.#total
       ? `${size(this.#total)} (${number.format(this.#total)} bytes): the first 256 and the last; those between were dropped.`
       : "";
@@ -263,9 +265,9 @@ function dump(bytes, from) {
   return rows;
 }
 
-/** A JSON document, set out once it is whole. */
+/** A JSON document, indented once it is complete. */
 class Json extends Text {
-  #whole = "";
+  #text = "";
 
   constructor() {
     super("JSON");
@@ -273,27 +275,27 @@ class Json extends Text {
 
   bytes(chunk, text) {
     super.bytes(chunk, text);
-    if (this.#whole.length <= TEXT) this.#whole += text;
+    if (this.#text.length <= TEXT) this.#text += text;
   }
 
   draw(over) {
-    if (!over || this.#whole.length > TEXT) return super.draw();
+    if (!over || this.#text.length > TEXT) return super.draw();
     try {
-      this.element.firstChild.textContent = JSON.stringify(JSON.parse(this.#whole), null, 2);
+      this.element.firstChild.textContent = JSON.stringify(JSON.parse(this.#text), null, 2);
     } catch {
-      super.draw(); // it is not whole
+      super.draw(); // it is not complete
     }
     this.follows = false;
   }
 }
 
-/** An error response, in the words of the server. */
-class Refusal extends View {
+/** An error response: its problem document (RFC 9457). */
+class ErrorResponse extends View {
   follows = false;
   #text = "";
 
   constructor() {
-    super("Error", "refusal");
+    super("Error", "problem");
   }
 
   bytes(_, text) {
@@ -306,7 +308,7 @@ class Refusal extends View {
     try {
       problem = JSON.parse(this.#text);
     } catch {
-      return; // not whole yet
+      return; // not complete yet
     }
     const faults = (problem.errors ?? []).map(({ in: where, name, detail }) =>
       element("li", {}, `${where} `, element("code", {}, name), `: ${detail}`),
@@ -319,7 +321,7 @@ class Refusal extends View {
   }
 }
 
-/** A list of which the latest rows are kept and the last of those shown. */
+/** A list that retains the latest rows, and shows the last of those. */
 class List extends View {
   rows = [];
   total = 0;
@@ -331,7 +333,7 @@ class List extends View {
     this.stale = true;
   }
 
-  kept() {
+  retained() {
     const shown = Math.min(this.total, SHOWN);
     return this.total > shown ? `The last ${number.format(shown)} of ${number.format(this.total)}.` : "";
   }
@@ -363,7 +365,7 @@ class Events extends List {
   }
 }
 
-/** Records as a table: JSON lines, CSV, or events that carry rows. */
+/** Records as a table: JSON lines, CSV, or events with rows. */
 class Rows extends List {
   static shows(_, json) {
     return Array.isArray(json?.rows) && json.rows.every((row) => row && typeof row === "object");
@@ -376,7 +378,7 @@ class Rows extends List {
 
   constructor(reading) {
     super("Table", "table");
-    this.#read = reading?.((record) => this.#take(record));
+    this.#read = reading?.((record) => this.#addRecord(record));
     this.element.append(element("table", {}, element("thead", {}, this.#head), this.#out));
   }
 
@@ -385,10 +387,10 @@ class Rows extends List {
   }
 
   event(_, json) {
-    if (Array.isArray(json?.rows)) json.rows.forEach((row) => this.#take(row));
+    if (Array.isArray(json?.rows)) json.rows.forEach((row) => this.#addRecord(row));
   }
 
-  #take(record) {
+  #addRecord(record) {
     for (const name of Object.keys(record))
       if (this.#names.length < 30 && !this.#names.includes(name)) this.#names.push(name);
     this.add(record);
@@ -409,8 +411,8 @@ class Rows extends List {
   }
 }
 
-/** Read JSON lines from chunks of text, and pass on each record. */
-function lines(take) {
+/** Read JSON lines from chunks of text, and call `emit` with each record. */
+function lines(emit) {
   let rest = "";
   return (text) => {
     const found = (rest + text).split("\n");
@@ -418,15 +420,15 @@ function lines(take) {
     for (const line of found)
       try {
         const record = JSON.parse(line);
-        take(record && typeof record === "object" ? record : { value: record });
+        emit(record && typeof record === "object" ? record : { value: record });
       } catch {
-        if (line.trim()) take({ line });
+        if (line.trim()) emit({ line });
       }
   };
 }
 
-/** Read CSV (RFC 4180) from chunks of text, and pass on each record by the names of the first. */
-function csv(take) {
+/** Read CSV (RFC 4180) from chunks of text, and call `emit` with each record, by the names of the first. */
+function csv(emit) {
   let [names, row, cell, quoted, before] = [null, [], "", false, ""];
   return (text) => {
     for (const letter of text) {
@@ -439,7 +441,7 @@ function csv(take) {
       } else if (letter === ",") [row, cell] = [[...row, cell], ""];
       else if (letter === "\n") {
         row.push(cell.replace(/\r$/, ""));
-        if (names) take(Object.fromEntries(names.map((name, at) => [name, row[at] ?? ""])));
+        if (names) emit(Object.fromEntries(names.map((name, at) => [name, row[at] ?? ""])));
         else names = row;
         [row, cell] = [[], ""];
       } else cell += letter;
@@ -448,7 +450,7 @@ function csv(take) {
   };
 }
 
-/** Prices as lines, each as its change since the first one seen, with the latest beside. */
+/** Prices as lines, each as the change since its first price, and a table of the latest prices. */
 class Prices extends View {
   static shows(_, json) {
     return typeof json?.symbol === "string" && typeof json.price === "number";
@@ -478,14 +480,14 @@ class Prices extends View {
   event(_, json) {
     if (!Prices.shows(null, json)) return;
     const { symbol, price, time } = json;
-    const known = this.#latest.get(symbol) ?? { first: price, price, at: -Infinity };
-    const said = Date.parse(time);
-    // What was missed and is sent later stands where it belongs; a time that goes back does not break the line.
-    known.at = Math.max(known.at, Number.isNaN(said) ? Date.now() : said);
-    known.price = price;
+    const line = this.#latest.get(symbol) ?? { first: price, price, at: -Infinity };
+    const timestamp = Date.parse(time);
+    // A price sent late is drawn at its own time; a time that goes back does not break the line.
+    line.at = Math.max(line.at, Number.isNaN(timestamp) ? Date.now() : timestamp);
+    line.price = price;
     if (this.#latest.size >= 40 && !this.#latest.has(symbol)) return;
-    this.#latest.set(symbol, known);
-    this.#chart.add(symbol, known.at, known.first ? (price / known.first - 1) * 100 : price);
+    this.#latest.set(symbol, line);
+    this.#chart.add(symbol, line.at, line.first ? (price / line.first - 1) * 100 : price);
     this.stale = true;
   }
 
@@ -526,7 +528,7 @@ class Progress extends View {
   #figures = element("p", { className: "muted" });
   #end = element("p", { className: "ending" });
   #result = element("pre");
-  #said = element("ol");
+  #list = element("ol");
   #latest = null;
   #ended = null;
   #messages = [];
@@ -534,12 +536,12 @@ class Progress extends View {
   constructor() {
     super("Progress", "progress");
     this.#bar.setAttribute("aria-label", "Progress");
-    this.element.append(this.#head, this.#bar, this.#figures, this.#end, this.#result, this.#said);
+    this.element.append(this.#head, this.#bar, this.#figures, this.#end, this.#result, this.#list);
   }
 
   event(event, json) {
     if (event.event === "progress") {
-      // What a step says of itself is said again with the next, and may have been said in an event of its own.
+      // A message is repeated with each step, and may have had its own event before.
       const { message } = json ?? {};
       if (message && message !== this.#latest?.message && message !== this.#messages.at(-1)) this.#messages.push(message);
       this.#latest = json;
@@ -558,11 +560,11 @@ class Progress extends View {
       this.#bar.max = total;
       this.#bar.value = done;
     } else if (ended) this.#bar.value = this.#bar.max;
-    else this.#bar.removeAttribute("value"); // how much there is to do is not known
+    else this.#bar.removeAttribute("value"); // the total is unknown
     const share = total ? ` · ${Math.floor((100 * done) / total)} %` : "";
     this.#head.textContent = `${ended ?? state ?? "running"}${share}`;
     const parts = [`${number.format(done)}${total ? ` of ${number.format(total)}` : ""} ${unit ?? ""}`.trim()];
-    if (typeof rate === "number") parts.push(`${precise.format(rate)} ${unit ?? ""} a second`.replace("  ", " "));
+    if (typeof rate === "number") parts.push(`${precise.format(rate)} ${unit ?? ""} per second`.replace("  ", " "));
     if (typeof eta === "number" && !ended) parts.push(`about ${duration(eta * 1000)} left`);
     this.#figures.textContent = parts.join(" · ");
     this.element.dataset.state = ended ?? "running";
@@ -573,11 +575,11 @@ class Progress extends View {
         : (error.detail ?? error.message ?? JSON.stringify(error))
       : "";
     this.#result.textContent = result == null ? "" : JSON.stringify(result, null, 2);
-    this.#said.replaceChildren(...this.#messages.map((text) => element("li", {}, text)));
+    this.#list.replaceChildren(...this.#messages.map((text) => element("li", {}, text)));
   }
 }
 
-/** The words of a language model. */
+/** The tokens of a language model. */
 class Tokens extends View {
   static shows({ event }, json) {
     return (event === "token" && typeof json?.text === "string") || Array.isArray(json?.choices);
@@ -613,16 +615,16 @@ class Tokens extends View {
     this.#out.textContent = this.#text;
   }
 
-  kept() {
+  retained() {
     const seconds = (this.#to - this.#from) / 1000;
-    const said = [`${number.format(this.#count)} tokens`];
-    if (seconds > 0.2) said.push(`${precise.format((this.#count - 1) / seconds)} per second here`);
-    if (this.#end?.finish_reason) said.push(`ended by ${this.#end.finish_reason}`);
-    return said.join(" · ");
+    const parts = [`${number.format(this.#count)} tokens`];
+    if (seconds > 0.2) parts.push(`${precise.format((this.#count - 1) / seconds)} per second here`);
+    if (this.#end?.finish_reason) parts.push(`ended by ${this.#end.finish_reason}`);
+    return parts.join(" · ");
   }
 }
 
-/** Lines of a log, with their levels, and only those with a text if one is asked for. */
+/** Lines of a log with their levels, optionally only those that contain a text. */
 class Log extends List {
   static shows(_, json) {
     return typeof json?.level === "string" && typeof (json.line ?? json.message) === "string";
@@ -653,9 +655,9 @@ class Log extends List {
   draw() {
     if (!this.stale) return;
     this.stale = false;
-    const wanted = this.#filter.value.toLowerCase();
+    const filter = this.#filter.value.toLowerCase();
     const text = (row) => row.line ?? row.message;
-    const found = this.rows.filter((row) => `${row.level} ${text(row)}`.toLowerCase().includes(wanted));
+    const found = this.rows.filter((row) => `${row.level} ${text(row)}`.toLowerCase().includes(filter));
     this.#matching = found.length;
     const rows = found.slice(-SHOWN).map((row) => {
       const level = String(row.level).toUpperCase();
@@ -669,14 +671,14 @@ class Log extends List {
     this.#out.replaceChildren(...rows);
   }
 
-  kept() {
+  retained() {
     if (this.#filter.value)
-      return `${number.format(this.#matching)} of the last ${number.format(this.rows.length)} lines have the text.`;
-    return super.kept();
+      return `${number.format(this.#matching)} of the last ${number.format(this.rows.length)} lines contain the text.`;
+    return super.retained();
   }
 }
 
-/** Two ways to do the same, measured: bars side by side, and the verdict. */
+/** Two modes, measured: bars side by side, and the verdict. */
 class Comparison extends View {
   static shows({ event }, json) {
     return event === "measurement" && typeof json?.mode === "string";
@@ -702,17 +704,17 @@ class Comparison extends View {
     this.stale = false;
     const measures = [
       ["ttfb_ms", "First byte", "ms"],
-      ["total_ms", "All of it", "ms"],
+      ["total_ms", "Complete response", "ms"],
       ["peak_rss_mb", "Peak memory", "MB"],
       ["cpu_ms", "Processor", "ms"],
       ["mb_per_s", "Throughput", "MB/s"],
     ];
     const sections = measures.map(([key, title, unit]) => {
       const measured = this.#measured.filter((one) => typeof one[key] === "number");
-      const most = Math.max(...measured.map((one) => one[key]));
+      const max = Math.max(...measured.map((one) => one[key]));
       const rows = measured.map((one) => {
         const bar = element("i", { className: `bar ${one.mode === "streamed" ? "series-1" : "series-2"}` });
-        bar.style.width = `${most > 0 ? Math.max(0.5, (100 * one[key]) / most) : 0}%`;
+        bar.style.width = `${max > 0 ? Math.max(0.5, (100 * one[key]) / max) : 0}%`;
         const name = element(
           "th",
           { scope: "row" },

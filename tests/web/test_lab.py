@@ -1,4 +1,4 @@
-"""The lab page in a real browser: every route runs from it, and what it says of a cut is true."""
+"""The lab page in a real browser: it runs every route, and reports correctly what a cut has lost."""
 
 import asyncio
 import hashlib
@@ -21,13 +21,13 @@ from tests.support.servers import REPOSITORY, Running, free_port, starting_in
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-expect.set_options(timeout=20_000)  # for machines that have other things to do
+expect.set_options(timeout=20_000)  # for busy machines
 
 Start = Callable[..., Running]
-Opened = Callable[..., Awaitable["Lab"]]
+OpenLab = Callable[..., Awaitable["Lab"]]
 
-STRANGER = '''
-    """A stranger's plugin: everything that the page has a view for, and streams that lie."""
+THIRD_PARTY = '''
+    """A third-party plugin: data for every view of the page, and incorrect streams."""
 
     import asyncio
     import json
@@ -43,7 +43,7 @@ STRANGER = '''
         return ("\\n".join(lines) + "\\n\\n").encode()
 
 
-    class Wanted(BaseModel):
+    class RoomQuery(BaseModel):
         count: int = Field(ge=1, le=9000, description="How many, as `3`.", examples=[3])
         kind: Literal["plain", "fancy"] = "plain"
         loud: bool = False
@@ -51,14 +51,14 @@ STRANGER = '''
 
 
     class Order(BaseModel):
-        """What is ordered."""
+        """An order."""
 
         item: str = Field(max_length=20)
 
         model_config = {"json_schema_extra": {"examples": [{"item": "tea"}]}}
 
 
-    class Place(BaseModel):
+    class RoomPath(BaseModel):
         room: int = Field(ge=1, le=9, description="Which room.", examples=[4])
 
 
@@ -66,12 +66,12 @@ STRANGER = '''
         state: Literal["running", "done", "failed"] = "running"
 
 
-    class Astray(BaseModel):
+    class FileQuery(BaseModel):
         astray: str = Field("", max_length=3)
 
 
-    class Strange(Scenario):
-        """Things <b>nobody</b> has heard of."""
+    class ThirdParty(Scenario):
+        """Things <b>unknown</b> to the page."""
 
         _cuts: int = 0
 
@@ -81,17 +81,17 @@ STRANGER = '''
                     await response.write(one)
             return response
 
-        @endpoint("GET", "/strange/rooms/{room}", path_model=Place, query=Wanted, sends="application/json")
+        @endpoint("GET", "/third-party/rooms/{room}", path_model=RoomPath, query=RoomQuery, sends="application/json")
         async def room(self, request, path, query):
-            """Tell what was asked for & <how>."""
+            """Return the request & <its> values."""
             return web.json_response({"room": path.room, "count": query.count, "kind": query.kind,
                                       "loud": query.loud, "words": query.words})
 
-        @endpoint("POST", "/strange/orders", body=Order, sends="application/json", responses={201: "Kept."})
+        @endpoint("POST", "/third-party/orders", body=Order, sends="application/json", responses={201: "Stored."})
         async def order(self, request, body):
-            return web.json_response({"kept": body.item}, status=201, headers={"Location": "/strange/rooms/7"})
+            return web.json_response({"stored": body.item}, status=201, headers={"Location": "/third-party/rooms/7"})
 
-        @endpoint("GET", "/strange/task", query=Task, sends="text/event-stream")
+        @endpoint("GET", "/third-party/task", query=Task, sends="text/event-stream")
         async def task(self, request, query):
             def step(done):
                 return event({"state": "running", "done": done, "total": 2000, "unit": "rows", "rate": 512.5,
@@ -104,7 +104,7 @@ STRANGER = '''
                 steps += [event({"state": "failed", "result": None, "error": "disk <full>"}, "end")]
             return await self._send(request, *steps)
 
-        @endpoint("GET", "/strange/comparison", sends="text/event-stream")
+        @endpoint("GET", "/third-party/comparison", sends="text/event-stream")
         async def comparison(self, request):
             def measured(mode, ttfb, memory):
                 return event({"mode": mode, "rows": 100000, "bytes": 5000000, "ttfb_ms": ttfb, "total_ms": 900.0,
@@ -113,9 +113,9 @@ STRANGER = '''
             return await self._send(request, measured("buffered", 800.0, 400.0), measured("streamed", 8.0, 40.0),
                                     event({"verdict": "Streamed: a hundredth of the wait."}, "end"))
 
-        @endpoint("GET", "/strange/burst", query=Wanted, sends="text/event-stream")
+        @endpoint("GET", "/third-party/burst", query=RoomQuery, sends="text/event-stream")
         async def burst(self, request, query):
-            """Send prices, some 900 a second."""
+            """Send prices, about 900 per second."""
             async with open_event_stream(request) as response:
                 clock = asyncio.get_running_loop()
                 started = clock.time()
@@ -126,9 +126,9 @@ STRANGER = '''
                     await asyncio.sleep(max(0, started + first / 900 - clock.time()))
             return response
 
-        @endpoint("GET", "/strange/forgets/{room}", path_model=Place, sends="text/event-stream")
+        @endpoint("GET", "/third-party/forgets/{room}", path_model=RoomPath, sends="text/event-stream")
         async def forgets(self, request, path):
-            """Go on elsewhere than where the client was: `room` places further."""
+            """Continue at a wrong offset: `room` events further than the last."""
             last = int(request.headers.get("Last-Event-ID", "1-0").partition("-")[2])
             first = last + path.room - 3 if last else 1
             async with open_event_stream(request) as response:
@@ -137,9 +137,10 @@ STRANGER = '''
                 await asyncio.sleep(3600)
             return response
 
-        @endpoint("GET", "/strange/file", query=Astray, sends="application/octet-stream", responses={206: "A part."})
+        @endpoint("GET", "/third-party/file", query=FileQuery, sends="application/octet-stream",
+                  responses={206: "A part."})
         async def file(self, request, query):
-            """Send a file whose parts do not belong together."""
+            """Send a file whose parts do not match."""
             head = {"ETag": '"same"', "Accept-Ranges": "bytes", "Repr-Digest": "sha-256=:%s:" % ("A" * 43 + "=")}
             if "Range" in request.headers:
                 start = int(request.headers["Range"].partition("=")[2].rstrip("-")) + ("astray" in request.query)
@@ -153,7 +154,7 @@ STRANGER = '''
 
     @hookimpl
     def register_scenarios():
-        return [Strange]
+        return [ThirdParty]
 '''
 
 BROKEN = """
@@ -173,18 +174,18 @@ LOG = '[scenarios.logs.sources.app]\npath = "app.log"\n'
 
 @dataclass
 class Lab:
-    """The page, and what the browser has said about it."""
+    """The page, with its requests and the messages of the browser."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Locator:
-        """An element by its id: `lab.run`."""
+        """Return an element by its id: `lab.run`."""
         return self.page.locator(f"#{name}")
 
-    async def put(self, route: str, **values: str) -> None:
-        """Put a route on the bench, and fill its form."""
+    async def select(self, route: str, **values: str) -> None:
+        """Select a route, and fill in its form."""
         await self.page.locator("#list").get_by_role("link", name=route, exact=True).click()
         await expect(self.route).to_have_text(route)
         for name, value in values.items():
@@ -199,21 +200,21 @@ class Lab:
         return [await one.locator("th, td").all_text_contents() for one in rows]
 
     async def text(self) -> str:
-        """Everything that has come, from the tab that shows it as it is."""
+        """Return the complete text of the tab Bytes."""
         await self.page.get_by_role("tab", name="Bytes").click()
         return await self.page.locator(".panel:not([hidden]) pre").inner_text()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    """One for all tests, since it takes a second to start; each has a page, and a profile, of its own."""
+    """Share one browser, since it takes a second to start; each test has its own page and profile."""
     async with launched_browser() as browser:
         yield browser
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def opened(browser: Browser) -> AsyncIterator[Opened]:
-    """Open the lab of a server. At the end nothing may have been refused by its policy, or asked of another server."""
+async def open_lab(browser: Browser) -> AsyncIterator[OpenLab]:
+    """Open the lab of a server. At the end its policy must have blocked nothing, and no other server got a request."""
     labs: list[tuple[Lab, str]] = []
 
     async def opening(server: Running, address: str = "/", **options: Any) -> Lab:
@@ -221,8 +222,8 @@ async def opened(browser: Browser) -> AsyncIterator[Opened]:
         lab = Lab(page)
         labs.append((lab, server.url))
         page.on("request", lambda request: lab.requests.append(request.url))
-        page.on("console", lambda message: lab.complaints.append(message.text))
-        page.on("pageerror", lambda error: lab.complaints.append(str(error)))
+        page.on("console", lambda message: lab.messages.append(message.text))
+        page.on("pageerror", lambda error: lab.messages.append(str(error)))
         await page.goto(server.url + address)
         await expect(page.locator("#bench")).not_to_have_attribute("aria-busy", "true")
         return lab
@@ -231,27 +232,27 @@ async def opened(browser: Browser) -> AsyncIterator[Opened]:
     for lab, url in labs:
         await lab.page.close()
         assert [request for request in lab.requests if not request.startswith((url + "/", "data:"))] == []
-        assert lab.complaints == []
+        assert lab.messages == []
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with what ships and the stranger's plugin, for the tests that leave it as it is."""
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with the built-in plugins and a third-party one, for tests that do not change it."""
     base = tmp_path_factory.mktemp("lab")
     (base / "app.log").write_text(LINES)
     with starting_in(base) as start:
-        yield start(QUICK + LOG, strange=STRANGER)
+        yield start(QUICK + LOG, third_party=THIRD_PARTY)
 
 
 @pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, FakeUpstream]]:
-    """A server whose model says three words, or one and then nothing more where the prompt is `stall`."""
-    base = tmp_path_factory.mktemp("talking")
-    with fake_upstream({"default": speak, "stall": stall}) as upstream, starting_in(base) as start:
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, FakeUpstream]]:
+    """A server whose model sends three words, or only one and then stalls if the prompt is `stall`."""
+    base = tmp_path_factory.mktemp("llm")
+    with fake_upstream({"default": send_words, "stall": stall}) as upstream, starting_in(base) as start:
         yield start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "fake-1"\n'), upstream
 
 
-def speak(exchange: Exchange) -> None:
+def send_words(exchange: Exchange) -> None:
     exchange.respond(event("Strea"), event("ming"), event(" <b>is</b> fun"), FINISH, USED, DONE)
 
 
@@ -265,11 +266,11 @@ def offsets(text: str) -> list[int]:
     return [int(offset) for offset in re.findall(r"^id: .*?-(\d+)$", text, re.MULTILINE)]
 
 
-# -- what ships
+# -- built-in plugins
 
 
-async def test_a_newcomer_presses_run_and_sees_prices(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
+async def test_default_route_runs_and_shows_prices(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
     await expect(lab.route).to_have_text("GET /stream/stock-ticker")
     await lab.run.click()
     await expect(lab.state).to_have_text("Running.")
@@ -282,9 +283,9 @@ async def test_a_newcomer_presses_run_and_sees_prices(shared: Running, opened: O
     await expect(lab.streams).to_have_text("0")
 
 
-async def test_the_ticker_runs(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /stream/stock-ticker", symbols="AAPL\nMSFT", limit="6")
+async def test_ticker_shows_prices(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /stream/stock-ticker", symbols="AAPL\nMSFT", limit="6")
     await lab.run.click()
     await expect(lab.state).to_have_text("Done: the response is complete.")
     await expect(lab.count).to_have_text("6")
@@ -298,9 +299,9 @@ async def test_the_ticker_runs(shared: Running, opened: Opened) -> None:
     assert shown == [f"{price['price']:.2f}" for price in prices[-2:]]
 
 
-async def test_the_logs_run_with_levels_and_a_filter(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /stream/live-logs", source="app", tail="3", limit="3")
+async def test_logs_have_levels_and_a_filter(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /stream/live-logs", source="app", tail="3", limit="3")
     await lab.run.click()
     await expect(lab.page.locator(".line")).to_have_text(
         [
@@ -312,20 +313,20 @@ async def test_the_logs_run_with_levels_and_a_filter(shared: Running, opened: Op
     await expect(lab.page.locator(".level-error")).to_have_count(1)
     await lab.page.get_by_label("Filter").fill("DOWN")
     await expect(lab.page.locator(".line")).to_have_text(["ERROR    2026-01-01T00:00:01Z ERROR <b>down</b>"])
-    await expect(lab.kept).to_have_text("1 of the last 3 lines have the text.")
+    await expect(lab.retained).to_have_text("1 of the last 3 lines contain the text.")
 
 
-async def test_an_export_is_a_table_in_every_form(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
+async def test_export_is_a_table_in_every_format(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
     server = lab.page.url.rstrip("/")
-    await lab.put("GET /export/{name}/{format}", name="data", columns="id,name", limit="300")
+    await lab.select("GET /export/{name}/{format}", name="data", columns="id,name", limit="300")
     await expect(lab.curl).to_have_text(f"curl -OJ '{server}/export/data/csv?columns=id%2Cname&limit=300'")
     tables = []
     for form in ("csv", "jsonl"):
         await lab.page.locator("#field-format").select_option(form)
         await lab.run.click()
         await expect(lab.state).to_have_text("Done: the response is complete.")
-        await expect(lab.kept).to_have_text("The last 200 of 300.")
+        await expect(lab.retained).to_have_text("The last 200 of 300.")
         tables.append(await lab.cells("tr"))
     assert [row[0] for row in tables[0]] == ["id", *map(str, range(101, 301))]
     assert tables[0] == tables[1]
@@ -334,7 +335,7 @@ async def test_an_export_is_a_table_in_every_form(shared: Running, opened: Opene
     await lab.run.click()
     name = json.dumps(tables[0][-1][1], ensure_ascii=False)
     await expect(lab.page.locator(".panel:not([hidden]) pre")).to_contain_text(f'"name": {name}')
-    await lab.put("GET /stream/database-results", limit="3")
+    await lab.select("GET /stream/database-results", limit="3")
     await lab.page.get_by_label("Accept").select_option("text/event-stream")
     await lab.run.click()
     await expect(lab.page.get_by_role("tab", name="Table")).to_be_visible()
@@ -344,50 +345,50 @@ async def test_an_export_is_a_table_in_every_form(shared: Running, opened: Opene
     )
 
 
-async def test_binary_is_shown_as_its_size_and_its_ends(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /download/large-file")
+async def test_binary_data_shows_its_size_beginning_and_end(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /download/large-file")
     await lab.page.get_by_label("Read at").select_option("full speed")
     await lab.run.click()
     await expect(lab.state).to_have_text("Done: the response is complete.")
-    content = (shared.base / "var/files/large-file.bin").read_bytes()
+    content = (shared_server.base / "var/files/large-file.bin").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     await expect(lab.verdict).to_have_text(
         f"Nothing was lost: 3,000,000 bytes in one part, and their SHA-256 {digest[:8]}…{digest[-8:]} "
-        "is that of the server."
+        "matches the server's."
     )
     rows = (await lab.page.locator(".panel:not([hidden]) pre").inner_text()).split("\n")
     shown = {int(row[:8], 16): bytes.fromhex(row[10:57].strip()) for row in rows if row != "…"}
     assert len(rows) == 33
     assert all(content[at : at + 16] == found for at, found in shown.items())
     assert max(shown) == 3_000_000 - 16
-    await expect(lab.kept).to_have_text(
+    await expect(lab.retained).to_have_text(
         "3.00 MB (3,000,000 bytes): the first 256 and the last; those between were dropped."
     )
 
 
-async def test_words_of_a_model_flow(talking: tuple[Running, FakeUpstream], opened: Opened) -> None:
-    lab = await opened(talking[0])
-    for route, told in [
+async def test_model_output_is_shown_as_text(llm: tuple[Running, FakeUpstream], open_lab: OpenLab) -> None:
+    lab = await open_lab(llm[0])
+    for route, tokens in [
         ("GET /ai/chat-stream", ""),
         ("POST /ai/chat-stream", ""),
         ("GET /ai/chat-stream-sse", "3 tokens"),
         ("POST /v1/chat/completions", "3 tokens"),
     ]:
-        await lab.put(route)
+        await lab.select(route)
         await lab.run.click()
         await expect(lab.page.get_by_role("tab", selected=True)).to_have_text("Text")
         await expect(lab.page.locator(".flow pre")).to_have_text("Streaming <b>is</b> fun")
         await expect(lab.state).to_have_text("Done: the response is complete.")
-        await expect(lab.kept).to_contain_text(told)
+        await expect(lab.retained).to_contain_text(tokens)
 
 
 # -- cut and resume
 
 
-async def test_a_long_task_is_cut_and_resumed_and_is_the_same_task(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /process/long-task", kind="rehearsal", steps="60")
+async def test_task_that_was_cut_resumes_as_the_same_task(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /process/long-task", kind="rehearsal", steps="60")
     await lab.page.locator("summary", has_text="More parameters").click()
     await lab.page.locator("#more").fill("delay=0.05")
     await lab.run.click()
@@ -402,13 +403,13 @@ async def test_a_long_task_is_cut_and_resumed_and_is_the_same_task(shared: Runni
     await expect(panel.locator("li")).to_have_text(["rehearsing"])
     text = await lab.text()
     assert offsets(text) == list(range(1, len(offsets(text)) + 1))
-    listed = json.loads((await asyncio.to_thread(shared.get, "/process/tasks"))[2])["tasks"]
+    listed = json.loads((await asyncio.to_thread(shared_server.get, "/process/tasks"))[2])["tasks"]
     assert [task["state"] for task in listed] == ["done"]
 
 
-async def test_the_comparison_measures_and_concludes(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /demo/comparison/report", rows="1000", repeats="1")
+async def test_comparison_shows_measurements_and_verdict(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /demo/comparison/report", rows="1000", repeats="1")
     await lab.run.click()
     await expect(lab.state).to_have_text("Done: the response is complete.", timeout=40_000)
     panel = lab.page.locator(".panel.comparison")
@@ -420,64 +421,66 @@ async def test_the_comparison_measures_and_concludes(shared: Running, opened: Op
     await expect(lab.page.locator(".panel.flow.columns pre")).to_contain_text("streamed")
 
 
-async def test_a_cut_event_stream_is_resumed_and_nothing_is_lost(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
+async def test_event_stream_resumes_without_loss_after_a_cut(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
     await lab.run.click()
     await expect(lab.count).to_have_text(re.compile(r"\d{2}"))
     await lab.cut.click()
     await expect(lab.state).to_have_text("Cut.")
     await expect(lab.streams).to_have_text("0")
-    asks = await lab.verdict.text_content()
-    (last,) = re.findall(r"^Resume requests the rest \(Last-Event-ID: (\d+-\d+)\)\.$", asks or "")
+    offer = await lab.verdict.text_content()
+    (last,) = re.findall(r"^Resume requests the rest \(Last-Event-ID: (\d+-\d+)\)\.$", offer or "")
 
     def others() -> list[str]:
-        with EventStream(shared, "/stream/stock-ticker?limit=20", after=last) as beside:
-            return [received.id for received in beside.take(20)]
+        with EventStream(shared_server, "/stream/stock-ticker?limit=20", after=last) as other:
+            return [received.id for received in other.take(20)]
 
-    meanwhile = await asyncio.to_thread(others)  # published while the page was away
+    meanwhile = await asyncio.to_thread(others)  # published while the page was disconnected
     before, after = (int(identity.partition("-")[2]) for identity in (last, meanwhile[-1]))
     await expect(lab.resume).to_be_focused()
     await lab.page.keyboard.press("Enter")
     await expect(lab.verdict).to_have_attribute("data-mark", "good")
-    await expect(lab.verdict).to_contain_text(f"after offset {before} came {before + 1},")
+    await expect(lab.verdict).to_contain_text(f"offset {before} was followed by {before + 1},")
     await lab.page.get_by_role("tab", name="Events").click()
     await expect(lab.page.get_by_role("cell", name=meanwhile[-1], exact=True)).to_be_visible()
     await lab.stop.click()
-    came = offsets(await lab.text())
-    assert came == list(range(came[0], came[-1] + 1))
-    assert came[0] < before < after <= came[-1]
+    received = offsets(await lab.text())
+    assert received == list(range(received[0], received[-1] + 1))
+    assert received[0] < before < after <= received[-1]
     verdict = await lab.verdict.text_content()
-    assert f"all {len(came):,} events from {came[0]} to {came[-1]} came once, in order." in (verdict or "")
-    await expect(lab.heard).to_have_text(re.compile("^Nothing was lost"))
+    assert f"all {len(received):,} events from {received[0]} to {received[-1]} arrived once, in order." in (
+        verdict or ""
+    )
+    await expect(lab.announcement).to_have_text(re.compile("^Nothing was lost"))
 
 
-async def test_a_cut_download_is_resumed_and_is_the_file(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /download/large-file")
+async def test_download_resumes_after_a_cut_and_matches_the_file(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /download/large-file")
     await lab.page.get_by_label("Read at").select_option("1 MB/s")
     await lab.run.click()
     await expect(lab.bytes).to_have_text(re.compile("kB$"))
-    async with lab.page.expect_request(f"{shared.url}/download/large-file") as asked:
+    async with lab.page.expect_request(f"{shared_server.url}/download/large-file") as request:
         await lab.cut.click()
         await expect(lab.verdict).to_contain_text("Resume requests the rest (Range: bytes=")
         await lab.page.get_by_label("Read at").select_option("full speed")
         await lab.resume.click()
-    headers = (await asked.value).headers
-    (begins,) = re.findall(r"^bytes=(\d+)-$", headers["range"])
-    assert 0 < int(begins) < 3_000_000
-    assert headers["if-range"] == shared.get("/download/large-file", method="HEAD")[1]["etag"]
-    digest = hashlib.sha256((shared.base / "var/files/large-file.bin").read_bytes()).hexdigest()
+    headers = (await request.value).headers
+    (start,) = re.findall(r"^bytes=(\d+)-$", headers["range"])
+    assert 0 < int(start) < 3_000_000
+    assert headers["if-range"] == shared_server.get("/download/large-file", method="HEAD")[1]["etag"]
+    digest = hashlib.sha256((shared_server.base / "var/files/large-file.bin").read_bytes()).hexdigest()
     await expect(lab.verdict).to_have_text(
         f"Nothing was lost: 3,000,000 bytes in 2 parts, and their SHA-256 {digest[:8]}…{digest[-8:]} "
-        "is that of the server."
+        "matches the server's."
     )
     await expect(lab.status).to_have_text("206")
 
 
-async def test_a_file_that_changed_is_not_mixed_with_what_came(start: Start, opened: Opened) -> None:
+async def test_changed_file_is_downloaded_from_its_beginning(start: Start, open_lab: OpenLab) -> None:
     server = await asyncio.to_thread(start, QUICK)
-    lab = await opened(server)
-    await lab.put("GET /download/large-file")
+    lab = await open_lab(server)
+    await lab.select("GET /download/large-file")
     await lab.page.get_by_label("Read at").select_option("1 MB/s")
     await lab.run.click()
     await expect(lab.bytes).to_have_text(re.compile("kB$"))
@@ -486,18 +489,16 @@ async def test_a_file_that_changed_is_not_mixed_with_what_came(start: Start, ope
     (server.base / "var/files/large-file.bin").write_bytes(b"new" * 200_000)
     await lab.page.get_by_label("Read at").select_option("100 kB/s")
     await lab.resume.click()
-    await expect(lab.verdict).to_have_text(
-        "The file has changed: the server sends the new one from its first byte, and mixes nothing."
-    )
+    await expect(lab.verdict).to_have_text("The file has changed: the server sends the new one from its first byte.")
     await lab.page.get_by_label("Read at").select_option("full speed")
     await expect(lab.verdict).to_contain_text("Nothing was lost: 600,000 bytes in one part")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-async def test_the_page_comes_back_by_itself_when_the_server_went_away(start: Start, opened: Opened, how: int) -> None:
+async def test_page_reconnects_after_the_server_restarts(start: Start, open_lab: OpenLab, how: int) -> None:
     port = free_port()
     server = await asyncio.to_thread(start, QUICK, port=port)
-    lab = await opened(server)
+    lab = await open_lab(server)
     await lab.run.click()
     await expect(lab.count).to_have_text(re.compile(r"\d{2}"))
     await asyncio.to_thread(server.terminate, how)
@@ -506,20 +507,24 @@ async def test_the_page_comes_back_by_itself_when_the_server_went_away(start: St
     await expect(lab.verdict).to_have_attribute("data-mark", "good", timeout=20_000)
     await expect(lab.state).to_have_text("Running.")
     await lab.stop.click()
-    came = offsets(await lab.text())
-    assert came == list(range(came[0], came[-1] + 1))
-    lab.complaints.clear()  # the browser itself complains of a server that is not there
+    received = offsets(await lab.text())
+    assert received == list(range(received[0], received[-1] + 1))
+    lab.messages.clear()  # the browser logs failed requests
 
 
-async def test_the_verdict_on_a_server_that_forgets_is_not_kind(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    for further, mark, verdict in [
-        ("4", "good", "Nothing was lost: after offset 6 came 7, and all 12 events from 1 to 12 came once, in order."),
-        ("9", "bad", "5 events missing: after offset 6 came 12."),
-        ("3", "bad", "1 event came twice."),
-        ("2", "bad", "2 events came twice."),
+async def test_verdict_reports_lost_and_repeated_events(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    for distance, mark, verdict in [
+        (
+            "4",
+            "good",
+            "Nothing was lost: offset 6 was followed by 7, and all 12 events from 1 to 12 arrived once, in order.",
+        ),
+        ("9", "bad", "5 events missing: offset 6 was followed by 12."),
+        ("3", "bad", "1 event arrived twice."),
+        ("2", "bad", "2 events arrived twice."),
     ]:
-        await lab.put("GET /strange/forgets/{room}", room=further)
+        await lab.select("GET /third-party/forgets/{room}", room=distance)
         await lab.run.click()
         await expect(lab.count).to_have_text("6")
         await lab.cut.click()
@@ -529,55 +534,55 @@ async def test_the_verdict_on_a_server_that_forgets_is_not_kind(shared: Running,
         await expect(lab.verdict).to_have_attribute("data-mark", mark)
 
 
-async def test_the_verdict_on_a_view_that_leaves_events_out_claims_no_more_than_it_knows(
-    shared: Running, opened: Opened
-) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /stream/stock-ticker", symbols="AAPL")
+async def test_verdict_on_a_filtered_view_does_not_exclude_losses(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /stream/stock-ticker", symbols="AAPL")
     await lab.run.click()
     await expect(lab.count).to_have_text(re.compile(r"^\d{2}$"))
     await lab.cut.click()
     await lab.resume.click()
     await expect(lab.verdict).to_have_text(
         re.compile(
-            r"^No duplicates, and no gap reported: after offset \d+ came \d+\. Losses cannot be excluded, since "
+            r"^No duplicates, and no gap reported: offset \d+ was followed by \d+\. Losses cannot be excluded, since "
             r"this view filters events: offsets jump without a cut, too\.$"
         )
     )
     await expect(lab.verdict).to_have_attribute("data-mark", "")
 
 
-async def test_the_verdict_on_parts_that_do_not_belong_together_is_not_kind(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /strange/file")
+async def test_verdict_reports_parts_that_do_not_match(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/file")
     await lab.run.click()
     await expect(lab.bytes).to_have_text("100.0 kB")
     await lab.cut.click()
     await lab.resume.click()
     mixed = hashlib.sha256(b"y" * 100_000 + b"x" * 100_000).hexdigest()
     await expect(lab.verdict).to_have_text(
-        f"The SHA-256 of the 2 parts is {mixed[:8]}…{mixed[-8:]}, and not the server's."
+        f"The SHA-256 of the 2 parts, {mixed[:8]}…{mixed[-8:]}, differs from the server's."
     )
     await expect(lab.verdict).to_have_attribute("data-mark", "bad")
 
 
-async def test_a_server_that_goes_on_elsewhere_is_not_listened_to(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /strange/file", astray="yes")
+async def test_resumption_at_a_wrong_byte_fails(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/file", astray="yes")
     await lab.run.click()
     await expect(lab.bytes).to_have_text("100.0 kB")
     await lab.cut.click()
     await lab.resume.click()
-    await expect(lab.state).to_have_text("The server resumed at another byte than requested.")
+    await expect(lab.state).to_have_text("The server resumed at a different byte than requested.")
     await expect(lab.verdict).to_have_text("Requested byte 100,000, the server resumed at 100,001.")
     await expect(lab.verdict).to_have_attribute("data-mark", "bad")
     await expect(lab.bytes).to_have_text("100.0 kB")
 
 
-async def test_what_cannot_be_resumed_says_so(talking: tuple[Running, FakeUpstream], opened: Opened) -> None:
-    server, upstream = talking
-    lab = await opened(server)
-    await lab.put("GET /ai/chat-stream", prompt="stall")
+async def test_response_that_cannot_be_resumed_is_reported(
+    llm: tuple[Running, FakeUpstream], open_lab: OpenLab
+) -> None:
+    server, upstream = llm
+    lab = await open_lab(server)
+    await lab.select("GET /ai/chat-stream", prompt="stall")
     await lab.run.click()
     await expect(lab.page.locator(".flow pre")).to_have_text("one")
     await lab.cut.click()
@@ -588,17 +593,17 @@ async def test_what_cannot_be_resumed_says_so(talking: tuple[Running, FakeUpstre
     assert await asyncio.to_thread(upstream.exchanges[-1].closed.wait, 10)  # the cut has reached the source
 
 
-# -- a stranger's plugin
+# -- a third-party plugin
 
 
-async def test_the_form_of_a_stranger_is_what_its_models_say(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /strange/rooms/{room}")
-    await expect(lab.summary).to_have_text("Tell what was asked for & <how>.")
+async def test_form_follows_the_models_of_the_plugin(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/rooms/{room}")
+    await expect(lab.summary).to_have_text("Return the request & <its> values.")
     fields = lab.page.locator("#fields > .grid .field")
     assert [re.sub(r"\s+", " ", text) for text in await fields.all_text_contents()] == [
-        "room (needed)Which room. Integer, 1 to 9.",
-        "count (needed)How many, as 3. Integer, 1 to 9,000.",
+        "room (required)Which room. Integer, 1 to 9.",
+        "count (required)How many, as 3. Integer, 1 to 9,000.",
         "kindplain (default)plainfancy",
         "loudfalse (default)true",
         "wordsOne per line.",
@@ -606,10 +611,10 @@ async def test_the_form_of_a_stranger_is_what_its_models_say(shared: Running, op
     assert [await control.input_value() for control in await fields.locator("input, select, textarea").all()] == [
         "4", "3", "", "", "",
     ]  # fmt: skip
-    await expect(lab.curl).to_have_text(f"curl -N '{shared.url}/strange/rooms/4?count=3'")
-    await lab.put("GET /strange/rooms/{room}", count="5", kind="fancy", loud="true", words="a b\nc&d")
+    await expect(lab.curl).to_have_text(f"curl -N '{shared_server.url}/third-party/rooms/4?count=3'")
+    await lab.select("GET /third-party/rooms/{room}", count="5", kind="fancy", loud="true", words="a b\nc&d")
     await expect(lab.curl).to_have_text(
-        f"curl -N '{shared.url}/strange/rooms/4?count=5&kind=fancy&loud=true&words=a+b&words=c%26d'"
+        f"curl -N '{shared_server.url}/third-party/rooms/4?count=5&kind=fancy&loud=true&words=a+b&words=c%26d'"
     )
     await lab.run.click()
     await expect(lab.page.locator(".panel:not([hidden]) pre")).to_have_text(
@@ -617,9 +622,9 @@ async def test_the_form_of_a_stranger_is_what_its_models_say(shared: Running, op
     )
 
 
-async def test_the_command_does_what_the_page_does(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("POST /strange/orders")
+async def test_curl_command_sends_the_request_of_the_page(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("POST /third-party/orders")
     await expect(lab.body).to_have_value('{"item":"tea"}')
     await lab.body.fill('{"item": "it\'s $HOME"}')
     await lab.run.click()
@@ -632,65 +637,67 @@ async def test_the_command_does_what_the_page_does(shared: Running, opened: Open
     if shutil.which("curl"):
         command = (await lab.curl.text_content() or "").replace("curl ", "curl -s ", 1)
         process = await asyncio.create_subprocess_exec("sh", "-c", command, stdout=asyncio.subprocess.PIPE)
-        assert (await process.communicate())[0].decode() == shown == '{"kept": "it\'s $HOME"}'
+        assert (await process.communicate())[0].decode() == shown == '{"stored": "it\'s $HOME"}'
 
 
-async def test_a_refusal_is_told_at_the_field_it_is_about(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /strange/rooms/{room}", count="0", room="12")
+async def test_rejected_parameter_is_marked_in_the_form(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/rooms/{room}", count="0", room="12")
     await lab.run.click()
     await expect(lab.state).to_have_text("The server rejected the request.")
     await expect(lab.page.locator("[aria-invalid=true]")).to_have_count(2)
     await expect(lab.page.locator("#field-count-fault")).to_have_text("input should be greater than or equal to 1")
-    await expect(lab.page.locator(".refusal h3")).to_have_text("422 Unprocessable Content")
-    await lab.put("GET /strange/rooms/{room}", count="1", room="2")
+    await expect(lab.page.locator(".panel.problem h3")).to_have_text("422 Unprocessable Content")
+    await lab.select("GET /third-party/rooms/{room}", count="1", room="2")
     await lab.run.click()
     await expect(lab.state).to_have_text("Done: the response is complete.")
     await expect(lab.page.locator("[aria-invalid=true]")).to_have_count(0)
-    (complaint,) = lab.complaints
-    assert "422 (Unprocessable Content)" in complaint  # the browser's own line on any such status
-    lab.complaints.clear()
+    (message,) = lab.messages
+    assert "422 (Unprocessable Content)" in message  # the browser logs every error status
+    lab.messages.clear()
 
 
-async def test_where_an_answer_points_can_be_put_on_the_bench(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("POST /strange/orders")
+async def test_location_of_a_response_can_be_opened(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("POST /third-party/orders")
     await lab.run.click()
-    await lab.page.get_by_role("button", name="Open /strange/rooms/7").click()
-    await expect(lab.page).to_have_url(f"{shared.url}/#GET/strange/rooms/{{room}}")
-    await expect(lab.route).to_have_text("GET /strange/rooms/{room}")
+    await lab.page.get_by_role("button", name="Open /third-party/rooms/7").click()
+    await expect(lab.page).to_have_url(f"{shared_server.url}/#GET/third-party/rooms/{{room}}")
+    await expect(lab.route).to_have_text("GET /third-party/rooms/{room}")
     await expect(lab.page.locator("#field-room")).to_have_value("7")
 
 
-async def test_a_task_is_a_bar_with_rate_and_time_left(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /strange/task")
+async def test_task_is_a_bar_with_rate_and_remaining_time(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/task")
     await lab.run.click()
     panel = lab.page.locator(".progress")
     await expect(panel.locator(".headline")).to_have_text("running · 50 %")
     await expect(panel.locator("progress")).to_have_js_property("value", 1000)
     await expect(panel.locator("progress")).to_have_js_property("max", 2000)
-    await expect(panel.locator(".muted")).to_have_text("1,000 of 2,000 rows · 512.5 rows a second · about 12.0 s left")
+    await expect(panel.locator(".muted")).to_have_text(
+        "1,000 of 2,000 rows · 512.5 rows per second · about 12.0 s left"
+    )
     await expect(panel.locator("li")).to_have_text(["copying", "half <done>"])
-    await lab.put("GET /strange/task", state="done")
+    await lab.select("GET /third-party/task", state="done")
     await lab.run.click()
     await expect(panel.locator(".headline")).to_have_text("done · 100 %")
-    await expect(panel.locator(".muted")).to_have_text("2,000 of 2,000 rows · 512.5 rows a second")
+    await expect(panel.locator(".muted")).to_have_text("2,000 of 2,000 rows · 512.5 rows per second")
     await expect(panel.locator("pre")).to_have_text('{ "rows": 2000 }')
-    await lab.put("GET /strange/task", state="failed")
+    await lab.select("GET /third-party/task", state="failed")
     await lab.run.click()
     await expect(panel.locator(".headline")).to_have_text("failed · 50 %")
     await expect(panel.locator(".ending")).to_have_text("disk <full>")
 
 
-async def test_a_comparison_is_bars_side_by_side(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
-    await lab.put("GET /strange/comparison")
+async def test_comparison_is_bars_side_by_side(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/comparison")
     await lab.run.click()
     panel = lab.page.locator(".comparison")
     await expect(panel.locator(".headline")).to_have_text("Streamed: a hundredth of the wait.")
     await expect(panel.locator("caption")).to_have_text(
-        ["First byte", "All of it", "Peak memory", "Processor", "Throughput"]
+        ["First byte", "Complete response", "Peak memory", "Processor", "Throughput"]
     )
     await expect(panel.locator("table").first.locator("tr")).to_have_text(
         ["buffered 100,000 rows800 ms", "streamed 100,000 rows8 ms"]
@@ -699,8 +706,8 @@ async def test_a_comparison_is_bars_side_by_side(shared: Running, opened: Opened
     assert widths[:2] + widths[4:6] == ["100%", "1%", "100%", "10%"]
 
 
-async def test_a_plugin_that_failed_is_listed_with_the_reason(start: Start, opened: Opened) -> None:
-    lab = await opened(await asyncio.to_thread(start, tracebacks=True, broken=BROKEN))
+async def test_failed_plugin_is_listed_with_its_reason(start: Start, open_lab: OpenLab) -> None:
+    lab = await open_lab(await asyncio.to_thread(start, tracebacks=True, broken=BROKEN))
     failed = lab.page.locator("#list .failed")
     await expect(failed).to_contain_text("needs the Python module 'no_such_module_of_the_lab'")
     await expect(failed.locator("li")).to_have_text("GET /broken/stream")
@@ -730,26 +737,26 @@ FAILS_AT_START = """
 """
 
 
-async def test_what_is_out_of_service_does_not_welcome_a_newcomer(start: Start, opened: Opened) -> None:
-    lab = await opened(await asyncio.to_thread(start, QUICK, tracebacks=True, doomed=FAILS_AT_START))
+async def test_failed_plugin_is_not_the_default_route(start: Start, open_lab: OpenLab) -> None:
+    lab = await open_lab(await asyncio.to_thread(start, QUICK, tracebacks=True, doomed=FAILS_AT_START))
     await expect(lab.page.locator("#list .failed li")).to_have_text("GET /doomed")
     await expect(lab.route).to_have_text("GET /stream/stock-ticker")
 
 
-# -- its modules, one by one
+# -- single modules
 
 PARSE = """
-    async pieces => {
+    async chunks => {
         const { EventStreamParser } = await import("/assets/sse.js");
         const parser = new EventStreamParser();
-        const events = pieces.flatMap(piece => [...parser.feed(piece)]);
+        const events = chunks.flatMap(chunk => [...parser.feed(chunk)]);
         return [events.map(({ id, event, data }) => [id, event, data]), parser.lastId, parser.retry];
     }
 """
 
 
-async def test_an_event_stream_is_read_alike_wherever_it_is_cut(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
+async def test_event_stream_is_parsed_alike_wherever_it_is_split(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
     stream = (
         "\ufeff: hello\r\n\r\nid: 1-1\r\ndata: one\r\ndata:  two\r\n\r\n"
         "event: cr\rdata\rdata:\r\rid: 1-\0\ndata: nul\nretry: x1\nretry: 250\nunknown: z\n\n"
@@ -766,14 +773,14 @@ async def test_an_event_stream_is_read_alike_wherever_it_is_cut(shared: Running,
         "",
         250,
     ]
-    cuts: list[list[str]] = [[stream], list(stream)]
-    cuts += [[stream[:at], stream[at:]] for at in range(len(stream))]
-    for pieces in cuts:
-        assert await lab.page.evaluate(PARSE, pieces) == expected
+    splits: list[list[str]] = [[stream], list(stream)]
+    splits += [[stream[:at], stream[at:]] for at in range(len(stream))]
+    for chunks in splits:
+        assert await lab.page.evaluate(PARSE, chunks) == expected
 
 
-async def test_the_digest_of_pieces_is_sha_256(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
+async def test_digest_of_chunks_is_sha_256(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
     sizes = [*range(132), 1000, 65537]
     digests = await lab.page.evaluate(
         """async sizes => {
@@ -803,12 +810,12 @@ WATCH = """
 """
 
 
-async def test_900_points_a_second_move_nothing_and_lose_nothing(shared: Running, browser: Browser) -> None:
+async def test_900_points_per_second_shift_no_layout_and_lose_nothing(shared_server: Running, browser: Browser) -> None:
     page = await browser.new_page(viewport={"width": 1280, "height": 800})
     await page.add_init_script(WATCH)
-    await page.goto(f"{shared.url}/lab#GET/strange/burst")
+    await page.goto(f"{shared_server.url}/lab#GET/third-party/burst")
     lab = Lab(page)
-    await expect(lab.route).to_have_text("GET /strange/burst")
+    await expect(lab.route).to_have_text("GET /third-party/burst")
     await page.locator("#field-count").fill("2700")
     await lab.run.click()
     await expect(lab.state).to_have_text("Running.")
@@ -823,7 +830,7 @@ async def test_900_points_a_second_move_nothing_and_lose_nothing(shared: Running
     assert painted
 
 
-async def test_the_page_is_light_and_there_at_once(shared: Running, browser: Browser) -> None:
+async def test_page_is_small_and_paints_without_layout_shifts(shared_server: Running, browser: Browser) -> None:
     page = await browser.new_page()
     await page.add_init_script(WATCH)
     responses: list[Response] = []
@@ -831,7 +838,7 @@ async def test_the_page_is_light_and_there_at_once(shared: Running, browser: Bro
     paints = []
     for _ in range(3):
         responses.clear()
-        await page.goto(f"{shared.url}/lab")
+        await page.goto(f"{shared_server.url}/lab")
         await expect(page.locator("#bench")).not_to_have_attribute("aria-busy", "true")
         paints.append(
             await page.evaluate(
@@ -839,16 +846,16 @@ async def test_the_page_is_light_and_there_at_once(shared: Running, browser: Bro
             )
         )
         assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
-        if len(paints) == 1:  # the others come out of the browser's cache
+        if len(paints) == 1:  # the others come from the browser's cache
             sizes = {response.url: len(await response.body()) for response in responses}
     assert sum(sizes.values()) < 150_000, sizes
     assert len(sizes) > 10
     assert all(paint > 0 for paint in paints)
 
 
-async def test_the_policy_of_the_page_is_strict(shared: Running) -> None:
+async def test_content_security_policy_is_strict(shared_server: Running) -> None:
     for path in ("/", "/lab"):
-        policy = shared.get(path, {"Accept": "text/html"})[1]["content-security-policy"]
+        policy = shared_server.get(path, {"Accept": "text/html"})[1]["content-security-policy"]
         assert policy == (
             "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -856,16 +863,18 @@ async def test_the_policy_of_the_page_is_strict(shared: Running) -> None:
 
 
 async def test_without_javascript_the_page_lists_every_route_with_its_command(
-    shared: Running, browser: Browser
+    shared_server: Running, browser: Browser
 ) -> None:
     page = await browser.new_page(java_script_enabled=False)
-    await page.goto(shared.url)
+    await page.goto(shared_server.url)
     await expect(page.locator("#bench")).not_to_be_visible()
-    document = json.loads(shared.get("/openapi.json")[2])
+    document = json.loads(shared_server.get("/openapi.json")[2])
     routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
     names = await page.locator("#list li a").all_text_contents()
     assert sorted(names) == sorted(routes)
-    commands = [line.strip() for line in shared.get("/")[2].decode().splitlines() if line.startswith("     curl")]
+    commands = [
+        line.strip() for line in shared_server.get("/")[2].decode().splitlines() if line.startswith("     curl")
+    ]
     shown = page.locator("#list pre")
     assert [await one.inner_text() for one in await shown.all() if await one.is_visible()] == commands
 
@@ -882,9 +891,11 @@ LOOK = """
 """
 
 
-async def test_every_route_fits_on_a_phone_and_every_control_has_a_name(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared, viewport={"width": 360, "height": 740}, color_scheme="dark")
-    document = json.loads(shared.get("/openapi.json")[2])
+async def test_every_route_fits_on_a_phone_and_every_control_has_a_name(
+    shared_server: Running, open_lab: OpenLab
+) -> None:
+    lab = await open_lab(shared_server, viewport={"width": 360, "height": 740}, color_scheme="dark")
+    document = json.loads(shared_server.get("/openapi.json")[2])
     routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
     assert len(routes) > 20
     for route in routes:
@@ -892,8 +903,8 @@ async def test_every_route_fits_on_a_phone_and_every_control_has_a_name(shared: 
         assert found == [route, 360, []]
 
 
-async def test_a_route_is_chosen_and_run_by_the_keyboard_alone(shared: Running, opened: Opened) -> None:
-    lab = await opened(shared)
+async def test_route_is_selected_and_run_by_the_keyboard_alone(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
     await lab.page.locator("#list").get_by_role("link", name="GET /health", exact=True).focus()
     await lab.page.keyboard.press("Enter")
     await expect(lab.route).to_have_text("GET /health")
@@ -918,7 +929,7 @@ def palettes() -> Iterator[dict[str, str]]:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of `#rrggbb`. Source: WCAG 2.2."""
+    """Return the relative luminance of `#rrggbb`. Source: WCAG 2.2."""
     channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -929,7 +940,7 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-async def test_text_of_every_colour_can_be_read_on_every_ground_in_light_and_dark() -> None:
+async def test_every_text_colour_has_enough_contrast_in_light_and_dark() -> None:
     light, dark = palettes()
     for palette in (light, light | dark):
         inks = ["ink", "muted", "mark", "good", "warn", "bad"]
