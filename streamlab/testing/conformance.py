@@ -63,6 +63,15 @@ class Conformance(Stopping, EventStreams, Downloads, Streams, EndpointCases):
         """Write the files that the server needs into its folder before it starts."""
 
     @classmethod
+    @contextmanager
+    def serve_upstreams(cls) -> Iterator[Mapping[str, str]]:
+        """Run what the plugin needs while its servers run, and yield environment variables for them.
+
+        An upstream is served by `serving_app`, and its URL set as `STREAMLAB_SCENARIOS__NAME__KEY`.
+        """
+        yield {}
+
+    @classmethod
     def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
         """Create what an endpoint needs before each case, and return values for its request, such as an id."""
         return {}
@@ -82,6 +91,7 @@ class ConformanceRun:
         except ConfigError as error:
             raise self._unusable(error) from None
         self._cache = Cache(frozenset(case.nondeterministic))
+        self._upstreams: Mapping[str, str] = {}
         self._second: Server | None = None
         self._closing = ExitStack()
         self._watched: dict[str, Future[Watched]] = {}
@@ -115,8 +125,10 @@ class ConformanceRun:
     def server(self) -> Iterator[Server]:
         """Run a server with the plugin while the block runs, and a second one once it is needed."""
         try:
-            with self._serving("first") as server, self._closing:
-                yield server
+            with self.case.serve_upstreams() as variables:
+                self._upstreams = dict(variables)
+                with self._serving("first") as server, self._closing:
+                    yield server
         finally:
             self._second = None
             self._watched.clear()
@@ -124,7 +136,7 @@ class ConformanceRun:
     def _serving(self, name: str) -> AbstractContextManager[Server]:
         settings = write_settings(self._folder / name, self.case.settings)
         self.case.write_files(settings.parent)
-        return serving(settings, self._variables)
+        return serving(settings, {**self._variables, **self._upstreams})
 
     def _second_server(self) -> Server:
         """Return the server whose streams are watched and which is stopped at the end; the first call starts it."""

@@ -5,20 +5,29 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import streamlab.client
 from streamlab import hookspecs
 from streamlab.server.registry import HOOKS
 from streamlab.testing import Conformance
-from tests.support.servers import REPOSITORY, write_plugins
+from tests.support.connections import EventStream
+from tests.support.servers import REPOSITORY, Running, write_plugins
 
 GUIDE = (REPOSITORY / "docs" / "authors.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-PLUGINS = [block for block in BLOCKS if "def register_scenarios" in block]
+PLUGINS = {
+    found[1].lower(): block
+    for block in BLOCKS
+    if "def register_scenarios" in block and (found := re.search(r"class (\w+)\(Scenario", block))
+}
 
 
 def table_of_promises() -> str:
@@ -80,15 +89,15 @@ def test_promises_of_the_guide_are_those_of_the_suite() -> None:
 
 
 def test_attributes_of_the_guide_are_those_of_the_class() -> None:
-    documented = set(re.findall(r"^\| `(\w+)(?: = False|\([\w, ]+\))?` \|", GUIDE, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(\w+)(?: = False|\([\w, ]*\))?` \|", GUIDE, re.MULTILINE))
     own = {name for name in {*vars(Conformance), *Conformance.__annotations__} if not name.startswith("_")}
     assert own <= documented
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("source", PLUGINS, ids=lambda source: re.search(r"class (\w+)\(Scenario", source)[1].lower())  # type: ignore[index]
-def test_plugins_of_the_guide_pass_the_conformance_suite(tmp_path: Path, source: str) -> None:
-    write_plugins(tmp_path, {"mine": source})
+@pytest.mark.parametrize("name", ["itself", "pulse"])
+def test_plugins_of_the_guide_pass_the_conformance_suite(tmp_path: Path, name: str) -> None:
+    write_plugins(tmp_path, {"mine": PLUGINS[name]})
     (tmp_path / "tests").mkdir()
     test = BLOCKS[0].replace('"greeter"', '"mine"').replace("TestGreeter", "TestMine")
     (tmp_path / "tests" / "test_mine.py").write_text(test)
@@ -96,12 +105,55 @@ def test_plugins_of_the_guide_pass_the_conformance_suite(tmp_path: Path, source:
 
 
 def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
-    assert len(PLUGINS) == 2
+    assert list(PLUGINS) == ["itself", "pulse", "relay"]
     for block in BLOCKS:
         compile(block, "docs/authors.md", "exec")
     for block in BLOCKS[1:3]:
         exec(compile(block, "docs/authors.md", "exec"), {"__name__": "guide"})
-    assert BLOCKS[-1] == (REPOSITORY / "examples/streamlab-hello/tests/test_hello.py").read_text()
+    assert (REPOSITORY / "examples/streamlab-hello/tests/test_hello.py").read_text() in BLOCKS
+
+
+def test_names_of_the_client_are_in_the_guide() -> None:
+    assert [name for name in streamlab.client.__all__ if f"`{name}" not in GUIDE] == []
+
+
+def beats(stream: EventStream, count: int) -> list[tuple[str, int]]:
+    return [(event.json["animal"], event.json["beat"]) for event in stream.take(count)]
+
+
+def test_channel_of_the_guide_is_filtered_conflated_and_continues_after_a_crash(start: Callable[..., Running]) -> None:
+    settings = "[scenarios.pulse]\ninterval = 0.02\n"
+    server = start(settings, pulse=PLUGINS["pulse"])
+    with EventStream(server, "/pulse?animals=whale&limit=5") as stream:
+        followed = list(stream)
+    assert [event.json["animal"] for event in followed] == ["whale"] * 5
+    with EventStream(server, "/pulse?every=0.5") as stream:
+        first, *_, last = (beat for animal, beat in beats(stream, 6) if animal == "mouse")
+    assert last - first > 10, "conflated events are fewer than those published"
+    server.terminate(signal.SIGKILL)
+    server = start(settings, pulse=PLUGINS["pulse"])
+    with EventStream(server, "/pulse?animals=whale", followed[-1].id) as stream:
+        after = [beat for _, beat in beats(stream, last)]
+    assert after == list(range(followed[-1].json["beat"] + 1, followed[-1].json["beat"] + 1 + last))
+
+
+@pytest.mark.timeout(150)
+def test_upstream_of_the_guide_is_relayed_and_tested_without_another_machine(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"relay": PLUGINS["relay"]})
+    (tmp_path / "tests").mkdir()
+    (test,) = (block for block in BLOCKS if "serve_upstreams" in block)
+    (tmp_path / "tests" / "test_relay.py").write_text(test)
+    output = pytest_in(tmp_path, "tests", "-k", "relays or events_are_complete or resumes or server_stops")
+    assert re.search(r"^TestRelay: 4 of 4 promises", output, re.MULTILINE)
+
+
+def test_relay_of_the_guide_reports_an_upstream_that_does_not_stream(start: Callable[..., Running]) -> None:
+    upstream = start()
+    settings = f'[scenarios.relay]\nupstream = "{upstream.url}/no-such-stream"\n'
+    server = start(settings, relay=PLUGINS["relay"])
+    deadline = time.monotonic() + 20
+    while b"the upstream returned 404" not in (health := server.get("/health")[2]):
+        assert time.monotonic() < deadline, health
 
 
 @pytest.mark.timeout(180)
