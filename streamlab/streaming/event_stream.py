@@ -27,6 +27,9 @@ STEP_BYTES = 64 * 1024
 
 _HEARTBEAT = Chunk(sse.HEARTBEAT)
 
+# RFC 9111 section 5.2.2.6: no-transform forbids compression, in which some proxies hold events until a buffer is full.
+_CACHE = "no-store, no-transform"
+
 
 class EventStream(Stream, EventSourceResponse):
     """An event stream being written, made by `open_event_stream`. One task writes to it.
@@ -259,7 +262,7 @@ def open_event_stream(
         raise ValueError(f"heartbeat_seconds: {heartbeat_seconds} is less than 1")
     return EventStream(
         request,
-        headers={**stream_headers(sse.MEDIA_TYPE, headers), "Incremental": "?1"},
+        headers={**stream_headers(sse.MEDIA_TYPE, {"Cache-Control": _CACHE, **(headers or {})}), "Incremental": "?1"},
         on_stop=on_stop,
         scenario=request.get(SCENARIO, ""),
         streams=request.config_dict[STREAMS],

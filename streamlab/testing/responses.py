@@ -65,14 +65,16 @@ class EndpointCases:
 
     @promise("RFC 9111, 5.2.2; nginx, ngx_http_proxy_module: X-Accel-Buffering")
     async def test_stream_is_neither_cached_nor_buffered(self, subject: Subject) -> str:
-        """A stream has Cache-Control: no-cache or no-store, and X-Accel-Buffering: no."""
+        """A stream has no-cache or no-store, and X-Accel-Buffering: no; an event stream has no-transform, too."""
         response = await subject.response()
         if response.get("content-length") is not None and response.get("x-accel-buffering") is None:
             return f"no stream: {response.get('content-length')} bytes at once"
         cache, buffering = response.get("cache-control") or "", response.get("x-accel-buffering")
         if not response.has_body:
             return f"{response.line}, without a body"
-        if not {"no-cache", "no-store"} & {directive.strip() for directive in cache.split(",")} or buffering != "no":
+        directives = {directive.strip() for directive in cache.split(",")}
+        transformed = response.media == "text/event-stream" and "no-transform" not in directives
+        if not {"no-cache", "no-store"} & directives or transformed or buffering != "no":
             raise Broken(f"Cache-Control: {cache or 'none'}, X-Accel-Buffering: {buffering or 'none'}")
         return f"Cache-Control: {cache}, X-Accel-Buffering: {buffering}"
 

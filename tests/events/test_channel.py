@@ -173,7 +173,7 @@ def test_an_event_is_an_id_and_its_data_and_nothing_else(serve: Callable[..., Ru
         publish(server, 3, event="tick")
         body += read_all(connection)
     assert b"\r\nContent-Type: text/event-stream\r\n" in head
-    assert b"\r\nCache-Control: no-store\r\n" in head
+    assert b"\r\nCache-Control: no-store, no-transform\r\n" in head
     assert b"\r\nX-Accel-Buffering: no\r\n" in head
     assert b"Content-Length" not in head
     epoch = ids[0].partition("-")[0]

@@ -149,7 +149,8 @@ def test_line_breaks_in_data_id_and_event_forge_no_field(server: Running) -> Non
 def test_headers_are_those_of_every_stream(server: Running) -> None:
     _, headers, _ = server.get("/fields")
     assert headers["content-type"] == "text/event-stream"
-    assert (headers["cache-control"], headers["x-accel-buffering"], headers["incremental"]) == ("no-store", "no", "?1")
+    assert headers["cache-control"] == "no-store, no-transform"
+    assert (headers["x-accel-buffering"], headers["incremental"]) == ("no", "?1")
     assert {"connection", "content-length"}.isdisjoint(headers)
 
 

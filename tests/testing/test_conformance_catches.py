@@ -166,6 +166,12 @@ DEFECTS = {
         OPEN,
         BARE + "        await response.prepare(request)\n        if True:\n",
     ),
+    "compressed_by_proxies": Defect(
+        "stream_is_neither_cached_nor_buffered",
+        EVENTS,
+        "open_event_stream(request",
+        'open_event_stream(request, headers={"Cache-Control": "no-store"}',
+    ),
     "different_head": Defect(
         "head_has_the_headers_of_get",
         LINES,
