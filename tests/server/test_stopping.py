@@ -1,6 +1,10 @@
 """Start and stop, whatever plugins do: lifespans that hang, handlers that hold the event loop or a thread."""
 
+import os
+import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +207,40 @@ def test_a_plugin_that_does_not_close_does_not_keep_the_others_from_closing(star
     assert "the plugin stays did not stop in time: its lifespan is cancelled" in server.log
     assert status == 0
     assert (server.base / "closed").exists()
+
+
+WORKS = """
+    from contextlib import asynccontextmanager
+    from streamlab import hookimpl
+
+    @asynccontextmanager
+    async def working():
+        yield
+
+    @hookimpl
+    def worker_lifespan(app):
+        return working()
+"""
+
+
+def test_a_worker_that_stops_examines_no_longer_what_it_imported(tmp_path: Path) -> None:
+    """Seconds on a busy machine; CPU time is the same on any."""
+    write_plugins(tmp_path, {"works": WORKS})
+    (tmp_path / "config.toml").write_text("[scenarios.progress]\nenabled = false\n")
+    before = cpu_seconds_of_children()
+    with subprocess.Popen(
+        [sys.executable, "-m", "streamlab", "worker"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert " runs tasks: " in worker.stdout.readline()
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        worker.terminate()
+        assert worker.wait(20) == 0
+    assert cpu_seconds_of_children() - before - used < 0.1
+
+
+def cpu_seconds_of_children() -> float:
+    """Return the CPU time of the children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
