@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the cases that apply to none of a plugin's endpoints."""
+    """Deselect the cases that apply to none of a plugin's endpoints; the others are broken until they report."""
     absent = [item for item in items if item.name.endswith(f"[{NO_ENDPOINT}]")]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
+    for item in items:
+        if isinstance(item, pytest.Function) and (promise := item.function.__dict__.get("promise")) and item.cls:
+            label = promise.label(item.callspec.params["streamlab_subject"])
+            text = promise.text(label, "an error before the case, in `prepare` for example")
+            _report(item, {"endpoint": label, "case": _case(item), "verified": False, "text": text})
+
+
+def _case(item: pytest.Function) -> str:
+    return item.originalname.removeprefix("test_")
+
+
+def _report(item: pytest.Item, found: Mapping[str, Any]) -> None:
+    """Record the result of a case for the summary; the last one counts."""
+    assert isinstance(item, pytest.Function)
+    assert item.cls is not None
+    item.user_properties.append((_PROPERTY, json.dumps({"class": item.cls.__name__, **found})))
 
 
 def _run_of(config: pytest.Config, case: type) -> "ConformanceRun":
@@ -95,8 +112,7 @@ def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterat
     for item in items:
         if isinstance(item, pytest.Function) and item.cls is case and item.function.__dict__.get("promise"):
             form: Any = item.callspec.params["streamlab_subject"]
-            name = item.function.__name__.removeprefix("test_")
-            if item.function.promise.watches and not skip_reason(case.skipped, name, form):
+            if item.function.promise.watches and not skip_reason(case.skipped, _case(item), form):
                 yield form
 
 
@@ -106,19 +122,21 @@ def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server"
 
     from .promise import skip_reason
 
-    if reason := skip_reason(request.cls.skipped, request.function.__name__.removeprefix("test_"), request.param):
+    if reason := skip_reason(request.cls.skipped, _case(request.node), request.param):
         pytest.skip(reason)
-
-    def report(found: Mapping[str, Any]) -> None:
-        request.node.user_properties.append((_PROPERTY, json.dumps({"class": request.cls.__name__, **found})))
-
-    return _run_of(request.config, request.cls).subject(request.param, streamlab_server, report)
+    run = _run_of(request.config, request.cls)
+    return run.subject(request.param, streamlab_server, partial(_report, request.node))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Report how many promises of each plugin were checked, and which are broken."""
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
-    results = [json.loads(text) for report in reports for name, text in report.user_properties if name == _PROPERTY]
+    by_test: dict[str, dict[str, Any]] = {}
+    for report in [one for kind in ("passed", "failed", "error") for one in terminalreporter.stats.get(kind, ())]:
+        properties = getattr(report, "user_properties", ())
+        found = [json.loads(text) for name, text in properties if name == _PROPERTY][-1:]
+        for one in found:
+            by_test[report.nodeid] = {**one, "verified": one["verified"] and report.passed}
+    results = list(by_test.values())
     if not results:
         return
     terminalreporter.section("streamlab promises")

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,25 @@ from pydantic import PrivateAttr
 
 from streamlab import Scenario, StreamSummary, endpoint, hookimpl
 from streamlab.streaming.drain import STREAMS
+from streamlab.testing.loop_watch import LoopWatch
 
 
 class ConformanceProbe(Scenario):
     """What is open in the process of this server, and the memory and processor time it has used."""
 
     _ended: deque[dict[str, Any]] = PrivateAttr(default_factory=lambda: deque(maxlen=1000))
+    _watch: LoopWatch = PrivateAttr()
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
+        """Watch the event loop while the server runs."""
+        with LoopWatch() as self._watch:
+            yield
 
     @endpoint("GET", "/conformance/state", sends="application/json", curl="{url}")
     async def state(self, request: web.Request) -> web.Response:
-        """Report what is open now, the memory and processor time used so far, and which streams have ended."""
+        """Report what is open now, what it has cost so far, which streams have ended, and what blocked the loop."""
         usage = os.times()
         state = {
             "streams": len(request.config_dict[STREAMS]),
@@ -36,6 +47,8 @@ class ConformanceProbe(Scenario):
             "memory": _resident_bytes(),
             "cpu": usage.user + usage.system,
             "ended": list(self._ended),
+            "blocks": list(self._watch.blocks),
+            "watched": self._watch.seconds,
         }
         return web.json_response(state)
 

@@ -34,6 +34,14 @@ class Promise:
     watches: bool
     """Whether it needs an event stream that is watched for longer than a heartbeat."""
 
+    def label(self, form: EndpointForm) -> str:
+        """Return what a result is about."""
+        return "the server" if self.once else form.label
+
+    def text(self, label: str, observed: str) -> str:
+        """Return a result as text."""
+        return f"{label}\n  expected  {self.expected}\n  observed  {observed}\n  standard  {self.standard}"
+
 
 def every_endpoint(form: EndpointForm) -> bool:
     """Return True: the case applies to every endpoint."""
@@ -58,8 +66,8 @@ def promise(
                 observed, verified = asyncio.run(_first_error(case(self, subject))), True
             except (Broken, NoSample, NotHTTP) as error:
                 observed, verified = str(error), False
-            label = "the server" if once else subject.form.label
-            text = f"{label}\n  expected  {required.expected}\n  observed  {observed}\n  standard  {required.standard}"
+            label = required.label(subject.form)
+            text = required.text(label, observed)
             subject.report({"endpoint": label, "case": name, "verified": verified, "text": text})
             if not verified:
                 pytest.fail(text, pytrace=False)

@@ -11,7 +11,7 @@ from streamlab.problems import MEDIA_TYPE as PROBLEM
 
 from . import wire
 from .promise import Broken, promise
-from .samples import EndpointForm, InvalidValue
+from .samples import MISSING, EndpointForm, InvalidValue
 from .subject import Subject
 from .wire import StreamedResponse
 
@@ -155,7 +155,7 @@ class EndpointCases:
 
     @promise("RFC 9457, 3; RFC 9110, 15.5.21", of=has_invalid_values)
     async def test_invalid_values_are_rejected_by_name(self, subject: Subject) -> str:
-        """Each value that a parameter's declaration excludes is rejected with 400 or 422, and the parameter named."""
+        """Each value that a parameter's declaration excludes, or its lack, gets 400 or 422 that names the parameter."""
         tried = 0
         for bad in subject.form.invalid_values():
             if bad.where == "body":
@@ -241,7 +241,13 @@ class EndpointCases:
 async def _check_rejected(subject: Subject, bad: InvalidValue) -> None:
     """Send an invalid value. Raises Broken where it is not rejected, or its parameter not named."""
     statuses = {400, 404, 422} if bad.where == "path" else {400, 422}
-    async with subject.request(values={bad.name: bad.value}) as response:
+    options: dict[str, Any] = {"values": {bad.name: bad.value}}
+    if bad.value is MISSING and bad.where == "query":
+        options = {"without": (bad.name,)}
+    elif bad.value is MISSING:
+        members = subject.form.body(subject.values)
+        options = {"body": json.dumps({name: value for name, value in members.items() if name != bad.name}).encode()}
+    async with subject.request(**options) as response:
         document = await _rejection(response, statuses, _described(bad))
         if response.status == 422:
             _names(document, bad.name)
@@ -271,6 +277,8 @@ def _names(document: Mapping[str, Any], name: str) -> None:
 
 
 def _described(bad: InvalidValue) -> str:
+    if bad.value is MISSING:
+        return f"without {bad.name}, which {bad.why}"
     shown = repr(bad.value)
     return f"for {bad.name}={shown if len(shown) <= 60 else shown[:57] + '...'}, which {bad.why}"
 

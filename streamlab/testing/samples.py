@@ -11,12 +11,25 @@ from .wire import request
 
 EVENTS = "text/event-stream"
 
+_LONG_JSON = 100_000
+"""Maximum length of a member of a body that is sent as too long, in characters."""
+
 _LONG = 4000
 """Maximum length of a value that is sent as too long, in characters; a request line holds 8190 bytes."""
 
 
 class NoSample(Exception):
     """No request can be built from an endpoint's declaration; the message says what is missing."""
+
+
+MISSING = object()
+"""The value of a required parameter that is left out."""
+
+_FORMATS = {"date", "date-time", "time", "duration", "uuid", "ipv4", "ipv6"}
+"""Formats of a string that `yesterday` does not have."""
+
+_MAX_ITEMS = 100
+"""Maximum length of a list that is sent as too long."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class InvalidValue:
     where: str
     """`path`, `query` or `body`."""
     value: Any
+    """MISSING for a required parameter that is left out."""
     why: str
 
 
@@ -154,9 +168,13 @@ class EndpointForm:
             for value, why in _invalid_values(self._resolved(parameter["schema"])):
                 if parameter["in"] == "query" or not isinstance(value, list):
                     yield InvalidValue(parameter["name"], parameter["in"], value, why)
+            if parameter["in"] == "query" and parameter["required"]:
+                yield InvalidValue(parameter["name"], "query", MISSING, "is required")
         for name, schema in self.body_schema.get("properties", {}).items():
             for value, why in _invalid_values(self._resolved(schema), typed=True):
                 yield InvalidValue(name, "body", value, why)
+        for name in self.body_schema.get("required", ()):
+            yield InvalidValue(name, "body", MISSING, "is required")
 
     def numbers(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield every number of a request, with its schema."""
@@ -224,9 +242,11 @@ def _invalid_values(schema: Mapping[str, Any], *, typed: bool = False) -> Iterat
     """Yield values that a schema excludes; `typed` where a value is JSON and not text."""
     choices = _choices(schema)
     if len(choices) != 1:
+        if not any(_accepts_any_text(choice) for choice in choices):
+            yield "no-such-value", "is none of the declared types"
         return
     (schema,) = choices
-    if "enum" in schema:
+    if schema.keys() & {"enum", "const"}:
         yield "no-such-choice", "is not one of the choices"
         return
     match schema.get("type"):
@@ -240,7 +260,9 @@ def _invalid_values(schema: Mapping[str, Any], *, typed: bool = False) -> Iterat
         case "string":
             if typed:
                 yield 5, "is not a string"
-            if "maxLength" in schema and schema["maxLength"] < _LONG:
+            if schema.get("format") in _FORMATS:
+                yield "yesterday", f"is not a {schema['format']}"
+            if "maxLength" in schema and (schema["maxLength"] < _LONG or (typed and schema["maxLength"] < _LONG_JSON)):
                 yield "x" * (schema["maxLength"] + 1), f"is longer than {schema['maxLength']}"
             if schema.get("minLength"):
                 yield "", "is empty"
@@ -251,8 +273,30 @@ def _invalid_values(schema: Mapping[str, Any], *, typed: bool = False) -> Iterat
         case "array":
             for value, why in _invalid_values(schema.get("items", {}), typed=typed):
                 yield [value], why
+            yield from _wrong_lengths(schema)
         case "object" if typed:
             yield "no object", "is not an object"
+
+
+def _accepts_any_text(schema: Mapping[str, Any]) -> bool:
+    """Return whether some plain text may fit a schema: it is a string without a pattern, or its type is unknown."""
+    if schema.keys() & {"enum", "const"}:
+        return False
+    if schema.get("type") == "string":
+        return schema.get("format") not in _FORMATS
+    return schema.get("type") not in ("integer", "number", "boolean", "null")
+
+
+def _wrong_lengths(schema: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    """Yield lists that are too long or too short, where a valid item can be derived."""
+    try:
+        item = _generated(schema.get("items", {}), "an item")
+    except NoSample:
+        return
+    if schema.get("maxItems", _MAX_ITEMS) < _MAX_ITEMS and not schema.get("uniqueItems"):
+        yield [item] * (schema["maxItems"] + 1), f"has more than {schema['maxItems']} items"
+    if schema.get("minItems", 0) > 1:
+        yield [item] * (schema["minItems"] - 1), f"has fewer than {schema['minItems']} items"
 
 
 def _out_of_bounds(schema: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:

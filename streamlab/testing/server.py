@@ -42,6 +42,10 @@ class State:
     """Processor time, in seconds."""
     ended: list[dict[str, Any]]
     """The streams that have ended, each with `route`, `outcome`, and the time `at`, by `time.monotonic`."""
+    blocks: list[dict[str, Any]]
+    """Each time that code occupied the event loop for too long: its `seconds`, its `code`, and its `stack`."""
+    watched: float
+    """How long the event loop has been watched, in seconds."""
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """The conformance suite finds defects: valid plugins pass, and each plugin with one defect fails its case."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
+from streamlab.testing.samples import MISSING, EndpointForm
 from tests.support.servers import write_plugins
 
 LINES = r'''
@@ -373,6 +374,16 @@ DEFECTS = {
         "    @hookimpl\n    @contextlib.asynccontextmanager\n    async def lifespan(self, app):\n        yield\n"
         "        raise RuntimeError('at the end')\n\n    @endpoint(\"GET\"",
     ),
+    "blocks_the_loop_in_the_background": Defect(
+        "event_loop_is_never_blocked",
+        LINES,
+        '    @endpoint("GET"',
+        "    @hookimpl\n    @contextlib.asynccontextmanager\n    async def lifespan(self, app):\n"
+        "        async with asyncio.TaskGroup() as group:\n            task = group.create_task(self.produce())\n"
+        "            yield\n            task.cancel()\n\n"
+        "    async def produce(self):\n        while True:\n            time.sleep(0.4)\n"
+        '            await asyncio.sleep(0.1)\n\n    @endpoint("GET"',
+    ),
     "traceback_in_the_log": Defect(
         "log_has_no_traceback",
         LINES,
@@ -452,3 +463,46 @@ def test_defect_is_caught(pytester: pytest.Pytester, name: str) -> None:
 def test_traceback_is_found_after_another_server_stopped(pytester: pytest.Pytester) -> None:
     cases = ("responds_as_described", "stop_ends_streams_visibly", "log_has_no_traceback")
     assert failed_cases(pytester, "traceback_in_the_log", *cases) == {"log_has_no_traceback"}
+
+
+def test_errors_of_fixtures_count_as_broken_promises(pytester: pytest.Pytester) -> None:
+    write(pytester.path, LINES)
+    test = pytester.path / "tests" / "test_it.py"
+    test.write_text(
+        TEST + "\n    @classmethod\n    def prepare(cls, server, form):\n"
+        "        if form.method == 'POST':\n            raise RuntimeError('no such thing')\n        return {}\n"
+    )
+    done = pytester.runpytest_inprocess(*OPTIONS, "-k", "responds_as_described or numbers_have_bounds")
+    done.stdout.fnmatch_lines(["TestIt: 2 of 4 promises *; broken: responds_as_described, numbers_have_bounds"])
+    assert done.parseoutcomes() == {"passed": 2, "errors": 2, "deselected": done.parseoutcomes()["deselected"]}
+
+
+def parameter(schema: dict[str, Any], *, where: str = "query", required: bool = False) -> dict[str, Any]:
+    return {"name": "it", "in": where, "schema": schema, "required": required}
+
+
+@pytest.mark.parametrize(
+    ("schema", "values"),
+    [
+        ({"type": "string", "format": "date"}, ["yesterday"]),
+        ({"const": "EUR", "type": "string"}, ["no-such-choice"]),
+        ({"anyOf": [{"type": "integer"}, {"type": "boolean"}, {"type": "null"}]}, ["no-such-value"]),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, []),
+        ({"type": "array", "items": {"type": "integer"}, "maxItems": 1}, [["many"], [1.5], [1, 1]]),
+        ({"type": "array", "items": {"enum": ["a"]}, "minItems": 2}, [["no-such-choice"], ["a"]]),
+    ],
+)
+def test_invalid_values_of_every_kind_of_parameter_are_requested(schema: dict[str, Any], values: list[Any]) -> None:
+    form = EndpointForm("GET", "/it", {"parameters": [parameter(schema)]}, {}, frozenset({"GET"}), "")
+    assert [bad.value for bad in form.invalid_values()] == values
+
+
+def test_required_parameters_are_left_out() -> None:
+    body = {"properties": {"word": {"type": "boolean"}}, "required": ["word"]}
+    operation = {
+        "parameters": [parameter({"type": "boolean"}, required=True), parameter({}, where="path", required=True)],
+        "requestBody": {"content": {"application/json": {"schema": body}}},
+    }
+    form = EndpointForm("POST", "/{it}", operation, {}, frozenset({"POST"}), "")
+    missing = [(bad.name, bad.where) for bad in form.invalid_values() if bad.value is MISSING]
+    assert missing == [("it", "query"), ("word", "body")]
