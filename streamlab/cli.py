@@ -103,13 +103,13 @@ def _run_reloading(config: Path | None, host: str | None, port: int | None) -> N
         folders = _read_config(config).plugins.path
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)  # only existing folders can be watched
-    words = [sys.executable, "-m", "streamlab", "run"]
+    arguments = [sys.executable, "-m", "streamlab", "run"]
     for option, value in (("--config", config), ("--host", host), ("--port", port)):
-        words += [] if value is None else [option, str(value)]
+        arguments += [] if value is None else [option, str(value)]
     packages = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
     run_process(
         *{folder for folder in (watched.parent, *folders, *packages) if folder.is_dir()},
-        target=shlex.join(words),
+        target=shlex.join(arguments),
         target_type="command",
         watch_filter=lambda change, path: Path(path) == watched or PythonFilter()(change, path),
         callback=lambda changes: typer.echo(f"changed: {', '.join(sorted(path for _, path in changes))}; restarting"),

@@ -1,4 +1,4 @@
-"""What a plugin author writes: a scenario, whose fields are its configuration, and its endpoints."""
+"""The contract of a plugin: a scenario, whose fields are its configuration, and its endpoints."""
 
 import re
 from collections.abc import Awaitable, Callable, Mapping

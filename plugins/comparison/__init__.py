@@ -67,7 +67,7 @@ class Comparison(Scenario):
     max_reports: int = Field(1, ge=1, le=100)
     """Maximum number of reports at once; more are rejected with 503 and Retry-After."""
     max_seconds: float = Field(120.0, gt=0, le=3600)
-    """Maximum duration of a report, in seconds; then it is cut."""
+    """Maximum duration of a report, in seconds; then it is aborted."""
 
     _reserved: list[int] = PrivateAttr(default_factory=list)
     """Memory reserved for each buffered response and each report, in bytes."""

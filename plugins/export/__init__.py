@@ -167,7 +167,7 @@ class OpenExport:
     result: Export
     encoder: Encoder
     deadline: float
-    """Time of the loop at which it is cut."""
+    """Time of the loop at which it is aborted."""
 
 
 class Exports(Scenario):
@@ -184,13 +184,13 @@ class Exports(Scenario):
     sample_rows: int = Field(1_000_000, ge=1, le=100_000_000)
     """Number of users in the sample."""
     max_cell_mb: float = Field(16.0, gt=0, le=1000)
-    """Maximum size of a cell, in megabytes (1,000,000 bytes); a larger one fails the export or, once begun, cuts it."""
+    """Maximum size of a cell, in megabytes (1,000,000 bytes); a larger one fails the export, also once it has begun."""
     formula_guard: bool = True
     """Whether an apostrophe is put before text in CSV that a spreadsheet would run as a formula."""
     max_exports: int = Field(100, ge=1, le=10_000)
     """Maximum number of exports at once; more are rejected with 503 and Retry-After."""
     max_seconds: float = Field(3600.0, gt=0, le=7 * 86_400)
-    """Maximum duration of an export, in seconds; then it is cut."""
+    """Maximum duration of an export, in seconds; then it is aborted."""
     folder: ConfigPath = Path("var/files/exports")
     """Folder of the files of the task `export`; they can be downloaded if it is below the root of the file scenario."""
     keep_seconds: float = Field(86_400.0, ge=1, le=365 * 86_400)
@@ -429,7 +429,7 @@ class Exports(Scenario):
     async def limited(self, name: str, deadline: float | None = None) -> AsyncIterator[None]:
         """Turn errors and a timeout in the block into Problems.
 
-        Enter it inside the block of an open stream: that cancels the handler as soon as it is cut.
+        Enter it inside the block of an open stream: that cancels the handler as soon as it is aborted.
         """
         with _error_responses(name):
             try:

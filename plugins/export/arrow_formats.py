@@ -88,7 +88,7 @@ def unavailable(form: type[Any]) -> str:
 class Arrow:
     """The Arrow IPC stream: the schema first, then a record batch for each batch.
 
-    A value that does not fit its column's type raises ValueError: nothing is rounded, cut off or guessed. Times are in
+    A value that does not fit its column's type raises ValueError: nothing is rounded, cut or guessed. Times are in
     microseconds; `timestamp` rejects a value with a zone, `timestamptz` is UTC and rejects a value without one. A
     decimal is text, since its column has no maximum number of digits; so are uuid, json (JSON text) and any (as in CSV,
     without the guard).

@@ -142,7 +142,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream contains besides the response."""
+    """What a stream contains in addition to the response."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

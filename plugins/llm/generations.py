@@ -120,8 +120,8 @@ class Generations:
 
     def channel(self, id: str) -> Channel:  # noqa: A002
         """Return the channel of a generation."""
-        keep = Retention(events=MAX_EVENTS, seconds=self.keep_seconds, idle_seconds=self.keep_seconds)
-        return self.events.channel(f"llm/{id}", keep=keep, finite=True, id_prefix=f"{id}:")
+        retention = Retention(events=MAX_EVENTS, seconds=self.keep_seconds, idle_seconds=self.keep_seconds)
+        return self.events.channel(f"llm/{id}", retention=retention, finite=True, id_prefix=f"{id}:")
 
     # -- running
 
@@ -139,7 +139,7 @@ class Generations:
         except TimeoutError:
             pass
         except asyncio.CancelledError:
-            generation.stop("abandoned")  # its client has disconnected without its id, so nobody can resume it
+            generation.stop("abandoned")  # its client has disconnected without its id, so it cannot be resumed
             raise
         return generation
 
@@ -173,7 +173,7 @@ class Generations:
         try:
             with suppress(TimeoutError, EventLogError):
                 async with asyncio.timeout(END_SECONDS):
-                    # A rejected client has no id, and nobody else knows the generation.
+                    # A rejected client has no id, and no other client knows the generation.
                     await (generation.channel.delete() if rejected else generation.channel.publish_all(last))
         finally:
             del self._running[generation.id]

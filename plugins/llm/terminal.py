@@ -26,7 +26,7 @@ CONNECT_SECONDS = 15.0
 """Timeout of the connection attempt, in seconds."""
 
 READ_SECONDS = 300.0
-"""Timeout of each read, in seconds: a server that sends nothing for so long, not even a comment, is disconnected."""
+"""Timeout of each read, in seconds: a server that sends nothing for this time, not even a comment, is disconnected."""
 
 MAX_ERROR_BYTES = 64 * 1024
 """Maximum size of an error response that is read, in bytes."""

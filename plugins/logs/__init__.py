@@ -162,7 +162,7 @@ class Logs(Scenario):
         if self.server and config.server.log_file is not None:
             served.setdefault("server", Source(path=config.server.log_file))
         retention = Retention(events=self.keep_lines, seconds=config.events.keep_seconds)
-        self._channels.update({name: events.channel(f"logs/{name}", keep=retention) for name in served})
+        self._channels.update({name: events.channel(f"logs/{name}", retention=retention) for name in served})
         host = socket.gethostname()
         async with (
             Threads("log-download", THREADS) as self._threads,

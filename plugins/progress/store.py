@@ -131,8 +131,8 @@ class Store:
     def channel(self, id: str, *, ended: bool = False) -> Channel:  # noqa: A002
         """Return the channel of a task; publishing with `ended` starts its expiry."""
         idle = self._keep_seconds if ended else None
-        keep = Retention(events=MAX_EVENTS, seconds=FOREVER, idle_seconds=idle)
-        return self._events.channel(f"progress/{id}", keep=keep, finite=True, id_prefix=f"{id}:")
+        retention = Retention(events=MAX_EVENTS, seconds=FOREVER, idle_seconds=idle)
+        return self._events.channel(f"progress/{id}", retention=retention, finite=True, id_prefix=f"{id}:")
 
     async def save(self, record: Record, *events: EncodedEvent, retry_forever: bool = False) -> None:
         """Publish events of a task together with its record; raises EventLogError where that fails."""
@@ -182,8 +182,9 @@ class Store:
         Source: draft-ietf-httpapi-idempotency-key-header, section 2.
         """
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
-        keep = Retention(events=MAX_CLAIMS, seconds=FOREVER, idle_seconds=max(self._keep_seconds, 2 * CLAIM_SECONDS))
-        channel = self._events.channel(f"progress-key/{digest}", keep=keep)
+        idle = max(self._keep_seconds, 2 * CLAIM_SECONDS)
+        retention = Retention(events=MAX_CLAIMS, seconds=FOREVER, idle_seconds=idle)
+        channel = self._events.channel(f"progress-key/{digest}", retention=retention)
         claim = _Claim(id=id, request=hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest())
         holder, has_task = await self._holder(channel)
         if holder is None:

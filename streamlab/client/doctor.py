@@ -221,7 +221,7 @@ def _timing(response: Response) -> list[Finding]:
         silence = f"It was closed after {response.seconds - last:.1f} s of silence"
         return [_bad(f"{silence}: an idle timeout. A comment every 15 s would keep it open.")]
     if response.error:
-        return [_bad(f"It broke off after {response.size:,} bytes: the body is incomplete, and clients can tell.")]
+        return [_bad(f"It broke off after {response.size:,} bytes: the body is incomplete, and clients can detect it.")]
     if not response.arrivals:
         if response.complete:
             return [_note("The body is empty.")]
@@ -255,7 +255,7 @@ def _torn(response: Response) -> int:
 
 
 def _header_findings(response: Response) -> list[Finding]:
-    """Check what the headers tell proxies and caches."""
+    """Check the headers for proxies and caches."""
     headers, found = response.headers, list[Finding]()
     if response.is_event_stream and "content-length" in headers:
         found.append(_bad("An event stream has a Content-Length: it was buffered before it was sent."))

@@ -224,6 +224,6 @@ def connect_error(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
     if isinstance(error, OSError) and error.strerror:
-        # asyncio puts the address into its text; errors of name resolution have numbers of their own.
+        # asyncio puts the address into its text; errors of name resolution have their own numbers.
         return os.strerror(error.errno) if error.errno and not isinstance(error, socket.gaierror) else error.strerror
     return str(error) or type(error).__name__

@@ -146,21 +146,21 @@ def encode_event(data: Any, event: str = "", *, key: str = "") -> EncodedEvent:
 class Events:
     """The channels of one server: their log, and their followers."""
 
-    def __init__(self, log: EventLog, *, keep: Retention | None = None, max_filters: int = MAX_FILTERS) -> None:
+    def __init__(self, log: EventLog, *, retention: Retention | None = None, max_filters: int = MAX_FILTERS) -> None:
         self.log = log
         self.filters = Filters(max_filters)
         self.reads = Reads(log, self.filters)
-        self._keep = keep or Retention()
+        self._retention = retention or Retention()
         self._hubs: dict[str, tuple[Hub, asyncio.Task[None]]] = {}
         self.followers: set[Follower] = set()
         """The followers of all channels, which get heartbeats."""
         self._group: asyncio.TaskGroup | None = None
 
     def channel(
-        self, name: str, *, keep: Retention | None = None, finite: bool = False, id_prefix: str = ""
+        self, name: str, *, retention: Retention | None = None, finite: bool = False, id_prefix: str = ""
     ) -> Channel:
-        """Return a channel by name; `keep` defaults to the retention of [events] in config.toml."""
-        return Channel(self, name, keep or self._keep, finite=finite, id_prefix=id_prefix)
+        """Return a channel by name; `retention` defaults to that of [events] in config.toml."""
+        return Channel(self, name, retention or self._retention, finite=finite, id_prefix=id_prefix)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:

@@ -48,13 +48,13 @@ def make_frame(event: Event, id_prefix: str) -> Frame:
 def latest(items: Sequence[Frame]) -> list[Frame]:
     """Return the last event of each key, and all events without a key."""
     seen: set[str] = set()
-    kept: list[Frame] = []
+    latest: list[Frame] = []
     for item in reversed(items):
         if item.event.key not in seen:
-            kept.append(item)
+            latest.append(item)
             if item.event.key:
                 seen.add(item.event.key)
-    return kept[::-1]
+    return latest[::-1]
 
 
 class Follower(FanoutWriter):

@@ -30,7 +30,7 @@ class Leases:
         if lease in self._held:
             if await self._threads.run(self._is_in_place, lease, self._held[lease]):
                 return True
-            self.release(lease)  # somebody deleted its file, and another process can lock a new one
+            self.release(lease)  # its file was deleted, and another process can lock a new one
             return False
         descriptor = await self._threads.run(self._lock, lease, discard=partial(self._unlock, lease))
         if descriptor is None:

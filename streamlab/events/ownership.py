@@ -1,4 +1,4 @@
-"""Ownership of work that processes share: who runs which part, who takes over from a dead process, and commands."""
+"""Ownership of work that processes share: which process runs it, takeover from a dead process, and commands."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ class Ownership:
         self._name = name
         self.process = uuid.uuid4().hex
         """Id of this process, to be recorded with the work that it owns."""
-        self._channel = events.channel(name, keep=commands)
+        self._channel = events.channel(name, retention=commands)
         self._position: Position | None = None
 
     def lease(self, owner: str) -> str:

@@ -201,7 +201,7 @@ class RedisLog:
                 return await self._redis.evalsha(await self._sha(script), len(keys), *keys, *arguments)  # type: ignore[arg-type]
             except NoScriptError:
                 self._scripts.pop(script, None)
-        raise EventLogError("The Redis server does not keep scripts that were loaded.")
+        raise EventLogError("The Redis server does not retain loaded scripts.")
 
     async def _sha(self, script: str) -> str:
         if script not in self._scripts:

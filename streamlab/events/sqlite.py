@@ -418,15 +418,15 @@ class SqliteLog:
             return [self._add(append, now) for append in appends]
 
     def _add(self, append: Append, now: int) -> Position:
-        db, keep = self._db, append.retention
-        expires = None if keep.idle_seconds is None else now + int(keep.idle_seconds * 1000)
+        db, retention = self._db, append.retention
+        expires = None if retention.idle_seconds is None else now + int(retention.idle_seconds * 1000)
         row = db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (append.channel,)).fetchone()
         if row is None:
             epoch, last = self._new_epoch(), 0
             (channel,) = db.execute(
                 "INSERT INTO channels (name, epoch, last, keep_events, keep_seconds) "
                 "VALUES (?, ?, 0, ?, ?) RETURNING id",
-                (append.channel, epoch, keep.events, keep.seconds),
+                (append.channel, epoch, retention.events, retention.seconds),
             ).fetchone()
         else:
             channel, epoch, last = row
@@ -440,13 +440,13 @@ class SqliteLog:
         end = last + len(append.drafts)
         db.execute(
             "UPDATE channels SET last = ?, expires = ?, keep_events = ?, keep_seconds = ? WHERE id = ?",
-            (end, expires, keep.events, keep.seconds, channel),
+            (end, expires, retention.events, retention.seconds, channel),
         )
         if append.checkpoint is not None:
             db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", (channel, *append.checkpoint))
-        step = max(1, keep.events // 8)
+        step = max(1, retention.events // 8)
         if end // step != last // step:  # seldom, and then many at once
-            self._delete_surplus(channel, epoch, end - keep.events)
+            self._delete_surplus(channel, epoch, end - retention.events)
         return Position(epoch, end)
 
     def _delete_surplus(self, channel: int, epoch: int, until: int) -> None:
@@ -609,14 +609,14 @@ class SqliteLog:
 
     def _delete_aged(self, channel: int, before: int) -> None:
         # Events are ordered by time, so this reads only those that it deletes, and one more.
-        kept = self._db.execute(
+        oldest = self._db.execute(
             "SELECT epoch, offset FROM events WHERE channel = ? AND time >= ? ORDER BY epoch, offset LIMIT 1",
             (channel, before),
         ).fetchone()
-        if kept is None:
+        if oldest is None:
             self._db.execute("DELETE FROM events WHERE channel = ?", (channel,))
         else:
-            self._db.execute("DELETE FROM events WHERE channel = ? AND (epoch, offset) < (?, ?)", (channel, *kept))
+            self._db.execute("DELETE FROM events WHERE channel = ? AND (epoch, offset) < (?, ?)", (channel, *oldest))
 
     async def delete(self, channel: str) -> None:
         """Delete a channel, with its events and checkpoints."""

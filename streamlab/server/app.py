@@ -356,7 +356,7 @@ async def _complete_headers(request: web.Request, response: web.StreamResponse) 
 def _events(config: Config) -> Events:
     retention = Retention(config.events.keep_events, config.events.keep_seconds)
     try:
-        return Events(open_log(config.events.url), keep=retention, max_filters=config.events.max_filters)
+        return Events(open_log(config.events.url), retention=retention, max_filters=config.events.max_filters)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
 

@@ -82,7 +82,7 @@ BOARD = '''
 
         def channel(self, request, name):
             keep = Retention(self.keep, 3600)
-            return request.app[EVENTS].channel(name, keep=keep, finite=name.startswith("finite"))
+            return request.app[EVENTS].channel(name, retention=keep, finite=name.startswith("finite"))
 
         @hookimpl
         @asynccontextmanager
