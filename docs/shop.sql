@@ -1,4 +1,4 @@
--- What the profile `postgres` of compose.yaml exports: some orders, and a user who can read them and nothing else.
+-- The data of the profile `postgres` in compose.yaml: orders, and a user that can only read them.
 \getenv password READER_PASSWORD
 CREATE ROLE reader LOGIN PASSWORD :'password';
 CREATE TABLE orders (id integer PRIMARY KEY, customer text NOT NULL, total double precision NOT NULL);
