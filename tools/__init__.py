@@ -1,1 +1,1 @@
-"""Programs for those who work on streamlab; nothing of them is installed."""
+"""Programs for developers of streamlab; they are not installed."""

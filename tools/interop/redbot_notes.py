@@ -1,4 +1,4 @@
-"""REDbot: whether the headers of finite responses say what HTTP means (caching, validation, ranges, negotiation).
+"""REDbot: whether the headers of finite responses conform to HTTP (caching, validation, ranges, negotiation).
 
 A note of the level `bad` or `warning` is a finding, unless it is accepted below.
 """
@@ -38,10 +38,10 @@ PATHS = (
 
 ACCEPTED: dict[str, dict[str, str]] = {
     "FRESHNESS_NO_CACHE_NO_VALIDATOR": {
-        "/export": "made for each request; hashing it first to save a transfer would delay the first byte",
-        "/export/users/csv?limit=50": "a result is streamed: its digest is not known before its last row",
-        "/export/users/jsonl?limit=50": "as csv",
-        "/demo/comparison/buffered?rows=50": "has the headers of the streamed response, to be compared with it",
+        "/export": "generated for each request; hashing it to save a transfer would delay the first byte",
+        "/export/users/csv?limit=50": "the result is streamed, and its digest is unknown before the last row",
+        "/export/users/jsonl?limit=50": "like csv",
+        "/demo/comparison/buffered?rows=50": "has the headers of the streamed response, for comparison",
         "/files/": "a listing is read for each request, and has no version",
         "/logs/download?source=app": "grows while it is sent",
         "/v1/models": "a list of one model, smaller than the headers",
@@ -49,14 +49,14 @@ ACCEPTED: dict[str, dict[str, str]] = {
         "/docs": "2 kB from the same machine or network; its scripts, which are larger, have validators",
     },
     "CSP_UNSAFE_INLINE": {
-        "/docs": "Swagger UI, which is other people's code, sets styles inline",
+        "/docs": "Swagger UI, third-party code, sets styles inline",
     },
 }
-"""Notes that are no defect: by the note's name and the resource, why."""
+"""Reasons for accepted notes, by the name of the note and the resource."""
 
 
 def run(server: str) -> Outcome:
-    """Look at all resources of a server."""
+    """Check all resources of a server."""
     config = ConfigParser()
     config.read_dict({"redbot": {"enable_local_access": "True"}})
     resources = {path: HttpResource(config["redbot"]) for path in PATHS}

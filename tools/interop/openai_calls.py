@@ -1,6 +1,6 @@
-"""The OpenAI SDK: the calls that README promises, and errors as the SDK expects them.
+"""The OpenAI SDK: the calls that README documents, and errors as the SDK expects them.
 
-Each function is a promise in the words of its docstring. What it asserts is of the SDK's own objects.
+Each docstring is a requirement, and its function asserts it of the objects of the SDK.
 """
 
 import inspect
@@ -36,7 +36,7 @@ def run(server: str) -> Outcome:
             except (AssertionError, openai.OpenAIError) as error:
                 wrong = f"{inspect.getdoc(call)} But: {type(error).__name__} {error}"
                 findings.append(Finding(wrong, _curl(requests[-1])))
-    return Outcome(f"{len(CALLS)} promises, {len(requests)} requests of openai {openai.__version__}", findings)
+    return Outcome(f"{len(CALLS)} requirements, {len(requests)} requests of openai {openai.__version__}", findings)
 
 
 def _curl(request: httpx2.Request) -> str:
@@ -63,7 +63,7 @@ def _rejected(kind: type[openai.APIStatusError], *, param: str | None = None) ->
         yield
     except kind as raised:
         error = raised
-    assert error is not None, "it was accepted"
+    assert error is not None, "the request was accepted"
     assert isinstance(error.body, dict), f"the error's body is {error.body!r}"
     assert error.body.get("message"), f"the error has no message: {error.body}"
     assert param is None or error.param == param, f"the error names the parameter {error.param!r}"
@@ -93,7 +93,7 @@ def complete(client: OpenAI) -> None:
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def complete_with_other_name_of_the_limit(client: OpenAI) -> None:
+def complete_with_max_completion_tokens(client: OpenAI) -> None:
     """`max_completion_tokens` limits as `max_tokens` does."""
     completion = _create(client, max_tokens=openai.omit, max_completion_tokens=3)
     assert completion.usage.completion_tokens <= 3
@@ -117,10 +117,10 @@ def stream_with_usage(client: OpenAI) -> None:
     assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
 
 
-def leave_a_stream(client: OpenAI) -> None:
-    """A stream can be left in its middle, and the next request is answered."""
-    with _create(client, stream=True, max_tokens=200) as left:
-        next(iter(left))
+def close_a_stream_early(client: OpenAI) -> None:
+    """A stream can be closed early, and the next request gets a response."""
+    with _create(client, stream=True, max_tokens=200) as chunks:
+        next(iter(chunks))
     assert _create(client, max_tokens=1).choices
 
 
@@ -133,8 +133,8 @@ def complete_as_json(client: OpenAI) -> None:
         "additionalProperties": False,
     }
     shape = {"type": "json_schema", "json_schema": {"name": "manners", "schema": schema}}
-    answer = json.loads(_create(client, response_format=shape, max_tokens=60).choices[0].message.content)
-    assert isinstance(answer["polite"], bool)
+    response = json.loads(_create(client, response_format=shape, max_tokens=60).choices[0].message.content)
+    assert isinstance(response["polite"], bool)
 
 
 def reject_unknown_model(client: OpenAI) -> None:
@@ -156,7 +156,7 @@ def reject_top_p(client: OpenAI) -> None:
 
 
 def reject_tokens(client: OpenAI) -> None:
-    """More tokens than the server gives raise BadRequestError that names `max_tokens`."""
+    """More tokens than the server allows raise BadRequestError that names `max_tokens`."""
     with _rejected(openai.BadRequestError, param="max_tokens"):
         _create(client, max_tokens=10**6)
 
@@ -194,7 +194,7 @@ def reject_required_tool(client: OpenAI) -> None:
 
 
 def reject_embeddings(client: OpenAI) -> None:
-    """What is not served raises NotFoundError with a message."""
+    """An API that is not served raises NotFoundError with a message."""
     with _rejected(openai.NotFoundError):
         client.embeddings.create(model=_model(client), input="hello")
 
@@ -203,10 +203,10 @@ CALLS: tuple[Callable[[OpenAI], None], ...] = (
     list_models,
     retrieve_unknown_model,
     complete,
-    complete_with_other_name_of_the_limit,
+    complete_with_max_completion_tokens,
     stream,
     stream_with_usage,
-    leave_a_stream,
+    close_a_stream_early,
     complete_as_json,
     reject_unknown_model,
     reject_temperature,

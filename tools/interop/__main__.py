@@ -1,4 +1,4 @@
-"""Run other people's tools against a server: `make strangers`, or `make strangers ARGS="--quick"` in three minutes."""
+"""Run third-party tools against a server: `make interop`, or `make interop ARGS="--quick"` in three minutes."""
 
 import argparse
 import signal
@@ -24,27 +24,25 @@ sample_rows = 2000
 [scenarios.logs.sources.app]
 path = "var/app.log"
 """
-"""As `make run` serves, but for streams that soon have what a test waits for, and a log that does not grow."""
+"""Like `make run`, with faster streams, and a log that does not grow."""
 
 PUSH_CONFIG = """
 [scenarios.ticker]
 source = "push"
 """
-"""For POST /stream/stock-ticker, which other sources reject."""
+"""For POST /stream/stock-ticker, which is rejected unless prices are pushed."""
 
 
 def main() -> int:
-    """Run what the command line selects; return 1 where a tool has found something."""
-    parser = argparse.ArgumentParser(prog="make strangers ARGS=", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer requests, and no tests that `make test` has; for CI"
-    )
+    """Run the selected tools; return 1 if any has a finding."""
+    parser = argparse.ArgumentParser(prog="make interop ARGS=", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer requests, without the tests of `make test`; for CI")
     parser.add_argument("--only", choices=TOOLS, help="one tool")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda caught, _: sys.exit(128 + caught))  # it ends its servers, as on Ctrl-C
+    signal.signal(signal.SIGTERM, lambda caught, _: sys.exit(128 + caught))  # ends the servers, as Ctrl-C does
     failed = 0
     chosen = [options.only] if options.only else [name for name in TOOLS if not (options.quick and name == "protocol")]
-    with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
+    with tempfile.TemporaryDirectory(prefix="streamlab-interop-") as folder:
         with (
             running(streamlab("server", _configured, llm=True), Path(folder, "server"), None) as server,
             running(streamlab("push", lambda _: PUSH_CONFIG), Path(folder, "push"), None) as push,
@@ -62,7 +60,7 @@ def main() -> int:
 
 
 def _configured(folder: Path) -> str:
-    """Write what a server serves into its folder, and return its configuration."""
+    """Write the files of a server into its folder, and return its configuration."""
     served = folder / "var" / "files"
     served.mkdir(parents=True)
     (served / "notes.txt").write_text("a line of a file that is long enough for ranges\n" * 100, encoding="utf-8")
@@ -72,7 +70,7 @@ def _configured(folder: Path) -> str:
 
 def _show(name: str, outcome: Outcome, seconds: float) -> None:
     verdict = f"{len(outcome.findings)} findings" if outcome.findings else "passed"
-    print(f"== {name}: {verdict}; {outcome.looked_at}, {seconds:.0f} s", flush=True)
+    print(f"== {name}: {verdict}; {outcome.tested}, {seconds:.0f} s", flush=True)
     for finding in outcome.findings:
         print(f"{finding}\n", flush=True)
 
@@ -116,12 +114,12 @@ def _read_logs(*servers: Running) -> Outcome:
     """Look for tracebacks in the logs of servers that have ended."""
     bad = ("Traceback", "never retrieved", "was destroyed", "never awaited")
     lines = [line for server in servers for line in server.log.read_text(errors="replace").splitlines()]
-    odd = [index for index, line in enumerate(lines) if any(word in line for word in bad)]
+    bad_lines = [index for index, line in enumerate(lines) if any(text in line for text in bad)]
     return Outcome(
         f"{len(lines)} lines of {len(servers)} servers",
         [
             Finding("\n       ".join(lines[max(0, index - 2) : index + 40]), "see the requests above")
-            for index in odd[:3]
+            for index in bad_lines[:3]
         ],
     )
 

@@ -1,7 +1,7 @@
-"""What schemathesis loads before it runs: bounds for requests that would never end, and failures that are accepted.
+"""Hooks of schemathesis: bounds for endless or long requests, and accepted failures.
 
-Streams that never end must not block the run: where a request is valid, what makes it long (`limit`, `rows`, `steps`)
-is capped right before it is sent. What the tool has made invalid on purpose is sent as it is.
+Endless streams must not block the run: in a valid request, the parameters that make it long (`limit`, `rows`, `steps`)
+are capped before it is sent. Values that are invalid on purpose are sent unchanged.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from schemathesis.core.failures import Failure
 
 
 class Cap(NamedTuple):
-    """How far a number may go: valid values lie from `least` to `most`, and `cap` is the largest that is sent."""
+    """The cap of a number: valid values are from `minimum` to `maximum`, and `cap` is the largest that is sent."""
 
     cap: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     is_required: bool = False
-    """Whether it is sent where the tool leaves it out, since the server's own default is long."""
+    """Whether to add it if the tool omits it, since the default of the server is long."""
 
 
 QUERY_CAPS: dict[str, dict[str, Cap]] = {
@@ -39,7 +39,7 @@ QUERY_CAPS: dict[str, dict[str, Cap]] = {
     "GET /ai/chat-stream-sse": {"max_tokens": Cap(4, 1, 1_000_000, True)},
     "GET /process/long-task": {"steps": Cap(3, 1, 1_000_000, True)},
 }
-"""By operation. What is sent at most, not what the server allows."""
+"""Caps by operation: the largest values that are sent, not those that the server allows."""
 
 BODY_CAPS: dict[str, dict[str, Cap]] = {
     "POST /ai/chat-stream": {"max_tokens": Cap(4, 1, 1_000_000, True)},
@@ -48,19 +48,19 @@ BODY_CAPS: dict[str, dict[str, Cap]] = {
 }
 
 REHEARSAL_CAPS = {"steps": Cap(3, 1, 1_000_000, True), "delay": Cap(0.01, 0, 60, True)}
-"""Of the parameters of a task that only waits."""
+"""Caps of the parameters of the task `rehearsal`, which only waits."""
 
 
 @schemathesis.hook
 def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
-    """Cap what makes a valid request long."""
+    """Cap the parameters that make a valid request long."""
     operation = case.operation.label
     if isinstance(case.query, MutableMapping):
         _cap(case.query, QUERY_CAPS.get(operation, {}))
         if _number(case.query.get("rate")) is not None:
             del case.query["rate"]  # slow on purpose
         if operation == "GET /stream/live-logs":
-            _let_all_lines_through(case.query)
+            _remove_filters(case.query)
     if isinstance(case.body, MutableMapping):
         _cap(case.body, BODY_CAPS.get(operation, {}))
         parameters = case.body.get("parameters")
@@ -69,10 +69,10 @@ def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -
 
 
 def _cap(values: MutableMapping[str, Any], caps: dict[str, Cap]) -> None:
-    for name, (cap, least, most, is_required) in caps.items():
-        given = values.get(name)
-        value = _number(given)
-        if (value is not None and least <= value <= most and value > cap) or (given is None and is_required):
+    for name, (cap, minimum, maximum, is_required) in caps.items():
+        original = values.get(name)
+        value = _number(original)
+        if (value is not None and minimum <= value <= maximum and value > cap) or (original is None and is_required):
             values[name] = cap
 
 
@@ -83,8 +83,8 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _let_all_lines_through(query: MutableMapping[str, Any]) -> None:
-    """Replace filters that are valid, and would let no line through in a reasonable time."""
+def _remove_filters(query: MutableMapping[str, Any]) -> None:
+    """Replace valid filters that may match no line in a reasonable time."""
     options = re2.Options()
     options.log_errors = False
     with contextlib.suppress(re2.error, TypeError, UnicodeError):
@@ -94,26 +94,26 @@ def _let_all_lines_through(query: MutableMapping[str, Any]) -> None:
         query["level"] = "DEBUG"
 
 
-# -- failures that are accepted
+# -- accepted failures
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """Failures that are no defect, selected as narrowly as they can be, and why."""
+    """Failures that are not defects, selected as narrowly as possible, with the reason."""
 
     codes: str
-    """Of the failure, as schemathesis prints it, or several."""
+    """Code of the failure as schemathesis prints it, or several codes."""
     status: int
     operations: str
-    """A regular expression of what was requested, as `GET /files/{path}`."""
+    """Regular expression of the request, as `GET /files/{path}`."""
     reason: str
     parameters: frozenset[str] = frozenset()
-    """The response names one of these or more, and no others, as what is wrong."""
+    """The response rejects one or more of these parameters, and no others."""
     detail: str = ""
     """A part of the response's `detail`."""
 
     def applies(self, code: str, operation: str, response: Response) -> bool:
-        """Return whether it is about this failure."""
+        """Return whether it accepts this failure."""
         if (
             code not in self.codes
             or response.status_code != self.status
@@ -146,22 +146,22 @@ ACCEPTED = (
         "ST202",
         422,
         r"GET /export/\{name\}(/\{format\})?|GET /stream/database-results",
-        "Which columns there are depends on the export, and `end` belongs to one of the formats: no schema of one "
-        "parameter tells.",
+        "The columns depend on the export, and `end` belongs to one of the formats: the schema of one parameter cannot "
+        "express that.",
         parameters=frozenset({"columns", "end"}),
     ),
     Accepted(
         "ST202",
         422,
         r"GET /stream/live-logs|GET /logs/download",
-        "The document tells in words which times, sources and patterns are valid.",
+        "The document describes in words which times, sources and patterns are valid.",
         parameters=frozenset({"since", "source", "grep"}),
     ),
     Accepted(
         "ST202",
         422,
         r"GET /stream/stock-ticker",
-        "Which symbols there are is the configuration's.",
+        "The configuration determines the symbols.",
         parameters=frozenset({"symbols"}),
     ),
     Accepted(
@@ -175,28 +175,28 @@ ACCEPTED = (
         "ST202",
         422,
         r"POST /process/tasks|GET /process/long-task",
-        "Which kinds there are, and their parameters, is the plugins'; GET /process/kinds has their schemas.",
+        "Plugins determine the kinds and their parameters; GET /process/kinds has their schemas.",
         parameters=frozenset({"kind", "parameters", "path", "steps"}),
     ),
     Accepted(
         "ST202",
         422,
         r"(GET|POST) /ai/chat-stream(-sse)?",
-        "Either prompt or messages, and not empty: the document tells in words.",
+        "Either prompt or messages, and not empty: the document describes that in words.",
         parameters=frozenset({"body", "prompt", "messages"}),
     ),
     Accepted(
         "ST202",
         422,
         r"(GET|POST) /ai/chat-stream(-sse)?",
-        "A prompt is limited in tokens, which no schema counts.",
+        "A prompt is limited in tokens, which a schema cannot express.",
         detail="tokens",
     ),
     Accepted(
         "ST202",
         400,
         r"POST /v1/chat/completions",
-        "The document has the fields of the OpenAI API; what its schemas do not tell is rejected by name.",
+        "The document has the fields of the OpenAI API; what its schemas do not describe is rejected by name.",
         parameters=frozenset(
             {"function_call", "functions", "messages", "n", "response_format", "tool_choice", "tools", "top_logprobs"}
         ),
@@ -205,19 +205,19 @@ ACCEPTED = (
         "ST202",
         410,
         r"(GET|DELETE) /process/tasks/\{id\}",
-        "An id has its time in it, so one that is older than all that are kept is 410, though it was never given out.",
+        "An id contains its time, so one that is older than all stored tasks is 410, even if it never existed.",
     ),
     Accepted(
         "ST301",
         200,
         r"(GET|DELETE) /process/tasks/\{id\}",
-        "DELETE cancels a task, as documented: its record stays.",
+        "DELETE cancels a task, as documented: its record remains.",
     ),
     Accepted(
         "ST301",
         200,
         r"(GET|DELETE) /ai/generations/\{id\}",
-        "DELETE stops a generation, as documented: its events stay for those who follow it.",
+        "DELETE stops a generation, as documented: its events remain for its followers.",
     ),
 )
 

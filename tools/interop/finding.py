@@ -1,11 +1,11 @@
-"""What a tool has found."""
+"""The findings of a tool."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a tool objects to, and the command that shows it."""
+    """A failure that a tool reports, and the command that reproduces it."""
 
     what: str
     reproduce: str
@@ -16,7 +16,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a tool: what it has looked at, and what it has found."""
+    """The result of a tool: what it has tested, and its findings."""
 
-    looked_at: str
+    tested: str
     findings: list[Finding] = field(default_factory=list)

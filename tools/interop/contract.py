@@ -1,4 +1,4 @@
-"""schemathesis: whether the server does what its own OpenAPI document says, for valid, invalid and odd requests.
+"""schemathesis: whether the server conforms to its OpenAPI document, for valid, invalid and unusual requests.
 
 All its checks, in its four phases: examples of the document, coverage of every keyword, fuzzing, and sequences of
 requests in which ids of responses are used. `schemathesis_hooks.py` bounds streams, and has the accepted failures.
@@ -20,36 +20,36 @@ SECONDS = 1500
 """Maximum time of a run."""
 
 WIDTH = 600
-"""Maximum length of a line that is shown, in characters: the tool likes long values."""
+"""Maximum length of a line that is shown, in characters."""
 
 
 def run(server: str, *, examples: int, only: Sequence[str] = ()) -> Outcome:
-    """Test the whole document, or what the options in `only` select, with so many requests of an operation a phase."""
-    with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
+    """Test all operations, or those that `only` selects, with `examples` requests per operation and phase."""
+    with tempfile.TemporaryDirectory(prefix="streamlab-interop-") as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
         command += [f"{server}/openapi.json", "--checks", "all", "--max-examples", str(examples), *only]
         command += ["--report", "json", "--report-json-path", str(report)]
         ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
         if not report.exists():
-            return Outcome("nothing", [Finding(f"it could not run:\n{ran.stdout}{ran.stderr}", " ".join(command))])
+            return Outcome("nothing", [Finding(f"it did not run:\n{ran.stdout}{ran.stderr}", " ".join(command))])
         facts = json.loads(report.read_text())
-    looked_at = (
+    tested = (
         f"{facts['test_cases']['generated']} requests of {facts['operations']['tested']} operations "
         f"in {facts['running_time']:.0f} s"
     )
     findings = list(_findings(ran.stdout))
     if ran.returncode and not findings:
         findings.append(Finding(f"it ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}", " ".join(command)))
-    return Outcome(looked_at, findings)
+    return Outcome(tested, findings)
 
 
 def _findings(output: str) -> Iterator[Finding]:
-    """Read the failures out of what the tool prints: title, explanation, response, and curl commands."""
+    """Parse the failures in the output: title, explanation, response, and curl commands."""
     for section in re.split(r"^_{3,} ", output, flags=re.MULTILINE)[1:]:
         operation = section.partition(" _")[0]
         for case in re.split(r"^\d+\. Test Case ID.*$", section, flags=re.MULTILINE)[1:]:
-            what, _, reproduce = case.partition("Reproduce with:")
-            lines = [line.strip()[:WIDTH] for line in what.splitlines() if line.strip()]
+            text, _, reproduce = case.partition("Reproduce with:")
+            lines = [line.strip()[:WIDTH] for line in text.splitlines() if line.strip()]
             commands = [line.strip() for line in reproduce.splitlines() if line.strip().startswith("curl ")]
             yield Finding("\n       ".join([operation, *lines]), "\n       ".join(commands))

@@ -1,1 +1,0 @@
-"""Other people's tools, run against a server: what they find is a defect, or an exception that says why it is none."""
