@@ -50,6 +50,21 @@ def main() -> None:
     cli(prog_name="streamlab")
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"streamlab {version()}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Read the options before the command."""
+
+
 @contextmanager
 def _exit_on_config_error() -> Iterator[None]:
     """Print every fault of the configuration, a line each, and exit with status 2."""
@@ -214,33 +229,46 @@ def new(name: str, config: ConfigOption = None) -> None:
     )
 
 
+TargetArgument = Annotated[
+    str, typer.Argument(help="A URL (http:// is optional), or a path of the server at --url.", metavar="URL")
+]
+
+
+def _absolute(target: str, server: str) -> str:
+    """Return the URL of a target, which is a URL or a path of the server."""
+    return server.rstrip("/") + target if target.startswith("/") else target
+
+
 @cli.command()
 def follow(
-    url: Annotated[str, typer.Argument(help="The event stream; http:// is optional.", metavar="URL")],
+    target: TargetArgument,
+    url: UrlOption = LOCAL_URL,
     last_event_id: Annotated[str, typer.Option(help="Start after this event.", metavar="ID", show_default=False)] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Exit after N events.", metavar="N")] = None,
     no_reconnect: Annotated[bool, typer.Option("--no-reconnect", help="Exit when the connection ends.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the id of each event before it.")] = False,
 ) -> None:
     """Print an event stream, and resume after its last event when the connection is lost."""
     # The reader of the pipe may exit first, as `head` does.
     with exit_on_error(), suppress(asyncio.CancelledError, BrokenPipeError):
         events = follow_events(
-            url,
+            _absolute(target, url),
             last_event_id=last_event_id,
             reconnect=not no_reconnect,
             on_pause=lambda pause: print_error(str(pause)),
         )
-        asyncio.run(print_events(events, limit))
+        asyncio.run(print_events(events, limit, ids=verbose))
 
 
 @cli.command()
 def doctor(
-    url: Annotated[str, typer.Argument(help="The URL to examine; http:// is optional.", metavar="URL")],
+    target: TargetArgument,
+    url: UrlOption = LOCAL_URL,
     seconds: Annotated[float, typer.Option(min=0.5, max=600, help="How long to observe it.")] = 5.0,
 ) -> None:
     """Diagnose whether a URL of any server streams, through any proxy, and what prevents it; exit with 1 if not."""
     with exit_on_error():
-        report = asyncio.run(examine(url, seconds=seconds))
+        report = asyncio.run(examine(_absolute(target, url), seconds=seconds))
     for line in report.lines():
         typer.echo(printable(line))
     if not report.is_streaming:

@@ -24,6 +24,9 @@ from pydantic import (
 
 PREFIX = "STREAMLAB_"
 
+URL_VARIABLE = "STREAMLAB_URL"
+"""The variable with the default of `--url`: it is read by clients, and is no part of the configuration."""
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -285,7 +288,7 @@ def _apply_variables(
     variables: dict[tuple[str, ...], str] = {}
     faults: list[Fault] = []
     for variable in sorted(environ):
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or variable == URL_VARIABLE:
             continue
         *parents, last = key = tuple(variable.removeprefix(PREFIX).lower().split("__"))
         value: Any = environ[variable]

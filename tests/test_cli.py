@@ -213,6 +213,26 @@ def test_help_names_every_command_and_no_command_is_no_success(tmp_path: Path) -
     assert streamlab(tmp_path)[0] == 2
 
 
+def test_version_is_printed(tmp_path: Path) -> None:
+    assert streamlab(tmp_path, "--version") == (0, f"streamlab {version()}\n", "")
+
+
+def test_every_command_that_requests_a_server_has_the_option_url(tmp_path: Path) -> None:
+    for words in (
+        "follow",
+        "doctor",
+        "client",
+        "chat",
+        "task run",
+        "task watch",
+        "task cancel",
+        "task list",
+        "task kinds",
+    ):
+        status, output, _ = streamlab(tmp_path, *words.split(), "--help")
+        assert (status, "  --url URL " in output, "STREAMLAB_URL" in output) == (0, True, True), words
+
+
 # -- commands of plugins
 
 COMMANDS = """

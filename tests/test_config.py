@@ -353,6 +353,10 @@ def test_a_value_that_opens_a_list_or_a_table_is_read_as_toml(tmp_path: Path) ->
     assert relay.scenarios[0].first.model_dump() == {"address": "c.example", "weight": 3}  # type: ignore[attr-defined]
 
 
+def test_the_variable_of_the_clients_is_no_key(tmp_path: Path) -> None:
+    assert Config.of({}, base=tmp_path, environ={"STREAMLAB_URL": "http://x.example"}).faults == ()
+
+
 def test_a_list_that_is_not_toml_names_its_variable(tmp_path: Path) -> None:
     (fault,) = Config.of({}, base=tmp_path, environ={"STREAMLAB_SERVER__ALLOWED_HOSTS": "[a"}).faults
     assert (fault.source, fault.key) == ("STREAMLAB_SERVER__ALLOWED_HOSTS", "server.allowed_hosts")

@@ -15,6 +15,7 @@ from streamlab.client import (
     LOCAL_URL,
     Parser,
     Terminal,
+    UrlOption,
     ViewError,
     print_error,
     printable,
@@ -136,14 +137,12 @@ def _error_message(document: str) -> str:
 
 
 def chat(
-    url: Annotated[
-        str, typer.Argument(help="A server with /v1/chat/completions; http:// is optional.", metavar="URL")
-    ] = LOCAL_URL,
+    url: UrlOption = LOCAL_URL,
     model: Annotated[str, typer.Option(help="The model, if the server has several.", show_default=False)] = "",
     system: Annotated[str, typer.Option(help="The system prompt.", show_default=False)] = "",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a response.")] = None,
 ) -> None:
-    """Chat with a model, token by token. Ctrl-C stops a response, Ctrl-D ends the chat."""
+    """Chat with the model of any server with /v1/chat/completions. Ctrl-C stops a response, Ctrl-D ends the chat."""
     interactive = sys.stdin.isatty()
     conversation = Conversation(url, model=model, system=system, max_tokens=max_tokens)
     while (line := _read_line("> " if interactive else "")) is not None:

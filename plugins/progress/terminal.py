@@ -1,4 +1,4 @@
-"""The command and view `task`: long tasks of a server, started and watched from a terminal."""
+"""The command and view `task`: long tasks of a server, listed, started and watched from a terminal."""
 
 import asyncio
 import json
@@ -19,6 +19,7 @@ from streamlab.client import (
     UrlOption,
     exit_on_error,
     follow,
+    one_line,
     print_error,
     printable,
     prompt,
@@ -31,13 +32,34 @@ T = TypeVar("T")
 Id = Annotated[str, typer.Argument(help="The id of the task.")]
 
 commands = typer.Typer(
-    help="Start, watch and cancel long tasks of a server.", no_args_is_help=True, rich_markup_mode=None
+    help="List, start, watch and cancel long tasks of a server.", no_args_is_help=True, rich_markup_mode=None
 )
+
+
+@commands.command("list")
+def list_tasks(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of tasks.", metavar="N")] = 100,
+    url: UrlOption = LOCAL_URL,
+) -> None:
+    """List the stored tasks, newest first."""
+    page = _complete(request_json("GET", f"{_task_url(url)}?limit={limit}"))
+    rows = [(task["id"], task["kind"], task["state"], _amount(task), task["created"]) for task in page["tasks"]]
+    _print_table(("id", "kind", "state", "progress", "created"), rows)
+    if page["next"]:
+        print_error(f"streamlab: there are more; these are the newest {limit}")
+
+
+@commands.command("kinds")
+def list_kinds(url: UrlOption = LOCAL_URL) -> None:
+    """List the kinds of tasks, with their parameters; those in brackets are optional."""
+    kinds = _complete(request_json("GET", f"{url.rstrip('/')}/process/kinds"))["kinds"]
+    rows = [(kind["kind"], _signature(kind["parameters"]), kind["description"].partition("\n")[0]) for kind in kinds]
+    _print_table(("kind", "parameters", "description"), rows)
 
 
 @commands.command()
 def run(
-    kind: Annotated[str, typer.Argument(help="The kind of task; GET /process/kinds lists the kinds.")],
+    kind: Annotated[str, typer.Argument(help="The kind of task; `task kinds` lists them.")],
     param: Annotated[
         list[str] | None,
         typer.Option("--param", "-p", help="A parameter, for example steps=10.", metavar="NAME=VALUE"),
@@ -65,6 +87,31 @@ def cancel(id: Id, url: UrlOption = LOCAL_URL) -> None:  # noqa: A002
 
 def _task_url(url: str, *id: str) -> str:  # noqa: A002
     return "/".join((url.rstrip("/"), "process/tasks", *id))
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of texts below their titles, in columns that are as wide as their widest cell."""
+    cells = [[one_line(text) for text in row] for row in (titles, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _signature(schema: Mapping[str, Any]) -> str:
+    """Return the parameters of a JSON Schema: `path=STRING [steps=100] [fail_at=INTEGER]`."""
+    required = schema.get("required", ())
+    texts = [f"{name}={_sample(parameter)}" for name, parameter in schema.get("properties", {}).items()]
+    names = [text.partition("=")[0] for text in texts]
+    return " ".join(text if name in required else f"[{text}]" for name, text in zip(names, texts, strict=True))
+
+
+def _sample(parameter: Mapping[str, Any]) -> str:
+    """Return the default of a parameter, or else its type in capitals."""
+    default = parameter.get("default")
+    if default is not None:
+        return default if isinstance(default, str) else json.dumps(default)
+    types = [choice.get("type") for choice in (parameter, *parameter.get("anyOf", ()))]
+    return next((str(kind).upper() for kind in types if kind not in (None, "null")), "VALUE")
 
 
 def _parameters(options: Sequence[str]) -> dict[str, Any]:
@@ -125,9 +172,14 @@ async def _watch(url: str, *, expected: str = "done") -> None:
         raise typer.Exit(1)
 
 
-def _show(bar: Progress, row: TaskID, task: dict[str, Any]) -> None:
+def _amount(task: Mapping[str, Any]) -> str:
+    """Return how much of a task is done: `3/10 steps`."""
     total = task["total"]
-    figures = f"{task['done']:,}{'' if total is None else f'/{total:,}'} {task['unit']}"
+    return f"{task['done']:,}{'' if total is None else f'/{total:,}'} {task['unit']}".rstrip()
+
+
+def _show(bar: Progress, row: TaskID, task: dict[str, Any]) -> None:
+    total, figures = task["total"], _amount(task)
     if task["rate"] is not None:
         figures += f"  {task['rate']:,.4g}/s"
     if task["eta_seconds"] is not None:
@@ -145,7 +197,7 @@ def show_task(terminal: Terminal) -> None:
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
-    """Add the commands `task run`, `task watch` and `task cancel`."""
+    """Add the command `task` with its subcommands."""
     cli.add_typer(commands, name="task")
 
 

@@ -12,14 +12,18 @@ from typing import Annotated
 
 import typer
 
+from streamlab.config import URL_VARIABLE
+
 from .http import RequestRejected
 from .sse import Event
 
 LOCAL_URL = "http://127.0.0.1:8000"
 """Address of a server with the default configuration on this machine."""
 
-UrlOption = Annotated[str, typer.Option("--url", help="The server; http:// is optional.", metavar="URL")]
-"""The option `--url` of a command that requests a server."""
+UrlOption = Annotated[
+    str, typer.Option("--url", envvar=URL_VARIABLE, help="The server; http:// is optional.", metavar="URL")
+]
+"""The option `--url` of a command that requests a server; its default is in STREAMLAB_URL, else it is `LOCAL_URL`."""
 
 
 def printable(text: str, pattern: str = r"[\0-\x08\x0b-\x1f\x7f-\x9f]") -> str:
@@ -56,14 +60,18 @@ def exit_on_error() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-async def print_events(events: AsyncGenerator[Event, None], limit: int | None) -> None:
-    """Print the data of each event, after its name if any; cancel this task when the reader of the pipe exits."""
+async def print_events(events: AsyncGenerator[Event, None], limit: int | None, *, ids: bool = False) -> None:
+    """Print the data of each event, after its name if any; cancel this task when the reader of the pipe exits.
+
+    With `ids`, each line begins with the id of its event and a tab.
+    """
     output, is_terminal = sys.stdout.fileno(), sys.stdout.isatty()
     _cancel_when_pipe_breaks(output)
     count = 0
     async with aclosing(events):
         async for event in events:
             text = event.data if event.event == "message" else f"{event.event}: {event.data}"
+            text = f"{event.id}\t{text}" if ids else text
             if is_terminal:
                 line = (printable(text) + "\n").encode(sys.stdout.encoding, "backslashreplace")
             else:

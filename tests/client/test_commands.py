@@ -626,9 +626,10 @@ async def test_without_reconnects_a_regular_end_is_the_end_and_a_break_is_an_err
 FOLLOW = [sys.executable, "-m", "streamlab", "follow"]
 
 
-def run(*words: str) -> tuple[int, bytes, str]:
+def run(*words: str, **variables: str) -> tuple[int, bytes, str]:
     """Follow to the end: exit status, stdout and stderr."""
-    done = subprocess.run([*FOLLOW, *words], capture_output=True, timeout=30, env=ENVIRONMENT, check=False)
+    environ = {**ENVIRONMENT, **variables}
+    done = subprocess.run([*FOLLOW, *words], capture_output=True, timeout=30, env=environ, check=False)
     return done.returncode, done.stdout, done.stderr.decode()
 
 
@@ -663,6 +664,17 @@ SHAPES = b"one\ntwo\n  lines\ngap: {}\n\xe2\x82\xac\n\x1bx: a\x1b[31m\tb\x00\x7f
 
 def test_the_command_prints_data_a_line_each_and_names_before_it_raw_into_a_pipe(lab: Running) -> None:
     assert run(f"{lab.url}/shapes") == (0, SHAPES, "")
+
+
+def test_the_command_prints_the_id_of_each_event_when_verbose(lab: Running) -> None:
+    assert run(f"{lab.url}/seven", "-v", "--limit", "3") == (0, b"1\t1\n2\t2\n3\t3\n", "")
+    assert run(f"{lab.url}/finite", "--verbose") == (0, b"\ta\n\tend: {}\n", "")
+
+
+def test_the_command_takes_a_path_of_the_server_that_is_set(lab: Running) -> None:
+    assert run("/finite", "--url", lab.url) == (0, b"a\nend: {}\n", "")
+    assert run("/finite", STREAMLAB_URL=f"127.0.0.1:{lab.port}/") == (0, b"a\nend: {}\n", "")
+    assert run(f"{lab.url}/finite", STREAMLAB_URL="http://127.0.0.1:9") == (0, b"a\nend: {}\n", "")
 
 
 def test_the_command_shows_a_terminal_no_control_character(lab: Running) -> None:

@@ -1085,8 +1085,9 @@ def test_without_its_key_the_gateway_is_out_of_service_and_reports_why(start: St
 
 def talk(url: str, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "streamlab", "chat", url, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        [sys.executable, "-m", "streamlab", "chat", "--url", url, *options],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         # A shell's background job has it ignored, and so would all that descend from it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

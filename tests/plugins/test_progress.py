@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -25,7 +26,7 @@ from streamlab import Problem
 from streamlab.events.channel import Events, open_log
 from tests.support.connections import EventStream, Received
 from tests.support.fork_server import ForkedProcess
-from tests.support.servers import REPOSITORY, Running, begin, free_port, plugin_module
+from tests.support.servers import REPOSITORY, Running, begin, free_port, plugin_module, run_streamlab
 from tests.support.valkey import Valkey
 
 TOIL = '''
@@ -888,6 +889,35 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     status, out, err = output_of(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
     assert (status, out) == (1, "")
     assert err.endswith("returned 404: There is no task with this id.\n")
+
+
+def test_tasks_and_their_kinds_are_listed_at_the_command_line(start: Callable[..., Running]) -> None:
+    server = embedded(start)
+
+    def run(*arguments: str) -> tuple[int, list[str], str]:
+        status, out, err = run_streamlab("task", *arguments, cwd=server.base, STREAMLAB_URL=server.url)
+        return status, out.splitlines(), err
+
+    assert run("list") == (0, ["id  kind  state  progress  created"], "")
+    first, second = start_task(server, "rehearsal", steps=2, delay=0), start_task(server, "rehearsal", fail_at=1)
+    assert [ended(server, task)["state"] for task in (first, second)] == ["done", "failed"]
+    status, lines, err = run("list")
+    assert (status, [line.split() for line in lines], err) == (
+        0,
+        [
+            ["id", "kind", "state", "progress", "created"],
+            [second["id"], "rehearsal", "failed", "0/10", "steps", second["created"]],
+            [first["id"], "rehearsal", "done", "2/2", "steps", first["created"]],
+        ],
+        "",
+    )
+    assert run("list", "--limit", "1") == (0, lines[:2], "streamlab: there are more; these are the newest 1\n")
+    status, lines, err = run("kinds")
+    assert (status, err) == (0, "")
+    known = {line.split("  ")[0]: re.split(r"  +", line)[1:] for line in lines}
+    assert known["kind"] == ["parameters", "description"]
+    assert known["checksum"] == ["path=STRING", "Compute the SHA-256 of a file of the served folder, of any size."]
+    assert known["rehearsal"][0] == "[steps=10] [delay=0.2] [fail_at=INTEGER]"
 
 
 def test_watching_continues_across_a_crash_of_the_server(start: Callable[..., Running]) -> None:
