@@ -10,6 +10,7 @@ from functools import cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 from pydantic import BaseModel, Field
@@ -139,7 +140,10 @@ class Site(Scenario):
         lost = {name for plugin in failed for name in plugin.scenario_names}
         origin = str(request.url.origin())
         serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
-        serving.sort(key=lambda route: route.scenario == self.name)  # routes of plugins come first
+        serving.sort(key=_effort)
+        first = {route.scenario: _effort(route) for route in reversed(serving)}
+        # The routes of a scenario stay together; those of the server come last.
+        serving.sort(key=lambda route: (route.scenario == self.name, first[route.scenario], route.scenario))
         return [(route, openapi.curl(route.endpoint, origin)) for route in serving], failed
 
     def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
@@ -166,6 +170,25 @@ class Site(Scenario):
         """Return one sentence about each scenario."""
         scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
         return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
+
+
+def _effort(route: Route) -> tuple[Any, ...]:
+    """Return a sort key of what a newcomer tries first: a stream of events that needs nothing and can be resumed.
+
+    Other streams follow, then single documents, routes that need a value, and routes that change something.
+    """
+    declared, sends = route.endpoint, route.endpoint.sends
+    fields = declared.query.model_fields if declared.query else {}
+    needed = [name for name, field in fields.items() if field.is_required() and not field.examples]
+    return (
+        declared.method != "GET",
+        "{" in declared.template or bool(needed),
+        sends != ("text/event-stream",),
+        not {"last_event_id", "limit"} <= fields.keys(),
+        "text/event-stream" not in sends,
+        sends == ("application/json",),
+        len(fields),
+    )
 
 
 def _state(plugin: Plugin, scenario: str, reason: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ const MAX_POINTS = 900;
 const palette = matchMedia("(prefers-color-scheme: dark)");
 
 /**
- * A chart of one or several lines. `step`: the smallest difference of x that is drawn; points within it are reduced to
+ * A chart of one or several lines. `name`: what they show, in words. `step`: the smallest difference of x that is drawn; points within it are reduced to
  * their minimum, maximum and last. `y` and `x` format a number for the axes; `floor`: a y that is always visible.
  */
 export class LineChart {
@@ -16,17 +16,24 @@ export class LineChart {
   #options;
   #stale = true;
   #colours = null;
+  #name = "";
 
   constructor(host, options) {
     this.#host = host;
     this.#options = { step: 0.25, floor: undefined, filled: false, labelled: false, ...options };
     this.#canvas.setAttribute("role", "img");
+    this.name = this.#options.name;
     host.replaceChildren(this.#canvas);
     new ResizeObserver(() => this.#redraw()).observe(host);
     palette.addEventListener("change", () => {
       this.#colours = null;
       this.#redraw();
     });
+  }
+
+  set name(name) {
+    this.#name = name;
+    this.#describe();
   }
 
   /** Names of the lines, in the order of their colours. */
@@ -36,6 +43,7 @@ export class LineChart {
 
   clear() {
     this.#lines.clear();
+    this.#describe();
     this.#redraw();
   }
 
@@ -70,7 +78,7 @@ export class LineChart {
     const bounds = this.#bounds();
     if (!bounds) return;
     this.#plot(pen, bounds, width, height);
-    this.#canvas.setAttribute("aria-label", this.#label());
+    this.#describe();
   }
 
   #redraw() {
@@ -153,13 +161,12 @@ export class LineChart {
     if (labelled) label(pen, ends, width - after + 5, height);
   }
 
-  /** Describe the chart in words. */
-  #label() {
+  /** Describe the chart in words, for those who do not see it. */
+  #describe() {
     const { y: format } = this.#options;
-    return [...this.#lines]
-      .slice(0, 12)
-      .map(([name, line]) => `${name}: ${format(line.at(-1).y)}`)
-      .join(", ");
+    const lines = [...this.#lines].slice(0, 12);
+    const latest = lines.map(([name, line]) => `${name && `${name} `}${format(line.at(-1).y)}`).join(", ");
+    this.#canvas.setAttribute("aria-label", `${this.#name}: ${latest || "no data yet"}`);
   }
 }
 

@@ -3,6 +3,7 @@
 import { LineChart } from "./charts.js";
 
 const number = new Intl.NumberFormat("en");
+const significant = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const SECOND = 1000;
 /** Interval between two points of the rate charts, in milliseconds; each is the rate over the last second. */
 const SAMPLE = 250;
@@ -15,6 +16,11 @@ export function size(bytes) {
   return `${at === 0 ? number.format(Math.round(bytes)) : bytes.toFixed(bytes < 10 ? 2 : 1)} ${units[at]}`;
 }
 
+/** Format a number with three significant digits, which is what measurements of one run are good for. */
+export function rounded(value) {
+  return significant.format(value);
+}
+
 /** Format a duration in milliseconds for people. */
 export function duration(milliseconds) {
   if (milliseconds < 1) return "< 1 ms";
@@ -22,13 +28,21 @@ export function duration(milliseconds) {
   return `${(milliseconds / SECOND).toFixed(1)} s`;
 }
 
+/** Format an estimate of the time left, in seconds, no finer than an estimate is. */
+export function remaining(seconds) {
+  if (seconds < 1) return "less than 1 s left";
+  if (seconds < 90) return `about ${Math.round(seconds)} s left`;
+  if (seconds < 5400) return `about ${Math.round(seconds / 60)} min left`;
+  return `about ${Math.round(seconds / 3600)} h left`;
+}
+
 export class Figures {
   #run = null;
   #counts = [];
   #poll = 0;
-  #bytes = new LineChart(byId("chart-bytes"), { y: round, floor: 0, filled: true });
-  #items = new LineChart(byId("chart-count"), { y: short, floor: 0, filled: true });
-  #memory = new LineChart(byId("chart-memory"), { y: round, floor: 0, filled: true });
+  #bytes = new LineChart(byId("chart-bytes"), { name: "Bytes per second", y: round, floor: 0, filled: true });
+  #items = new LineChart(byId("chart-count"), { name: "Chunks per second", y: short, floor: 0, filled: true });
+  #memory = new LineChart(byId("chart-memory"), { name: "Server memory", y: round, floor: 0, filled: true });
 
   /** Reset everything, for a run or for none. */
   reset(run) {
@@ -67,7 +81,7 @@ export class Figures {
 
   #name(items) {
     byId("count-name").textContent = items;
-    byId("chart-count-name").textContent = `${items} per second`;
+    byId("chart-count-name").textContent = this.#items.name = `${items} per second`;
   }
 
   /** Add a point to the rate charts, at most every SAMPLE milliseconds while data arrives. */
@@ -79,8 +93,8 @@ export class Figures {
     while (this.#counts.length > 2 && now - this.#counts[1].at >= SECOND) this.#counts.shift();
     const before = this.#counts[0];
     const [x, seconds] = [(now - run.startedAt) / SECOND, (now - before.at) / SECOND];
-    this.#bytes.add("bytes per second", x, (count.bytes - before.bytes) / seconds);
-    this.#items.add("per second", x, (count.items - before.items) / seconds);
+    this.#bytes.add("", x, (count.bytes - before.bytes) / seconds);
+    this.#items.add("", x, (count.items - before.items) / seconds);
   }
 
   /** Read the server's metrics, about once per second during the run, and once after it. */
@@ -93,7 +107,7 @@ export class Figures {
       const open = [...text.matchAll(/^streamlab_open_streams\{[^}]*\} (\S+)/gm)];
       if (memory) {
         byId("memory").textContent = size(Number(memory[1]));
-        this.#memory.add("server memory", (performance.now() - run.startedAt) / SECOND, Number(memory[1]));
+        this.#memory.add("", (performance.now() - run.startedAt) / SECOND, Number(memory[1]));
         this.#memory.draw();
       }
       byId("streams").textContent = number.format(open.reduce((sum, [, value]) => sum + Number(value), 0));
@@ -110,7 +124,7 @@ function round(bytes) {
 }
 
 function short(value) {
-  return value >= 1e6 ? `${value / 1e6} M` : value >= 1e3 ? `${value / 1e3} k` : `${value}`;
+  return value >= 1e6 ? `${rounded(value / 1e6)} M` : value >= 1e3 ? `${rounded(value / 1e3)} k` : rounded(value);
 }
 
 function byId(id) {

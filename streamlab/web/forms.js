@@ -4,11 +4,14 @@ import { element, prose } from "./views.js";
 
 const number = new Intl.NumberFormat("en");
 
-/** Fill `container` with the fields of an operation; `values` are those of path parameters. Return the form. */
-export function build(container, operation, values = {}) {
+/**
+ * Fill `container` with the fields of an operation, and return the form. `entries` are pairs of a name and a value, as a
+ * link has them: of a parameter, or of `@accept`, `@more`, `@type` and `@body`.
+ */
+export function build(container, operation, entries = []) {
   // Required parameters come first.
   const parameters = [...operation.parameters].sort((one, other) => other.required - one.required);
-  const fields = parameters.map((parameter) => field(parameter, values[parameter.name]));
+  const fields = parameters.map(field);
   // The button Resume sends the last event id by itself; setting it by hand is rarely needed.
   const rare = fields.filter(({ parameter }) => parameter.name === "last_event_id");
   const grid = element(
@@ -16,119 +19,135 @@ export function build(container, operation, values = {}) {
     { className: "grid" },
     ...fields.filter((field) => !rare.includes(field)).map(({ node }) => node),
   );
-  const accept =
-    operation.media.length > 1
-      ? choice("Accept", "Media type to request. Default: the choice of the server.", operation.media, operation.accept)
-      : null;
-  if (accept) grid.append(accept.node);
+  /** Every control of the form, by its name in a link. */
+  const controls = new Map(fields.map(({ parameter, control }) => [parameter.name, control]));
+  const add = (name, control) => {
+    controls.set(name, control);
+    return control;
+  };
+  let accept = null;
+  if (operation.media.length > 1) {
+    accept = add("@accept", select(operation.media, operation.accept, "*/*"));
+    grid.append(choice("Accept", accept, "Media type to request. Default: the choice of the server."));
+  }
   container.replaceChildren(grid);
 
   let more = null;
+  let details = null;
   if (operation.parameters.some(({ where }) => where === "query")) {
-    more = element("input", { id: "more", type: "text", placeholder: "name=value&name=value", spellcheck: false });
+    more = add("@more", text(element("input", { id: "more", type: "text", placeholder: "name=value&name=value" })));
     const label = element("label", { htmlFor: "more" }, "Other parameters");
     const help = element("small", {}, "Sent unchanged, after the other parameters.");
-    const fields = [...rare.map(({ node }) => node), element("div", { className: "field" }, label, more, help)];
-    container.append(
-      element(
-        "details",
-        { className: "more" },
-        element("summary", {}, "More parameters"),
-        element("div", { className: "grid" }, ...fields),
-      ),
+    const field = element("div", { className: "field" }, label, more.node, help);
+    details = element(
+      "details",
+      { className: "more" },
+      element("summary", {}, "More parameters"),
+      element("div", { className: "grid" }, ...rare.map(({ node }) => node), field),
     );
+    container.append(details);
   }
 
   let type = null;
   let body = null;
   if (operation.body) {
-    body = element("textarea", {
-      id: "body",
-      value: operation.body.example,
-      spellcheck: false,
-      rows: Math.min(10, operation.body.example.split("\n").length + 1),
-    });
-    body.setAttribute("aria-describedby", "body-help");
-    const help = element("small", { id: "body-help" }, ...prose(operation.body.description));
+    const rows = Math.min(10, operation.body.example.split("\n").length + 1);
+    body = add("@body", text(element("textarea", { id: "body", value: operation.body.example, rows })));
+    body.node.setAttribute("aria-describedby", "body-help");
     const row = element(
       "div",
       { className: "field body" },
       element("label", { htmlFor: "body" }, "Body"),
-      body,
-      help,
+      body.node,
+      element("small", { id: "body-help" }, ...prose(operation.body.description)),
       fault("body"),
     );
     if (operation.body.types.length > 1) {
-      type = choice("Content-Type", "", operation.body.types, operation.body.types[0], false);
-      row.prepend(type.node);
+      type = add("@type", select(operation.body.types, operation.body.types[0], null));
+      row.prepend(choice("Content-Type", type, ""));
     }
     container.append(row);
   }
+
+  const initial = new Map([...controls].map(([name, control]) => [name, control.values()]));
+  for (const [name, control] of controls) {
+    const entered = entries.filter(([one]) => one === name).map(([, value]) => value);
+    if (entered.length) control.enter(entered.filter(Boolean));
+  }
+  if (details) details.open = [...rare.map(({ control }) => control), more].some((one) => one.values().length);
 
   return {
     /** Return the values of the form, for `routes.request`. */
     values() {
       const path = {};
       const query = [];
-      for (const { parameter, read } of fields)
-        if (parameter.where === "path") path[parameter.name] = read()[0] ?? "";
-        else for (const value of read()) query.push([parameter.name, value]);
+      for (const { parameter, control } of fields)
+        if (parameter.where === "path") path[parameter.name] = control.values()[0] ?? "";
+        else for (const value of control.values()) query.push([parameter.name, value]);
       return {
         path,
         query,
-        more: more?.value.trim() ?? "",
-        accept: accept?.control.value ?? "",
-        type: type?.control.value ?? operation.body?.types[0] ?? "",
-        body: body ? body.value : null,
+        more: more?.values()[0]?.trim() ?? "",
+        accept: accept?.values()[0] ?? "",
+        type: type?.values()[0] ?? operation.body?.types[0] ?? "",
+        body: body ? (body.values()[0] ?? "") : null,
       };
+    },
+
+    /** Return what differs from the empty form, as pairs of a name and a value; an emptied field has the value "". */
+    entries() {
+      return [...controls].flatMap(([name, control]) => {
+        const values = control.values();
+        if (values.join("\n") === initial.get(name).join("\n")) return [];
+        return values.length ? values.map((value) => [name, value]) : [[name, ""]];
+      });
     },
 
     /** Mark the fields that an error response names as invalid, and no others. */
     markInvalid(errors) {
       for (const { control, parameter } of fields)
         mark(
-          control,
+          control.node,
           errors.filter(({ name }) => name === parameter.name),
         );
       if (body)
         mark(
-          body,
+          body.node,
           errors.filter((error) => error.in === "body"),
         );
     },
   };
 }
 
-function mark(control, errors) {
-  const fault = control.closest(".field").querySelector(".fault");
+function mark(node, errors) {
+  const fault = node.closest(".field").querySelector(".fault");
   fault.textContent = errors.map(({ detail }) => detail).join("; ");
-  if (errors.length) control.setAttribute("aria-invalid", "true");
-  else control.removeAttribute("aria-invalid");
+  if (errors.length) node.setAttribute("aria-invalid", "true");
+  else node.removeAttribute("aria-invalid");
 }
 
 function fault(name) {
   return element("small", { id: `${name}-fault`, className: "fault" });
 }
 
-function field(parameter, preset) {
+function field(parameter) {
   const { name, shape, required, description, example } = parameter;
   const id = `field-${name}`;
   // Required values are filled in; optional ones only have a placeholder.
-  const value = preset ?? (required ? String(example ?? shape.default ?? "") : "");
-  const control = make(shape, value, required);
-  control.id = id;
-  control.setAttribute("aria-describedby", `${id}-help ${id}-fault`);
-  if (required) control.required = true;
-  if (!shape.enum && shape.type !== "boolean") control.placeholder = suggestion(shape, example);
-  const label = element("label", { htmlFor: id }, element("code", {}, name), required ? " (required)" : "");
+  const control = make(shape, required ? String(example ?? shape.default ?? "") : "", required);
+  const { node, single } = control;
+  node.id = id;
+  node.setAttribute("aria-describedby", `${id}-help ${id}-fault`);
+  if (required && single) node.required = true;
+  if ("placeholder" in node) node.placeholder = suggestion(shape, example);
+  const title = [element("code", {}, name), required ? " (required)" : ""];
+  const label = single ? element("label", { htmlFor: id }, ...title) : element("span", { id: `${id}-label` }, ...title);
+  if (!single) node.setAttribute("aria-labelledby", `${id}-label`);
   const help = element("small", { id: `${id}-help` }, ...prose([description, hint(shape)].filter(Boolean).join(" ")));
-  return {
-    parameter,
-    control,
-    read: () => read(control, shape),
-    node: element("div", { className: "field" }, label, control, help, fault(id)),
-  };
+  return { parameter, control, node: element("div", { className: "field" }, label, node, help, fault(id)) };
 }
+
+// -- controls: each has a node, the values it has, and takes those that were entered
 
 function make(shape, value, required) {
   if (shape.enum)
@@ -136,36 +155,67 @@ function make(shape, value, required) {
   if (shape.type === "boolean" && typeof shape.default === "boolean")
     return select([String(!shape.default)], value, `${shape.default} (default)`);
   if (shape.type === "boolean") return select(["true", "false"], value, required ? null : "any");
-  if (shape.type === "array") return element("textarea", { rows: 1, value, spellcheck: false });
+  if (shape.type === "array" && shape.items?.enum) return checkboxes(shape.items.enum, value);
+  if (shape.type === "array") return lines(element("textarea", { rows: 1, value }));
   const numeric = shape.type === "integer" || shape.type === "number";
-  const control = element("input", { type: "text", value, spellcheck: false });
-  if (numeric) control.inputMode = shape.type === "integer" ? "numeric" : "decimal";
+  const control = text(element("input", { type: "text", value }));
+  if (numeric) control.node.inputMode = shape.type === "integer" ? "numeric" : "decimal";
   return control;
 }
 
-function select(values, value, none) {
-  const options = values.map((one) => element("option", { value: one }, String(one)));
-  if (none !== null) options.unshift(element("option", { value: "" }, none));
-  const control = element("select", {}, ...options);
-  if (value) control.value = value;
-  return control;
+/** Return a control for one value, which may be empty. */
+function text(node) {
+  node.spellcheck = false;
+  return {
+    node,
+    single: true,
+    values: () => (node.value === "" ? [] : [node.value]),
+    enter: (values) => (node.value = values.at(-1) ?? ""),
+  };
 }
 
-function choice(name, description, values, value, optional = true) {
-  const id = `choice-${name}`;
-  const control = select(values, value, optional ? "*/*" : null);
-  control.id = id;
-  const label = element("label", { htmlFor: id }, element("code", {}, name));
-  return { control, node: element("div", { className: "field" }, label, control, element("small", {}, description)) };
-}
-
-function read(control, shape) {
-  if (shape.type === "array")
-    return control.value
+/** Return a control for a list of values, one per line. */
+function lines(node) {
+  const values = () =>
+    node.value
       .split("\n")
       .map((line) => line.trim())
       .filter(Boolean);
-  return control.value === "" ? [] : [control.value];
+  return { ...text(node), values, enter: (values) => (node.value = values.join("\n")) };
+}
+
+/** Return a control for one of some values; `none` describes the choice of no value, if there is one. */
+function select(values, value, none) {
+  const options = values.map((one) => element("option", { value: one }, String(one)));
+  if (none !== null) options.unshift(element("option", { value: "" }, none));
+  const node = element("select", {}, ...options);
+  if (values.map(String).includes(value)) node.value = value;
+  const enter = ([value = ""]) => {
+    // A link may have a value that the server no longer declares: the server rejects it, with the reason.
+    if (value && !values.map(String).includes(value)) node.append(element("option", { value }, value));
+    node.value = value;
+  };
+  return { ...text(node), enter };
+}
+
+/** Return a control for any of some values. */
+function checkboxes(values, value) {
+  const boxes = values.map((one) => element("input", { type: "checkbox", value: one, checked: String(one) === value }));
+  const labels = boxes.map((box) => element("label", {}, box, ` ${box.value}`));
+  const node = element("div", { className: "boxes" }, ...labels);
+  node.setAttribute("role", "group");
+  return {
+    node,
+    single: false,
+    values: () => boxes.filter(({ checked }) => checked).map(({ value }) => value),
+    enter: (entered) => boxes.forEach((box) => (box.checked = entered.includes(box.value))),
+  };
+}
+
+function choice(name, { node }, description) {
+  node.id = `choice-${name}`;
+  const label = element("label", { htmlFor: node.id }, element("code", {}, name));
+  return element("div", { className: "field" }, label, node, element("small", {}, description));
 }
 
 function suggestion(shape, example) {
@@ -176,7 +226,7 @@ function suggestion(shape, example) {
 
 /** Describe the type and the bounds of a parameter. */
 function hint(shape) {
-  if (shape.enum || shape.type === "boolean") return "";
+  if (shape.enum || shape.items?.enum || shape.type === "boolean") return "";
   const parts = [{ array: "One per line", integer: "Integer", number: "Number" }[shape.type] ?? "Text"];
   const minimum = shape.minimum ?? shape.exclusiveMinimum;
   const maximum = shape.maximum ?? shape.exclusiveMaximum;

@@ -1,13 +1,17 @@
 // The lab page: the selected route, its form and its buttons, and one run of it at a time.
 
+import { followed, linkTo } from "./address.js";
 import { Figures } from "./figures.js";
 import { build } from "./forms.js";
-import { curl, load, matching, request, simplest } from "./routes.js";
+import { History } from "./history.js";
+import { curl, itemsOf, load, matching, request } from "./routes.js";
 import { Run } from "./run.js";
 import { Output, element, prose } from "./views.js";
 
 /** Minimum interval between two drawings, in milliseconds: independent of the rate of events. */
 const DRAW_INTERVAL = 80;
+/** Time without input after which the address is updated, in milliseconds: browsers limit how often it may change. */
+const ADDRESS_INTERVAL = 200;
 const STATES = {
   connecting: "Connecting …",
   running: "Running.",
@@ -21,6 +25,7 @@ const STATES = {
 const at = (id) => document.getElementById(id);
 const figures = new Figures();
 const output = new Output(at("output"));
+const runs = new History(at("history"));
 const operations = await load().catch((error) => {
   at("bench").replaceChildren(
     element("p", {}, "The routes of this server cannot be read from /openapi.json; its log has the reason."),
@@ -37,17 +42,17 @@ for (const entry of document.querySelectorAll("#list li[id]")) {
 }
 
 history.scrollRestoration = "manual";
-scrollTo(0, 0);
 
 let operation = null;
 let form = null;
 let run = null;
 let drawn = 0;
+let addressTimer = 0;
 
 // -- the selected route
 
-/** Select a route; `values` are those of its path parameters. */
-function choose(chosen, values) {
+/** Select a route; `entries` are those of its form, as a link has them. */
+function choose(chosen, entries = []) {
   run?.stop();
   run = null;
   operation = chosen;
@@ -57,9 +62,9 @@ function choose(chosen, values) {
   at("summary").replaceChildren(...prose(chosen.summary));
   at("description").replaceChildren(...prose(chosen.description));
   document.title = `${chosen.method} ${chosen.path} · streamlab`;
-  form = build(at("fields"), chosen, values);
-  // At full speed a download would end before Cut could be pressed.
-  at("pace").value = chosen.ranges ? "20000000" : "0";
+  form = build(at("fields"), chosen, entries);
+  const paces = [...at("pace").options].map(({ value }) => value);
+  at("pace").value = entries.find(([name, value]) => name === "@pace" && paces.includes(value))?.[1] ?? usualPace();
   for (const link of links.values()) link.removeAttribute("aria-current");
   links.get(chosen.key)?.setAttribute("aria-current", "true");
   output.reset();
@@ -72,28 +77,50 @@ function choose(chosen, values) {
 }
 
 /** Select the route that a response points to. */
-function openRoute({ operation, values }) {
-  history.pushState(null, "", `#${operation.key}`);
-  choose(operation, values);
+function openRoute({ operation, entries }) {
+  history.pushState(null, "", linkTo(operation, entries));
+  choose(operation, entries);
   at("bench").focus();
+}
+
+/** Return the pace of a new form: at full speed a download would end before Cut could be pressed. */
+function usualPace() {
+  return operation.ranges ? "20000000" : "0";
+}
+
+/** Return the link of the filled form. */
+function link() {
+  const pace = at("pace").value;
+  return linkTo(operation, [...form.entries(), ...(pace === usualPace() ? [] : [["@pace", pace]])]);
+}
+
+/** Let the address lead to the filled form, so that it survives a reload and can be sent to somebody. */
+function updateAddress() {
+  clearTimeout(addressTimer);
+  history.replaceState(null, "", link());
+}
+
+/** Return the links of a record of a list: to the routes of one item, with its id filled in. */
+function itemLinks(record) {
+  return itemsOf(operations, operation)
+    .filter(({ name }) => ["string", "number"].includes(typeof record[name]))
+    .map(({ operation: { method, key }, name }) => ({
+      href: linkTo({ key }, [[name, String(record[name])]]),
+      ...(method === "GET" ? { name, text: String(record[name]) } : { text: method }),
+    }));
 }
 
 function command() {
   at("curl").textContent = curl(operation, request(operation, form.values()));
 }
 
-/** Return the route in the address, or null. */
-function routeInAddress() {
-  const name = location.hash.slice(1);
-  return operations.find(({ key }) => [key, encodeURI(key)].includes(name)) ?? null;
-}
-
 window.addEventListener("hashchange", () => {
-  const chosen = routeInAddress();
-  if (chosen && chosen !== operation) choose(chosen);
+  const target = followed(operations, location.hash);
+  if (target) choose(target.operation, target.entries);
+  else updateAddress(); // after the link that skips the list of routes
   at("list").classList.remove("open");
   at("unfold").setAttribute("aria-expanded", "false");
-  if (chosen) {
+  if (target) {
     at("bench").focus({ preventScroll: true });
     window.scrollTo({ top: innerWidth < 900 ? at("bench").offsetTop - 8 : 0 });
   }
@@ -104,19 +131,52 @@ at("unfold").addEventListener("click", () => {
   at("unfold").setAttribute("aria-expanded", String(open));
 });
 
+// -- the search in the routes
+
+const sections = [...document.querySelectorAll("#list section")].map((section) => ({
+  section,
+  items: [...section.querySelectorAll("li")].map((item) => ({
+    item,
+    text: `${section.querySelector("h2").textContent} ${item.textContent}`.toLowerCase(),
+  })),
+}));
+
+at("search").addEventListener("input", () => {
+  const words = at("search").value.toLowerCase().split(/\s+/);
+  let found = 0;
+  for (const { section, items } of sections) {
+    for (const { item, text } of items) item.hidden = !words.every((word) => text.includes(word));
+    section.hidden = items.every(({ item }) => item.hidden);
+    found += items.filter(({ item }) => !item.hidden).length;
+  }
+  at("found").textContent = found ? (words.some(Boolean) ? `${found} found.` : "") : "No route has all of these words.";
+});
+at("search").addEventListener("keydown", (press) => {
+  if (press.key === "Enter") document.querySelector("#list li:not([hidden]) a")?.click();
+});
+
 // -- the run
 
-at("form").addEventListener("input", command);
+at("form").addEventListener("input", () => {
+  command();
+  clearTimeout(addressTimer);
+  addressTimer = setTimeout(updateAddress, ADDRESS_INTERVAL);
+});
+// On a phone a long description is shown up to its second line, and completely once its field has been used.
+at("fields").addEventListener("focusin", ({ target }) => target.closest(".field")?.classList.add("used"));
 at("form").addEventListener("submit", (submit) => {
   submit.preventDefault();
   run?.stop();
   form.markInvalid([]);
   const message = request(operation, form.values());
   const pace = () => Number(at("pace").value);
-  const mine = new Run(message, { ranges: operation.ranges, pace, listener: listener(() => run === mine) });
+  updateAddress();
+  const hash = link();
+  const record = () => mine.over && runs.add(mine, message, hash);
+  const mine = new Run(message, { ranges: operation.ranges, pace, listener: listener(() => run === mine, record) });
   run = mine;
   at("location").replaceChildren();
-  output.reset("Request sent; no data yet.");
+  output.reset("Request sent; no data yet.", itemLinks);
   figures.reset(run);
   run.start();
   scrollToOutput();
@@ -130,37 +190,46 @@ function scrollToOutput() {
   document.querySelector(".controls").scrollIntoView({ behavior: reducedMotion ? "auto" : "smooth" });
 }
 
-/** Return the listener of a run; it ignores a run that is no longer selected. */
-function listener(current) {
+/** Return the listener of a run: it records a run that has ended, and shows the one that is selected. */
+function listener(current, record) {
   return {
     state: () => {
+      record();
       if (!current()) return;
       form.markInvalid(run.errors);
       if (run.over) draw(performance.now()); // draws the complete data of a run that has ended
       buttons();
     },
-    response: (response) => current() && respond(response),
+    response: (response, continues) => current() && respond(response, continues),
     bytes: (chunk) => current() && output.bytes(chunk),
     event: (event, json) => current() && output.event(event, json),
   };
 }
 
-function respond(response) {
+function respond(response, continues) {
   figures.respond(response);
-  output.respond(response);
+  output.respond(response, continues);
   at("head").textContent = `${response.status} ${response.statusText}`;
   const rows = [...response.headers].flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
   at("headers")
     .querySelector("dl")
     .replaceChildren(...rows);
   const url = response.headers.get("Location");
-  const target = url && matching(operations, "GET", new URL(url, location.href).pathname);
+  const { pathname, searchParams } = new URL(url ?? "", location.href);
+  const target = url && matching(operations, "GET", pathname);
   if (target) {
+    target.entries.push(...searchParams);
     const button = element("button", { type: "button", onclick: () => openRoute(target) }, `Open ${url}`);
     at("location").replaceChildren(button);
   }
 }
 
+/** Run the form by the keyboard: Enter where the route is selected, Ctrl+Enter (or Command+Enter) anywhere. */
+document.addEventListener("keydown", (press) => {
+  if (press.key !== "Enter" || !(press.ctrlKey || press.metaKey || press.target === at("bench"))) return;
+  press.preventDefault();
+  at("form").requestSubmit(at("run"));
+});
 at("stop").addEventListener("click", () => run.stop());
 at("cut").addEventListener("click", () => run.cut());
 at("resume").addEventListener("click", () => run.resume());
@@ -229,6 +298,10 @@ function draw(now) {
   if (!over) requestAnimationFrame(draw);
 }
 
-// Routes that are out of service have no link, and are not selected at first.
-choose(routeInAddress() ?? simplest(operations.filter(({ key }) => links.has(key))));
+// The first of the list is what a newcomer tries first; routes that are out of service have no link.
+const target = followed(operations, location.hash);
+const [first] = links.keys();
+choose(target?.operation ?? operations.find(({ key }) => key === first), target?.entries);
+links.get(operation.key)?.scrollIntoView({ block: "nearest" });
+scrollTo(0, 0);
 at("bench").removeAttribute("aria-busy");

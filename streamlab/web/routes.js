@@ -49,22 +49,7 @@ function accepted(options) {
   return options.find((option) => /^Accept: /.test(option))?.slice("Accept: ".length);
 }
 
-/**
- * Return the route that is selected at first: an event stream without required parameters that is endless, can be
- * resumed, and has the fewest parameters.
- */
-export function simplest(operations) {
-  const ready = operations.filter(
-    ({ method, parameters, media }) =>
-      method === "GET" && media.join() === "text/event-stream" && !parameters.some(({ required }) => required),
-  );
-  const has = (name) => ({ parameters }) => parameters.some((parameter) => parameter.name === name);
-  const resumable = ready.filter(has("last_event_id")).filter(has("limit"));
-  const fewest = (one, other) => one.parameters.length - other.parameters.length;
-  return resumable.sort(fewest)[0] ?? ready.sort(fewest)[0] ?? operations[0];
-}
-
-/** Return the operation that serves a path, with the values of its path parameters; null if there is none. */
+/** Return the operation that serves a path, with the entries of its form; null if there is none. */
 export function matching(operations, method, path) {
   for (const candidate of operations.filter((one) => one.method === method)) {
     const names = [...candidate.path.matchAll(/\{(\w+)\}/g)].map(([, name]) => name);
@@ -73,10 +58,18 @@ export function matching(operations, method, path) {
     if (found)
       return {
         operation: candidate,
-        values: Object.fromEntries(names.map((name, at) => [name, decodeURIComponent(found[at + 1])])),
+        entries: names.map((name, at) => [name, decodeURIComponent(found[at + 1])]),
       };
   }
   return null;
+}
+
+/** Return the operations on an item of the list that a route returns, each with the name of the path parameter. */
+export function itemsOf(operations, { path }) {
+  return operations.flatMap((operation) => {
+    const found = operation.path.startsWith(`${path}/`) && /^\{(\w+)\}$/.exec(operation.path.slice(path.length + 1));
+    return found ? [{ operation, name: found[1] }] : [];
+  });
 }
 
 /** Return the request for the values of a form. */

@@ -24,6 +24,9 @@ export class Run {
   /** Details of the state. */
   detail = "";
   startedAt = performance.now();
+  endedAt = null;
+  /** The status of the first response; null before it. */
+  status = null;
   /** Milliseconds from the request to the first byte of the body. */
   firstByte = null;
   bytes = 0;
@@ -122,6 +125,7 @@ export class Run {
     this.state = state;
     this.detail = detail;
     if (state === "cut" || state === "disconnected") this.proof?.disconnect?.();
+    if (this.over) this.endedAt = performance.now();
     if (this.over) this.#abort.abort(); // the rest of the response is not needed
     this.#listener.state();
   }
@@ -145,7 +149,9 @@ export class Run {
     if (resuming && response.status === 503)
       return this.#reconnect("The server is not ready.", 1000 * (Number(response.headers.get("Retry-After")) || 0));
     if (!this.#accept(response, resuming)) return;
-    this.#listener.response(response);
+    this.status ??= response.status;
+    // The rest of a download follows what has arrived, unless the server sends another file from its beginning.
+    this.#listener.response(response, resuming && (this.#parser !== null || response.status === 206));
     this.#setState("running");
     try {
       await this.#read(response);
@@ -175,7 +181,7 @@ export class Run {
       return false;
     }
     if (resuming && !response.ok) {
-      this.#listener.response(response);
+      this.#listener.response(response, false);
       this.#setState("failed", `The server does not resume: ${response.status}.`);
       return false;
     }

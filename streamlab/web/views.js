@@ -1,10 +1,9 @@
 // Views of the data as it arrives: the data selects the view, and all retained data is bounded.
 
 import { LineChart } from "./charts.js";
-import { duration, size } from "./figures.js";
+import { remaining, rounded, size } from "./figures.js";
 
 const number = new Intl.NumberFormat("en");
-const precise = new Intl.NumberFormat("en", { maximumFractionDigits: 2 });
 const finer = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
 
 /** Maximum number of characters of text that are retained. */
@@ -26,6 +25,14 @@ export function prose(text) {
   return text.split("`").map((part, at) => (at % 2 ? element("code", {}, part) : part));
 }
 
+/** Return a box with its own scroll bar, which the keyboard reaches. */
+function scrollable(className, name, ...children) {
+  const box = element("div", { className, tabIndex: 0 }, ...children);
+  box.setAttribute("role", "group");
+  box.setAttribute("aria-label", name);
+  return box;
+}
+
 // -- the panel with its tabs
 
 /** The panel: the first tab is the most specific view of the data, then come the events, then the bytes. */
@@ -37,6 +44,7 @@ export class Output {
   #shown = null;
   #chosen = false;
   #text = null;
+  #itemLinks = () => [];
 
   constructor(section) {
     this.#tabs = section.querySelector("[role=tablist]");
@@ -53,18 +61,23 @@ export class Output {
     this.reset();
   }
 
-  /** Drop all data, and show a text instead. */
-  reset(text = "Press Run: data is shown here as it arrives.") {
+  /**
+   * Drop all data, and show a text instead. `itemLinks` returns the links of a record, if a list arrives: with `href`,
+   * `text` and, of the link that a field becomes, the `name` of the field.
+   */
+  reset(text = "Press Run: data is shown here as it arrives.", itemLinks = () => []) {
     this.#text = null;
+    this.#itemLinks = itemLinks;
     this.#chosen = false;
     this.#set([new Placeholder(text)]);
   }
 
-  /** Create the views for a response; a resumed run continues in the existing ones. */
-  respond(response) {
+  /** Create the views for a response, or continue in the existing ones. */
+  respond(response, continues) {
     const type = response.headers.get("Content-Type") ?? "";
+    if (continues && response.status === 206) return; // its text goes on where it was cut, even within a character
     this.#text = textual(type) ? new TextDecoder() : null;
-    if (this.#views.length > 1 && response.ok) return;
+    if (continues) return;
     const [first, bytes] = [viewOf(type, response.headers), this.#text ? new Text("Bytes") : new Binary("Bytes")];
     this.#set(first ? [first, bytes] : [bytes]);
   }
@@ -89,6 +102,7 @@ export class Output {
 
   /** Redraw the visible view. `over`: no more data will arrive. */
   draw(over) {
+    if (over) this.#tabulate();
     const { follows, scroller } = this.#shown;
     // A reader who has scrolled back is not disturbed; one at the end follows it.
     const following = follows && scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - 8;
@@ -97,6 +111,16 @@ export class Output {
     if (following) scroller.scrollTop = scroller.scrollHeight;
     const text = this.#shown.retained();
     if (this.#retained.textContent !== text) this.#retained.textContent = text;
+  }
+
+  /** Show the list in a complete JSON document as a table, too. */
+  #tabulate() {
+    const records = this.#views[0] instanceof Json && this.#views[0].records();
+    if (!records) return;
+    const table = new Rows(null, this.#itemLinks);
+    table.follows = false; // a list that is complete is read from its beginning
+    table.event(null, { rows: records });
+    this.#set([table, ...this.#views], this.#chosen ? this.#shown : table);
   }
 
   #set(views, shown = views[0]) {
@@ -287,6 +311,21 @@ class Json extends Text {
     }
     this.follows = false;
   }
+
+  /** Return the records of the document: it is a list of them, or has one; null if not, or while it is incomplete. */
+  records() {
+    if (this.#text.length > TEXT) return null;
+    let json;
+    try {
+      json = JSON.parse(this.#text);
+    } catch {
+      return null;
+    }
+    const lists = [json, ...Object.values(json ?? {})].filter(
+      (one) => Array.isArray(one) && one.length && one.every((record) => record?.constructor === Object),
+    );
+    return lists.length === 1 ? lists[0] : null;
+  }
 }
 
 /** An error response: its problem document (RFC 9457). */
@@ -373,11 +412,13 @@ class Rows extends List {
 
   #names = [];
   #read;
+  #itemLinks;
   #head = element("tr");
   #out = element("tbody");
 
-  constructor(reading) {
+  constructor(reading, itemLinks = () => []) {
     super("Table", "table");
+    this.#itemLinks = itemLinks;
     this.#read = reading?.((record) => this.#addRecord(record));
     this.element.append(element("table", {}, element("thead", {}, this.#head), this.#out));
   }
@@ -405,8 +446,20 @@ class Rows extends List {
       const text = value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
       return element("td", { className: numeric ? "number" : "" }, text);
     };
+    const rows = this.rows.slice(-SHOWN).map((record) => {
+      const cells = this.#names.map((name) => cell(record[name]));
+      const others = [];
+      for (const { name, text, href } of this.#itemLinks(record))
+        if (name) cells[this.#names.indexOf(name)]?.replaceChildren(element("a", { href }, text));
+        else others.push(element("a", { href }, text), " ");
+      return { cells, others };
+    });
+    const wider = rows.some(({ others }) => others.length);
+    if (wider) this.#head.firstChild.after(element("th", { scope: "col" }, "Methods"));
     this.#out.replaceChildren(
-      ...this.rows.slice(-SHOWN).map((record) => element("tr", {}, ...this.#names.map((name) => cell(record[name])))),
+      ...rows.map(({ cells, others }) =>
+        element("tr", {}, ...(wider ? cells.toSpliced(1, 0, element("td", {}, ...others)) : cells)),
+      ),
     );
   }
 }
@@ -465,7 +518,7 @@ class Prices extends View {
 
   constructor() {
     super("Prices", "prices");
-    this.#chart = new LineChart(this.#box, { y: (value) => `${finer.format(value)} %`, step: 50, labelled: true });
+    this.#chart = new LineChart(this.#box, { name: "Change of each price since its first", y: (value) => `${finer.format(value)} %`, step: 50, labelled: true });
     const head = element(
       "tr",
       {},
@@ -473,7 +526,7 @@ class Prices extends View {
     );
     this.element.append(
       this.#box,
-      element("div", { className: "legend" }, element("table", {}, element("thead", {}, head), this.#legend)),
+      scrollable("legend", "Latest prices", element("table", {}, element("thead", {}, head), this.#legend)),
     );
   }
 
@@ -564,8 +617,8 @@ class Progress extends View {
     const share = total ? ` · ${Math.floor((100 * done) / total)} %` : "";
     this.#head.textContent = `${ended ?? state ?? "running"}${share}`;
     const parts = [`${number.format(done)}${total ? ` of ${number.format(total)}` : ""} ${unit ?? ""}`.trim()];
-    if (typeof rate === "number") parts.push(`${precise.format(rate)} ${unit ?? ""} per second`.replace("  ", " "));
-    if (typeof eta === "number" && !ended) parts.push(`about ${duration(eta * 1000)} left`);
+    if (typeof rate === "number") parts.push(`${rounded(rate)} ${unit ?? ""} per second`.replace("  ", " "));
+    if (typeof eta === "number" && !ended) parts.push(remaining(eta));
     this.#figures.textContent = parts.join(" · ");
     this.element.dataset.state = ended ?? "running";
     const { result, error } = this.#ended ?? {};
@@ -618,7 +671,7 @@ class Tokens extends View {
   retained() {
     const seconds = (this.#to - this.#from) / 1000;
     const parts = [`${number.format(this.#count)} tokens`];
-    if (seconds > 0.2) parts.push(`${precise.format((this.#count - 1) / seconds)} per second here`);
+    if (seconds > 0.2) parts.push(`${rounded((this.#count - 1) / seconds)} per second here`);
     if (this.#end?.finish_reason) parts.push(`ended by ${this.#end.finish_reason}`);
     return parts.join(" · ");
   }
@@ -636,7 +689,7 @@ class Log extends List {
     placeholder: "only lines with this text",
     spellcheck: false,
   });
-  #out = element("div", { className: "lines" });
+  #out = scrollable("lines", "Lines");
   #matching = 0;
 
   constructor() {
@@ -727,7 +780,7 @@ class Comparison extends View {
           {},
           name,
           element("td", { className: "bars" }, bar),
-          element("td", { className: "number" }, `${precise.format(one[key])} ${unit}`),
+          element("td", { className: "number" }, `${rounded(one[key])} ${unit}`),
         );
       });
       return rows.length ? [element("table", {}, element("caption", {}, title), element("tbody", {}, ...rows))] : [];

@@ -50,6 +50,11 @@ THIRD_PARTY = '''
         words: list[str] = Field([], max_length=4)
 
 
+    class RoomListQuery(BaseModel):
+        floor: Literal["ground", "upper"] | None = None
+        colours: list[Literal["red", "green", "blue"]] = []
+
+
     class Order(BaseModel):
         """An order."""
 
@@ -86,6 +91,15 @@ THIRD_PARTY = '''
             """Return the request & <its> values."""
             return web.json_response({"room": path.room, "count": query.count, "kind": query.kind,
                                       "loud": query.loud, "words": query.words})
+
+        @endpoint("GET", "/third-party/rooms", query=RoomListQuery, sends="application/json")
+        async def rooms(self, request, query):
+            rooms = [{"floor": query.floor, "room": room, "colours": query.colours} for room in (2, 9)]
+            return web.json_response({"rooms": rooms, "next": None})
+
+        @endpoint("DELETE", "/third-party/rooms/{room}", path_model=RoomPath, sends="application/json")
+        async def close(self, request, path):
+            return web.json_response({"closed": path.room})
 
         @endpoint("POST", "/third-party/orders", body=Order, sends="application/json", responses={201: "Stored."})
         async def order(self, request, body):
@@ -190,14 +204,23 @@ class Lab:
         await expect(self.route).to_have_text(route)
         for name, value in values.items():
             control = self.page.locator(f"#field-{name}")
-            if await control.evaluate("control => control.tagName") == "SELECT":
+            tag = await control.evaluate("control => control.tagName")
+            if tag == "SELECT":
                 await control.select_option(value)
+            elif tag == "DIV":
+                for one in await control.get_by_role("checkbox").all():
+                    await one.set_checked(await one.get_attribute("value") in value.split("\n"))
             else:
                 await control.fill(value)
 
     async def cells(self, row: str) -> list[list[str]]:
         rows = await self.page.locator(f".panel:not([hidden]) {row}").all()
         return [await one.locator("th, td").all_text_contents() for one in rows]
+
+    async def bytes_shown(self) -> dict[int, bytes]:
+        """Return the rows of the view of binary data, by their offsets."""
+        rows = (await self.page.locator(".panel:not([hidden]) pre").inner_text()).split("\n")
+        return {int(row[:8], 16): bytes.fromhex(row[10:57].strip()) for row in rows if row != "…"}
 
     async def text(self) -> str:
         """Return the complete text of the tab Bytes."""
@@ -314,6 +337,8 @@ async def test_logs_have_levels_and_a_filter(shared_server: Running, open_lab: O
     await lab.page.get_by_label("Filter").fill("DOWN")
     await expect(lab.page.locator(".line")).to_have_text(["ERROR    2026-01-01T00:00:01Z ERROR <b>down</b>"])
     await expect(lab.retained).to_have_text("1 of the last 3 lines contain the text.")
+    await lab.page.locator(".lines").focus()
+    await expect(lab.page.get_by_role("group", name="Lines")).to_be_focused()  # and so the keyboard scrolls them
 
 
 async def test_export_is_a_table_in_every_format(shared_server: Running, open_lab: OpenLab) -> None:
@@ -333,6 +358,9 @@ async def test_export_is_a_table_in_every_format(shared_server: Running, open_la
     assert any('"' in row[1] for row in tables[0])  # quotes, which CSV writes twice
     await lab.page.locator("#field-format").select_option("json")
     await lab.run.click()
+    await expect(lab.page.get_by_role("tab", selected=True)).to_have_text("Table")
+    assert await lab.cells("tr") == tables[0]
+    await lab.page.get_by_role("tab", name="JSON").click()
     name = json.dumps(tables[0][-1][1], ensure_ascii=False)
     await expect(lab.page.locator(".panel:not([hidden]) pre")).to_contain_text(f'"name": {name}')
     await lab.select("GET /stream/database-results", limit="3")
@@ -357,9 +385,8 @@ async def test_binary_data_shows_its_size_beginning_and_end(shared_server: Runni
         f"Nothing was lost: 3,000,000 bytes in one part, and their SHA-256 {digest[:8]}…{digest[-8:]} "
         "matches the server's."
     )
-    rows = (await lab.page.locator(".panel:not([hidden]) pre").inner_text()).split("\n")
-    shown = {int(row[:8], 16): bytes.fromhex(row[10:57].strip()) for row in rows if row != "…"}
-    assert len(rows) == 33
+    shown = await lab.bytes_shown()
+    assert len(shown) == 32
     assert all(content[at : at + 16] == found for at, found in shown.items())
     assert max(shown) == 3_000_000 - 16
     await expect(lab.retained).to_have_text(
@@ -405,6 +432,14 @@ async def test_task_that_was_cut_resumes_as_the_same_task(shared_server: Running
     assert offsets(text) == list(range(1, len(offsets(text)) + 1))
     listed = json.loads((await asyncio.to_thread(shared_server.get, "/process/tasks"))[2])["tasks"]
     assert [task["state"] for task in listed] == ["done"]
+    await lab.select("GET /process/tasks")
+    await lab.run.click()
+    task = lab.page.locator(".panel:not([hidden]) tbody tr")
+    await expect(task.locator("td").nth(3)).to_have_text("done")
+    await task.get_by_role("link", name=listed[0]["id"]).click()
+    await expect(lab.route).to_have_text("GET /process/tasks/{id}")
+    await lab.run.click()
+    await expect(panel.locator(".headline")).to_have_text("done · 100 %")
 
 
 async def test_comparison_shows_measurements_and_verdict(shared_server: Running, open_lab: OpenLab) -> None:
@@ -469,11 +504,16 @@ async def test_download_resumes_after_a_cut_and_matches_the_file(shared_server: 
     (start,) = re.findall(r"^bytes=(\d+)-$", headers["range"])
     assert 0 < int(start) < 3_000_000
     assert headers["if-range"] == shared_server.get("/download/large-file", method="HEAD")[1]["etag"]
-    digest = hashlib.sha256((shared_server.base / "var/files/large-file.bin").read_bytes()).hexdigest()
+    content = (shared_server.base / "var/files/large-file.bin").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     await expect(lab.verdict).to_have_text(
         f"Nothing was lost: 3,000,000 bytes in 2 parts, and their SHA-256 {digest[:8]}…{digest[-8:]} "
         "matches the server's."
     )
+    shown = await lab.bytes_shown()
+    assert max(shown) == 3_000_000 - 16
+    assert all(content[at : at + 16] == found for at, found in shown.items())
+    await expect(lab.retained).to_contain_text("3.00 MB (3,000,000 bytes)")
     await expect(lab.status).to_have_text("206")
 
 
@@ -662,7 +702,7 @@ async def test_location_of_a_response_can_be_opened(shared_server: Running, open
     await lab.select("POST /third-party/orders")
     await lab.run.click()
     await lab.page.get_by_role("button", name="Open /third-party/rooms/7").click()
-    await expect(lab.page).to_have_url(f"{shared_server.url}/#GET/third-party/rooms/{{room}}")
+    await expect(lab.page).to_have_url(f"{shared_server.url}/#GET/third-party/rooms/{{room}}?room=7")
     await expect(lab.route).to_have_text("GET /third-party/rooms/{room}")
     await expect(lab.page.locator("#field-room")).to_have_value("7")
 
@@ -675,14 +715,12 @@ async def test_task_is_a_bar_with_rate_and_remaining_time(shared_server: Running
     await expect(panel.locator(".headline")).to_have_text("running · 50 %")
     await expect(panel.locator("progress")).to_have_js_property("value", 1000)
     await expect(panel.locator("progress")).to_have_js_property("max", 2000)
-    await expect(panel.locator(".muted")).to_have_text(
-        "1,000 of 2,000 rows · 512.5 rows per second · about 12.0 s left"
-    )
+    await expect(panel.locator(".muted")).to_have_text("1,000 of 2,000 rows · 513 rows per second · about 12 s left")
     await expect(panel.locator("li")).to_have_text(["copying", "half <done>"])
     await lab.select("GET /third-party/task", state="done")
     await lab.run.click()
     await expect(panel.locator(".headline")).to_have_text("done · 100 %")
-    await expect(panel.locator(".muted")).to_have_text("2,000 of 2,000 rows · 512.5 rows per second")
+    await expect(panel.locator(".muted")).to_have_text("2,000 of 2,000 rows · 513 rows per second")
     await expect(panel.locator("pre")).to_have_text('{ "rows": 2000 }')
     await lab.select("GET /third-party/task", state="failed")
     await lab.run.click()
@@ -799,7 +837,177 @@ async def test_digest_of_chunks_is_sha_256(shared_server: Running, open_lab: Ope
     assert [bytes(digest) for digest in digests] == expected
 
 
+# -- links, the history of runs, and the search
+
+
+async def test_link_has_the_values_of_the_form_and_survives_a_reload(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/rooms/{room}", count="5", kind="fancy", words="a b\nc&d")
+    await lab.page.locator("summary", has_text="More parameters").click()
+    await lab.page.locator("#more").fill("x=%26")
+    await lab.page.get_by_label("Read at").select_option("1 MB/s")
+    address = (
+        "/#GET/third-party/rooms/{room}?count=5&kind=fancy&words=a+b&words=c%26d&%40more=x%3D%2526&%40pace=1000000"
+    )
+    await expect(lab.page).to_have_url(shared_server.url + address)
+    command = await lab.curl.text_content()
+    assert command is not None
+    assert "words=a+b&words=c%26d&x=%26" in command
+    await lab.page.reload()
+    await expect(lab.curl).to_have_text(command)
+    await expect(lab.pace).to_have_value("1000000")
+    await expect(lab.page.locator("#more")).to_be_visible()
+    await expect(lab.state).to_be_empty()  # a link fills in a form, and runs nothing
+    await lab.select("GET /third-party/rooms/{room}")  # the link without values leads to the empty form
+    await expect(lab.page.locator("#field-count")).to_have_value("3")
+
+    body = '{"item": "gr\u00fcn & 100%"}'
+    await lab.select("POST /third-party/orders")
+    await lab.body.fill(body)
+    await lab.run.click()
+    await expect(lab.status).to_have_text("201")
+    elsewhere = await open_lab(shared_server, lab.page.url.removeprefix(shared_server.url))
+    await expect(elsewhere.body).to_have_value(body)
+    await elsewhere.body.fill("x" * 9000)  # too long for a link
+    await elsewhere.run.click()
+    await expect(elsewhere.page).to_have_url(f"{shared_server.url}/#POST/third-party/orders")
+    elsewhere.messages.clear()
+
+
+async def test_choices_of_the_document_are_drop_downs_and_checkboxes(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server, "/#GET/third-party/rooms?floor=attic&colours=blue")
+    floor = lab.page.get_by_label("floor")
+    assert await floor.locator("option").all_text_contents() == ["any", "ground", "upper", "attic"]
+    await expect(floor).to_have_value("attic")  # the server, and not the page, decides whether that is valid
+    await floor.select_option("upper")
+    colours = lab.page.get_by_role("group", name="colours").get_by_role("checkbox")
+    assert [await one.is_checked() for one in await colours.all()] == [False, False, True]
+    await lab.page.get_by_role("checkbox", name="red").check()
+    await expect(lab.curl).to_have_text(
+        f"curl -N '{shared_server.url}/third-party/rooms?floor=upper&colours=red&colours=blue'"
+    )
+
+
+async def test_list_is_a_table_whose_items_can_be_opened(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    await lab.select("GET /third-party/rooms", floor="upper", colours="green")
+    await lab.run.click()
+    await expect(lab.page.get_by_role("tab", selected=True)).to_have_text("Table")
+    assert await lab.cells("tr") == [
+        ["floor", "Methods", "room", "colours"],
+        ["upper", "DELETE ", "2", '["green"]'],
+        ["upper", "DELETE ", "9", '["green"]'],
+    ]
+    await lab.page.get_by_role("link", name="DELETE", exact=True).nth(1).click()
+    await expect(lab.route).to_have_text("DELETE /third-party/rooms/{room}")
+    await expect(lab.page.locator("#field-room")).to_have_value("9")
+    await lab.page.go_back()
+    await expect(lab.curl).to_contain_text("/third-party/rooms?floor=upper&colours=green")
+    await lab.run.click()
+    await lab.page.get_by_role("link", name="2", exact=True).click()
+    await expect(lab.route).to_have_text("GET /third-party/rooms/{room}")
+    await expect(lab.curl).to_contain_text("/third-party/rooms/2?count=3")
+
+
+async def test_runs_are_listed_with_their_figures_and_two_are_compared(
+    shared_server: Running, open_lab: OpenLab
+) -> None:
+    lab = await open_lab(shared_server)
+    history = lab.page.locator("#history")
+    await expect(history).to_be_hidden()
+    await lab.select("GET /third-party/burst", count="9")
+    for count in ("9", "90"):
+        await lab.page.locator("#field-count").fill(count)
+        await lab.run.click()
+        await expect(lab.state).to_have_text("Done: the response is complete.")
+    await lab.select("GET /stream/stock-ticker")
+    await lab.run.click()
+    await expect(lab.state).to_have_text("Running.")
+    await lab.select("GET /health")
+    requests = ["GET /stream/stock-ticker", "GET /third-party/burst?count=90", "GET /third-party/burst?count=9"]
+    await expect(history.locator(".request")).to_have_text(requests)
+    await expect(history.locator("td:nth-child(4)")).to_have_text(["stopped", "done", "done"])
+    await expect(history.locator("td:nth-child(10)").nth(1)).to_have_text("90")
+    await lab.page.reload()
+    await expect(history.locator(".request")).to_have_text(requests)
+    compared = history.locator(".pair-of-runs tr")
+    boxes = history.get_by_role("checkbox")
+    await boxes.nth(0).check()
+    await expect(compared).to_have_count(0)
+    await boxes.nth(2).check()
+    await boxes.nth(1).check()
+    await expect(boxes.nth(0)).not_to_be_checked()  # the third choice replaces the first
+    rows = {
+        row[0]: row[1:] for row in [await one.locator("th, td").all_text_contents() for one in await compared.all()]
+    }
+    assert rows["Request"] == [requests[2], requests[1], ""]
+    assert rows["Events"] == ["9", "90", "10 times"]
+    assert rows["State"] == ["done", "done", ""]
+    assert rows["Bytes per second"][2].endswith(" times")
+    await history.get_by_role("link", name=requests[2], exact=True).click()
+    await expect(lab.route).to_have_text("GET /third-party/burst")
+    await expect(lab.page.locator("#field-count")).to_have_value("9")
+    await history.get_by_role("button", name="Clear").click()
+    await expect(history).to_be_hidden()
+
+
+async def test_history_of_runs_is_bounded(shared_server: Running, open_lab: OpenLab) -> None:
+    lab = await open_lab(shared_server)
+    shown = await lab.page.evaluate(
+        """async () => {
+            const { History } = await import("/assets/history.js");
+            const section = document.getElementById("history");
+            const runs = new History(section);
+            const ended = { startedAt: 0, endedAt: 1, state: "done", status: 200, firstByte: 1, bytes: 1, gaps: [] };
+            for (let at = 0; at < 30; at++)
+                runs.add(ended, { method: "GET", url: `http://a/${at}${"x".repeat(9000)}`, headers: {} }, "#GET/a");
+            return [section.querySelectorAll("tbody tr").length, JSON.stringify(sessionStorage).length];
+        }"""
+    )
+    assert shown[0] == 20
+    assert shown[1] < 60_000
+
+
+async def test_routes_are_found_by_words_of_their_path_summary_or_plugin(
+    shared_server: Running, open_lab: OpenLab
+) -> None:
+    lab = await open_lab(shared_server)
+    links = lab.page.locator("#list a:visible")
+    everything = await links.count()
+    for words, found in [
+        ("ORDERS", ["POST /third-party/orders"]),
+        ("logs follow", ["GET /stream/live-logs"]),
+        ("ticker prices publish post", ["POST /stream/stock-ticker"]),
+    ]:
+        await lab.search.fill(words)
+        await expect(links).to_have_text(found)
+    await expect(lab.found).to_have_text("1 found.")
+    await lab.search.fill("no such route")
+    await expect(lab.found).to_have_text("No route has all of these words.")
+    await expect(lab.page.locator("#list section:visible")).to_have_count(0)
+    await lab.search.fill("")
+    await expect(links).to_have_count(everything)
+
+
 # -- the page itself
+
+
+async def test_page_says_what_it_is_and_the_form_of_logs_fits_a_phone(
+    shared_server: Running, open_lab: OpenLab
+) -> None:
+    lab = await open_lab(shared_server, "/#GET/stream/live-logs", viewport={"width": 390, "height": 844})
+    await expect(lab.purpose).to_have_text(re.compile(r"^Run every route of this streaming server [^.]+\.$"))
+    box = await lab.run.bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] < 800
+    description = lab.page.locator("#field-grep-help")
+    short = await description.evaluate("one => one.clientHeight")
+    assert short < await description.evaluate("one => one.scrollHeight")
+    await lab.page.locator("#field-grep").focus()
+    assert await description.evaluate("one => [one.clientHeight, one.scrollHeight - one.clientHeight]") > [short, 0]
+    await lab.stop.focus()
+    assert await description.evaluate("one => one.clientHeight") > short  # the button does not move under the finger
+
 
 WATCH = """
     window.shifts = [];
@@ -848,7 +1056,7 @@ async def test_page_is_small_and_paints_without_layout_shifts(shared_server: Run
         assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
         if len(paints) == 1:  # the others come from the browser's cache
             sizes = {response.url: len(await response.body()) for response in responses}
-    assert sum(sizes.values()) < 150_000, sizes
+    assert sum(sizes.values()) < 175_000, sizes
     assert len(sizes) > 10
     assert all(paint > 0 for paint in paints)
 
@@ -872,6 +1080,8 @@ async def test_without_javascript_the_page_lists_every_route_with_its_command(
     routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
     names = await page.locator("#list li a").all_text_contents()
     assert sorted(names) == sorted(routes)
+    assert names[0] == "GET /stream/stock-ticker"
+    assert names[-1] == "GET /assets/{name}"
     commands = [
         line.strip() for line in shared_server.get("/")[2].decode().splitlines() if line.startswith("     curl")
     ]
@@ -886,6 +1096,7 @@ LOOK = """
         while (route.textContent.replace(" ", "") !== key) await new Promise(done => setTimeout(done));
         const unnamed = [...document.querySelectorAll("input, select, textarea, button")]
             .filter(one => !(one.labels?.length || one.textContent.trim()));
+        unnamed.push(...document.querySelectorAll("canvas:not([role=img][aria-label])"));
         return [route.textContent, document.documentElement.scrollWidth, unnamed.map(one => one.outerHTML)];
     }
 """
@@ -909,6 +1120,8 @@ async def test_route_is_selected_and_run_by_the_keyboard_alone(shared_server: Ru
     await lab.page.keyboard.press("Enter")
     await expect(lab.route).to_have_text("GET /health")
     await expect(lab.bench).to_be_focused()
+    await lab.page.keyboard.press("Enter")
+    await expect(lab.state).to_have_text("Done: the response is complete.")
     await lab.page.keyboard.press("Tab")
     await expect(lab.copy).to_be_focused()
     outline = await lab.copy.evaluate("button => getComputedStyle(button).outlineStyle")
@@ -921,6 +1134,16 @@ async def test_route_is_selected_and_run_by_the_keyboard_alone(shared_server: Ru
     await lab.page.keyboard.press("ArrowRight")
     await expect(tabs.nth(1)).to_be_focused()
     await expect(tabs.nth(1)).to_have_attribute("aria-selected", "true")
+    await lab.search.focus()
+    await lab.page.keyboard.type("orders")
+    await lab.page.keyboard.press("Enter")
+    await expect(lab.route).to_have_text("POST /third-party/orders")
+    await lab.body.focus()
+    await lab.page.keyboard.press("Control+End")
+    await lab.page.keyboard.press("Enter")
+    await expect(lab.state).to_be_empty()
+    await lab.page.keyboard.press("Control+Enter")
+    await expect(lab.status).to_have_text("201")
 
 
 def palettes() -> Iterator[dict[str, str]]:
