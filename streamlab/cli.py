@@ -183,7 +183,7 @@ def routes(config: ConfigOption = None) -> None:
             typer.echo(
                 f"{route.endpoint.method:6} {route.endpoint.template:24} {route.scenario:12} {route.endpoint.summary}"
             )
-            typer.echo(f"       {openapi.curl(route.endpoint, origin)}")
+            typer.echo(f"       {openapi.curl(route, origin)}")
 
 
 @cli.command()

@@ -1,8 +1,9 @@
 """The contract of a plugin: a scenario, whose fields are its configuration, and its endpoints."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from aiohttp import web
@@ -12,6 +13,9 @@ from .problems import ErrorFormat, error_format_of
 
 Handler = Callable[..., Awaitable[web.StreamResponse]]
 """An endpoint's method: `async def name(self, request, ...)`, with `path=`, `query=` and `body=` as declared."""
+
+Choices = Callable[[Any], Collection[str] | None]
+"""A function of a scenario that returns the allowed values of a parameter; None while any value is allowed."""
 
 _HandlerT = TypeVar("_HandlerT", bound=Handler)
 
@@ -35,6 +39,8 @@ class Endpoint:
     sends: tuple[str, ...]
     responses: Mapping[int, str]
     """Documented status codes other than 200, each with its meaning."""
+    choices: Mapping[str, Choices]
+    """The allowed values of text parameters by name, where only the scenario knows them."""
     curl: str
     """The arguments of the curl command that tries it, with `{url}` for the URL of the route."""
     summary: str
@@ -46,6 +52,12 @@ class Endpoint:
     def template(self) -> str:
         """Return the path in OpenAPI's syntax: `/files/{path}`."""
         return re.sub(r"\{(\w+):[^{}]*(?:\{[^{}]*\}[^{}]*)*\}", r"{\1}", self.path)
+
+    @property
+    def models(self) -> dict[str, type[BaseModel]]:
+        """Return the models of its parameters by where these are: `path`, `query` and `body`."""
+        models = {"path": self.path_model, "query": self.query, "body": self.body}
+        return {where: model for where, model in models.items() if model is not None}
 
 
 def endpoint(
@@ -60,6 +72,7 @@ def endpoint(
     starts_work: bool = False,
     sends: str | tuple[str, ...] = "text/plain",
     responses: Mapping[int, str] | None = None,
+    choices: Mapping[str, Choices] | None = None,
     curl: str = "-N {url}",
 ) -> Callable[[_HandlerT], _HandlerT]:
     """Declare a method of a scenario as the handler of `method path`.
@@ -78,6 +91,11 @@ def endpoint(
     200; the method's docstring becomes summary and description. Write method and path as literals: they are read from
     the source when the plugin cannot be imported.
 
+    `choices` gives parameters the values that only the scenario knows, as names of its configuration: by the
+    parameter's name, a function that is called with the scenario and returns the allowed texts, or None while any is
+    allowed. They are the `enum` of the OpenAPI document, and so a drop-down of the pages. Any other value, except the
+    default of the parameter, is rejected with 422, or 404 in the path, and the allowed ones.
+
     Source: OpenAPI 3.1, Operation Object; RFC 9110 section 9 (methods).
     """
 
@@ -94,11 +112,15 @@ def endpoint(
             starts_work=starts_work,
             sends=(sends,) if isinstance(sends, str) else sends,
             responses=responses or {},
+            choices=choices or {},
             curl=curl,
             summary=summary.strip() or handler.__name__.replace("_", " ").capitalize(),
             description=re.sub(r"\n[ \t]+", "\n", description.strip()),
             name=handler.__name__,
         )
+        known = {label for model in declared.models.values() for label in labels(model)}
+        if unknown := sorted(set(declared.choices) - known):
+            raise TypeError(f"choices of {', '.join(unknown)}: {method} {path} has no such parameter")
         handler.__dict__.setdefault("__endpoints__", []).append(declared)
         return handler
 
@@ -114,6 +136,13 @@ class Route:
     handler: Handler = field(repr=False)
     error_format: ErrorFormat | None = None
     """The form of its error responses; None for problem documents."""
+    choices: Mapping[str, Callable[[], Collection[str] | None]] = field(default_factory=dict, repr=False)
+    """The endpoint's `choices`, bound to the scenario."""
+
+
+def labels(model: type[BaseModel]) -> dict[str, str]:
+    """Return the names of a model's fields by the names that they have in a request."""
+    return {field.alias or name: name for name, field in model.model_fields.items()}
 
 
 def snake_case(class_name: str) -> str:
@@ -147,7 +176,13 @@ class Scenario(BaseModel):
         """Return the endpoints of this scenario in the order of their declaration, bound to it."""
         declared = {name: attribute for base in reversed(type(self).__mro__) for name, attribute in vars(base).items()}
         return [
-            Route(endpoint, self.name, getattr(self, name), error_format_of(endpoint.path, self.error_formats))
+            Route(
+                endpoint,
+                self.name,
+                getattr(self, name),
+                error_format_of(endpoint.path, self.error_formats),
+                {label: partial(choices, self) for label, choices in endpoint.choices.items()},
+            )
             for name, attribute in declared.items()
             for endpoint in getattr(attribute, "__endpoints__", ())
         ]

@@ -283,6 +283,10 @@ class Exports(Scenario):
 
     # -- routes
 
+    def _names(self) -> list[str]:
+        """Return the names of the exports."""
+        return sorted(self.exports)
+
     @endpoint("GET", "/export", sends="application/json", curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
         """List every export with its columns, their types, its parameters and the formats that are installed."""
@@ -306,6 +310,7 @@ class Exports(Scenario):
         "GET",
         "/export/{name}",
         path_model=ExportPath,
+        choices={"name": _names},
         query=ExportQuery,
         sends=tuple(form.media_type for form in FORMATS.values()),
         responses={406: "Accept allows none of the installed formats.", 501: NOT_INSTALLED},
@@ -320,6 +325,7 @@ class Exports(Scenario):
         "GET",
         "/export/{name}/{format}",
         path_model=ExportFormatPath,
+        choices={"name": _names},
         query=ExportQuery,
         sends=tuple(form.media_type for form in FORMATS.values()),
         responses={501: NOT_INSTALLED},

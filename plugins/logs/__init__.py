@@ -183,10 +183,15 @@ class Logs(Scenario):
             for task in tasks:
                 task.cancel()
 
+    def _names(self) -> list[str]:
+        """Return the names of the logs; the first one is the default."""
+        return list(self._served)
+
     @endpoint(
         "GET",
         "/stream/live-logs",
         query=FollowQuery,
+        choices={"source": _names},
         sends="text/event-stream",
         responses={
             403: "The server is not allowed to read this log.",
@@ -216,6 +221,7 @@ class Logs(Scenario):
         "GET",
         "/logs/download",
         query=LogQuery,
+        choices={"source": _names},
         sends="text/plain",
         responses={
             403: "The server is not allowed to read this log.",
@@ -253,11 +259,10 @@ class Logs(Scenario):
                 yield block
 
     def _name(self, query: LogQuery) -> str:
-        """Return the name of the log that is requested. Raise Problem 422 if it does not exist."""
-        known = list(self._served)
-        name = query.source or next(iter(known), "")
-        if name not in self._served:
-            raise Problem.parameter("source", f"there is no such log; known: {', '.join(known) or 'none'}")
+        """Return the name of the log that is requested. Raise Problem 422 if there is no log at all."""
+        name = query.source or next(iter(self._served), "")
+        if not name:
+            raise Problem.parameter("source", "there is no log; known: none")
         return name
 
     # -- whether lines can be read

@@ -101,7 +101,7 @@ class Tasks(Scenario):
 
     _engine: Engine = PrivateAttr()
     _store: Store = PrivateAttr()
-    _kinds: Mapping[str, Task] = PrivateAttr()
+    _kinds: Mapping[str, Task] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _docket_is_installed(self) -> "Tasks":
@@ -145,6 +145,10 @@ class Tasks(Scenario):
 
     # -- routes
 
+    def _kind_names(self) -> list[str]:
+        """Return the names of the kinds of tasks."""
+        return sorted(self._kinds)
+
     @endpoint("GET", "/process/kinds", sends="application/json", curl="{url}")
     async def list_kinds(self, request: web.Request) -> web.Response:
         """List the kinds of tasks, with their parameters as JSON Schema."""
@@ -173,6 +177,7 @@ class Tasks(Scenario):
         "POST",
         "/process/tasks",
         body=NewTask,
+        choices={"kind": _kind_names},
         body_limit=BODY_BYTES,
         sends="application/json",
         responses={
@@ -237,6 +242,7 @@ class Tasks(Scenario):
         "GET",
         "/process/long-task",
         query=LongTaskQuery,
+        choices={"kind": _kind_names},
         starts_work=True,
         sends="text/event-stream",
         responses={

@@ -56,7 +56,7 @@ class TickerQuery(ResumeQuery):
         [],
         max_length=100,
         description="Only these symbols, as `A,B` or repeated. Default: all.",
-        examples=["AAPL,MSFT"],
+        examples=[["AAPL", "MSFT"]],
     )
     limit: int | None = Field(None, ge=1, le=1_000_000, description="End the stream after N events.", examples=[10])
     conflate: float = Field(
@@ -107,12 +107,19 @@ class Ticker(Scenario):
             yield
             task.cancel()
 
-    @endpoint("GET", "/stream/stock-ticker", query=TickerQuery, sends="text/event-stream")
+    def _known_symbols(self) -> tuple[str, ...] | None:
+        """Return the symbols of the simulation; others may come at any time, so that any can be followed."""
+        return self.symbols if self.source == "simulate" else None
+
+    @endpoint(
+        "GET",
+        "/stream/stock-ticker",
+        query=TickerQuery,
+        choices={"symbols": _known_symbols},
+        sends="text/event-stream",
+    )
     async def prices(self, request: web.Request, query: TickerQuery) -> web.StreamResponse:
         """Follow prices as they are published. An id resumes without a gap."""
-        if self.source == "simulate" and (unknown := sorted(set(query.symbols) - set(self.symbols))):
-            detail = f"unknown: {', '.join(unknown)}; known: {', '.join(self.symbols[:100])}"
-            raise Problem.parameter("symbols", detail)
         view = View(keys=frozenset(query.symbols) or None, conflate=query.conflate)
         return await follow(request, self._channel, view=view, after=query.last_event_id, limit=query.limit)
 

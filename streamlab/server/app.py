@@ -242,7 +242,7 @@ def _bind(route: Route, plugin: Plugin) -> Handler:
             reject_other_origin(request)
         accept_body(request, endpoint.body_limit or BODY_LIMIT)
         await _send_continue(request)
-        parameters = await read_parameters(request, endpoint)
+        parameters = await read_parameters(request, route)
         if endpoint.starts_work and request.method == "HEAD":
             return await _send_headers_only(request, endpoint)
         handling = route.handler(request, **parameters)

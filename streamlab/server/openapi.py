@@ -1,6 +1,7 @@
 """The declarations of endpoints as an OpenAPI 3.1 document and as curl commands."""
 
 import json
+import logging
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,14 @@ from pydantic.json_schema import models_json_schema
 from streamlab.problems import MEDIA_TYPE
 from streamlab.scenario import Endpoint, Route
 
+log = logging.getLogger(__name__)
+
+MAX_CHOICES = 1000
+"""Maximum number of choices of a parameter that the document lists; with more, the parameter is any text."""
+
 _REFERENCE = "#/components/schemas/{model}"
+
+_NULL = {"type": "null"}
 
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -54,6 +62,7 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
     for r in listed:
         if r.endpoint.body is not None and not r.endpoint.body.model_config.get("extra"):
             _close(schemas[r.endpoint.body], definitions["$defs"])
+    _restrict_bodies(listed, schemas, definitions.get("$defs", {}))
     paths: dict[str, dict[str, Any]] = {}
     for route in listed:
         paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = _operation(route, schemas)
@@ -81,6 +90,48 @@ def _close(schema: Mapping[str, Any], definitions: Mapping[str, dict[str, Any]])
             _close(definitions[name], definitions)
 
 
+def _restrict_bodies(
+    routes: Iterable[Route], schemas: Mapping[type[BaseModel], Any], definitions: Mapping[str, dict[str, Any]]
+) -> None:
+    """Add choices to the schemas of bodies; a field whose choices differ between two routes gets none."""
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    for route in routes:
+        if route.endpoint.body is not None:
+            name = schemas[route.endpoint.body].get("$ref", "").rpartition("/")[2]
+            choices = _choices(route)
+            for field in definitions.get(name, {}).get("properties", {}):
+                found.setdefault((name, field), []).append(choices.get(field, []))
+    for (name, field), lists in found.items():
+        if lists[0] and all(choices == lists[0] for choices in lists):
+            properties = definitions[name]["properties"]
+            properties[field] = _restricted(properties[field], lists[0])
+
+
+def _choices(route: Route) -> dict[str, list[str]]:
+    """Return the choices of a route's parameters by name, as far as they are known and can be listed."""
+    found: dict[str, list[str]] = {}
+    for name, choices in route.choices.items():
+        try:
+            allowed = choices()
+        except Exception:  # its scenario has not started, or failed to
+            log.debug("the choices of %s of %s are unknown", name, route.endpoint.template, exc_info=True)
+            continue
+        if allowed and len(allowed) <= MAX_CHOICES:
+            found[name] = list(allowed)
+    return found
+
+
+def _restricted(shape: Mapping[str, Any], choices: list[str]) -> dict[str, Any]:
+    """Return the schema of a text, or of a list of texts, that allows these choices and no others."""
+    if "items" in shape:
+        return {**shape, "items": _restricted(shape["items"], choices)}
+    if "anyOf" in shape:
+        branches = [one if one == _NULL else _restricted(one, choices) for one in shape["anyOf"]]
+        return {**shape, "anyOf": branches}
+    default = {name: value for name, value in shape.items() if name != "default" or value in choices}
+    return {**default, "enum": choices}
+
+
 def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any]:
     endpoint, error_format = route.endpoint, route.error_format
     errors: dict[str, Any] = {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model="Problem")}}}
@@ -93,7 +144,7 @@ def _operation(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str
         "description": endpoint.description,
         # An extension, for pages that show the command with other parameters: its arguments, with "{url}" for the URL.
         "x-curl": _curl_arguments(endpoint),
-        "parameters": [*_path_parameters(endpoint), *_parameters(endpoint.query, "query")],
+        "parameters": [*_path_parameters(route), *_query_parameters(route)],
         "responses": {
             "200": {"description": endpoint.summary, "content": {media: {} for media in endpoint.sends}},
             **{str(status): {"description": meaning} for status, meaning in endpoint.responses.items()},
@@ -135,25 +186,52 @@ def _curl_arguments(endpoint: Endpoint) -> list[str]:
         return endpoint.curl.split()
 
 
-def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
-    described = {parameter["name"]: parameter for parameter in _parameters(endpoint.path_model, "path")}
-    names = re.findall(r"\{(\w+)\}", endpoint.template)
+def _path_parameters(route: Route) -> list[dict[str, Any]]:
+    described = {one["name"]: one for one in _parameters(route.endpoint.path_model, "path", _choices(route))}
+    names = re.findall(r"\{(\w+)\}", route.endpoint.template)
     plain = {"in": "path", "required": True, "schema": {"type": "string"}}
     return [{"name": name, **plain, **described.get(name, {}), "required": True} for name in names]
 
 
-def _parameters(model: type[BaseModel] | None, where: str) -> Iterator[dict[str, Any]]:
+def _query_parameters(route: Route) -> list[dict[str, Any]]:
+    return list(_parameters(route.endpoint.query, "query", _choices(route)))
+
+
+def _parameters(
+    model: type[BaseModel] | None, where: str, choices: Mapping[str, list[str]]
+) -> Iterator[dict[str, Any]]:
     if model is None:
         return
     schema = _inlined(model.model_json_schema())
-    for name, shape in schema.get("properties", {}).items():
+    for name, described in schema.get("properties", {}).items():
         parameter = {"name": name, "in": where, "required": name in schema.get("required", ())}
+        shape = _without_null(described)
         if description := shape.pop("description", ""):
             parameter["description"] = description
-        if examples := shape.pop("examples", []):
-            parameter["example"] = examples[0]
+        examples = shape.pop("examples", [])
         shape.pop("title", None)
+        if name in choices:
+            shape = _restricted(shape, choices[name])
+        if examples or (name in choices and parameter["required"]):
+            parameter["example"] = _fitting(next(iter(examples), None), shape, choices.get(name))
         yield {**parameter, "schema": shape}
+
+
+def _without_null(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a parameter whose model allows None: it may be absent, but a text is never null."""
+    branches = [branch for branch in shape.get("anyOf", ()) if branch != _NULL]
+    if len(branches) == len(shape.get("anyOf", ())):
+        return dict(shape)
+    others = {key: value for key, value in shape.items() if key != "anyOf" and (key, value) != ("default", None)}
+    return {**(branches[0] if len(branches) == 1 else {"anyOf": branches}), **others}
+
+
+def _fitting(example: Any, shape: Mapping[str, Any], choices: list[str] | None) -> Any:
+    """Return an example of a parameter that its schema allows: a list for an array, and choices that exist."""
+    if shape.get("type") == "array":
+        given = example if isinstance(example, list) else [] if example is None else [example]
+        return given if choices is None else [one for one in given if one in choices] or choices[:1]
+    return example if choices is None or example in choices else choices[0]
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -173,13 +251,14 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return dict(resolve(schema))
 
 
-def curl(endpoint: Endpoint, origin: str) -> str:
-    """Return a curl command for an endpoint, with the examples of its models, quoted for a shell."""
+def curl(route: Route, origin: str) -> str:
+    """Return a curl command for a route, with the examples of its models, quoted for a shell."""
+    endpoint = route.endpoint
     path = endpoint.template
-    for parameter in _path_parameters(endpoint):
+    for parameter in _path_parameters(route):
         path = path.replace(f"{{{parameter['name']}}}", quote(str(parameter.get("example", ""))))
-    query = [(item["name"], item["example"]) for item in _parameters(endpoint.query, "query") if "example" in item]
-    address = f"{origin}{path}{'?' if query else ''}{urlencode(query)}"
+    query = [(item["name"], item["example"]) for item in _query_parameters(route) if "example" in item]
+    address = f"{origin}{path}{'?' if query else ''}{urlencode(query, doseq=True)}"
     arguments = endpoint.curl.replace("{url}", shlex.quote(address))
     if endpoint.body is not None and "-d " not in arguments:
         example = json.dumps(body_example(endpoint.body))

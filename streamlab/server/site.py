@@ -144,7 +144,7 @@ class Site(Scenario):
         first = {route.scenario: _effort(route) for route in reversed(serving)}
         # The routes of a scenario stay together; those of the server come last.
         serving.sort(key=lambda route: (route.scenario == self.name, first[route.scenario], route.scenario))
-        return [(route, openapi.curl(route.endpoint, origin)) for route in serving], failed
+        return [(route, openapi.curl(route, origin)) for route in serving], failed
 
     def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
         """Return the lab page. Its list of routes is complete without JavaScript; web/lab.js adds what runs them."""

@@ -1,5 +1,6 @@
 """Validation of a request by the models that its endpoint declares; one error response names every fault."""
 
+from collections.abc import Collection, Iterator
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
@@ -7,14 +8,19 @@ from pydantic import BaseModel, ValidationError
 
 from streamlab.problems import Problem, faults
 from streamlab.request_body import read_json
-from streamlab.scenario import Endpoint
+from streamlab.scenario import Route, labels
+
+MAX_LISTED = 100
+"""Maximum number of allowed values that an error response lists."""
 
 
-async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str, BaseModel]:
+async def read_parameters(request: web.Request, route: Route) -> dict[str, BaseModel]:
     """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
 
-    Raises Problem 422 listing every bad or unknown parameter, and 400, 408, 413 or 415 for a body (see `read_json`).
+    Raises Problem 422 listing every bad or unknown parameter, 404 where only a choice in the path is wrong, and 400,
+    408, 413 or 415 for a body (see `read_json`).
     """
+    endpoint = route.endpoint
     errors: list[dict[str, Any]] = []
     found: dict[str, BaseModel] = {}
     if endpoint.path_model is not None:
@@ -26,9 +32,29 @@ async def read_parameters(request: web.Request, endpoint: Endpoint) -> dict[str,
         _decode("query", endpoint.query, query, found, errors)
     if endpoint.body is not None:
         _decode("body", endpoint.body, await read_json(request), found, errors)
-    if errors:
-        raise Problem.of_parameters(errors)
+    wrong = list(_wrong_choices(route, found))
+    missing = [error for error in wrong if error["in"] == "path"]
+    if missing and not errors:
+        raise Problem(404, f"{missing[0]['name']}: {missing[0]['detail']}.", errors=wrong)
+    if errors or wrong:
+        raise Problem.of_parameters([*errors, *wrong])
     return found
+
+
+def _wrong_choices(route: Route, found: dict[str, BaseModel]) -> Iterator[dict[str, Any]]:
+    """Yield what is wrong with parameters whose values are not among the choices of the route."""
+    for name, choices in route.choices.items():
+        for where, model in found.items():
+            field = labels(type(model)).get(name)
+            if field is None or (allowed := choices()) is None:
+                continue
+            given = getattr(model, field)
+            default = type(model).model_fields[field].get_default(call_default_factory=True)
+            values = set(given) if isinstance(given, Collection) and not isinstance(given, str) else {given}
+            if given != default and (unknown := sorted(values - set(allowed))):
+                known = ", ".join([*allowed][:MAX_LISTED]) or "none"
+                more = f" and {len(allowed) - MAX_LISTED} more" if len(allowed) > MAX_LISTED else ""
+                yield {"in": where, "name": name, "detail": f"unknown: {', '.join(unknown)}; known: {known}{more}"}
 
 
 def _read_query(request: web.Request, model: type[BaseModel] | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -271,7 +271,7 @@ def test_parameters_of_a_query_are_typed_bounded_and_bound(serve: Callable[..., 
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/export/nothing/csv", 404, "There is no export of this name"),
+        ("/export/nothing/csv", 404, "name: unknown: nothing; known: data, results, users."),
         ("/export/users/xml", 422, "'csv', 'jsonl', 'json', 'arrow' or 'parquet'"),
         ("/export/users/csv?columns=id,nome", 422, "no column 'nome'; known: id, name, email"),
         ("/export/users/csv?where.nome=x", 422, "no column 'nome'"),

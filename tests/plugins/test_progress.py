@@ -715,7 +715,7 @@ KINDS = ["brief", "checksum", "compute", "count", "export", "fail", "hold", "reh
 
 
 WRONG: list[tuple[str, Any, dict[str, str]]] = [
-    (TASKS, {"kind": "nap"}, {"kind": f"unknown task kind; known: {', '.join(KINDS)}"}),
+    (TASKS, {"kind": "nap"}, {"kind": f"unknown: nap; known: {', '.join(KINDS)}"}),
     (
         TASKS,
         {"kind": "rehearsal", "parameters": {"steps": 0, "dealy": 1}},
@@ -737,7 +737,7 @@ WRONG: list[tuple[str, Any, dict[str, str]]] = [
         None,
         {"steps": "input should be a valid integer, unable to parse string as an integer"},
     ),
-    ("/process/long-task?kind=nap", None, {"kind": f"unknown task kind; known: {', '.join(KINDS)}"}),
+    ("/process/long-task?kind=nap", None, {"kind": f"unknown: nap; known: {', '.join(KINDS)}"}),
     (f"{TASKS}/abc", None, {"id": "string should match pattern '^[0-9a-f]{32}$'"}),
 ]
 

@@ -178,7 +178,7 @@ async def test_the_index_is_html_for_a_browser(lab: Lab) -> None:
     for route in client.app[ROUTES]:
         method, path = route.endpoint.method, route.endpoint.template
         assert f'<span class="method">{method}</span> <code>{path}</code>' in page
-        assert f"<pre>{escape(openapi.curl(route.endpoint, f'http://127.0.0.1:{client.port}'))}</pre>" in page
+        assert f"<pre>{escape(openapi.curl(route, f'http://127.0.0.1:{client.port}'))}</pre>" in page
     assert "<p>Things &lt;b&gt;bold&lt;/b&gt;.</p>" in page
     assert (await get(client, "/lab"))[1] == page
 
