@@ -1,1 +1,1 @@
-"""Measurements that stand behind the numbers of README.md; nothing here is installed."""
+"""The benchmarks behind the numbers of README.md; they are not installed."""

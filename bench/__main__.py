@@ -1,4 +1,4 @@
-"""Measure everything beside its peers, judge what was measured, or write it into bench/README.md."""
+"""Measure everything and its peers, compare a run with the goals, or write it into bench/README.md."""
 
 import argparse
 import signal
@@ -10,21 +10,21 @@ from .record import RESULTS, Record, newest
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Run all benchmarks, or those that are wanted; keep numbers, page and plots; return the status."""
+    """Run all benchmarks, or the selected ones; store numbers, page and plots; return the exit status."""
     chosen = [one for name, one in suite.BENCHMARKS.items() if name in (options.only or suite.BENCHMARKS)]
     record = Record({})
     path = RESULTS / f"{record.began}.json"
     for name, outcome in suite.measure(chosen, options):
         record.outcomes[name] = outcome
-        keep(record, path)  # each time anew: what is measured stays, even if the next one is broken off
+        store(record, path)  # after each one, so that an aborted run keeps its numbers
     record.full = not options.quick and len(chosen) == len(suite.BENCHMARKS)
-    keep(record, path)
+    store(record, path)
     pictures = draw(record, RESULTS, f"{record.began}-")
     path.with_suffix(".md").write_text(page.page(record, [one.name for one in pictures]), encoding="utf-8")
     if options.keep:
         draw(record, page.PLOTS)
     for name, outcome in record.outcomes.items():
-        print(f"\n== {name}\n\n{suite.BENCHMARKS[name].tell(outcome, markdown=False)}")
+        print(f"\n== {name}\n\n{suite.BENCHMARKS[name].report(outcome, markdown=False)}")
     print(f"\n== all\n\n{page.summary(record, markdown=False)}")
     if options.markdown:
         print("\n" + path.with_suffix(".md").read_text(encoding="utf-8"))
@@ -32,16 +32,16 @@ def measure(options: argparse.Namespace) -> int:
     return int(any(one.failure for one in record.outcomes.values()))
 
 
-def keep(record: Record, path: Path) -> None:
-    """Write a run, and what became of its goals."""
+def store(record: Record, path: Path) -> None:
+    """Write a run, with the results of its goals."""
     record.write(path, {name: suite.BENCHMARKS[name].judge(one) for name, one in record.outcomes.items()})
 
 
 def draw(record: Record, folder: Path, prefix: str = "") -> list[Path]:
-    """Draw the plots of a run, if it has what they show. Returns the files."""
+    """Draw the plots of a run, if it has the numbers, and return their files."""
     if "scale" not in record.outcomes:
         return []
-    from . import plots  # what only judges needs no matplotlib
+    from . import plots  # judging needs no matplotlib
 
     return plots.draw(record.outcomes["scale"], folder, prefix)
 
@@ -54,38 +54,42 @@ def write(record: Record) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says; return the status: 1 if something fell short or failed, 2 without a run."""
+    """Run the command line; return the exit status: 1 if a goal is missed or a benchmark fails, 2 without a run."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument(
-        "--check", nargs="?", const="", metavar="FILE", help="judge a run (default: the newest full one)"
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--check",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="compare a run with the goals (default: the newest full one)",
     )
-    wanted.add_argument("--write", nargs="?", const="", metavar="FILE", help="write a run into bench/README.md")
-    parser.add_argument("--only", nargs="+", choices=suite.BENCHMARKS, help="run those, and no full run")
-    parser.add_argument("--quick", action="store_true", help="one small round of each, for a first look")
+    action.add_argument("--write", nargs="?", const="", metavar="FILE", help="write a run into bench/README.md")
+    parser.add_argument("--only", nargs="+", choices=suite.BENCHMARKS, help="run only these")
+    parser.add_argument("--quick", action="store_true", help="one small round of each")
     parser.add_argument("--keep", action="store_true", help="draw the plots in bench/plots/, too")
     parser.add_argument("--markdown", action="store_true", help="print the page of the run, too")
     parser.add_argument("--no-pin", action="store_true", help="let servers and client share all CPUs")
-    parser.add_argument("--realtime", action="store_true", help="let nothing else on these CPUs disturb (needs root)")
+    parser.add_argument("--realtime", action="store_true", help="use real-time scheduling (needs root)")
     options = parser.parse_args(arguments)
-    given = options.check if options.check is not None else options.write
-    if given is None:
+    file = options.check if options.check is not None else options.write
+    if file is None:
         return measure(options)
     try:
-        record = Record.read(Path(given) if given else newest(RESULTS))
+        record = Record.read(Path(file) if file else newest(RESULTS))
     except (OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if options.check is None:
         write(record)
         return 0
-    told, passes = gate.check(record)
-    print(told)
+    text, passes = gate.check(record)
+    print(text)
     return int(not passes)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda caught, _: sys.exit(128 + caught))  # it ends what it started, as on Ctrl-C
+    signal.signal(signal.SIGTERM, lambda caught, _: sys.exit(128 + caught))  # end child processes, as Ctrl-C does
     try:
         sys.exit(main())
     except KeyboardInterrupt:

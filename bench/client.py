@@ -1,4 +1,4 @@
-"""The measuring client: a process of its own that downloads over raw sockets and prints what it saw, as JSON."""
+"""The measuring client: a separate process that downloads over raw sockets and prints the results as JSON."""
 
 import hashlib
 import json
@@ -14,29 +14,29 @@ BUFFER = 4 * 1024 * 1024
 
 
 def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> tuple[float, float, int, str]:
-    """Download once; return when the first and the last byte came (perf_counter), how many came, and their SHA-256.
+    """Download once; return the times of the first and last byte (perf_counter), their number, and their SHA-256.
 
-    Unless `hashed`, the kernel discards the body (MSG_TRUNC) and the digest means nothing. `timeout`: seconds without
-    a byte. Raises OSError or ValueError unless the answer is exactly as long as its Content-Length.
+    Unless `hashed`, the kernel discards the body (MSG_TRUNC) and the digest is meaningless. `timeout`: seconds without
+    a byte. Raises OSError or ValueError unless the response is exactly as long as its Content-Length.
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
     with socket.create_connection(("127.0.0.1", port), timeout) as connection:
-        # A time-out kept by the kernel: Python's own would cost a poll before every read.
+        # A timeout of the kernel: Python's would cost a poll before every read.
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(timeout), 0))
         ready.wait(timeout)
         head = f"GET /download/large-file HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
         connection.sendall(head.encode())
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            if not (piece := connection.recv(16 * 1024)):
-                raise ValueError(f"the answer ended within its headers: {answer!r}")
-            answer += piece
-        fields, _, body = answer.partition(b"\r\n\r\n")
-        promised = re.search(rb"(?im)^content-length: *(\d+)\r?$", fields)
-        if promised is None or not fields.startswith(b"HTTP/1.1 200 "):
+        response = b""
+        while b"\r\n\r\n" not in response:
+            if not (chunk := connection.recv(16 * 1024)):
+                raise ValueError(f"the response ended within its headers: {response!r}")
+            response += chunk
+        fields, _, body = response.partition(b"\r\n\r\n")
+        declared = re.search(rb"(?im)^content-length: *(\d+)\r?$", fields)
+        if declared is None or not fields.startswith(b"HTTP/1.1 200 "):
             raise ValueError(f"not a 200 with a Content-Length: {fields!r}")
-        length, received = int(promised[1]), len(body)
+        length, received = int(declared[1]), len(body)
         digest.update(body)
         if not body:
             connection.recv(1, socket.MSG_PEEK)
@@ -47,16 +47,16 @@ def fetch(port: int, hashed: bool, timeout: float, ready: threading.Barrier) -> 
             if hashed:
                 digest.update(buffer[:count])
         ended = time.perf_counter()
-        received += len(connection.recv(1))  # nothing, unless the server sends more than it promised
+        received += len(connection.recv(1))  # empty, unless the server sends more than Content-Length
     if received != length:
-        raise ValueError(f"Content-Length is {length}, but {received} bytes came")
+        raise ValueError(f"Content-Length is {length}, but {received} bytes arrived")
     return first, ended, received, digest.hexdigest()
 
 
 def measure(port: int, streams: int, hashed: bool, timeout: float) -> dict[str, object]:
-    """Download by so many threads at once; seconds count from the first request to the first and to the last byte."""
+    """Download in `streams` threads at once; seconds count from the first request to the first and last byte."""
     begun: list[float] = []
-    # The clocks start when every connection stands; what comes before is Python's start, not the server's work.
+    # The clocks start when all connections are open: before that, only Python starts.
     ready = threading.Barrier(streams, lambda: begun.extend((time.perf_counter(), time.process_time())))
     with ThreadPoolExecutor(streams) as pool:
         downloads = list(pool.map(lambda _: fetch(port, hashed, timeout, ready), range(streams)))
@@ -70,7 +70,7 @@ def measure(port: int, streams: int, hashed: bool, timeout: float) -> dict[str, 
 
 
 def main(port: int, streams: int, hashed: bool, timeout: float, times: int) -> None:
-    """Measure so many times, one after the other, and print what was seen each time."""
+    """Measure `times` times, one after the other, and print all results."""
     print(json.dumps([measure(port, streams, hashed, timeout) for _ in range(times)]))
 
 

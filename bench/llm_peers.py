@@ -1,4 +1,4 @@
-"""The peer of the gateway: a proxy as it is usually written with FastAPI and httpx."""
+"""The peer of the gateway: a proxy as usually written with FastAPI and httpx."""
 
 import os
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ URL = os.environ["BENCH_UPSTREAM"]
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Hold the client."""
+    """Open the client while the application runs."""
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as app.state.client:
         yield
 
@@ -23,7 +23,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/v1/chat/completions")
 async def completions(request: Request) -> StreamingResponse:
-    """Pass an answer on, line by line."""
+    """Forward a response, line by line."""
     body = await request.body()
 
     async def lines() -> AsyncIterator[str]:

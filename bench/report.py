@@ -1,4 +1,4 @@
-"""What a benchmark tells: numbers to look up, goals and how far they are met, and tables of both."""
+"""The report of a benchmark: numbers, goals and their results, and tables of both."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ Table = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of one server in one round; `streams` is how many clients it had at once, or the size of its task."""
+    """One number of one server in one round; `streams` is its number of concurrent clients, or the size of its task."""
 
     server: str
     round: int
@@ -29,33 +29,33 @@ class Measurement:
 
 
 class Numbers:
-    """What was measured, to be looked up."""
+    """Measurements, by server, number of streams and key."""
 
-    def __init__(self, taken: Iterable[Measurement]) -> None:
+    def __init__(self, measurements: Iterable[Measurement]) -> None:
         self._found: dict[tuple[str, int, str], dict[int, float]] = {}
-        for one in taken:
+        for one in measurements:
             self._found.setdefault((one.server, one.streams, one.key), {})[one.round] = one.value
 
     def __call__(self, server: str, streams: int, key: str) -> Mapping[int, float]:
-        """Return a number of a server with so many streams, by round."""
+        """Return a number of a server with `streams` streams, by round."""
         return self._found.get((server, streams, key), {})
 
     def ratios(self, server: str, peer: str, streams: int, key: str, by: str | None = None) -> dict[int, float]:
-        """Divide a server's numbers by a peer's of the same round; the peer's are under `by`, where that is given."""
+        """Divide the numbers of a server by those of a peer in the same round; `by` is the peer's key, if another."""
         mine, theirs = self(server, streams, key), self(peer, streams, by or key)
         return {number: mine[number] / theirs[number] for number in mine if theirs.get(number)}
 
     def streams(self, key: str, server: str | None = None) -> list[int]:
-        """List with how many streams there is a number under a key, of a certain server or of any."""
+        """Return the numbers of streams with a measurement of a key, of one server or of any."""
         return sorted({count for name, count, other in self._found if other == key and server in (None, name)})
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a server's number, divided by the peer's of the same round, shall be; without a peer, the number itself.
+    """The required value of a server's number divided by the peer's of the same round; without a peer, of the number.
 
-    A ratio of the same run says something of the server, so it is judged. A number in a `unit` says as much of the
-    machine, so whether it is met is told, and no more.
+    A ratio of the same run depends mostly on the server, so it is judged. A number with a `unit` depends as much on the
+    machine, so its result is only reported.
     """
 
     title: str
@@ -66,35 +66,35 @@ class Goal:
     limit: float
     server: str = "streamlab"
     by: str | None = None
-    """The peer's key, where it is another one: a server may be its own peer."""
+    """The key of the peer's number, if another: a server may be its own peer."""
     unit: str = ""
     short: str = ""
-    """Why it is known to fall short, if so."""
+    """Known reason for falling short."""
     floor: float | None = None
-    """The worst it may be nevertheless."""
+    """Worst accepted value despite the reason."""
 
     def __post_init__(self) -> None:
         if (self.peer is None) != bool(self.unit):
             raise ValueError(f"{self.title}: a ratio has a peer and no unit, a number a unit and no peer")
         if self.peer and bool(self.short) != (self.floor is not None):
-            raise ValueError(f"{self.title}: a ratio that may fall short says why, and has a floor")
+            raise ValueError(f"{self.title}: a ratio that may fall short has a reason and a floor")
 
     def __str__(self) -> str:
         return f"{self.server} {self.title}" + (f", {self.unit}" if self.unit else "")
 
     def reached(self, value: float, limit: float) -> bool:
-        """Tell whether a value is on the right side of a limit."""
+        """Return whether a value meets a limit."""
         return value >= limit if self.sign == ">=" else value <= limit
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of a goal: the median of its rounds is judged."""
+    """The result of a goal: the median of its rounds is judged."""
 
     goal: Goal
     found: Mapping[int, float]
     absent: str = ""
-    """Why there is no number, where that is known before anything is measured: a peer is not on this machine."""
+    """Known reason for a missing number: a peer that is not installed."""
 
     @cached_property
     def median(self) -> float:
@@ -117,7 +117,7 @@ class Judgement:
 
     @property
     def passes(self) -> bool:
-        """Whether a ratio is good enough. What nobody can explain is not: neither a shortfall nor a missing number."""
+        """Whether a ratio passes: a shortfall or a missing number needs a known reason."""
         goal = self.goal
         if not self.found:
             return bool(self.absent)
@@ -125,7 +125,7 @@ class Judgement:
 
 
 def judge(goals: Sequence[Goal], numbers: Numbers, absent: Mapping[str, str]) -> list[Judgement]:
-    """Judge goals; `absent` says of each server that is not on this machine why."""
+    """Judge goals; `absent` has the reason for each server that is not available."""
     judged = []
     for goal in goals:
         if goal.peer is None:
@@ -140,13 +140,13 @@ def judge(goals: Sequence[Goal], numbers: Numbers, absent: Mapping[str, str]) ->
 
 
 def number(value: float) -> str:
-    """Write three digits that count, and no powers of ten."""
+    """Format a number with three significant digits, without an exponent."""
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
 
 
 def spread(values: Mapping[int, float]) -> str:
-    """Median, least and greatest of a number's rounds; "-" where there is none."""
+    """Format the median, minimum and maximum of the rounds of a number; "-" if there is none."""
     if not values:
         return "-"
     found = values.values()
@@ -158,13 +158,13 @@ def goal_rows(judged: Sequence[Judgement], streams: str) -> list[list[str]]:
     """Return a row for each goal; `streams` heads the column with the number of streams."""
     rows = [["ratio", streams, "median (min..max)", "goal", "result"]]
     for one in judged:
-        wanted = f"{one.goal.sign} {number(one.goal.limit)}"
-        rows.append([str(one.goal), f"{one.goal.streams:,}", spread(one.found), wanted, one.verdict])
+        goal = f"{one.goal.sign} {number(one.goal.limit)}"
+        rows.append([str(one.goal), f"{one.goal.streams:,}", spread(one.found), goal, one.verdict])
     return rows
 
 
 def reasons(judged: Sequence[Judgement]) -> list[str]:
-    """Say of each goal that is not met why, where that is known."""
+    """Return the known reasons of goals that are not met."""
     return [
         f"*{one.goal}, {one.goal.streams:,}*: {one.goal.short}"
         for one in judged
@@ -176,13 +176,13 @@ def server_rows(numbers: Numbers, servers: Sequence[str], keys: Mapping[str, tup
     """Return a row for each server that has any of the numbers; `keys`: number of streams and key, by title."""
     rows = [["server", *keys]]
     for name in servers:
-        cells = [spread(numbers(name, *which)) for which in keys.values()]
+        cells = [spread(numbers(name, *key)) for key in keys.values()]
         if set(cells) != {"-"}:
             rows.append([name, *cells])
     return rows
 
 
-def crowd_rows(numbers: Numbers, servers: Sequence[str], streams: str, keys: Mapping[str, str]) -> list[list[str]]:
+def stream_rows(numbers: Numbers, servers: Sequence[str], streams: str, keys: Mapping[str, str]) -> list[list[str]]:
     """Return a row for each server and number of streams that has any of the keys; `keys`: by title."""
     rows = [["server", streams, *keys]]
     for count in sorted({count for key in keys.values() for count in numbers.streams(key)}):
@@ -207,7 +207,7 @@ def ratio_rows(
 
 
 def table(rows: Table, markdown: bool) -> str:
-    """Lay out rows, the first of them the header, as aligned text or as Markdown."""
+    """Format rows, the first of them the header, as aligned text or as Markdown."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if markdown:
         lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -220,12 +220,12 @@ def table(rows: Table, markdown: bool) -> str:
 
 
 def machine(packages: Sequence[str]) -> dict[str, str]:
-    """Return what numbers depend on besides the options, as name and value; `packages`: whose versions count."""
+    """Return the conditions of a run besides its options, by name; `packages` are those whose versions matter."""
     info = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown CPU")
     binary = nginx_binary()
-    said = subprocess.run([binary, "-v"], capture_output=True, text=True).stderr if binary else "not installed"
-    versions = ", ".join(f"{name} {_version(name)}" for name in packages) + f", nginx {said.strip().split('/')[-1]}"
+    output = subprocess.run([binary, "-v"], capture_output=True, text=True).stderr if binary else "not installed"
+    versions = ", ".join(f"{name} {_version(name)}" for name in packages) + f", nginx {output.strip().split('/')[-1]}"
     return {
         "machine": f"{os.cpu_count()} cores, {model}, {platform.machine()}",
         "system": f"Linux {platform.release()}, Python {platform.python_version()}",

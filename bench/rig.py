@@ -1,4 +1,4 @@
-"""What surrounds every benchmark: its options and its time, the CPUs it is spread over, a clean end, and its report."""
+"""The frame of every benchmark: options, time limit, CPU placement, clean shutdown, and report."""
 
 import argparse
 import os
@@ -19,36 +19,37 @@ from .report import Goal, Judgement, Measurement, Numbers, Table, goal_rows, jud
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the benchmarks: how it measures, what its numbers are called, and what they shall be."""
+    """A benchmark: its function, the names of its numbers, and its goals."""
 
     name: str
     description: str | None
     streams: str
-    """What a server has so many of at once: streams, followers, clients."""
+    """Unit of concurrency: streams, followers, clients."""
     servers: Sequence[str]
     keys: Sequence[str]
     packages: Sequence[str]
-    """Whose versions its numbers depend on."""
+    """Packages whose versions affect its numbers."""
     measure: Callable[["Run"], None]
     tables: Callable[[Numbers], list[Table]]
     seconds: float
-    """How long it may take by itself, and in a run of all benchmarks."""
+    """Time limit when run alone, in seconds."""
     full_seconds: float
+    """Time limit in a run of all benchmarks, in seconds."""
     goals: Sequence[Goal] = ()
     rounds: int = 1
     full: Sequence[str] = ()
-    """Its options in a run of all benchmarks."""
+    """Options in a run of all benchmarks."""
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
 
     def judge(self, outcome: Outcome) -> list[Judgement]:
-        """Judge its goals by what was measured."""
+        """Compare the measurements with its goals."""
         return judge(self.goals, Numbers(outcome.measurements), outcome.absent)
 
-    def tell(self, outcome: Outcome, markdown: bool) -> str:
-        """Write its report: what the numbers depend on, goals and why they fall short, and tables."""
+    def report(self, outcome: Outcome, markdown: bool) -> str:
+        """Return its report: the conditions of the run, goals with reasons for shortfalls, and tables."""
         facts = outcome.facts | ({"ended": outcome.failure} if outcome.failure else {})
-        facts |= {f"left out {at}" if at > 1 else "left out": note for at, note in enumerate(outcome.notes, start=1)}
-        facts |= {"not here": "; ".join(sorted(set(outcome.absent.values())))} if outcome.absent else {}
+        facts |= {f"skipped {at}" if at > 1 else "skipped": note for at, note in enumerate(outcome.notes, start=1)}
+        facts |= {"not installed": "; ".join(sorted(set(outcome.absent.values())))} if outcome.absent else {}
         parts = [
             "\n".join(f"- {name}: {fact}" if markdown else f"{name + ':':<11}{fact}" for name, fact in facts.items())
         ]
@@ -63,83 +64,83 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a run that stands for itself: where it fails, the others are worth having."""
+    """A part of a run; if it fails, the others continue."""
 
-    words: str
-    take: Callable[[], None]
+    title: str
+    run: Callable[[], None]
 
 
 @dataclass
 class Run:
-    """A benchmark while it goes on; what it has measured so far is kept however it ends."""
+    """A running benchmark; its measurements so far are stored however it ends."""
 
     benchmark: Benchmark
     options: argparse.Namespace
     cpus: tuple[int, int] | None
     folder: Path
     deadline: float
-    """When its time is over, by the monotonic clock."""
+    """End of its time limit, by the monotonic clock."""
     outcome: Outcome = field(default_factory=Outcome)
 
     @property
-    def placed(self) -> tuple[int | None, int | None]:
-        """The servers' CPU and the client's; None for any."""
+    def placement(self) -> tuple[int | None, int | None]:
+        """The CPU of the servers and that of the client; None for any."""
         return self.cpus or (None, None)
 
     def note(self, server: str, number: int, streams: int, key: str, value: float) -> None:
-        """Keep a number. Raises ValueError for one that the benchmark does not name: no goal would find it."""
+        """Record a number. Raises ValueError for one that the benchmark does not declare: no goal would find it."""
         if server not in self.benchmark.servers or key not in self.benchmark.keys:
             raise ValueError(f"{self.benchmark.name} has no number {key!r} of {server!r}")
         self.outcome.measurements.append(Measurement(server, number, streams, key, value))
 
-    def say(self, words: str) -> None:
-        """Tell how far it is."""
-        print(f"{self.benchmark.name}: {words}", file=sys.stderr)
+    def log(self, text: str) -> None:
+        """Print the progress."""
+        print(f"{self.benchmark.name}: {text}", file=sys.stderr)
 
     def time_is_left(self, rest: str) -> bool:
-        """Tell whether time is left; if not, say so, here and in the report: `rest` is what is left out."""
+        """Return whether time is left; if not, print and record that `rest` is skipped."""
         if time.monotonic() <= self.deadline:
             return True
-        self.outcome.notes.append(f"{rest}: no time was left")
-        self.say(self.outcome.notes[-1])
+        self.outcome.notes.append(f"{rest}: skipped, the time limit was reached")
+        self.log(self.outcome.notes[-1])
         return False
 
-    def go_through(self, steps: Sequence[Step]) -> None:
-        """Take steps as long as there is time; one that fails is told, and the next one is taken."""
+    def run_steps(self, steps: Sequence[Step]) -> None:
+        """Run steps until the time limit; report one that fails, and continue with the next."""
         for index, step in enumerate(steps):
-            if not self.time_is_left(f"{len(steps) - index} of {len(steps)} steps, from {step.words} on"):
+            if not self.time_is_left(f"{len(steps) - index} of {len(steps)} steps, from {step.title} on"):
                 break
-            self.say(f"{index + 1} of {len(steps)}: {step.words}")
+            self.log(f"{index + 1} of {len(steps)}: {step.title}")
             try:
-                step.take()
+                step.run()
             except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
                 self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Tell of what went wrong: at length here, and in a line in the report."""
-        while isinstance(error, ExceptionGroup):  # a TaskGroup's; the first is what went wrong, the others followed
+        """Report a failure: in full here, and in a line of the report."""
+        while isinstance(error, ExceptionGroup):  # of a TaskGroup: the first is the cause
             error = error.exceptions[0]
         failure = (str(error) or repr(error)).partition("\n")[0]
         if isinstance(error, TimeoutError | subprocess.TimeoutExpired):
-            failure = "an answer did not come in time"
+            failure = "a response timed out"
         self.outcome.failure = self.outcome.failure or failure
         if not isinstance(error, RuntimeError | OSError | ImportError | subprocess.TimeoutExpired):
             traceback.print_exception(error)
-        self.say(f"failed: {error}")
+        self.log(f"failed: {error}")
 
     def rounds(self) -> Iterator[int]:
-        """Count rounds, as many as wanted and there is time for: each is taken to last as long as the one before."""
-        wanted, lasted, number = self.options.rounds, 0.0, 0
-        for number in range(1, wanted + 1):
+        """Yield round numbers, as many as selected and fit into the time limit, by the duration of the last one."""
+        planned, duration, number = self.options.rounds, 0.0, 0
+        for number in range(1, planned + 1):
             begun = time.monotonic()
-            if begun + lasted > self.deadline:
-                self.say(f"no time is left for round {number} of {wanted}")
+            if begun + duration > self.deadline:
+                self.log(f"round {number} of {planned} skipped: the time limit was reached")
                 number -= 1
                 break
-            self.say(f"round {number} of {wanted}")
+            self.log(f"round {number} of {planned}")
             yield number
-            lasted = time.monotonic() - begun
-        self.outcome.facts["rounds"] = str(number) + (f", of {wanted} wanted" if number < wanted else "")
+            duration = time.monotonic() - begun
+        self.outcome.facts["rounds"] = str(number) + (f" of {planned}" if number < planned else "")
 
 
 @dataclass
@@ -150,13 +151,13 @@ class Round:
     number: int
 
     def note(self, server: str, streams: int, key: str, value: float) -> None:
-        """Keep a number."""
+        """Record a number."""
         self.run.note(server, self.number, streams, key, value)
 
 
 def main(benchmark: Benchmark) -> None:
-    """Run a benchmark as a command: measure, keep and print. It ends its servers and its client whatever happens."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # they clean up as Ctrl-C does, but nohup is obeyed
+    """Run a benchmark as a command: measure, store and print. Its servers and client always end."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they clean up as Ctrl-C does, unless nohup ignores them
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda caught, _: sys.exit(128 + caught))
     options = _options(benchmark)
@@ -179,47 +180,47 @@ def main(benchmark: Benchmark) -> None:
     record.write(path, {benchmark.name: benchmark.judge(outcome)})
     if not options.into:
         for as_markdown in (False, True)[: 1 + options.markdown]:
-            print("\n" + benchmark.tell(outcome, as_markdown))
+            print("\n" + benchmark.report(outcome, as_markdown))
         print(f"\nevery number: bench/results/{path.name}")
     sys.exit(bool(outcome.failure))
 
 
 def _measure(run: Run) -> None:
-    """Measure; what goes wrong ends the benchmark, and what it has measured until then is kept."""
+    """Measure; a failure ends the benchmark, and its measurements until then are stored."""
     try:
         run.benchmark.measure(run)
     except SystemExit:
-        run.outcome.failure = "it was ended before it was done"
+        run.outcome.failure = "terminated before its end"
     except Exception as error:
         run.fail(error)
 
 
 def _options(benchmark: Benchmark) -> argparse.Namespace:
-    """Read the options of a benchmark's command line: those that all have, and its own."""
+    """Parse the command line of a benchmark: the common options, and its own."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{benchmark.name}", description=benchmark.description)
     rounds, seconds = benchmark.rounds, benchmark.seconds
     parser.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each kind (default: {rounds})")
-    parser.add_argument("--quick", action="store_true", help="one small round, for a first look")
+    parser.add_argument("--quick", action="store_true", help="one small round")
     parser.add_argument(
-        "--at-most", type=float, default=seconds, metavar="SECONDS", help=f"how long it may take (default: {seconds:g})"
+        "--at-most", type=float, default=seconds, metavar="SECONDS", help=f"time limit (default: {seconds:g})"
     )
     parser.add_argument("--no-pin", action="store_true", help="let servers and client share all CPUs")
-    parser.add_argument("--realtime", action="store_true", help="let nothing else on these CPUs disturb (needs root)")
+    parser.add_argument("--realtime", action="store_true", help="use real-time scheduling (needs root)")
     parser.add_argument("--markdown", action="store_true", help="print everything as Markdown, too")
-    parser.add_argument("--into", type=Path, metavar="FILE", help="write every number there, and print no report")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="write all numbers to this file, and print no report")
     if benchmark.add_options:
         benchmark.add_options(parser)
     options = parser.parse_args()
     if options.rounds < 1 or sys.platform != "linux":
-        parser.error("this needs Linux (it reads /proc), and a round at least")
+        parser.error("requires Linux (it reads /proc) and at least one round")
     if options.quick:
         options.rounds = 1
     return options
 
 
 def choose_cpus(options: argparse.Namespace) -> tuple[int, int] | None:
-    """Choose the servers' CPU and the client's; None where they are not to be, or cannot be, held apart."""
-    if options.realtime:  # whatever is started inherits it
+    """Choose the CPU of the servers and that of the client; None if they share all CPUs."""
+    if options.realtime:  # child processes inherit it
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     allowed = sorted(os.sched_getaffinity(0))
     # The first and the last: neighbours are often two threads of one core.
@@ -227,23 +228,23 @@ def choose_cpus(options: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def placement(cpus: tuple[int, int] | None) -> str:
-    """Say where and how servers and client run."""
+    """Describe where and how servers and client run."""
     where = f"servers on CPU {cpus[0]}, client on CPU {cpus[1]}" if cpus else "not pinned"
     return where + (", real-time scheduling" if os.sched_getscheduler(0) == os.SCHED_RR else "")
 
 
 def allow_files(count: int) -> None:
-    """Let this process, and all that it starts, open so many files and sockets; raises RuntimeError if it may not."""
+    """Allow this process and its children to open `count` files and sockets; raises RuntimeError if not permitted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(count, hard)))
         except (ValueError, OSError):
-            raise RuntimeError(f"needs {count} open files, but `ulimit -Hn` is {hard}") from None
+            raise RuntimeError(f"requires {count} open files, but `ulimit -Hn` is {hard}") from None
 
 
 def client(module: str, arguments: list[str], seconds: float, cpu: int | None) -> "subprocess.CompletedProcess[str]":
-    """Run a measuring client, a module that prints JSON, on one CPU if given; it is killed after so many seconds."""
+    """Run a measuring client, a module that prints JSON, on one CPU if given; kill it after `seconds`."""
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.DEVNULL,

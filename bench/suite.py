@@ -1,4 +1,4 @@
-"""All benchmarks, one after another, each in a process of its own that has so much time and no more."""
+"""All benchmarks, one after another, each in its own process with a time limit."""
 
 import argparse
 import subprocess
@@ -15,29 +15,31 @@ from .servers import end
 
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (file, events, export, llm, progress, scale)}
 SECONDS = 900
-"""How long a full run may take: the times of all benchmarks, and what each may need to end besides."""
+"""Maximum time of a full run, in seconds: the limits of all benchmarks, and the time to end each."""
 GRACE_SECONDS = 8
-"""How long a benchmark may still take for what it has begun, once its time is over."""
+"""Time for a benchmark to finish its current step after its time limit, in seconds."""
 END_SECONDS = 12
-"""How long it may take to end its servers, once it is told to."""
+"""Time for it to end its servers after SIGTERM, in seconds."""
 
 
 def options_of(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
-    """Write the options of a benchmark in a run of all."""
+    """Return the options of a benchmark in a run of all."""
     passed_on = [f"--{name.replace('_', '-')}" for name in ("quick", "no_pin", "realtime") if getattr(options, name)]
     return [*benchmark.full, *passed_on, "--at-most", str(benchmark.full_seconds)]
 
 
 def measure(chosen: Sequence[Benchmark], options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
-    """Run benchmarks; one that fails, or does not end in time, does not take the others with it."""
+    """Run benchmarks; one that fails, or exceeds its limit, does not affect the others."""
     begun, bound = time.monotonic(), sum(one.full_seconds for one in chosen)
     with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
         for benchmark in chosen:
-            gone = time.monotonic() - begun
-            told = f"{benchmark.name}: {benchmark.full_seconds:g} s at most; {gone:.0f} of {bound:g} s are gone"
-            print(f"-- {told}", file=sys.stderr)
+            elapsed = time.monotonic() - begun
+            progress_line = (
+                f"{benchmark.name}: at most {benchmark.full_seconds:g} s; {elapsed:.0f} of {bound:g} s elapsed"
+            )
+            print(f"-- {progress_line}", file=sys.stderr)
             into = Path(folder) / f"{benchmark.name}.json"
-            words = [
+            command = [
                 sys.executable,
                 "-m",
                 f"bench.{benchmark.name}",
@@ -45,24 +47,24 @@ def measure(chosen: Sequence[Benchmark], options: argparse.Namespace) -> Iterato
                 "--into",
                 str(into),
             ]
-            yield benchmark.name, run(words, into, benchmark)
+            yield benchmark.name, run(command, into, benchmark)
 
 
-def run(words: Sequence[str], into: Path, benchmark: Benchmark) -> Outcome:
-    """Run one benchmark, and end it when its time is over; what it measured until then is kept."""
+def run(command: Sequence[str], into: Path, benchmark: Benchmark) -> Outcome:
+    """Run one benchmark, and end it after its time limit; its measurements until then remain."""
     begun, over = time.monotonic(), ""
-    # In a session of its own: Ctrl-C is for this process, which then ends the benchmark, and that its servers.
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+    # In its own session: Ctrl-C reaches only this process, which ends the benchmark, which ends its servers.
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         process.wait(benchmark.full_seconds + GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        over = f"ended, as its time of {benchmark.full_seconds:g} s was over"
+        over = f"ended after its time limit of {benchmark.full_seconds:g} s"
     finally:
         end(process, END_SECONDS)
     try:
         outcome = Record.read(into).outcomes[benchmark.name]
     except (OSError, ValueError, KeyError):
-        outcome = Outcome(failure=f"left no numbers, and the status {process.returncode}")
+        outcome = Outcome(failure=f"wrote no numbers, exit status {process.returncode}")
     outcome.seconds, outcome.budget = round(time.monotonic() - begun, 1), benchmark.full_seconds
     outcome.failure = over or outcome.failure
     if outcome.failure:

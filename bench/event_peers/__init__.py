@@ -1,8 +1,8 @@
-"""The peers of the fan-out measurement: the same ticker as it is usually written with other libraries, a file each.
+"""The peers of the fan-out benchmark: the same ticker as usually written with other libraries, one file each.
 
-Each answers /stream/stock-ticker: POST takes JSON lines, an event a line, and GET follows them as text/event-stream.
-Pings are put off beyond the end of a run, as nothing but events may reach a follower while they are counted.
+Each serves /stream/stock-ticker: POST accepts JSON lines, one event per line, and GET follows them as
+text/event-stream. Pings are delayed beyond the end of a run, since only events may reach a follower meanwhile.
 """
 
 PATH = "/stream/stock-ticker"
-FAR_OFF_SECONDS = 3600
+PING_SECONDS = 3600

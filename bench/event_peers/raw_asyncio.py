@@ -1,4 +1,4 @@
-"""The limit: an asyncio Protocol that writes one prebuilt chunk an event to every transport, and does nothing else."""
+"""The limit: an asyncio Protocol that writes one prebuilt chunk per event to every transport, and does nothing else."""
 
 import asyncio
 import re
@@ -21,12 +21,12 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember where to write."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self.transport, self.received = transport, b""
 
     def data_received(self, data: bytes) -> None:
-        """Answer every request that is whole; where the server was late, the next one has come with it."""
+        """Respond to every complete request; several may arrive together."""
         self.received += data
         while True:
             head, end, body = self.received.partition(b"\r\n\r\n")
@@ -46,7 +46,7 @@ class Connection(asyncio.Protocol):
                 self.transport.write(NOT_FOUND)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Forget the follower."""
+        """Remove the follower."""
         followers.discard(self.transport)
 
 

@@ -1,4 +1,4 @@
-"""aiohttp-sse's sse_response; a queue and a json.dumps a client."""
+"""aiohttp-sse's sse_response, with a queue and a json.dumps per client."""
 
 import asyncio
 import json
@@ -8,13 +8,13 @@ from typing import Any
 from aiohttp import web
 from aiohttp_sse import sse_response
 
-from . import FAR_OFF_SECONDS, PATH
+from . import PATH, PING_SECONDS
 
 queues: set[asyncio.Queue[Any]] = set()
 
 
 async def publish(request: web.Request) -> web.Response:
-    """Hand every line to every client's queue."""
+    """Put every line into the queue of every client."""
     for line in (await request.read()).splitlines():
         event = json.loads(line)
         for queue in queues:
@@ -23,11 +23,11 @@ async def publish(request: web.Request) -> web.Response:
 
 
 async def follow(request: web.Request) -> web.StreamResponse:
-    """Stream what comes out of this client's queue."""
+    """Stream the events of this client's queue."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
     queues.add(queue)
     try:
-        async with sse_response(request, ping_interval=FAR_OFF_SECONDS) as response:
+        async with sse_response(request, ping_interval=PING_SECONDS) as response:
             while True:
                 await response.send(json.dumps(await queue.get()))
     finally:
@@ -35,7 +35,7 @@ async def follow(request: web.Request) -> web.StreamResponse:
 
 
 def main(port: int) -> None:
-    """Serve; handler_cancellation as streamlab has it, or a client that left would keep its queue."""
+    """Serve; with handler_cancellation, as streamlab, so that a disconnected client releases its queue."""
     app = web.Application()
     app.add_routes([web.post(PATH, publish), web.get(PATH, follow)])
     web.run_app(

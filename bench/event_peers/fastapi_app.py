@@ -1,4 +1,4 @@
-"""The FastAPI tutorial's event stream: StreamingResponse over a generator, a queue and a json.dumps a client."""
+"""The event stream of the FastAPI tutorial: StreamingResponse over a generator, a queue and a json.dumps per client."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ queues: set[asyncio.Queue[Any]] = set()
 
 @app.post(PATH)
 async def publish(request: Request) -> Response:
-    """Hand every line to every client's queue."""
+    """Put every line into the queue of every client."""
     for line in (await request.body()).splitlines():
         event = json.loads(line)
         for queue in queues:
@@ -26,9 +26,9 @@ async def publish(request: Request) -> Response:
 
 @app.get(PATH)
 async def follow() -> StreamingResponse:
-    """Stream what comes out of this client's queue."""
+    """Stream the events of this client's queue."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    queues.add(queue)  # before the headers leave: a client that has them misses nothing
+    queues.add(queue)  # before the headers are sent: a client that has them misses no event
 
     async def events() -> AsyncIterator[str]:
         try:

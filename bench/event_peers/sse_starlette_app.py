@@ -1,4 +1,4 @@
-"""sse-starlette's EventSourceResponse on Starlette alone, which is lighter than FastAPI; a queue a client."""
+"""sse-starlette's EventSourceResponse on Starlette, which is lighter than FastAPI, with a queue per client."""
 
 import asyncio
 import json
@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from . import FAR_OFF_SECONDS, PATH
+from . import PATH, PING_SECONDS
 
 queues: set[asyncio.Queue[Any]] = set()
 
 
 async def publish(request: Request) -> Response:
-    """Hand every line to every client's queue."""
+    """Put every line into the queue of every client."""
     for line in (await request.body()).splitlines():
         event = json.loads(line)
         for queue in queues:
@@ -26,7 +26,7 @@ async def publish(request: Request) -> Response:
 
 
 async def follow(request: Request) -> EventSourceResponse:
-    """Stream what comes out of this client's queue."""
+    """Stream the events of this client's queue."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
     queues.add(queue)
 
@@ -37,7 +37,7 @@ async def follow(request: Request) -> EventSourceResponse:
         finally:
             queues.discard(queue)
 
-    return EventSourceResponse(events(), ping=FAR_OFF_SECONDS)
+    return EventSourceResponse(events(), ping=PING_SECONDS)
 
 
 app = Starlette(routes=[Route(PATH, publish, methods=["POST"]), Route(PATH, follow)])
