@@ -207,7 +207,11 @@ def check(config: ConfigOption = None) -> None:
 
 
 @cli.command()
-def new(name: str, config: ConfigOption = None) -> None:
+def new(
+    name: str,
+    task: Annotated[bool, typer.Option("--task", help="Write a long task instead of a scenario.")] = False,
+    config: ConfigOption = None,
+) -> None:
     """Write a working plugin called NAME, and its conformance test."""
     with _exit_on_config_error():
         settings = _read_config(config)
@@ -217,16 +221,15 @@ def new(name: str, config: ConfigOption = None) -> None:
         raise typer.Exit(2)
     folder = next(iter(settings.plugins.path), settings.base / "plugins")
     try:
-        paths = write_plugin(name, folder=folder, tests=folder.parent / "tests")
+        paths = write_plugin(name, folder=folder, tests=folder.parent / "tests", task=task)
     except (ValueError, OSError) as error:
         typer.echo(f"streamlab: {error}", err=True)
         raise typer.Exit(2) from None
     for path in paths:
         typer.echo(f"wrote {path}")
-    typer.echo(
-        f"try it: streamlab run, then curl -N http://{settings.server.host}:{settings.server.port}/stream/{name}\n"
-        f"test it: pytest {paths[1]}"
-    )
+    url = f"http://{settings.server.host}:{settings.server.port}"
+    run = f"streamlab task run {name} --url {url}" if task else f"curl -N {url}/stream/{name}"
+    typer.echo(f"try it: streamlab run, then {run}\ntest it: pytest {paths[1]}")
 
 
 TargetArgument = Annotated[

@@ -1,4 +1,4 @@
-"""The plugin and the test that `streamlab new` writes."""
+"""The plugins and the tests that `streamlab new` writes."""
 
 import keyword
 from pathlib import Path
@@ -42,6 +42,46 @@ def register_scenarios():
     return [{title}]
 '''
 
+TASK = '''"""{title}: add up squares, as a long task."""
+
+import asyncio
+from typing import Annotated
+
+from pydantic import Field
+
+from streamlab import Progress, Task, hookimpl
+
+Count = Annotated[int, Field(ge=1, le=1_000_000, description="How many squares to add.", examples=[3])]
+
+
+async def {name}(progress: Progress, count: Count = 100) -> dict[str, int]:
+    """Add the squares up to a number."""
+    state = progress.checkpoint or {{"next": 1, "sum": 0}}  # where the run before this one was interrupted
+    for number in range(state["next"], count + 1):
+        await progress(number - 1, count, "adding")
+        await asyncio.sleep(0.02)  # the work; what blocks belongs into `streamlab.Threads`
+        state = {{"next": number + 1, "sum": state["sum"] + number**2}}
+        progress.checkpoint = state  # stored with the next progress
+    await progress(count, count)
+    return {{"sum": state["sum"]}}
+
+
+@hookimpl
+def register_tasks():
+    """Return the task of this plugin."""
+    return [Task({name}, unit="squares", resumable=True)]
+'''
+
+TASK_TEST = '''"""The task {name} conforms to what streamlab promises of every task."""
+
+from streamlab.testing import TaskConformance
+
+
+class Test{title}(TaskConformance):
+    plugin = "{name}"
+    large = {{"count": 200}}  # for several seconds, in which it is cancelled, and its server killed
+'''
+
 TEST = '''"""The scenario {name} conforms to what streamlab promises of every stream."""
 
 from streamlab.testing import Conformance
@@ -52,8 +92,8 @@ class Test{title}(Conformance):
 '''
 
 
-def write_plugin(name: str, *, folder: Path, tests: Path) -> list[Path]:
-    """Write `folder/NAME.py` and `tests/test_NAME.py`, and return both paths.
+def write_plugin(name: str, *, folder: Path, tests: Path, task: bool = False) -> list[Path]:
+    """Write `folder/NAME.py` and `tests/test_NAME.py`, with a scenario or a long task, and return both paths.
 
     Raises ValueError for a name that is not a lower-case Python identifier, FileExistsError rather than overwrite.
     """
@@ -61,7 +101,8 @@ def write_plugin(name: str, *, folder: Path, tests: Path) -> list[Path]:
         raise ValueError(f"{name!r} is not a valid plugin name (as `price_feed`)")
     title = "".join(part.capitalize() for part in name.split("_"))
     explicit_name = "" if snake_case(title) == name else f'\n    name = "{name}"'
-    files = {folder / f"{name}.py": PLUGIN, tests / f"test_{name}.py": TEST}
+    plugin, test = (TASK, TASK_TEST) if task else (PLUGIN, TEST)
+    files = {folder / f"{name}.py": plugin, tests / f"test_{name}.py": test}
     for path in (*files, folder / name):
         if path.exists():
             raise FileExistsError(f"{path} already exists; nothing was written")

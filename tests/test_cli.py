@@ -322,8 +322,9 @@ def test_new_writes_a_plugin_that_serves_and_a_test_that_passes(start: Callable[
     assert server.get("/stream/price_feed?times=0")[0] == 422
 
 
-def test_new_writes_what_the_repositorys_own_rules_accept(tmp_path: Path) -> None:
-    streamlab(tmp_path, "new", "price_feed")
+@pytest.mark.parametrize("options", [(), ("--task",)])
+def test_new_writes_what_the_repositorys_own_rules_accept(options: tuple[str, ...], tmp_path: Path) -> None:
+    streamlab(tmp_path, "new", "price_feed", *options)
     rules = str(REPOSITORY / "pyproject.toml")
     for words in (["check"], ["format", "--check"]):
         done = subprocess.run(
@@ -334,6 +335,18 @@ def test_new_writes_what_the_repositorys_own_rules_accept(tmp_path: Path) -> Non
             timeout=30,
         )
         assert done.returncode == 0, done.stdout
+
+
+def test_new_writes_a_task_that_runs(start: Callable[..., Running], tmp_path: Path) -> None:
+    status, output, errors = streamlab(tmp_path, "new", "price_feed", "--task")
+    assert (status, errors) == (0, "")
+    assert output.endswith(
+        "try it: streamlab run, then streamlab task run price_feed --url http://127.0.0.1:8000\n"
+        f"test it: pytest {tmp_path}/tests/test_price_feed.py\n"
+    )
+    server = start()
+    status, output, errors = streamlab(tmp_path, "task", "run", "price_feed", "--url", server.url, "-p", "count=3")
+    assert (status, json.loads(output)) == (0, {"sum": 14}), errors
 
 
 @pytest.mark.parametrize("name", ["feed_2", "a__b"])

@@ -324,7 +324,7 @@ async def rehearsal(
     progress: Progress,
     steps: Annotated[int, Field(ge=1, le=1_000_000, description="Number of steps.")] = 10,
     delay: Annotated[float, Field(ge=0, le=60, description="Duration of each step, in seconds.")] = 0.2,
-    fail_at: Annotated[int | None, Field(ge=1, description="The step that fails.")] = None,
+    fail_at: Annotated[int | None, Field(ge=1, le=1_000_000, description="The step that fails.")] = None,
 ) -> dict[str, int]:
     """Do nothing, step by step, and fail at a given step: for testing clients."""
     await progress(0, steps, "rehearsing")

@@ -56,6 +56,8 @@ class Plugin:
     scenarios: list[Scenario] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
     """Names of its scenarios that are not built although the plugin is imported."""
+    tasks: list[Task] = field(default_factory=list)
+    """The kinds of long tasks that it registers."""
     lost_routes: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of what a failed plugin would have served."""
 
@@ -202,6 +204,7 @@ class Registry:
             except Exception as error:
                 self.fail(name, error)
                 continue
+            next(one for one in self.plugins if one.name == name.partition(":")[0]).tasks += kinds
             for task in kinds:
                 if owner := owners.get(task.name):
                     reason = f"two plugins have a task {task.name!r}: {owner} and {name}; rename one"

@@ -16,6 +16,9 @@ BLOCKED_SECONDS = 0.25
 CHECK_SECONDS = 0.05
 """Interval of the checks, in seconds."""
 
+LOOK_SECONDS = 0.1
+"""Interval at which the stack of a loop that does not respond is read, in seconds."""
+
 MAX_FRAMES = 4
 """Number of frames of a stack that are reported: those of the code that blocks."""
 
@@ -63,13 +66,13 @@ class LoopWatch:
                 self._loop.call_soon_threadsafe(self._note, ran)
             except RuntimeError:  # the loop is closed
                 return
-            while not ran.wait(BLOCKED_SECONDS):
-                stack = stack or _stack(sys._current_frames().get(self._ident))
+            while not ran.wait(LOOK_SECONDS):
+                stack = _stack(sys._current_frames().get(self._ident))
                 if self._closed.is_set():
                     return
             ended, waited_until = self._ran
             seconds = ended - began - (waited_until - waited)
-            if seconds > BLOCKED_SECONDS:
+            if seconds > BLOCKED_SECONDS and stack:
                 code = [f"{frame.filename}:{frame.name}" for frame in stack]
                 shown = "".join(traceback.format_list(stack[-MAX_FRAMES:])).rstrip()
                 self.blocks.append({"seconds": seconds, "code": " ".join(code), "stack": shown})

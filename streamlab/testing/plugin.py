@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .conformance import Conformance, ConformanceRun
+    from .plugin_test import PluginRun, PluginTest
     from .samples import EndpointForm
     from .server import Server
     from .subject import Subject
+    from .tasks import TaskSubject
 
 NO_ENDPOINT = "no endpoint of this kind"
 """The parameter of a case that applies to none of a plugin's endpoints."""
 
 _PROPERTY = "streamlab conformance"
 
-_tested = pytest.StashKey[dict[type, "ConformanceRun"]]()
+_tested = pytest.StashKey[dict[type, "PluginRun"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,9 +63,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(absent)]
     for item in items:
         if isinstance(item, pytest.Function) and (promise := item.function.__dict__.get("promise")) and item.cls:
-            label = promise.label(item.callspec.params["streamlab_subject"])
-            text = promise.text(label, "an error before the case, in `prepare` for example")
-            _report(item, {"endpoint": label, "case": _case(item), "verified": False, "text": text})
+            form: Any = item.callspec.params["streamlab_subject"]
+            text = promise.text(label := promise.label(form), "an error before the case, in `prepare` for example")
+            found = {"endpoint": label, "noun": form.noun, "case": _case(item), "verified": False, "text": text}
+            _report(item, found)
 
 
 def _case(item: pytest.Function) -> str:
@@ -78,15 +80,15 @@ def _report(item: pytest.Item, found: Mapping[str, Any]) -> None:
     item.user_properties.append((_PROPERTY, json.dumps({"class": item.cls.__name__, **found})))
 
 
-def _run_of(config: pytest.Config, case: type) -> "ConformanceRun":
-    from .conformance import ConformanceRun, SetupError
+def _run_of(config: pytest.Config, case: "type[PluginTest]") -> "PluginRun":
+    from .plugin_test import SetupError
 
     found = config.stash[_tested]
     if case not in found:
         folder = tempfile.TemporaryDirectory(prefix="streamlab-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         try:
-            found[case] = ConformanceRun(case, Path(folder.name))
+            found[case] = case._create_run(Path(folder.name))
         except SetupError as error:
             raise pytest.Collector.CollectError(str(error)) from None
     return found[case]
@@ -105,7 +107,7 @@ def streamlab_server(request: pytest.FixtureRequest) -> "Iterator[Server]":
         yield server
 
 
-def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterator[EndpointForm]":
+def _watched(items: Iterable[pytest.Item], case: "type[PluginTest]") -> "Iterator[EndpointForm]":
     """Yield the event streams that the selected tests of a class need to have watched."""
     from .promise import skip_reason
 
@@ -117,15 +119,16 @@ def _watched(items: Iterable[pytest.Item], case: "type[Conformance]") -> "Iterat
 
 
 @pytest.fixture
-def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server") -> "Subject":
-    """Return the endpoint of a case."""
+def streamlab_subject(request: pytest.FixtureRequest, streamlab_server: "Server") -> "Subject | TaskSubject":
+    """Return the endpoint or the kind of task of a case."""
 
     from .promise import skip_reason
 
     if reason := skip_reason(request.cls.skipped, _case(request.node), request.param):
         pytest.skip(reason)
     run = _run_of(request.config, request.cls)
-    return run.subject(request.param, streamlab_server, partial(_report, request.node))
+    subject: Subject | TaskSubject = run.subject(request.param, streamlab_server, partial(_report, request.node))
+    return subject
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -146,7 +149,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for plugin in dict.fromkeys(one["class"] for one in results):
         mine = [one for one in results if one["class"] == plugin]
         verified = sum(one["verified"] for one in mine)
-        endpoints = len({one["endpoint"] for one in mine} - {"the server"})
+        endpoints, noun = len({one["endpoint"] for one in mine} - {"the server"}), mine[0]["noun"]
+        noun = noun if endpoints == 1 else noun.replace("kind", "kinds") if "kind" in noun else f"{noun}s"
         broken = ", ".join(dict.fromkeys(one["case"] for one in mine if not one["verified"]))
-        line = f"{plugin}: {verified} of {len(mine)} promises verified on {endpoints} endpoint{'s' * (endpoints != 1)}"
+        line = f"{plugin}: {verified} of {len(mine)} promises verified on {endpoints} {noun}"
         terminalreporter.write_line(f"{line}; broken: {broken}" if broken else line)

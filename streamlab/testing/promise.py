@@ -14,7 +14,7 @@ from .wire import NotHTTP
 if TYPE_CHECKING:
     from .subject import Subject
 
-Case = Callable[[Any, "Subject"], Awaitable[str]]
+Case = Callable[[Any, Any], Awaitable[str]]
 """A function that checks a subject and returns what it observed; raises Broken for a broken promise."""
 
 
@@ -68,7 +68,8 @@ def promise(
                 observed, verified = str(error), False
             label = required.label(subject.form)
             text = required.text(label, observed)
-            subject.report({"endpoint": label, "case": name, "verified": verified, "text": text})
+            noun = subject.form.noun
+            subject.report({"endpoint": label, "noun": noun, "case": name, "verified": verified, "text": text})
             if not verified:
                 pytest.fail(text, pytrace=False)
             print(text)

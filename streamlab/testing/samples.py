@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote, urlencode
 
 from .wire import request
@@ -57,6 +57,8 @@ class EndpointForm:
     """The methods of its path."""
     media: str
     """The value of Accept; empty where the endpoint has one form."""
+    noun: ClassVar[str] = "endpoint"
+    """What it is, for reports."""
 
     @property
     def endpoint(self) -> str:
@@ -276,6 +278,22 @@ def _invalid_values(schema: Mapping[str, Any], *, typed: bool = False) -> Iterat
             yield from _wrong_lengths(schema)
         case "object" if typed:
             yield "no object", "is not an object"
+
+
+def missing_lengths(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the maximum lengths that a schema lacks: of a text of any form, and of a list."""
+    for choice in _choices(schema):
+        kind = choice.get("type")
+        if (
+            kind == "string"
+            and "maxLength" not in choice
+            and not choice.keys() & {"enum", "const", "pattern", "format"}
+        ):
+            yield "maximum length: Field(max_length=...)"
+        if kind == "array":
+            if "maxItems" not in choice:
+                yield "maximum number of items: Field(max_length=...)"
+            yield from missing_lengths(choice.get("items", {}))
 
 
 def _accepts_any_text(schema: Mapping[str, Any]) -> bool:

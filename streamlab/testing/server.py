@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +124,11 @@ class Response:
         return json.loads(self.body)
 
 
-def environment(plugin: str, settings: Path, folders: Iterable[Path]) -> dict[str, str]:
+def environment(plugin: str, settings: Path, folders: Iterable[Path], *, needs: Collection[str] = ()) -> dict[str, str]:
     """Return the environment variables of a server under test: they enable the probe and disable other plugins.
 
-    A plugin that has a table in the settings stays enabled, since the tested one may need it. Raises ConfigError where
-    the settings cannot be read, and LookupError where no plugin has that name.
+    A plugin that has a table in the settings stays enabled, since the tested one may need it, and so do those that it
+    `needs`. Raises ConfigError where the settings cannot be read, and LookupError where no plugin has that name.
     """
     paths = json.dumps([str(path.resolve()) for path in (*folders, settings.parent / "probe")])
     variables = {
@@ -141,7 +141,7 @@ def environment(plugin: str, settings: Path, folders: Iterable[Path]) -> dict[st
     if plugin not in known:
         where = ", ".join(map(str, folders)) or "no folder of plugins was found"
         raise LookupError(f"there is no plugin {plugin!r}; {nearest(plugin, known)} ({where})")
-    others = known - {plugin, PROBE} - config.scenarios.keys()
+    others = known - {plugin, PROBE, *needs} - config.scenarios.keys()
     return variables | {f"STREAMLAB_SCENARIOS__{name.upper()}__ENABLED": "false" for name in others}
 
 

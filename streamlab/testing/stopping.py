@@ -26,12 +26,6 @@ GRACE_SECONDS = 1.0
 SLACK_SECONDS = 0.5
 """Tolerance for a busy machine, in seconds."""
 
-WATCH_SECONDS = 3.0
-"""Minimum time for which the event loop is watched, in seconds."""
-
-MAX_BLOCKS = 3
-"""Number of times that the same code must block the event loop to fail: what is created once may block it once."""
-
 
 @dataclass
 class Stopped:
@@ -142,29 +136,6 @@ class Stopping:
         if "Traceback" in found.log:
             raise Broken(f"a traceback in its log: {found.log[found.log.index('Traceback') :][:1000]}")
         return f"ended after {found.seconds:.1f} s, status 0"
-
-    @promise("streamlab: nothing blocks the event loop; asyncio, Developing with asyncio", once=True)
-    async def test_event_loop_is_never_blocked(self, subject: Subject) -> str:
-        """No code, in a handler or in the background, blocks the event loop for more than 250 ms again and again."""
-        state = await asyncio.to_thread(
-            subject.server.wait_for_state, lambda state: state.watched >= WATCH_SECONDS, seconds=2 * WATCH_SECONDS
-        )
-        times: dict[str, list[float]] = {}
-        for block in state.blocks:
-            times.setdefault(block["code"], []).append(block["seconds"])
-            if len(times[block["code"]]) == MAX_BLOCKS:
-                longest = max(times[block["code"]])
-                raise Broken(f"blocked {MAX_BLOCKS} times, for up to {longest:.2f} s, by\n{block['stack']}")
-        return f"watched for {state.watched:.0f} s; blocked {len(state.blocks)} times by code that runs once"
-
-    @promise("streamlab: an action of a client is not a fault of the server", once=True)
-    async def test_log_has_no_traceback(self, subject: Subject) -> str:
-        """At the end, the server's log has no traceback and no Python warning."""
-        log = subject.server.log
-        for text in ("Traceback", "Warning: ", "never retrieved"):
-            if text in log:
-                raise Broken(f"in its log: {log[max(0, log.index(text) - 500) :][:1500]}")
-        return f"{len(log.splitlines())} lines, none of them a traceback"
 
 
 def _farewell(response: StreamedResponse, waited: float) -> str:

@@ -16,8 +16,10 @@ import pytest
 
 import streamlab.client
 from streamlab import hookspecs
+from streamlab.scaffold import write_plugin
 from streamlab.server.registry import HOOKS
-from streamlab.testing import Conformance
+from streamlab.testing import Conformance, TaskConformance
+from streamlab.testing.plugin_test import PluginTest
 from tests.support.connections import EventStream
 from tests.support.servers import REPOSITORY, Running, write_plugins
 
@@ -30,10 +32,10 @@ PLUGINS = {
 }
 
 
-def table_of_promises() -> str:
-    """Return the table of the guide, as the code defines it."""
+def table_of_promises(tested: type) -> str:
+    """Return a table of the guide, as the code defines it."""
     rows = ["| case | what is promised | standard |", "| --- | --- | --- |"]
-    for base in reversed(Conformance.__mro__):
+    for base in reversed(tested.__mro__):
         for name, case in vars(base).items():
             if name.startswith("test_"):
                 rows.append(f"| `{name.removeprefix('test_')}` | {case.promise.expected} | {case.promise.standard} |")
@@ -83,15 +85,18 @@ def test_hooks_of_the_guide_are_those_of_the_code() -> None:
         assert (ast.get_docstring(function) or "").startswith(first.rstrip(".")), name
 
 
-def test_promises_of_the_guide_are_those_of_the_suite() -> None:
-    table = GUIDE.partition("<!-- promises -->\n")[2].partition("\n<!-- /promises -->")[0]
-    assert table == table_of_promises(), f"docs/authors.md should have:\n\n{table_of_promises()}"
+@pytest.mark.parametrize(("name", "tested"), [("promises", Conformance), ("task promises", TaskConformance)])
+def test_promises_of_the_guide_are_those_of_the_suite(name: str, tested: type) -> None:
+    table = GUIDE.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+    assert table == table_of_promises(tested), f"docs/authors.md should have:\n\n{table_of_promises(tested)}"
 
 
 def test_attributes_of_the_guide_are_those_of_the_class() -> None:
     documented = set(re.findall(r"^\| `(\w+)(?: = False|\([\w, ]*\))?` \|", GUIDE, re.MULTILINE))
-    own = {name for name in {*vars(Conformance), *Conformance.__annotations__} if not name.startswith("_")}
-    assert own <= documented
+    names = {
+        name for base in (Conformance, TaskConformance, PluginTest) for name in {*vars(base), *base.__annotations__}
+    }
+    assert {name for name in names if not name.startswith("_")} <= documented
 
 
 @pytest.mark.timeout(150)
@@ -111,6 +116,12 @@ def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
     for block in BLOCKS[1:3]:
         exec(compile(block, "docs/authors.md", "exec"), {"__name__": "guide"})
     assert (REPOSITORY / "examples/streamlab-hello/tests/test_hello.py").read_text() in BLOCKS
+
+
+def test_task_of_the_guide_is_what_new_writes(tmp_path: Path) -> None:
+    assert "    streamlab new squares --task\n" in GUIDE
+    _, test = write_plugin("squares", folder=tmp_path, tests=tmp_path, task=True)
+    assert test.read_text() in BLOCKS
 
 
 def test_names_of_the_client_are_in_the_guide() -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from streamlab.testing import Conformance, EndpointForm, Server
+from streamlab.testing import Conformance, EndpointForm, Server, TaskConformance
 
 pytestmark = pytest.mark.usefixtures("forked_servers")
 
@@ -117,6 +117,12 @@ class TestProgress(Conformance):
         if "{id}" not in form.template:
             return {}
         return {"id": server.request("/process/tasks", method="POST", body={"kind": "report"}).json["id"]}
+
+
+class TestProgressTasks(TaskConformance):
+    plugin = "progress"
+    values = {"steps": 3, "delay": 0.05}
+    large = {"steps": 100}
 
 
 class TestTicker(Conformance):
