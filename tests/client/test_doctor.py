@@ -2,22 +2,23 @@
 
 import contextlib
 import os
-import shutil
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.servers import REPOSITORY, Running, free_port, run_streamlab
+from tests.support import proxies
+from tests.support.servers import REPOSITORY, Running, free_port, run_streamlab, starting_in
 
 STRANGER = '''
 """A server of somebody else, as tutorials write it."""
 
 import asyncio
 import json
-import time
+import random
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -44,6 +45,17 @@ async def forgetful(request: Request):
             await asyncio.sleep(0.02)
 
     return StreamingResponse(from_the_start(), media_type="text/event-stream")
+
+
+@app.get("/large-first")
+async def large_first():
+    async def some():
+        for _ in range(200):
+            yield f"data: {random.randbytes(500).hex()}\\n\\n"
+        async for event in events():
+            yield event
+
+    return StreamingResponse(some(), media_type="text/event-stream")
 
 
 @app.get("/silent")
@@ -88,20 +100,9 @@ async def up():
     return "yes"
 '''
 
-NGINX = """
-daemon off; master_process off; pid '{folder}/nginx.pid'; error_log stderr; {user}
-events {{ }}
-http {{
-    access_log off;
-    client_body_temp_path '{folder}/a'; proxy_temp_path '{folder}/b'; fastcgi_temp_path '{folder}/c';
-    uwsgi_temp_path '{folder}/d'; scgi_temp_path '{folder}/e';
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{ proxy_pass http://127.0.0.1:{upstream}; {settings} }}
-    }}
-}}
-"""
-RIGHT = "proxy_http_version 1.1; proxy_set_header Connection ''; proxy_buffering off;"
+UNBUFFERED = "proxy_http_version 1.1; proxy_set_header Connection ''; proxy_buffering off;"
+
+TICKER = "/stream/stock-ticker"
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY), "SSL_CERT_FILE": os.devnull}
 
@@ -120,30 +121,6 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture
-def nginx(tmp_path: Path) -> Iterator[Callable[..., int]]:
-    """`nginx(upstream, settings)`: the port of a proxy in front of another port."""
-    path = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if path is None:
-        pytest.skip("nginx is not installed")
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def starting(upstream: int, settings: str = "") -> int:
-        port, user = free_port(), "user root root;" if os.geteuid() == 0 else ""
-        text = NGINX.format(folder=tmp_path, port=port, upstream=upstream, settings=settings, user=user)
-        (tmp_path / "nginx.conf").write_text(text)
-        with (tmp_path / "nginx.log").open("wb") as log:
-            words = [path, "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf")]
-            processes.append(subprocess.Popen(words, stdout=log, stderr=log))
-        wait_until_there(port, processes[-1], tmp_path / "nginx.log")
-        return port
-
-    yield starting
-    for process in processes:
-        process.terminate()
-        process.wait(10)
 
 
 def wait_until_there(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -169,14 +146,26 @@ def has(findings: list[str], *beginnings: str) -> bool:
     return all(any(finding.startswith(beginning) for finding in findings) for beginning in beginnings)
 
 
-def test_streamlab_has_no_bad_finding(start: Callable[..., Running]) -> None:
-    server = start("[scenarios.ticker]\ninterval = 0.05\n[scenarios.file]\nsample_mb = 3\n")
-    status, found = doctor(server.port, "/stream/stock-ticker")
+@pytest.fixture(scope="module")
+def ticker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with prices of five symbols every 20 ms."""
+    with starting_in(tmp_path_factory.mktemp("ticker")) as starting:
+        yield starting("[scenarios.ticker]\ninterval = 0.02\n[scenarios.file]\nsample_mb = 3\n")
+
+
+def line_for(proxy: str) -> str:
+    """The line of a proxy's configuration that docs/operate.md gives."""
+    (line,) = re.findall(rf"^\| {proxy} \| `([^`]+)`", (REPOSITORY / "docs/operate.md").read_text(), re.MULTILINE)
+    return str(line)
+
+
+def test_streamlab_has_no_bad_finding(ticker: Running) -> None:
+    status, found = doctor(ticker.port, TICKER)
     assert status == 0, found
     assert has(
         found, "yes It streams: the first byte after", "yes It resumes: after Last-Event-ID: ", "yes X-Accel-Buf"
     )
-    status, found = doctor(server.port, "/download/large-file?rate=2000000", 1)
+    status, found = doctor(ticker.port, "/download/large-file?rate=2000000", 1)
     assert status == 0, found
     assert has(found, "yes It streams", "yes It resumes: a range has the same bytes, and If-Range guards")
 
@@ -210,32 +199,103 @@ def test_what_another_server_lacks_is_reported(stranger: int) -> None:
     assert (status, has(found, "no  It resumes wrongly")) == (1, True), found
 
 
-def test_a_proxy_that_buffers_is_found(stranger: int, nginx: Callable[..., int]) -> None:
-    status, found = doctor(nginx(stranger), "/events", 4)
+# -- through proxies
+
+
+def test_a_proxy_that_buffers_is_found(stranger: int, tmp_path: Path) -> None:
+    with proxies.nginx_to(tmp_path, stranger) as nginx:
+        status, found = doctor(nginx.port, "/events", 4)
     assert status == 1, found
-    assert has(found, "no  "), found
-    assert any("bursts end in the middle of an event" in finding for finding in found), found
-    assert has(found, "    Served by a proxy or nginx: nginx")
-    status, found = doctor(nginx(stranger, RIGHT), "/events")
+    assert any("bursts end in the middle of an event: a proxy fills a buffer" in finding for finding in found), found
+    assert has(found, "    Served by nginx/"), found
+    with proxies.nginx_to(tmp_path, stranger, UNBUFFERED) as nginx:
+        status, found = doctor(nginx.port, "/events")
     assert (status, has(found, "yes It streams")) == (0, True), found
 
 
-def test_an_idle_timeout_of_a_proxy_is_found(stranger: int, nginx: Callable[..., int]) -> None:
-    status, found = doctor(nginx(stranger, f"{RIGHT} proxy_read_timeout 2s;"), "/silent", 8)
+def test_an_idle_timeout_of_a_proxy_is_found(stranger: int, tmp_path: Path) -> None:
+    with proxies.nginx_to(tmp_path, stranger, f"{UNBUFFERED} proxy_read_timeout 2s;") as nginx:
+        status, found = doctor(nginx.port, "/silent", 8)
     assert status == 1, found
     assert has(found, "no  It was closed after "), found
 
 
-def test_a_proxy_that_compresses_is_found(stranger: int, nginx: Callable[..., int]) -> None:
-    squeezing = f"{RIGHT} gzip on; gzip_proxied any; gzip_types text/event-stream; gzip_min_length 1;"
-    _, found = doctor(nginx(stranger, squeezing), "/events")
-    assert any("compress" in finding for finding in found), found
+def test_compression_that_does_not_delay_is_a_note(stranger: int, tmp_path: Path) -> None:
+    settings = f"{UNBUFFERED} gzip on; gzip_proxied any; gzip_types text/event-stream; gzip_min_length 1;"
+    with proxies.nginx_to(tmp_path, stranger, settings) as nginx:
+        status, found = doctor(nginx.port, "/events")
+    assert status == 0, found
+    assert has(
+        found, "yes It streams", "    It is compressed (gzip) for clients that accept that, which does not delay"
+    )
 
 
-def test_streamlab_needs_no_setting_of_nginx(start: Callable[..., Running], nginx: Callable[..., int]) -> None:
-    server = start("[scenarios.ticker]\ninterval = 0.05\n")
-    status, found = doctor(nginx(server.port), "/stream/stock-ticker")
+def test_nginx_needs_no_setting_and_is_not_misread(ticker: Running, tmp_path: Path) -> None:
+    with proxies.nginx_to(tmp_path, ticker.port) as nginx:
+        status, found = doctor(nginx.port, TICKER)
+    assert status == 0, found
+    streams, resumes, nginx_note = found
+    assert streams.startswith("yes It streams")
+    assert resumes.startswith("yes It resumes")
+    assert re.fullmatch(
+        r"    Served by nginx/[\d.]+, which removes X-Accel-Buffering from what it forwards\.", nginx_note
+    )
+
+
+def test_caddy_that_compresses_sends_browsers_nothing_without_its_line(ticker: Running, tmp_path: Path) -> None:
+    with proxies.caddy(tmp_path, ticker.port, "encode gzip") as caddy:
+        status, found = doctor(caddy.port, TICKER, 1)
+    assert status == 1, found
+    assert re.fullmatch(
+        r"no  Browsers receive nothing: compressed \(gzip\), no event arrived in \d\.\d s; uncompressed, \d+ did\. "
+        r"A proxy ignores `Cache-Control: no-transform`: exclude it from compression, "
+        r"in Caddy by `match header !X-Accel-Buffering` inside `encode`\.",
+        found[0],
+    )
+    assert has(found, "yes It resumes"), found
+    assert not has(found, "yes It streams"), found
+    with proxies.caddy(tmp_path, ticker.port, f"encode {{\ngzip\n{line_for('Caddy')}\n}}") as caddy:
+        status, found = doctor(caddy.port, TICKER)
+        assert caddy.get("/openapi.json", {"Accept-Encoding": "gzip"})[1]["content-encoding"] == "gzip"
     assert (status, has(found, "yes It streams", "yes It resumes")) == (0, True), found
+    assert not any("compress" in finding for finding in found), found
+
+
+def test_events_that_compression_delays_are_found(stranger: int, tmp_path: Path) -> None:
+    """The first events fill the buffers of Caddy, which holds those that follow."""
+    with proxies.caddy(tmp_path, stranger, "encode gzip") as caddy:
+        status, found = doctor(caddy.port, "/large-first")
+    assert status == 1, found
+    assert re.fullmatch(
+        r"no  Browsers receive it late: compressed \(gzip\), up to \d\.\d s pass without a byte; "
+        r"uncompressed, 0\.\d s\. Send `Cache-Control: no-transform`, or exclude it from compression\.",
+        found[0],
+    ), found
+
+
+def test_haproxy_delays_events_until_its_option_is_set(ticker: Running, tmp_path: Path) -> None:
+    delayed = re.compile(
+        r"    Events arrive (\d+) at a time, every 0\.[23] s: they are sent so, or a proxy delays them, "
+        r"as HAProxy does without `option http-no-delay`\."
+    )
+    with proxies.haproxy(tmp_path, ticker.port) as haproxy:
+        status, found = doctor(haproxy.port, TICKER)
+    assert status == 0, found
+    (match,) = filter(None, map(delayed.fullmatch, found))
+    assert int(match[1]) > 5
+    with proxies.haproxy(tmp_path, ticker.port, line_for("HAProxy")) as haproxy:
+        status, found = doctor(haproxy.port, TICKER)
+    assert (status, has(found, "yes It streams", "yes It resumes")) == (0, True), found
+    assert not any(map(delayed.match, found)), found
+
+
+def test_varnish_needs_its_line_for_several_ranges_only(ticker: Running, tmp_path: Path) -> None:
+    ranges = {"Range": "bytes=0-9,20-29"}
+    for receive, status_of_ranges in (("", 416), (line_for("Varnish"), 206)):
+        with proxies.varnish(tmp_path, ticker.port, receive) as varnish:
+            status, found = doctor(varnish.port, TICKER)
+            assert varnish.get("/download/large-file?size_mb=1", ranges)[0] == status_of_ranges
+        assert (status, has(found, "yes It streams", "yes It resumes")) == (0, True), found
 
 
 def test_a_url_that_cannot_be_examined_is_reported(stranger: int) -> None:

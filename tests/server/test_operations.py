@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from streamlab.config import Config, Server
 from streamlab.server.app import create_app
-from tests.support import postgres_server
+from tests.support import postgres_server, proxies
 from tests.support.connections import EventStream, read_all, read_until
 from tests.support.servers import REPOSITORY, WITHOUT_MODEL, Running, free_port, plugin_module
 from tests.support.valkey import Valkey
@@ -102,13 +102,9 @@ def short_folder() -> Iterator[Path]:
 
 
 class Front(Running):
-    """nginx before two servers; `error_log` is what it had to say."""
+    """nginx in front of two servers."""
 
     servers: list[Running]
-
-    @property
-    def error_log(self) -> str:
-        return self.stderr.read_text()
 
     def push(self, price: float) -> str:
         """Publish a price through nginx, and return its id."""
@@ -124,48 +120,29 @@ def open_streams(server: Running) -> int:
 
 @pytest.fixture
 def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..., Front]]:
-    """Start two servers that share their log, and nginx with docs/nginx.conf before them."""
-    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if binary is None:
-        pytest.skip("nginx is not installed")
-    processes: list[subprocess.Popen[str]] = []
+    """Start two servers that share their log, and nginx with docs/nginx.conf in front of them."""
+    with contextlib.ExitStack() as stack:
 
-    def starting(config: str = PUSH, *, environ: Mapping[str, str] | None = None, **plugins: str) -> Front:
-        variables = {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})}
-        servers = [start(config, environ=variables, **plugins) for _ in range(2)]
-        port, folder = free_port(), tmp_path / "nginx"
-        folder.mkdir()
-        changes = {
-            "listen 80;": f"listen 127.0.0.1:{port};",
-            "127.0.0.1:8001": f"127.0.0.1:{servers[0].port}",
-            "127.0.0.1:8002": f"127.0.0.1:{servers[1].port}",
-            "/var/log/nginx/streamlab.log": f"{folder}/access.log",
-        }
-        (folder / "streamlab.conf").write_text(replaced((DOCS / "nginx.conf").read_text(), changes))
-        kinds = "".join(
-            f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        # What stands around it is as eager as a distribution's nginx.conf can be.
-        (folder / "nginx.conf").write_text(
-            f"daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/error.log info;"
-            f"events {{}} http {{ {kinds} gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;"
-            f"include {folder}/streamlab.conf; }}"
-        )
-        command = [binary, "-p", str(folder), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
-        process = subprocess.Popen(command, text=True)
-        processes.append(process)
-        nginx = Front(process, f"http://127.0.0.1:{port}", tmp_path, folder / "error.log")
-        nginx.servers = servers
-        while True:
-            assert process.poll() is None, nginx.error_log
-            with contextlib.suppress(ConnectionRefusedError):
-                nginx.connect().close()
-                return nginx
+        def starting(config: str = PUSH, *, environ: Mapping[str, str] | None = None, **plugins: str) -> Front:
+            variables = {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})}
+            servers = [start(config, environ=variables, **plugins) for _ in range(2)]
+            port, folder = free_port(), tmp_path / "nginx"
+            folder.mkdir()
+            changes = {
+                "listen 80;": f"listen 127.0.0.1:{port};",
+                "127.0.0.1:8001": f"127.0.0.1:{servers[0].port}",
+                "127.0.0.1:8002": f"127.0.0.1:{servers[1].port}",
+                "/var/log/nginx/streamlab.log": f"{folder}/access.log",
+            }
+            # What stands around it is as eager as a distribution's nginx.conf can be.
+            eager = "gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;\n"
+            site = replaced((DOCS / "nginx.conf").read_text(), changes)
+            proxy = stack.enter_context(proxies.nginx(folder, eager + site, port=port))
+            nginx = Front(proxy.process, proxy.url, proxy.base, proxy.stderr)
+            nginx.servers = servers
+            return nginx
 
-    yield starting
-    for process in processes:
-        process.terminate()
-        assert process.wait(10) == 0
+        yield starting
 
 
 def test_an_event_passes_nginx_before_the_next_is_published_and_is_not_compressed(front: Callable[..., Front]) -> None:
@@ -242,7 +219,7 @@ def test_downloads_pass_nginx_at_once_in_parts_and_past_its_disk(front: Callable
     with nginx.send(request, receive_buffer=4096) as connection:
         _, _, begun = read_until(connection, b"\r\n\r\n").partition(b"\r\n\r\n")
         assert len(begun) + len(read_all(connection)) == 30_000_000
-    assert "temporary file" not in nginx.error_log
+    assert "temporary file" not in nginx.log
 
 
 def test_nginx_answers_to_allowed_hosts_and_tells_no_query_and_no_metrics(front: Callable[..., Front]) -> None:

@@ -4,22 +4,22 @@ import functools
 import gzip
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.connections import read_all, read_until
+from tests.support.proxies import nginx_to
 from tests.support.servers import Running, starting_in
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -650,31 +650,9 @@ def test_event_streams_are_never_compressed(serve: Callable[..., Running]) -> No
 @pytest.fixture
 def nginx(serve: Callable[..., Running], tmp_path: Path) -> Iterator[Running]:
     """An nginx with its own defaults in front of the server."""
-    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if binary is None:
-        pytest.skip("nginx is not installed")
     server = serve()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    kinds = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (tmp_path / "nginx.conf").write_text(
-        f"daemon off; master_process off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/nginx.log;"
-        f"events {{}} http {{ access_log off; {kinds} server {{ listen 127.0.0.1:{port};"
-        f"location / {{ proxy_pass {server.url}; }} }} }}"
-    )
-    process = subprocess.Popen(
-        [binary, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], stderr=subprocess.DEVNULL
-    )
-    front = Running(server.process, f"http://127.0.0.1:{port}", server.base, server.stderr)
-    try:
-        wait_until(lambda: not refused(front))
-        yield front
-    finally:
-        process.terminate()
-        process.wait(10)
+    with nginx_to(tmp_path, server.port) as proxy:
+        yield replace(server, url=proxy.url)
 
 
 def test_it_streams_behind_an_unchanged_nginx(nginx: Running) -> None:
