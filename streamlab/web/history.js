@@ -1,6 +1,6 @@
 // The history of runs: the latest ones with their figures, retained while the tab is open, and two of them compared.
 
-import { duration, rounded, size } from "./figures.js";
+import { duration, size } from "./figures.js";
 import { element } from "./views.js";
 
 /** Maximum number of runs that are retained. */
@@ -12,11 +12,12 @@ const FIGURES = [
   ["First byte", (run) => run.firstByte, duration],
   ["Time", (run) => run.milliseconds, duration],
   ["Bytes", (run) => run.bytes, size],
-  ["Bytes per second", (run) => (run.milliseconds > 0 ? (1000 * run.bytes) / run.milliseconds : null), size],
+  ["Rate", (run) => (run.milliseconds > 0 ? (1000 * run.bytes) / run.milliseconds : null), (rate) => `${size(rate)}/s`],
   ["Events", (run) => run.events, new Intl.NumberFormat("en").format],
   ["Chunks", (run) => run.chunks, new Intl.NumberFormat("en").format],
   ["Longest gap", (run) => run.gap, duration],
 ];
+const twoDigits = new Intl.NumberFormat("en", { maximumSignificantDigits: 2 });
 const clock = new Intl.DateTimeFormat("en", { timeStyle: "medium", hour12: false });
 
 /** The table of runs, newest first; two that are selected are compared below it. */
@@ -78,7 +79,7 @@ export class History {
   #draw() {
     this.#section.hidden = this.#runs.length === 0;
     this.#selected = this.#selected.filter((id) => this.#runs.some((run) => run.id === id));
-    const names = ["Compare", "Started", "Request", "State", "Status", ...FIGURES.map(([name]) => name)];
+    const names = ["Compare", "Started", "Request", "State", ...FIGURES.map(([name]) => name)];
     const rows = this.#runs.map((run) => {
       const box = element("input", { type: "checkbox", value: run.id, checked: this.#selected.includes(run.id) });
       box.setAttribute("aria-label", `Compare the run of ${clock.format(run.at)}`);
@@ -89,8 +90,7 @@ export class History {
         element("td", {}, box),
         element("td", {}, clock.format(run.at)),
         element("td", { className: "request" }, element("a", { href: run.link, title: run.request }, run.request)),
-        element("td", {}, run.state),
-        element("td", {}, String(run.status ?? "–")),
+        element("td", {}, `${run.state} ${run.status ?? ""}`.trim()),
         ...FIGURES.map(([, value, format]) => element("td", { className: "number" }, written(value(run), format))),
       );
     });
@@ -108,15 +108,18 @@ export class History {
     const words = [
       ["Request", (run) => run.request],
       ["Accept", (run) => run.accept],
-      ["State", (run) => run.state],
+      ["State", (run) => `${run.state} ${run.status ?? ""}`.trim()],
       ["Result", (run) => run.verdict],
     ].map(([name, value]) => [name, ...pair.map(value), ""]);
     const figures = FIGURES.map(([name, value, format]) => {
       const [one, other] = pair.map(value);
-      return [name, written(one, format), written(other, format), one > 0 && other > 0 ? `${rounded(other / one)} times` : ""];
+      return [name, written(one, format), written(other, format), ratio(one, other)];
     });
-    const rows = [...words, ...figures].filter(([, one, other]) => ![one, other].every((text) => ["", "–"].includes(text)));
-    const names = ["", ...pair.map((run) => clock.format(run.at)), "Later to earlier"];
+    const rows = [...words, ...figures].filter(
+      ([, one, other]) => ![one, other].every((text) => ["", "–"].includes(text)),
+    );
+    const times = pair.map((run) => clock.format(run.at));
+    const names = ["", `Earlier, ${times[0]}`, `Later, ${times[1]}`, "Ratio"];
     place.replaceChildren(
       element(
         "table",
@@ -133,6 +136,12 @@ export class History {
       ),
     );
   }
+}
+
+/** Describe how one figure compares with another, with two digits: two runs are no statistics. */
+function ratio(one, other) {
+  if (!(one > 0 && other > 0)) return "";
+  return one === other ? "equal" : `${twoDigits.format(other / one)} times`;
 }
 
 function written(value, format) {

@@ -59,8 +59,7 @@ export class EventProof {
   verdict() {
     const seam = this.#seam;
     if (this.#repeated) return { mark: "bad", text: `${events(this.#repeated)} arrived twice.` };
-    if (this.#epochs)
-      return { mark: "warn", text: "The history of this channel was lost: its ids have a new epoch." };
+    if (this.#epochs) return { mark: "warn", text: "The history of this channel was lost: its ids have a new epoch." };
     if (this.#gap !== null)
       return { mark: "warn", text: `No longer retained by the server (event gap): ${this.#gap}.` };
     if (!seam) return { mark: "", text: "" };

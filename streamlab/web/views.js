@@ -265,9 +265,11 @@ class Binary extends View {
   draw() {
     if (!this.stale) return;
     this.stale = false;
-    const shown = dump(this.#head.subarray(0, Math.min(256, this.#total)), 0);
+    const width = this.element.clientWidth < 540 ? 8 : 16;
+    const shown = dump(this.#head.subarray(0, Math.min(256, this.#total)), 0, width);
     const from = Math.max(256, Math.ceil((this.#total - 256) / 16) * 16);
-    const rest = this.#total > from ? dump(this.#tail.subarray(this.#tail.length - (this.#total - from)), from) : [];
+    const rest =
+      this.#total > from ? dump(this.#tail.subarray(this.#tail.length - (this.#total - from)), from, width) : [];
     this.#out.textContent = [...shown, ...(from > 256 ? ["…"] : []), ...rest].join("\n");
   }
 
@@ -278,13 +280,13 @@ class Binary extends View {
   }
 }
 
-function dump(bytes, from) {
+function dump(bytes, from, width) {
   const rows = [];
-  for (let at = 0; at < bytes.length; at += 16) {
-    const row = [...bytes.subarray(at, at + 16)];
+  for (let at = 0; at < bytes.length; at += width) {
+    const row = [...bytes.subarray(at, at + width)];
     const codes = row.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
     const letters = row.map((byte) => (byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·")).join("");
-    rows.push(`${(from + at).toString(16).padStart(8, "0")}  ${codes.padEnd(47)}  ${letters}`);
+    rows.push(`${(from + at).toString(16).padStart(8, "0")}  ${codes.padEnd(3 * width - 1)}  ${letters}`);
   }
   return rows;
 }
@@ -518,7 +520,12 @@ class Prices extends View {
 
   constructor() {
     super("Prices", "prices");
-    this.#chart = new LineChart(this.#box, { name: "Change of each price since its first", y: (value) => `${finer.format(value)} %`, step: 50, labelled: true });
+    this.#chart = new LineChart(this.#box, {
+      name: "Change of each price since its first",
+      y: (value) => `${finer.format(value)} %`,
+      step: 50,
+      labelled: true,
+    });
     const head = element(
       "tr",
       {},
@@ -596,7 +603,8 @@ class Progress extends View {
     if (event.event === "progress") {
       // A message is repeated with each step, and may have had its own event before.
       const { message } = json ?? {};
-      if (message && message !== this.#latest?.message && message !== this.#messages.at(-1)) this.#messages.push(message);
+      if (message && message !== this.#latest?.message && message !== this.#messages.at(-1))
+        this.#messages.push(message);
       this.#latest = json;
     } else if (event.event === "message") this.#messages.push(json?.message ?? json?.text ?? event.data);
     else if (event.event === "end") this.#ended = json ?? {};
@@ -714,12 +722,14 @@ class Log extends List {
     this.#matching = found.length;
     const rows = found.slice(-SHOWN).map((row) => {
       const level = String(row.level).toUpperCase();
-      return element(
-        "div",
-        { className: `line level-${level.toLowerCase().replace(/\W/g, "")}` },
-        element("b", {}, level.slice(0, 8).padEnd(8)),
-        ` ${text(row)}`,
-      );
+      const [line, at] = [text(row), level ? text(row).toUpperCase().indexOf(level) : -1];
+      // A line that has its level is shown as it is; before others the level is added.
+      const [before, mark, after] =
+        at < 0
+          ? ["", level.slice(0, 8).padEnd(8), ` ${line}`]
+          : [line.slice(0, at), line.slice(at, at + level.length), line.slice(at + level.length)];
+      const className = `line level-${level.toLowerCase().replace(/\W/g, "")}`;
+      return element("div", { className }, before, element("b", {}, mark), after);
     });
     this.#out.replaceChildren(...rows);
   }
