@@ -20,7 +20,7 @@ MAX_DESCRIPTORS = 40
 
 
 @pytest.mark.timeout(240)
-async def test_nothing_is_lost_and_nothing_done_twice_while_servers_are_killed_at_random(
+async def test_nothing_is_lost_or_done_twice_while_servers_are_killed_at_random(
     start: Callable[..., Running],
 ) -> None:
     seed = int(os.environ.get("CHAOS_SEED") or random.randrange(1 << 32))

@@ -205,7 +205,7 @@ def test_routes_lists_every_route_with_a_command(tmp_path: Path) -> None:
     assert sum(line.startswith("       curl ") for line in lines) * 2 == len(lines)
 
 
-def test_help_names_every_command_and_no_command_is_no_success(tmp_path: Path) -> None:
+def test_help_names_every_command_and_no_command_is_an_error(tmp_path: Path) -> None:
     status, output, _ = streamlab(tmp_path, "--help")
     assert status == 0
     for command in ("run", "routes", "check", "new"):
@@ -323,7 +323,7 @@ def test_new_writes_a_plugin_that_serves_and_a_test_that_passes(start: Callable[
 
 
 @pytest.mark.parametrize("options", [(), ("--task",)])
-def test_new_writes_what_the_repositorys_own_rules_accept(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_new_writes_code_that_passes_the_lint_rules(options: tuple[str, ...], tmp_path: Path) -> None:
     streamlab(tmp_path, "new", "price_feed", *options)
     rules = str(REPOSITORY / "pyproject.toml")
     for words in (["check"], ["format", "--check"]):
@@ -378,7 +378,7 @@ def test_new_rejects_the_name_of_a_plugin_that_exists(tmp_path: Path) -> None:
     assert not (tmp_path / "tests").exists()
 
 
-def test_new_rejects_the_name_of_a_plugin_that_ships(tmp_path: Path) -> None:
+def test_new_rejects_the_name_of_a_built_in_plugin(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "new", "file")
     assert status == 2
     assert errors.startswith("streamlab: a plugin 'file' already exists: ")
@@ -535,7 +535,7 @@ def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path
         assert free.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_reload_survives_a_broken_configuration_until_it_is_mended(tmp_path: Path) -> None:
+def test_reload_survives_an_invalid_configuration_until_it_is_fixed(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO})
     write_config(tmp_path, "")
     port = unused_port()

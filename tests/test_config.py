@@ -66,7 +66,7 @@ def fault_of(config: Config) -> str:
 # -- the file
 
 
-def test_without_a_file_the_defaults_hold() -> None:
+def test_without_a_file_the_defaults_apply() -> None:
     config = Config.read(None, {})
     assert config.server == Server.model_validate({}, context={"base": Path.cwd()})
     assert (config.server.host, config.server.port, config.server.drain_seconds) == ("127.0.0.1", 8000, 5.0)
@@ -80,7 +80,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert (config.server.port, config.plugins.path, config.faults) == (8000, (tmp_path / "plugins",), ())
 
 
-def test_a_value_of_the_file_wins_over_the_default(tmp_path: Path) -> None:
+def test_a_value_of_the_file_overrides_the_default(tmp_path: Path) -> None:
     config = Config.read(written(tmp_path, "[server]\nport = 9000\nallowed_hosts = ['a.example']\n"), {})
     assert (config.server.port, config.server.allowed_hosts) == (9000, ("a.example",))
 
@@ -91,7 +91,7 @@ def test_a_configuration_cannot_be_changed_once_read(tmp_path: Path) -> None:
         config.server.port = 1  # type: ignore[misc]
 
 
-def test_tables_in_memory_are_not_touched_by_the_overlay() -> None:
+def test_tables_in_memory_are_not_changed_by_the_overlay() -> None:
     tables: dict[str, Any] = {"server": {"port": 1}}
     assert Config.of(tables, environ={"STREAMLAB_SERVER__PORT": "2"}).server.port == 2
     assert tables == {"server": {"port": 1}}
@@ -110,7 +110,7 @@ def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}: Is a directory"
 
 
-def test_what_is_not_toml_is_said_with_file_and_line(tmp_path: Path) -> None:
+def test_invalid_toml_is_reported_with_file_and_line(tmp_path: Path) -> None:
     path = written(tmp_path, "[server]\nport = = 1\n")
     with pytest.raises(ConfigError) as caught:
         Config.read(path, {})
@@ -120,7 +120,7 @@ def test_what_is_not_toml_is_said_with_file_and_line(tmp_path: Path) -> None:
     assert "line 2" in fault.reason
 
 
-def test_what_is_not_utf8_is_said_with_the_file(tmp_path: Path) -> None:
+def test_invalid_utf_8_is_reported_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(b'[server]\nhost = "\xff"\n')
     with pytest.raises(ConfigError) as caught:
@@ -159,14 +159,14 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert config.plugins.path == (tmp_path / "home" / "mine",)
 
 
-def test_an_empty_log_file_is_none(tmp_path: Path) -> None:
+def test_an_empty_log_file_disables_it(tmp_path: Path) -> None:
     assert Config.of({"server": {"log_file": ""}}, base=tmp_path).server.log_file is None
 
 
 # -- what is wrong with it
 
 
-def test_every_fault_is_said_at_once_with_file_key_value_and_reason(tmp_path: Path) -> None:
+def test_all_faults_are_reported_together_with_file_key_value_and_reason(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         """
@@ -195,7 +195,7 @@ def test_every_fault_is_said_at_once_with_file_key_value_and_reason(tmp_path: Pa
     ]
 
 
-def test_a_key_like_no_other_is_answered_with_all_there_are(tmp_path: Path) -> None:
+def test_a_key_without_a_similar_one_is_reported_with_all_keys(tmp_path: Path) -> None:
     config = Config.of({"plugins": {"zzz": 1}}, base=tmp_path, source="config.toml")
     assert fault_of(config) == "config.toml: plugins.zzz = 1 - unknown key; known: path"
 
@@ -248,7 +248,7 @@ def test_a_value_where_a_table_belongs_is_a_fault(tables: dict[str, Any], key: s
         ("host", 127),
     ],
 )
-def test_a_value_that_will_not_do_is_a_fault(name: str, value: Any, tmp_path: Path) -> None:
+def test_an_invalid_value_is_a_fault(name: str, value: Any, tmp_path: Path) -> None:
     assert [fault.key for fault in Config.of({"server": {name: value}}, base=tmp_path).faults] == [f"server.{name}"]
 
 
@@ -273,7 +273,7 @@ def test_enabled_that_is_neither_true_nor_false_is_a_fault(tmp_path: Path) -> No
         ({"named": {"a": {"adress": "x"}}}, "named.a.adress"),
     ],
 )
-def test_a_misspelt_key_inside_a_scenarios_own_table_is_named_with_its_nearest(
+def test_a_misspelt_key_in_the_table_of_a_scenario_is_reported_with_the_nearest(
     table: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     write_plugins(tmp_path, {"relay": NESTED})
@@ -284,7 +284,7 @@ def test_a_misspelt_key_inside_a_scenarios_own_table_is_named_with_its_nearest(
 # -- the environment
 
 
-def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "[server]\nport = 9000\nhost = '127.0.0.2'\n")
     config = Config.read(path, {"STREAMLAB_SERVER__PORT": "9001", "UNRELATED": "1", "STREAMLABX": "1"})
     assert (config.server.port, config.server.host, config.faults) == (9001, "127.0.0.2", ())
@@ -296,7 +296,7 @@ def test_the_environment_reaches_a_scenario(tmp_path: Path) -> None:
     assert file.scenarios[0].sample_mb == 7  # type: ignore[attr-defined]
 
 
-def test_the_environment_switches_a_scenario_off(tmp_path: Path) -> None:
+def test_the_environment_disables_a_scenario(tmp_path: Path) -> None:
     config = Config.of({}, base=tmp_path, environ={"STREAMLAB_SCENARIOS__FILE__ENABLED": "False"})
     assert {plugin.name: plugin.state for plugin in Registry.load(config).plugins}["file"] == "disabled"
 
@@ -396,7 +396,7 @@ def test_the_shipped_file_sets_nothing(tmp_path: Path) -> None:
     assert all(not table for table in config.scenarios.values())
 
 
-def test_the_shipped_file_is_valid_with_every_key_switched_on(tmp_path: Path) -> None:
+def test_the_shipped_file_is_valid_with_every_key_enabled(tmp_path: Path) -> None:
     text = (REPOSITORY / "config.toml").read_text(encoding="utf-8")
     path = written(tmp_path, re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
     registry = Registry.load(Config.read(path, {}))
@@ -441,7 +441,7 @@ def test_the_shipped_file_shows_the_defaults(tmp_path: Path) -> None:
     assert stale == []
 
 
-def test_the_shipped_file_shows_every_scenario_switched_on() -> None:
+def test_the_shipped_file_shows_every_scenario_enabled() -> None:
     assert {name: table["enabled"] for name, table in uncommented()["scenarios"].items()} == dict.fromkeys(
         uncommented()["scenarios"], True
     )

@@ -336,7 +336,7 @@ def test_the_page_has_two_blocks_of_each_language_that_is_run() -> None:
     }
 
 
-def test_every_block_of_the_page_that_follows_events_misses_none(start: Start, config: str, folder: Path) -> None:
+def test_every_block_that_follows_events_misses_none(start: Start, config: str, folder: Path) -> None:
     server = start(config)
     running = []
     for name, command in programs(folder, TICKER):
@@ -364,7 +364,7 @@ def test_every_block_of_the_page_that_follows_events_misses_none(start: Start, c
             between.close()
 
 
-def test_every_block_of_the_page_that_reads_a_body_has_it_all(start: Start, config: str, folder: Path) -> None:
+def test_every_block_that_reads_a_body_reads_all_of_it(start: Start, config: str, folder: Path) -> None:
     server = start(config)
     ran = 0
     for name, command in programs(folder, "/ai/chat-stream"):

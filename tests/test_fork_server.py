@@ -75,7 +75,7 @@ ALONE = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in disabled())
 """No scenario but the mirror: nothing else opens files or imports modules while it looks."""
 
 
-def test_a_forked_server_is_as_a_fresh_one(tmp_path: Path) -> None:
+def test_a_forked_server_equals_a_fresh_one(tmp_path: Path) -> None:
     seen = []
     for fresh in (False, True):
         base = tmp_path / "same"
@@ -88,7 +88,7 @@ def test_a_forked_server_is_as_a_fresh_one(tmp_path: Path) -> None:
     assert seen[0] == seen[1]
 
 
-def test_an_environment_that_the_interpreter_reads_has_a_fresh_one(start: Start) -> None:
+def test_interpreter_variables_require_a_fresh_server(start: Start) -> None:
     start(ALONE)
     server = start(ALONE, environ={"PYTHONUTF8": "1"}, mirror=MIRROR)
     assert isinstance(server.process, subprocess.Popen)
@@ -96,7 +96,7 @@ def test_an_environment_that_the_interpreter_reads_has_a_fresh_one(start: Start)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)])
-def test_its_end_is_told(start: Start, number: int, status: int) -> None:
+def test_its_end_is_reported(start: Start, number: int, status: int) -> None:
     process = start(ALONE).process
     assert isinstance(process, ForkedProcess)
     assert (process.poll(), process.returncode) == (None, None)
@@ -107,7 +107,7 @@ def test_its_end_is_told(start: Start, number: int, status: int) -> None:
     process.send_signal(signal.SIGTERM)  # nobody is there any more, which is no error
 
 
-def test_a_server_that_does_not_start_fails_its_test_with_what_it_said(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_fails_its_test_with_its_output(tmp_path: Path) -> None:
     told = r"did not start:\n.*server.drain_seconds = -1 - .*\n.*streamlab: 1 fault; nothing was started\n"
     with starting_in(tmp_path) as start, pytest.raises(AssertionError, match=told):
         start("[server]\ndrain_seconds = -1")

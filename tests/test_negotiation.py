@@ -23,6 +23,8 @@ from streamlab import wants_events
         ([], False),
     ],
 )
-def test_events_are_wanted_where_accept_names_them_and_prefers_nothing_else(fields: list[str], wanted: bool) -> None:
+def test_events_are_preferred_where_accept_names_them_and_no_other_type_weighs_more(
+    fields: list[str], wanted: bool
+) -> None:
     request = make_mocked_request("GET", "/", headers=CIMultiDict([("Accept", field) for field in fields]))
     assert wants_events(request) is wanted

@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_wheel_holds_the_plugins_inside_the_package_and_nothing_beside_it(wheel: Path) -> None:
+def test_wheel_has_the_plugins_inside_the_package_and_no_other_top_level_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names} == {"streamlab", "streamlab-0.1.0.dist-info"}
     expected = {

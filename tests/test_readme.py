@@ -30,7 +30,7 @@ def test_countdown_serves_validates_and_is_listed(start: Callable[..., Running])
     assert b'streamlab_streams_total{outcome="finished",scenario="countdown"} 1.0' in server.get("/metrics")[2]
 
 
-def test_countdown_switched_off_is_gone(start: Callable[..., Running]) -> None:
+def test_disabled_countdown_is_not_served(start: Callable[..., Running]) -> None:
     server = start("[scenarios.countdown]\nenabled = false", countdown=COUNTDOWN)
     assert server.get("/stream/countdown")[0] == 404
     assert b'"countdown": {"state": "disabled"}' in server.get("/health")[2]
@@ -50,7 +50,7 @@ def test_votes_are_cast_and_watched_from_any_id(start: Callable[..., Running]) -
         assert stream.take(1) == [second]
 
 
-def test_thumbnails_are_made_and_go_on_after_a_crash(start: Callable[..., Running]) -> None:
+def test_thumbnails_are_created_and_continue_after_a_crash(start: Callable[..., Running]) -> None:
     server = start(thumbnails=THUMBNAILS)
     with EventStream(server, "/process/long-task?kind=thumbnails&count=200") as stream:
         first = next(event for event in stream if event.event == "progress" and event.json["done"] > 20)
@@ -69,7 +69,7 @@ def test_configuration_of_readme_is_valid(tmp_path: Path, table: str) -> None:
     assert app is not None
 
 
-def test_every_picture_is_there_and_small() -> None:
+def test_every_picture_exists_and_is_small() -> None:
     pictures = re.findall(r"!\[.+\]\((.+)\)", README)
     assert pictures
     for picture in pictures:
@@ -104,7 +104,7 @@ def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) ->
     assert (folder / "first.bin").stat().st_size == 100
 
 
-def test_follow_of_readme_follows(start: Callable[..., Running]) -> None:
+def test_follow_command_of_readme_works(start: Callable[..., Running]) -> None:
     (line,) = re.findall(r"^    \.venv/bin/streamlab (follow .*?)(?: +#.*)?$", README, re.MULTILINE)
     server = start()
     words = line.replace("http://127.0.0.1:8000", server.url).split()

@@ -42,7 +42,7 @@ async def test_requests_get_their_slots_in_their_order_whatever_they_need() -> N
     assert (started, slots.in_use) == ([2, 3, 1], 0)
 
 
-async def test_a_request_that_waits_too_long_is_rejected_and_takes_no_slot() -> None:
+async def test_a_request_that_waits_too_long_is_rejected_and_uses_no_slot() -> None:
     slots = Slots(1, 1, wait_seconds=0.01, status=429)
     async with slots.held():
         with pytest.raises(Problem, match=r"none ended within 0\.01 s") as rejected:
@@ -51,7 +51,7 @@ async def test_a_request_that_waits_too_long_is_rejected_and_takes_no_slot() -> 
     assert (rejected.value.status, slots.in_use) == (429, 0)
 
 
-async def test_a_request_cancelled_while_it_waits_passes_its_turn_on() -> None:
+async def test_a_request_cancelled_while_it_waits_does_not_delay_the_next() -> None:
     slots, started, release = Slots(1, 2), list[int](), asyncio.Event()
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         await stack.enter_async_context(slots.held())
@@ -65,7 +65,7 @@ async def test_a_request_cancelled_while_it_waits_passes_its_turn_on() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3])
-async def test_a_number_of_slots_that_there_never_are_is_an_error(count: int) -> None:
+async def test_more_slots_than_exist_is_an_error(count: int) -> None:
     with pytest.raises(ValueError, match=rf"{count} is not a number of slots \(1 to 2\)"):
         async with Slots(2).held(count):
             pass

@@ -27,7 +27,7 @@ async def bake(progress: Progress, cakes: Annotated[int, Field(ge=1)], *, icing:
     return {"cakes": cakes, "icing": icing, "attempt": progress.attempt}
 
 
-async def test_a_task_is_what_its_function_says() -> None:
+async def test_a_task_is_described_by_its_function() -> None:
     task = Task(bake, unit="cakes", resumable=True)
     assert (task.name, task.unit, task.resumable) == ("bake", "cakes", True)
     assert task.description == "Bake some cakes.\n\nWith icing, if there is some."
@@ -49,7 +49,7 @@ async def test_a_task_is_what_its_function_says() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan])
-def test_a_limit_that_is_not_a_number_of_seconds_is_refused(seconds: float) -> None:
+def test_a_limit_that_is_not_a_number_of_seconds_is_rejected(seconds: float) -> None:
     with pytest.raises(ValueError, match=r"max_seconds: .* is not a positive number of seconds"):
         Task(bake, max_seconds=seconds)
 
@@ -79,12 +79,12 @@ def waits(progress: Progress) -> None:
         (waits, "a task must be an `async def` function"),
     ],
 )
-def test_a_function_that_is_no_task_is_refused(function: Callable[..., Any], words: str) -> None:
+def test_a_function_that_cannot_be_a_task_is_rejected(function: Callable[..., Any], words: str) -> None:
     with pytest.raises(TypeError, match=words):
         Task(function)
 
 
-async def test_progress_keeps_the_last_and_every_new_message() -> None:
+async def test_progress_retains_the_last_report_and_every_new_message() -> None:
     progress = Progress()
     await progress(1, 10, "first")
     await progress(2, message="first")
@@ -93,7 +93,7 @@ async def test_progress_keeps_the_last_and_every_new_message() -> None:
     assert progress.changed.is_set()
 
 
-async def test_progress_takes_what_json_can_say() -> None:
+async def test_progress_accepts_json_values() -> None:
     progress = Progress()
     await progress(Decimal("1.5"), True)  # type: ignore[arg-type]
     assert (progress.done, progress.total) == (1.5, 1.0)
@@ -110,7 +110,7 @@ async def test_progress_takes_what_json_can_say() -> None:
     assert (progress.done, progress.messages) == (1, [])
 
 
-async def test_a_task_with_too_much_to_say_waits_until_it_is_told() -> None:
+async def test_a_task_with_too_many_reports_waits_until_they_are_published() -> None:
     progress = Progress()
     for number in range(MAX_MESSAGES - 1):
         await progress(number, message=str(number))
@@ -122,7 +122,7 @@ async def test_a_task_with_too_much_to_say_waits_until_it_is_told() -> None:
     await telling
 
 
-async def test_a_task_that_never_waits_leaves_others_their_turn() -> None:
+async def test_a_task_that_never_waits_does_not_starve_others() -> None:
     progress, turns = Progress(), 0
 
     async def count() -> None:
@@ -137,7 +137,7 @@ async def test_a_task_that_never_waits_leaves_others_their_turn() -> None:
     counting.cancel()
 
 
-def test_a_checkpoint_is_what_it_was_when_it_was_set() -> None:
+def test_a_checkpoint_is_a_copy() -> None:
     progress = Progress()
     assert progress.checkpoint is None
     state = {"n": 1}
@@ -178,7 +178,7 @@ def test_two_tasks_of_one_name_are_a_fault_that_names_both(tmp_path: Path) -> No
     ]
 
 
-def test_a_plugin_whose_tasks_are_none_fails_alone(tmp_path: Path) -> None:
+def test_a_plugin_with_invalid_tasks_fails_alone(tmp_path: Path) -> None:
     app = made(tmp_path, one="[bake]", two="[Task(bake)]")
     assert "bake" in app[TASKS]
     states = {plugin.name: (plugin.state, plugin.reason) for plugin in app[REGISTRY].plugins}

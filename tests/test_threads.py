@@ -85,7 +85,7 @@ async def test_work_that_still_waits_for_a_thread_is_dropped() -> None:
     assert not second.began.is_set()
 
 
-async def test_a_result_nobody_gets_is_discarded() -> None:
+async def test_an_undelivered_result_is_discarded() -> None:
     work, discarded = Work(), list[str]()
     async with Threads("test", 1) as threads:
         caller = asyncio.ensure_future(threads.run(work, discard=discarded.append))
@@ -147,7 +147,7 @@ async def test_a_close_is_never_dropped() -> None:
     assert closed == ["closed", "again", "outside"]
 
 
-async def test_leaving_the_context_interrupts_what_runs_and_drops_what_waits() -> None:
+async def test_closing_the_context_interrupts_running_work_and_drops_waiting_work() -> None:
     """A request may still be handled while its server closes: its work does not outlive the context."""
     running, waiting = Work(), Work()
     async with Threads("test", 1) as threads:
@@ -162,7 +162,7 @@ async def test_leaving_the_context_interrupts_what_runs_and_drops_what_waits() -
     assert not waiting.began.is_set()
 
 
-async def test_leaving_the_context_survives_cancellation_and_waits_for_work_that_cannot_be_interrupted() -> None:
+async def test_closing_the_context_survives_cancellation_and_waits_for_uninterruptible_work() -> None:
     work = Work()
 
     async def owner(threads: Threads, entered: asyncio.Event) -> None:
@@ -226,7 +226,7 @@ async def test_a_shielded_operation_ends_before_its_cancelled_caller(cancellatio
     assert ended.is_set()
 
 
-async def test_a_shielded_operation_gives_its_result_or_its_error() -> None:
+async def test_a_shielded_operation_returns_its_result_or_raises_its_error() -> None:
     async def failing() -> None:
         raise OSError("broken")
 

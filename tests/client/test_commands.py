@@ -96,7 +96,7 @@ EACH_STREAM = pytest.mark.parametrize(("stream", "expected"), STREAMS.values(), 
 
 
 @EACH_STREAM
-def test_a_stream_is_parsed_whole(stream: bytes, expected: list[Event]) -> None:
+def test_a_complete_stream_is_parsed(stream: bytes, expected: list[Event]) -> None:
     assert Parser().feed(stream) == expected
 
 
@@ -107,7 +107,7 @@ def test_a_stream_is_parsed_byte_by_byte(stream: bytes, expected: list[Event]) -
 
 
 @EACH_STREAM
-def test_a_stream_is_parsed_wherever_it_is_cut_in_two(stream: bytes, expected: list[Event]) -> None:
+def test_a_stream_is_parsed_wherever_it_is_split(stream: bytes, expected: list[Event]) -> None:
     for cut in range(min(len(stream), 200)):
         parser = Parser()
         found = parser.feed(stream[:cut])
@@ -139,7 +139,7 @@ def test_a_parser_starts_with_the_last_id_so_that_an_event_without_one_does_not_
     assert parser.last_event_id == "7"
 
 
-def test_a_retry_counts_at_once_and_without_an_event() -> None:
+def test_a_retry_applies_immediately_and_without_an_event() -> None:
     parser = Parser()
     assert parser.retry is None
     parser.feed(b"retry: 30\n")
@@ -492,7 +492,7 @@ async def test_an_id_travels_as_utf_8(lab: Running) -> None:
     assert (await collect(f"{lab.url}/accented"))[0] == ["a", "\u00e9\u20ac", ""]
 
 
-async def test_an_event_that_was_cut_is_dropped_and_comes_whole_from_the_next_connection(lab: Running) -> None:
+async def test_an_incomplete_event_is_dropped_and_received_from_the_next_connection(lab: Running) -> None:
     data, pauses = await collect(f"{lab.url}/cut")
     assert data == ["1", "two", "{}"]
     assert pauses == [Pause("connection lost", 0.01, "1")]
@@ -671,7 +671,7 @@ def test_the_command_prints_the_id_of_each_event_when_verbose(lab: Running) -> N
     assert run(f"{lab.url}/finite", "--verbose") == (0, b"\ta\n\tend: {}\n", "")
 
 
-def test_the_command_takes_a_path_of_the_server_that_is_set(lab: Running) -> None:
+def test_the_command_accepts_a_path_of_the_configured_server(lab: Running) -> None:
     assert run("/finite", "--url", lab.url) == (0, b"a\nend: {}\n", "")
     assert run("/finite", STREAMLAB_URL=f"127.0.0.1:{lab.port}/") == (0, b"a\nend: {}\n", "")
     assert run(f"{lab.url}/finite", STREAMLAB_URL="http://127.0.0.1:9") == (0, b"a\nend: {}\n", "")
@@ -778,7 +778,7 @@ def test_ctrl_c_ends_the_command_quietly_with_status_130(lab: Running) -> None:
         assert errors(process) == ""
 
 
-def test_the_command_outlives_a_server_that_is_killed_and_goes_on_with_the_next(tmp_path: Path) -> None:
+def test_the_command_survives_a_killed_server_and_continues_with_the_next(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -170,14 +170,14 @@ def test_streamlab_has_no_bad_finding(ticker: Running) -> None:
     assert has(found, "yes It streams", "yes It resumes: a range has the same bytes, and If-Range guards")
 
 
-def test_a_path_is_examined_at_the_server_that_is_set(stranger: int) -> None:
+def test_a_path_is_examined_at_the_configured_server(stranger: int) -> None:
     status, output, _ = run_streamlab(
         "doctor", "/lines", "--seconds", "0.5", "--url", f"127.0.0.1:{stranger}", cwd=Path.cwd()
     )
     assert (status, output.splitlines()[0]) == (0, f"http://127.0.0.1:{stranger}/lines")
 
 
-def test_what_another_server_lacks_is_reported(stranger: int) -> None:
+def test_defects_of_another_server_are_reported(stranger: int) -> None:
     status, found = doctor(stranger, "/events")
     assert status == 0, found
     assert has(

@@ -302,7 +302,7 @@ async def test_a_browser_that_has_the_end_of_a_channel_gets_204_and_does_not_rec
     assert re.findall(r"method=GET path=/race .*?status=(\d+)", server.log) == ["200", "204"]
 
 
-async def test_a_browser_that_reconnects_to_a_long_task_goes_on_with_the_same_one(
+async def test_a_browser_that_reconnects_to_a_long_task_continues_the_same_one(
     start: Callable[..., Running], browser: Browser
 ) -> None:
     port, config = free_port(), "[scenarios.export]\nsample_rows = 20000\n"

@@ -164,7 +164,7 @@ def data(events: Sequence[Any]) -> list[Any]:
 # -- what is on the wire
 
 
-def test_an_event_is_an_id_and_its_data_and_nothing_else(serve: Callable[..., Running]) -> None:
+def test_an_event_has_only_an_id_and_data(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /board/c?limit=3 HTTP/1.1\nHost: localhost\nConnection: close") as connection:
         head = read_until(connection, b"\r\n\r\n")
@@ -202,7 +202,7 @@ def test_head_has_the_headers_and_no_event(serve: Callable[..., Running]) -> Non
     assert (status, headers["content-type"], body) == (200, "text/event-stream", b"")
 
 
-def test_headers_leave_at_once_though_there_is_no_event(serve: Callable[..., Running]) -> None:
+def test_headers_are_sent_before_the_first_event(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/nothing", timeout=2) as stream:
         assert stream.status == 200
@@ -229,7 +229,7 @@ def test_line_breaks_and_fields_in_data_cannot_forge_an_event(serve: Callable[..
 # -- resuming
 
 
-def test_a_client_that_comes_back_gets_the_bytes_that_one_who_stayed_has_seen(serve: Callable[..., Running]) -> None:
+def test_a_client_that_resumes_gets_the_bytes_of_one_that_stayed_connected(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/c?limit=20") as stayed:
         for number in range(20):
@@ -242,14 +242,14 @@ def test_a_client_that_comes_back_gets_the_bytes_that_one_who_stayed_has_seen(se
             assert list(back) == seen[index + 1 :]
 
 
-def test_the_header_wins_over_the_query(serve: Callable[..., Running]) -> None:
+def test_the_header_takes_precedence_over_the_query(serve: Callable[..., Running]) -> None:
     server = serve()
     ids = publish(server, 1, 2, 3)
     with EventStream(server, f"/board/c?limit=1&after={ids[0]}", after=ids[1]) as stream:
         assert data(list(stream)) == [3]
 
 
-def test_an_empty_last_event_id_is_none(serve: Callable[..., Running]) -> None:
+def test_an_empty_last_event_id_is_ignored(serve: Callable[..., Running]) -> None:
     server = serve()
     publish(server, 1)
     with EventStream(server, "/board/c?limit=1", after="") as stream:
@@ -334,7 +334,7 @@ def test_an_id_before_the_retention_gets_the_number_of_missing_events(serve: Cal
         assert list(stream) == rest
 
 
-def test_an_id_that_is_ahead_is_a_gap_and_then_what_comes(serve: Callable[..., Running]) -> None:
+def test_an_id_ahead_of_the_channel_is_a_gap_and_then_new_events(serve: Callable[..., Running]) -> None:
     server = serve()
     ids = publish(server, 1, 2)
     epoch = ids[0].partition("-")[0]
@@ -346,7 +346,7 @@ def test_an_id_that_is_ahead_is_a_gap_and_then_what_comes(serve: Callable[..., R
         assert next(events).json == 3
 
 
-def test_a_slow_client_has_the_end_whichever_write_it_falls_behind_at(serve: Callable[..., Running]) -> None:
+def test_a_slow_client_gets_the_end_whichever_write_it_falls_behind_at(serve: Callable[..., Running]) -> None:
     server = serve()
     large = "x" * 60_000
     for number in range(10):  # one of them fills what the connection takes with the very write that ends the channel
@@ -377,7 +377,7 @@ def test_a_channel_that_begins_with_a_checkpoint_has_no_gap_before_its_first_eve
         assert [(event.event, event.json) for event in stream] == [("", 1)]
 
 
-def test_an_id_of_a_channel_that_was_forgotten_never_means_a_new_event(serve: Callable[..., Running]) -> None:
+def test_an_id_of_a_deleted_channel_never_matches_a_new_event(serve: Callable[..., Running]) -> None:
     server = serve()
     old = publish(server, "old", "old")[0]
     assert server.get("/board/c", method="DELETE")[0] == 204
@@ -444,9 +444,7 @@ def test_a_comment_keeps_every_follower_connected_and_is_not_an_event(serve: Cal
     assert received.replace(b"2\r\n:\n\r\n", b"") == b"%x\r\n%b\r\n" % (len(event), event)
 
 
-def test_a_follower_that_waits_for_the_log_s_server_is_kept_connected(
-    serve: Callable[..., Running], valkey: Valkey
-) -> None:
+def test_a_follower_that_waits_for_redis_stays_connected(serve: Callable[..., Running], valkey: Valkey) -> None:
     server = serve(f'[events]\nurl = "{valkey.url}"\n', hasty=HASTY)
     valkey.kill()
     with server.send("GET /board/c?limit=1&after=0-0 HTTP/1.1\nHost: localhost\nConnection: close") as connection:
@@ -460,7 +458,7 @@ def test_a_follower_that_waits_for_the_log_s_server_is_kept_connected(
 # -- views
 
 
-def test_each_view_gets_its_events_and_positions_go_on_for_all(serve: Callable[..., Running]) -> None:
+def test_each_view_gets_its_events_and_positions_advance_for_all(serve: Callable[..., Running]) -> None:
     server = serve()
     with ExitStack() as held:
         paths = {key: f"/board/c?limit=3&keys={key}" for key in "abc"}
@@ -475,7 +473,7 @@ def test_each_view_gets_its_events_and_positions_go_on_for_all(serve: Callable[.
         assert data(list(both)) == ["a0", "b0", "a1", "b1", "a2", "b2"]
 
 
-def test_conflation_sends_the_latest_of_each_key_at_most_once_a_period(serve: Callable[..., Running]) -> None:
+def test_conflation_sends_the_latest_of_each_key_at_most_once_per_interval(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/c?conflate=3") as stream:
         wait_for_followers(server, 1)
@@ -504,7 +502,7 @@ def test_conflation_catches_up_with_the_latest_alone(serve: Callable[..., Runnin
         assert next(events).json == 200
 
 
-def test_a_view_that_fails_takes_only_its_own_followers_along(serve: Callable[..., Running]) -> None:
+def test_a_view_that_fails_ends_only_its_followers(serve: Callable[..., Running]) -> None:
     server = serve(tracebacks=True)
     with EventStream(server, "/board/c?broken=1") as broken, EventStream(server, "/board/c?limit=3") as whole:
         wait_for_followers(server, 2)
@@ -524,7 +522,7 @@ def test_a_view_that_fails_takes_only_its_own_followers_along(serve: Callable[..
 
 
 @pytest.mark.parametrize("wrong", [{"keys": "AAPL"}, {"accepts": [str.isupper]}])
-def test_a_view_that_cannot_work_is_rejected_where_it_is_made(wrong: dict[str, Any]) -> None:
+def test_an_invalid_view_is_rejected_at_its_creation(wrong: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
         View(**wrong)
     assert View(keys=["a", "b", "a"]) == View(keys=frozenset("ab"))
@@ -558,7 +556,7 @@ def test_a_slow_filter_delays_no_other_follower_and_preserves_the_order(serve: C
         assert said(slow.take(2)) == ["event 20", "event 21"]
 
 
-def test_a_filter_that_lags_by_a_megabyte_goes_on_from_the_log(serve: Callable[..., Running]) -> None:
+def test_a_filter_that_lags_by_a_megabyte_continues_from_the_log(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/c?contains=x&seconds=0.02&tail=0") as stream:
         wait_for_followers(server, 1)
@@ -592,7 +590,7 @@ def test_one_filter_more_than_config_allows_is_429_and_equal_ones_count_once(ser
         assert streams.enter_context(EventStream(server, "/board/c?contains=c")).status == 200
 
 
-def test_a_crowd_that_catches_up_does_not_delay_health(serve: Callable[..., Running]) -> None:
+def test_many_followers_that_catch_up_do_not_delay_health(serve: Callable[..., Running]) -> None:
     """Their reads share a budget: without one, each turn of the loop serves all of them, and takes seconds."""
     server = serve("[scenarios.board]\nkeep = 10000\n")
     for _ in range(10):
@@ -610,7 +608,7 @@ def test_a_crowd_that_catches_up_does_not_delay_health(serve: Callable[..., Runn
     assert_health_is_prompt_during(server, crowd)
 
 
-def test_limit_ends_the_stream_after_so_many_events_however_they_come(serve: Callable[..., Running]) -> None:
+def test_limit_ends_the_stream_after_that_number_of_events(serve: Callable[..., Running]) -> None:
     server = serve()
     ids = publish(server, *range(5))
     with EventStream(server, "/board/c?limit=8", after=ids[0]) as stream:
@@ -742,7 +740,7 @@ def test_a_log_that_cannot_be_written_is_503_and_degraded_until_it_can(serve: Ca
         assert [event.id for event in stream] == second
 
 
-def test_followers_get_a_gap_and_what_follows_where_the_log_lost_its_data_and_its_clock_is_behind(
+def test_followers_get_a_gap_and_new_events_if_the_log_lost_its_data_and_its_clock_is_behind(
     serve: Callable[..., Running], valkey: Valkey
 ) -> None:
     server = serve(f'[events]\nurl = "{valkey.url}"\n')
@@ -790,7 +788,7 @@ def test_a_producer_that_was_stopped_publishes_nothing_after_another_took_over(
 
 
 @pytest.mark.timeout(120)
-def test_a_thousand_short_channels_come_and_go_without_leaving_anything_behind(serve: Callable[..., Running]) -> None:
+def test_a_thousand_short_channels_leave_nothing_behind(serve: Callable[..., Running]) -> None:
     server = serve()
     for number in range(0, 1000, 50):
         names = [f"finite{n}" for n in range(number, number + 50)]
@@ -857,7 +855,7 @@ def test_a_slow_client_that_retention_overtakes_gets_the_number_of_missed_events
     assert numbers == sorted(set(numbers))
 
 
-def test_stalled_clients_cost_a_bounded_amount_each_and_are_cut(serve: Callable[..., Running]) -> None:
+def test_stalled_clients_use_bounded_memory_and_are_disconnected(serve: Callable[..., Running]) -> None:
     server = serve("[server]\nstall_seconds = 2", fresh=True)
     count, text = 40, "x" * 5000
     status = Path(f"/proc/{server.process.pid}/status")
@@ -878,7 +876,7 @@ def test_stalled_clients_cost_a_bounded_amount_each_and_are_cut(serve: Callable[
         wait_for_followers(server, 0)
 
 
-def test_a_large_event_comes_completely_and_a_client_that_stalls_in_it_is_cut(
+def test_a_large_event_arrives_completely_and_a_client_that_stalls_in_it_is_disconnected(
     serve: Callable[..., Running],
 ) -> None:
     server = serve()

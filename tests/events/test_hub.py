@@ -27,7 +27,7 @@ class RecordingStream:
         """Do nothing."""
 
 
-async def test_a_follower_that_leaves_and_comes_back_in_the_middle_of_a_flush_gets_nothing_twice(
+async def test_a_follower_that_rejoins_during_a_flush_gets_no_event_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hub, "TURN_SECONDS", 0.0)  # a turn for the others after each slice

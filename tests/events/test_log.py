@@ -98,7 +98,7 @@ async def test_offsets_are_consecutive_from_1_and_the_epoch_stays(url: str) -> N
         assert batch.last == last
 
 
-async def test_an_event_comes_back_as_it_went_in(url: str) -> None:
+async def test_an_event_is_read_as_it_was_appended(url: str) -> None:
     data = b'\x00 {"a": "\xe2\x82\xac\\n"}\r\n' + bytes(range(1, 255))
     async with opened(url) as log:
         before = time.time() * 1000
@@ -117,7 +117,7 @@ async def test_reading_begins_after_a_position_and_ends_at_the_limit(url: str) -
         assert (await log.read("c", LATEST, 1)).last == last
 
 
-async def test_a_channel_that_nobody_has_published_to_is_empty(url: str) -> None:
+async def test_a_channel_without_events_is_empty(url: str) -> None:
     async with opened(url) as log:
         events, last = await log.read("nothing", ORIGIN, 10)
         assert (list(events), last) == ([], ORIGIN)
@@ -141,7 +141,7 @@ async def test_events_survive_a_restart(url: str, shared: str) -> None:
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "c"]
 
 
-async def test_more_than_may_wait_is_rejected_and_the_rest_is_stored(url: str) -> None:
+async def test_appends_beyond_the_queue_are_rejected_and_the_others_stored(url: str) -> None:
     async with opened(url) as log:
         half = "x" * (PENDING_BYTES // 2)
         results = await asyncio.gather(*(publish(log, half) for _ in range(3)), return_exceptions=True)
@@ -188,7 +188,7 @@ async def test_a_checkpoint_can_be_stored_alone(url: str) -> None:
 # -- watching
 
 
-async def test_a_watch_delivers_what_follows_in_order_and_once(url: str) -> None:
+async def test_a_watch_delivers_new_events_in_order_and_once(url: str) -> None:
     async with opened(url) as log:
         first = await publish(log, "a", "b")
         watcher = Watcher()
@@ -248,7 +248,7 @@ async def test_two_processes_publish_and_both_see_everything_in_one_order(shared
 # -- forgetting
 
 
-async def test_trim_retains_the_number_of_the_retention_and_positions_continue(url: str) -> None:
+async def test_trim_retains_the_configured_number_and_positions_continue(url: str) -> None:
     async with opened(url) as log:
         last = await publish(log, *map(str, range(50)))
         await log.trim("c", Retention(10, 3600))
@@ -270,7 +270,7 @@ async def test_trim_by_age_retains_young_events(url: str) -> None:
         assert texts((await log.read("c", ORIGIN, 100)).events) == ["young"]
 
 
-async def test_appending_forgets_what_is_too_much(url: str) -> None:
+async def test_appending_deletes_events_beyond_the_retention(url: str) -> None:
     async with opened(url) as log:
         keep = Retention(100, 3600)
         for _ in range(40):
@@ -291,7 +291,7 @@ async def test_a_channel_that_is_deleted_leaves_nothing_and_begins_a_new_epoch(u
         assert texts((await log.read("c", last, 10)).events) == ["b"]
 
 
-async def test_a_channel_that_is_idle_for_too_long_vanishes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_channel_that_is_idle_for_too_long_is_deleted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eventlog_sqlite, "HOUSEKEEPING_SECONDS", 0.02)
     async with opened(url) as log:
         first = await publish(log, "a", keep=Retention(100, 3600, idle_seconds=0.1))
@@ -306,7 +306,7 @@ async def test_a_channel_that_is_idle_for_too_long_vanishes(url: str, monkeypatc
 # -- checkpoints of many channels
 
 
-async def test_checkpoints_are_found_by_the_beginning_of_their_channels_names(url: str) -> None:
+async def test_checkpoints_are_found_by_the_prefix_of_their_channels(url: str) -> None:
     async with opened(url) as log:
         for channel in ("task/a", "task/b", "task", "tasks/c", "ta*/d"):
             await log.append(Append(channel, [EncodedEvent(b"x")], KEEP, ("state", f"of {channel}")))
@@ -329,7 +329,7 @@ async def test_checkpoints_of_many_channels_are_all_found(url: str) -> None:
 # -- leases
 
 
-async def test_a_lease_is_held_by_one_and_moves_when_it_is_given_back(shared: str) -> None:
+async def test_a_lease_has_one_holder_and_moves_when_it_is_released(shared: str) -> None:
     async with opened(shared) as one, opened(shared) as two:
         assert [await one.hold("l"), await one.hold("l"), await two.hold("l")] == [True, True, False]
         assert await two.hold("another/ü")
@@ -362,7 +362,7 @@ async def test_sqlite_begins_new_epochs_when_the_machine_stopped_while_the_file_
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "c"]
 
 
-async def test_sqlite_keeps_epochs_when_the_machine_was_restarted_after_a_clean_end(tmp_path: Path) -> None:
+async def test_sqlite_retains_epochs_when_the_machine_was_restarted_after_a_clean_end(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with opened(f"sqlite:///{path}") as log:
         old = await publish(log, "a")
@@ -523,7 +523,7 @@ async def test_disconnected_redis_makes_publishers_and_watchers_wait_and_nothing
         assert log.state() == {"engine": "redis", "state": "ok"}
 
 
-async def test_redis_killed_again_and_again_while_publishing_keeps_every_event_once(valkey: Valkey) -> None:
+async def test_redis_killed_repeatedly_while_publishing_stores_every_event_once(valkey: Valkey) -> None:
     async with opened(valkey.url) as log:
         watcher = Watcher()
         log.watch("c", ORIGIN, watcher)
@@ -611,7 +611,7 @@ async def test_redis_append_whose_response_is_lost_is_applied_once_whatever_came
         assert (await other.read("c", LATEST, 1)).last == last == first._replace(offset=12_002)
 
 
-async def test_redis_server_remembers_no_append_that_was_acknowledged(valkey: Valkey) -> None:
+async def test_redis_deletes_the_token_of_an_acknowledged_append(valkey: Valkey) -> None:
     async with opened(valkey.url) as log:
         for number in range(50):
             await publish(log, f"{number}")
@@ -619,7 +619,7 @@ async def test_redis_server_remembers_no_append_that_was_acknowledged(valkey: Va
             assert len([key async for key in client.scan_iter(match="*:applied:*")]) == 1
 
 
-async def test_redis_rejects_what_a_holder_publishes_after_it_has_lost_its_lease(
+async def test_redis_rejects_appends_of_a_holder_that_lost_its_lease(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from streamlab.events import redis as eventlog_redis
@@ -675,7 +675,7 @@ async def test_redis_epochs_grow_though_the_clock_of_a_server_that_lost_its_data
         assert (await publish(log, "c", channel="another")).epoch > new.epoch
 
 
-async def test_redis_epochs_that_do_not_grow_are_noticed_by_who_watches(valkey: Valkey) -> None:
+async def test_redis_epochs_that_do_not_grow_are_noticed_by_watchers(valkey: Valkey) -> None:
     epoch, watcher = await begin_ahead(valkey), Watcher()
     async with opened(valkey.url) as log:
         log.watch("c", ORIGIN, watcher)
@@ -709,7 +709,7 @@ async def test_redis_that_lost_the_end_of_a_channel_begins_a_new_epoch(valkey: V
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "d"]
 
 
-async def test_a_lease_leaves_no_file_behind(tmp_path: Path) -> None:
+async def test_a_released_lease_leaves_no_file(tmp_path: Path) -> None:
     url, folder = f"sqlite:///{tmp_path / 'events.db'}", tmp_path / "events.db-leases"
     async with opened(url) as one, opened(url) as two:
         assert await one.hold("l")

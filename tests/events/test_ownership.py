@@ -9,7 +9,7 @@ from streamlab.events.channel import Events, open_log
 COMMANDS = Retention(events=10, seconds=60)
 
 
-async def test_work_is_taken_over_when_its_owner_gives_its_lease_up(tmp_path: Path) -> None:
+async def test_work_is_taken_over_when_its_owner_releases_its_lease(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/events.db"
     first, second = Events(open_log(url)), Events(open_log(url))
     async with first.opened(), second.opened():

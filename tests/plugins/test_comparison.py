@@ -224,7 +224,7 @@ async def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         yield client, sys.modules["streamlab.plugins.comparison"]
 
 
-async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_rejected(
+async def test_rows_that_need_more_than_half_of_the_free_memory_are_rejected(
     client: tuple[TestClient[Any, Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     http_client, module = client
@@ -246,7 +246,7 @@ async def test_rows_that_would_take_more_than_half_of_the_free_memory_are_reject
         assert (await response.json())["detail"] == "Other requests are using the memory that these rows would take."
 
 
-def test_free_memory_is_the_least_of_the_machine_and_every_group_around(tmp_path: Path) -> None:
+def test_free_memory_is_the_minimum_of_the_machine_and_its_control_groups(tmp_path: Path) -> None:
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
 
     def write(files: dict[str, str]) -> None:
@@ -309,7 +309,7 @@ def test_a_report_as_events_measures_both_modes_at_every_size_and_ends_with_a_ve
     assert server.get(f"{REPORT}?last_event_id={events[-1].id}", {"Accept": "text/event-stream"})[0] == 204
 
 
-def test_a_report_for_curl_is_a_table_that_comes_line_by_line(serve: Serve) -> None:
+def test_a_report_for_curl_is_a_table_that_arrives_line_by_line(serve: Serve) -> None:
     server = serve()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     with contextlib.closing(connection):
@@ -362,7 +362,7 @@ def test_no_process_outlives_a_server_that_is_killed(serve: Serve) -> None:
         assert_ended(pid, folder, orphan=True)
 
 
-def test_sigterm_ends_a_report_at_once_where_it_is_events_and_cuts_a_table(serve: Serve) -> None:
+def test_sigterm_ends_a_report_of_events_at_once_and_aborts_a_table(serve: Serve) -> None:
     server = serve("max_reports = 2", "[server]\ndrain_seconds = 0.2")
     with (
         EventStream(server, LONG) as stream,

@@ -96,7 +96,7 @@ def guarded(cell: Any) -> str:
 # -- the seed's routes
 
 
-def test_the_three_routes_of_the_seed_stream_what_the_database_has(shared: Running, sample: Path) -> None:
+def test_the_three_routes_stream_the_content_of_the_database(shared: Running, sample: Path) -> None:
     status, headers, body = shared.get("/export/users/csv")
     assert (status, headers["content-type"]) == (200, "text/csv; charset=utf-8")
     assert headers["content-disposition"] == 'attachment; filename="users.csv"'
@@ -198,12 +198,12 @@ def test_a_format_that_is_not_installed_is_501_and_not_offered(serve: Callable[.
     assert "not installed" in responses["501"]["description"]
 
 
-def test_accept_that_names_none_is_406(shared: Running) -> None:
+def test_accept_without_an_available_format_is_406(shared: Running) -> None:
     assert shared.get("/export/users?limit=1", {"Accept": "image/png"})[0] == 406
 
 
 @pytest.mark.parametrize("coding", ["gzip", "zstd"])
-def test_compressed_rows_arrive_as_they_are_made(serve: Callable[..., Running], coding: str) -> None:
+def test_compressed_rows_arrive_as_they_are_generated(serve: Callable[..., Running], coding: str) -> None:
     import zlib
 
     if coding == "zstd":
@@ -378,7 +378,7 @@ def test_an_end_record_has_the_rows_and_a_digest(shared: Running) -> None:
     ("options", "status"),
     [(["--http1.1"], 18), (["--http1.1", "--compressed"], 18), (["--http1.0"], 56)],
 )
-def test_a_query_that_fails_in_the_middle_never_looks_whole(
+def test_a_query_that_fails_in_the_middle_never_looks_complete(
     serve: Callable[..., Running], options: list[str], status: int
 ) -> None:
     server = serve(configured(fails=FAILS))
@@ -390,7 +390,7 @@ def test_a_query_that_fails_in_the_middle_never_looks_whole(
     server.wait_for_log("the export fails was interrupted: the query failed after")
 
 
-def test_a_database_that_is_not_there_is_503_until_it_is(
+def test_an_unavailable_database_is_503_until_it_is_available(
     serve: Callable[..., Running], sample: Path, tmp_path: Path
 ) -> None:
     server = serve(
@@ -465,7 +465,7 @@ def test_numbers_that_json_cannot_represent_are_counted_or_rejected(
         assert (status, "row 2 of column 'a' holds inf, which JSON cannot represent" in body.decode()) == (422, True)
 
 
-def test_a_cell_that_is_too_large_is_rejected_or_cut_and_costs_no_memory(
+def test_a_cell_that_is_too_large_fails_the_export_and_needs_no_memory(
     serve: Callable[..., Running], tmp_path: Path
 ) -> None:
     late = "SELECT i, CASE WHEN i = 3000 THEN zeroblob(100000000) WHEN i > 2800 THEN zeroblob(200000) END AS b "
@@ -493,7 +493,7 @@ def test_a_cell_that_is_too_large_is_rejected_or_cut_and_costs_no_memory(
 # -- limits
 
 
-def test_a_client_that_leaves_stops_its_query(serve: Callable[..., Running]) -> None:
+def test_a_client_that_disconnects_stops_its_query(serve: Callable[..., Running]) -> None:
     server = serve(configured(stuck=STUCK, endless=SLOW))
     before = cpu_seconds(server)
     with server.send("GET /export/stuck/csv HTTP/1.1\nHost: localhost"):
@@ -525,7 +525,7 @@ def is_idle(server: Running) -> bool:
     return (cpu_seconds(server) - before) / (time.monotonic() - begun) < 0.1
 
 
-def test_an_export_that_takes_too_long_is_rejected_or_cut(serve: Callable[..., Running]) -> None:
+def test_an_export_that_takes_too_long_is_rejected_or_aborted(serve: Callable[..., Running]) -> None:
     server = serve(configured(stuck=STUCK, endless=SLOW).replace("sample_rows", "max_seconds = 0.5\n    sample_rows"))
     status, headers, _ = server.get("/export/stuck/csv")
     assert (status, headers["retry-after"]) == (503, "5")
@@ -535,7 +535,7 @@ def test_an_export_that_takes_too_long_is_rejected_or_cut(serve: Callable[..., R
     server.wait_for_log("the export endless was interrupted: it took longer than 0.5 s (max_seconds)")
 
 
-def test_more_exports_than_may_run_are_503(serve: Callable[..., Running]) -> None:
+def test_exports_beyond_the_limit_are_503(serve: Callable[..., Running]) -> None:
     server = serve(configured(endless=SLOW).replace("sample_rows", "max_exports = 2\n    sample_rows"))
     with ExitStack() as held:
         for _ in range(2):
@@ -546,7 +546,7 @@ def test_more_exports_than_may_run_are_503(serve: Callable[..., Running]) -> Non
     assert wait_for(lambda: server.get("/export/users/csv?limit=1")[0] == 200)
 
 
-def test_a_stalled_client_is_cut_and_its_transaction_ended(serve: Callable[..., Running]) -> None:
+def test_a_stalled_client_is_disconnected_and_its_transaction_ended(serve: Callable[..., Running]) -> None:
     server = serve(configured(endless=SLOW) + "    [server]\n    stall_seconds = 1\n")
     with server.send("GET /export/endless/csv HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
         assert connection.recv(5) == b"HTTP/"
@@ -668,7 +668,7 @@ def test_an_invalid_configuration_is_rejected_at_the_start(tmp_path: Path, table
 @pytest.mark.parametrize(
     ("file", "url"), [({}, "/files/exports/a%20b.csv"), ({"enabled": False}, None), ({"root": "else"}, None)]
 )
-async def test_a_written_file_has_an_address_only_where_it_is_served(
+async def test_a_written_file_has_a_url_only_where_it_is_served(
     file: dict[str, Any], url: str | None, tmp_path: Path, aiohttp_client: Callable[..., Any]
 ) -> None:
     others = {name: {"enabled": False} for name in ("comparison", "llm", "logs", "progress", "ticker")}

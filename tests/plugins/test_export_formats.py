@@ -79,7 +79,7 @@ def test_duplicate_names_are_numbered_and_given_names_are_not_renamed(
 
 @settings(deadline=None, database=None)
 @given(st.lists(st.sampled_from(["", "a", "a_2", "a_3", "a_2_2", "column", "column_2"]), max_size=12))
-def test_names_are_unique_whatever_is_given(given_names: list[str]) -> None:
+def test_names_are_unique_for_any_input(given_names: list[str]) -> None:
     result = unique(given_names)
     assert len(set(result)) == len(result) == len(given_names)
     assert unique(result) == result
@@ -180,7 +180,7 @@ def test_a_text_that_begins_like_a_formula_gets_an_apostrophe(mark: str) -> None
     "before", [*" \n\x0b\x00\x7f\xa0\xad\u200b\u2028\u202e\u3000\ufeff\ufe0f", "\U000e0001", '"', " \n\u200b"]
 )
 @pytest.mark.parametrize("mark", ["=", "+", "-", "@", "\uff1d", "\ufe66"])
-def test_what_a_spreadsheet_ignores_does_not_hide_a_formula(before: str, mark: str) -> None:
+def test_characters_that_a_spreadsheet_ignores_do_not_hide_a_formula(before: str, mark: str) -> None:
     def written(text: str) -> str:
         (row,) = csv.reader(io.StringIO(cell(text), newline=""))
         return row[0]
@@ -205,11 +205,11 @@ def test_what_a_spreadsheet_ignores_does_not_hide_a_formula(before: str, mark: s
         ("a,=1", "a,=1"),
     ],
 )
-def test_each_cell_that_another_separator_makes_of_a_text_is_guarded(text: str, expected: str) -> None:
+def test_each_cell_that_another_separator_creates_is_guarded(text: str, expected: str) -> None:
     assert list(csv.reader(io.StringIO(cell(text), newline=""))) == [[expected]]
 
 
-def test_what_may_be_before_a_formula_is_what_unicode_calls_invisible() -> None:
+def test_characters_allowed_before_a_formula_are_those_that_unicode_lists_as_invisible() -> None:
     listed = {code for first, last in IGNORED_RANGES for code in range(first, last + 1)} - {0x22}
     known = {code for code in range(1, 0x110000) if unicodedata.category(chr(code)) in ("Cc", "Zs", "Zl", "Zp")}
     assert known - listed == {0x09}, "a tab separates"
@@ -336,7 +336,7 @@ def by_csv_writer(rows: Sequence[tuple[Any, ...]], guard: bool) -> bytes:
 @example([("", ""), ("=", "a")], True)
 @example([(None,), (math.nan,), (1.0,)], True)
 @example([(True, 1e16), (False, 1e-5)], True)
-def test_csv_is_what_csv_writer_writes(rows: list[tuple[Any, ...]], guard: bool) -> None:
+def test_csv_equals_the_output_of_csv_writer(rows: list[tuple[Any, ...]], guard: bool) -> None:
     width = len(rows[0]) if rows else 1
     declared = columns(*(f"c{index}" for index in range(width)))
     assert write("csv", declared, rows, formula_guard=guard, header=False) == by_csv_writer(rows, guard)
@@ -359,7 +359,7 @@ def test_csv_reader_reads_back_the_texts(rows: list[tuple[str, str]]) -> None:
     assert read == [[value.encode("utf-8", "replace").decode() for value in row] for row in rows]
 
 
-def test_pandas_reads_back_what_was_written() -> None:
+def test_pandas_reads_back_the_same_values() -> None:
     pandas = pytest.importorskip("pandas")
     rows = [
         (1, 'Ada, "Countess"\r\nLovelace', 0.1, True, 1.5),
@@ -438,7 +438,7 @@ def test_json_values(value: Any, expected: str) -> None:
         ("01", '"01"'),
     ],
 )
-def test_a_column_of_json_is_embedded_and_only_valid_json_is(value: Any, expected: str) -> None:
+def test_only_valid_json_of_a_json_column_is_embedded(value: Any, expected: str) -> None:
     assert line(value, "json") == expected
     json.loads(expected)
 
@@ -461,7 +461,7 @@ def test_any_column_name_is_a_member(names: list[str]) -> None:
     assert text.count(b"\n") == 1
 
 
-def test_the_end_record_holds_rows_and_digest_in_jsonl_only() -> None:
+def test_the_end_record_has_rows_and_digest_in_jsonl_only() -> None:
     ends = {name: formats.make(name, columns("a")).end(3, "ab12") for name in ("csv", "jsonl", "json")}
     assert ends == {"csv": b"", "jsonl": b'{"@end":{"rows":3,"sha256":"ab12","altered":0}}\n', "json": b"]\n"}
     assert formats.make("jsonl", columns("a")).end(3, None) == b""
@@ -476,7 +476,7 @@ def test_the_end_record_holds_rows_and_digest_in_jsonl_only() -> None:
         ([[], [(1,), ("\n",)], [], [(3,)], []], b'[\n{"a":1},\n{"a":"\\n"},\n{"a":3}\n]\n'),
     ],
 )
-def test_the_json_array_has_a_row_a_line(batches: list[list[tuple[Any, ...]]], expected: bytes) -> None:
+def test_the_json_array_has_a_line_per_row(batches: list[list[tuple[Any, ...]]], expected: bytes) -> None:
     assert write("json", columns("a"), *batches) == expected
 
 
@@ -498,7 +498,7 @@ def plain_json(value: Any) -> Any:
 
 @settings(max_examples=400, deadline=None, database=None)
 @given(tables(), st.sampled_from(["any", "decimal", "json"]))
-def test_json_lines_and_arrays_are_valid_and_hold_the_values(rows: list[tuple[Any, ...]], kind: str) -> None:
+def test_json_lines_and_arrays_are_valid_and_have_the_values(rows: list[tuple[Any, ...]], kind: str) -> None:
     width = len(rows[0]) if rows else 1
     declared = columns(*(f"c{index}:{kind}" for index in range(width)))
     half = len(rows) // 2
@@ -557,7 +557,7 @@ def read_table(target: str, data: bytes) -> Any:
 
 
 @pytest.mark.parametrize("target", ["arrow", "parquet"])
-def test_every_type_reads_back_as_it_was(target: str) -> None:
+def test_every_type_reads_back_unchanged(target: str) -> None:
     pytest.importorskip("pyarrow")
     rows = list(zip(*(values for _, _, values in WORLD), strict=True))
     table = read_table(target, write(target, columns(*(name for name, _, _ in WORLD)), rows[:1], [], rows[1:]))
@@ -618,7 +618,7 @@ def test_a_lone_surrogate_becomes_a_question_mark(target: str) -> None:
     assert table.column("a").to_pylist() == ["?x", None, "é"]
 
 
-def test_arrow_gives_the_bytes_of_a_batch_at_once() -> None:
+def test_arrow_returns_the_bytes_of_a_batch_immediately() -> None:
     pyarrow = pytest.importorskip("pyarrow")
     encoder = formats.make("arrow", columns("a:integer"))
     data = encoder.begin()

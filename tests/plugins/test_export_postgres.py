@@ -245,7 +245,7 @@ async def test_columns_of_one_name_are_distinguished(source: Any, form: str) -> 
         assert json.loads(result.body.strip(b"[]\n")) == dict(zip(result.names, range(1, 6), strict=True))
 
 
-async def test_names_that_differ_only_in_what_postgresql_would_cut_off_stay_different(source: Any) -> None:
+async def test_names_that_differ_only_beyond_the_limit_of_postgresql_stay_different(source: Any) -> None:
     name = "\u00e9" * 31
     result = await read(source, f'SELECT 1 AS "{name}", 2 AS "{name}", 3 AS "{name}"', "jsonl")
     [row] = result.objects
@@ -275,7 +275,7 @@ async def test_columns_may_have_any_name(source: Any, form: str) -> None:
 # -- values
 
 
-async def test_csv_reads_back_as_it_was(source: Any, admin: Any) -> None:
+async def test_csv_reads_back_unchanged(source: Any, admin: Any) -> None:
     await table(admin, NASTY)
     result = await read(source, "SELECT id, text, id % 2 = 0 AS even FROM t ORDER BY id")
     assert result.table == [["id", "text", "even"]] + [
@@ -312,7 +312,7 @@ async def test_every_line_of_csv_ends_in_crlf_and_no_text_is_changed_by_that(sou
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
-async def test_json_reads_back_as_it_was(source: Any, admin: Any, form: str) -> None:
+async def test_json_reads_back_unchanged(source: Any, admin: Any, form: str) -> None:
     await table(admin, NASTY)
     result = await read(source, "SELECT id, text, id % 2 = 0 AS even FROM t ORDER BY id", form)
     rows = result.objects if form == "jsonl" else json.loads(result.body)
@@ -538,7 +538,7 @@ async def test_values_of_all_types_in_json(source: Any, form: str) -> None:
     assert b'"price":1.10,' in result.body
 
 
-async def test_what_a_format_cannot_hold_is_rejected(source: Any) -> None:
+async def test_values_that_a_format_cannot_represent_are_rejected(source: Any) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     for value in (
         "date 'infinity'",
@@ -782,7 +782,7 @@ async def test_postgresql_reads_the_same_parameters(source: Any, sql: str, names
         ("2 = ANY (:v::int[])", "{1,2}", "true"),
     ],
 )
-async def test_a_parameter_has_the_type_that_its_place_wants(
+async def test_a_parameter_has_the_type_that_its_context_requires(
     source: Any, expression: str, value: object, cell: str
 ) -> None:
     for form in ("csv", "jsonl", "json"):
@@ -862,7 +862,7 @@ async def test_a_query_that_does_not_only_read_is_rejected_before_the_first_byte
 @pytest.mark.parametrize(
     "sql", ["SELECT 1 AS x --", "SELECT 1 AS x -- )", "VALUES (1)", "(SELECT 1)", "WITH a AS (SELECT 1) TABLE a"]
 )
-async def test_what_ends_in_a_comment_or_reads_without_select_runs(source: Any, sql: str) -> None:
+async def test_queries_that_end_in_a_comment_or_read_without_select_run(source: Any, sql: str) -> None:
     assert (await read(source, sql)).cells == [["1"]]
 
 
@@ -883,7 +883,7 @@ async def test_a_query_that_takes_too_long_is_rejected_before_the_first_byte(
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_leaving_an_export_stops_its_query(source: Any, admin: Any, form: str) -> None:
+async def test_closing_an_export_stops_its_query(source: Any, admin: Any, form: str) -> None:
     async with source.export(Query(ENDLESS), Selection(), form, formula_guard=True) as (export, _):
         async with aclosing(export.chunks()) as chunks:
             assert await anext(chunks)
@@ -895,7 +895,7 @@ async def test_leaving_an_export_stops_its_query(source: Any, admin: Any, form: 
     assert (await read(source, "SELECT 1 AS x", form)).rows == 1
 
 
-async def test_leaving_before_the_first_row_stops_the_query(source: Any, admin: Any) -> None:
+async def test_closing_before_the_first_row_stops_the_query(source: Any, admin: Any) -> None:
     task = asyncio.create_task(read(source, "SELECT pg_sleep(20)"))
     await until(running(admin))
     task.cancel()
@@ -906,7 +906,7 @@ async def test_leaving_before_the_first_row_stops_the_query(source: Any, admin: 
     assert await until(none_runs(admin)) < 0.5 + module.CHECK_MILLISECONDS / 1000
 
 
-async def test_an_error_of_the_consumer_stays_what_it_is(source: Any, admin: Any) -> None:
+async def test_an_error_of_the_consumer_is_raised_unchanged(source: Any, admin: Any) -> None:
     async def consume() -> None:
         async with source.export(Query(ENDLESS), Selection(), "csv", formula_guard=True) as (export, _):
             async for _chunk in export.chunks():
@@ -918,7 +918,7 @@ async def test_an_error_of_the_consumer_stays_what_it_is(source: Any, admin: Any
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_an_export_that_breaks_in_the_middle_does_not_end_as_if_it_were_whole(source: Any, form: str) -> None:
+async def test_an_export_that_breaks_in_the_middle_does_not_look_complete(source: Any, form: str) -> None:
     sql = "SELECT 1 / (100000 - i) AS x, i FROM generate_series(1, 200000) AS i"
     async with source.export(Query(sql), Selection(), form, formula_guard=True) as (export, _):
         with pytest.raises(Interrupted, match=r"after \d{3,} rows: division by zero"):
@@ -938,7 +938,7 @@ async def test_a_time_limit_in_the_middle_raises(shared: Postgres) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_a_server_that_dies_in_the_middle_raises_and_is_found_again(
+async def test_a_server_that_dies_in_the_middle_raises_and_is_used_again(
     postgres: Postgres, own: Any, caplog: pytest.LogCaptureFixture, form: str
 ) -> None:
     source = own
@@ -1005,7 +1005,7 @@ async def test_no_more_exports_run_than_there_are_connections(shared: Postgres) 
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
-async def test_a_consumer_that_does_not_read_costs_a_bounded_amount(source: Any, admin: Any, form: str) -> None:
+async def test_a_consumer_that_does_not_read_uses_bounded_memory(source: Any, admin: Any, form: str) -> None:
     async def is_stalled() -> bool:
         """Whether PostgreSQL waits, at fifty looks: it could have sent many megabytes in that time."""
         wait = "SELECT wait_event FROM pg_stat_activity WHERE application_name = 'streamlab'"
@@ -1029,7 +1029,7 @@ async def test_a_consumer_that_does_not_read_costs_a_bounded_amount(source: Any,
 # -- the rest
 
 
-async def test_the_version_changes_with_what_is_written(source: Any, admin: Any) -> None:
+async def test_the_version_changes_with_the_content(source: Any, admin: Any) -> None:
     await table(admin, ["a"])
     first, same = [await read(source, "SELECT * FROM t") for _ in range(2)]
     await admin.execute("UPDATE t SET text = 'b'")
@@ -1063,7 +1063,7 @@ async def test_a_query_runs_in_a_session_that_only_reads_and_has_limits(source: 
     assert (await read(source, sql.replace(" WHERE", " AND").replace("AND", "WHERE", 1), form)).rows == 1
 
 
-async def test_no_part_of_the_address_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_part_of_the_url_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     source = PostgresSource("postgresql://user:secret@127.0.0.1:1/base", statement_seconds=1)
     with caplog.at_level(logging.DEBUG, logger=module.__name__):
         async with source.opened():
@@ -1081,7 +1081,7 @@ async def test_a_server_that_does_not_know_the_user_is_unavailable(shared: Postg
             await source.describe(Query("SELECT 1"))
 
 
-def test_an_invalid_address_is_rejected_at_once() -> None:
+def test_an_invalid_url_is_rejected_at_once() -> None:
     with pytest.raises(ValueError, match="postgresql://"):
         PostgresSource("mysql://x", statement_seconds=1)
 
@@ -1160,7 +1160,7 @@ def test_without_its_library_only_its_own_exports_are_rejected(start: Callable[.
     assert "streamlab[postgres]" in listed["numbers"]["unavailable"]
 
 
-def test_a_client_that_leaves_stops_the_copy(start: Callable[..., Running], postgres: Postgres) -> None:
+def test_a_client_that_disconnects_stops_the_copy(start: Callable[..., Running], postgres: Postgres) -> None:
     server = start(SERVED.format(url=postgres.url))
     with server.send("GET /export/numbers/csv HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")

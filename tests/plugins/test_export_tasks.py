@@ -127,7 +127,7 @@ def test_thousands_of_tasks_deleted_by_several_clients_at_once_leave_the_server_
     assert "ResourceWarning" not in server.log
 
 
-def test_sigterm_just_after_a_delete_ends_the_server_in_its_time(start: Callable[..., Running]) -> None:
+def test_sigterm_just_after_a_delete_ends_the_server_in_time(start: Callable[..., Running]) -> None:
     """The stop is the second cancellation of the task's work."""
     server = start(config(export="sample_rows = 50000", server="drain_seconds = 1"))
     server.get("/export/users/csv?limit=1")
@@ -257,7 +257,7 @@ def writer(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-def test_a_start_deletes_what_a_process_that_died_left_and_not_what_another_writes(
+def test_a_start_deletes_files_of_a_dead_process_and_not_those_of_another(
     writer: Path, start: Callable[..., Running]
 ) -> None:
     left = writer.with_name(".unfinished-left")

@@ -132,7 +132,7 @@ async def test_empty_file_is_a_complete_response(client: Client, file: Path) -> 
         ("bytes=0-", 0, 255_999),
     ],
 )
-async def test_one_range_is_206_with_just_those_bytes(client: Client, field: str, first: int, last: int) -> None:
+async def test_one_range_is_206_with_exactly_those_bytes(client: Client, field: str, first: int, last: int) -> None:
     response, body = await get(client, {"Range": field})
     assert (response.status, response.headers["Content-Range"]) == (206, f"bytes {first}-{last}/256000")
     assert body == BODY[first : last + 1]
@@ -161,7 +161,7 @@ async def test_range_that_is_malformed_or_of_another_unit_is_ignored(client: Cli
 
 
 @pytest.mark.parametrize("field", ["bytes=-0", "bytes=256000-", "bytes=256000-256001", "bytes=-0,300000-"])
-async def test_range_of_which_no_byte_exists_is_416_with_the_size(client: Client, field: str) -> None:
+async def test_range_beyond_the_end_is_416_with_the_size(client: Client, field: str) -> None:
     response, body = await get(client, {"Range": field})
     assert (response.status, response.headers["Content-Range"]) == (416, "bytes */256000")
     assert (response.content_type, json.loads(body)["status"]) == ("application/problem+json", 416)
@@ -182,7 +182,7 @@ async def test_several_ranges_are_multipart_in_the_requested_order(client: Clien
     assert response.headers["Content-Length"] == str(len(body))
 
 
-async def test_a_thousand_ranges_cost_no_more_than_the_file(client: Client) -> None:
+async def test_a_thousand_ranges_send_no_more_than_the_file(client: Client) -> None:
     tiny = "bytes=" + ",".join("0-" for _ in range(1000))
     response, body = await get(client, {"Range": tiny})
     assert (response.status, body) == (206, BODY)
@@ -194,7 +194,7 @@ async def test_a_thousand_ranges_cost_no_more_than_the_file(client: Client) -> N
 # -- conditions: RFC 9110 section 13
 
 
-async def test_if_range_resumes_only_the_very_same_file(client: Client) -> None:
+async def test_if_range_resumes_only_the_same_version_of_the_file(client: Client) -> None:
     tag = await etag(client)
     same, other = formatdate(MODIFIED, usegmt=True), formatdate(MODIFIED + 1, usegmt=True)
     for condition, status in (
@@ -223,7 +223,7 @@ ARABIC = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")
 """Digits that `int` takes, and no grammar of HTTP."""
 
 
-async def test_file_overwritten_with_its_time_put_back_is_another_state(client: Client, file: Path) -> None:
+async def test_file_overwritten_with_its_time_reset_is_another_version(client: Client, file: Path) -> None:
     tag = await etag(client)
     before = file.stat()
     with file.open("r+b") as opened:
@@ -277,7 +277,7 @@ async def test_conditions_are_evaluated_in_the_order_of_the_standard(
 # -- digests: RFC 9530
 
 
-async def test_digest_of_the_whole_is_sent_on_request(client: Client) -> None:
+async def test_digest_of_the_complete_file_is_sent_on_request(client: Client) -> None:
     expected = f"sha-256=:{base64.b64encode(hashlib.sha256(BODY).digest()).decode()}:"
     for headers in ({}, {"Range": "bytes=5-9"}):
         for want, digest in (
@@ -332,7 +332,7 @@ async def test_the_average_rate_is_the_requested_one(client: Client) -> None:
     assert 0.3 < time.monotonic() - started < 5
 
 
-def test_a_paced_download_that_came_whole_is_finished(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_paced_download_that_arrived_completely_is_finished(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start()
     status, _, body = server.get("/download/large-file?size_mb=1&rate=4000000")
     assert (status, len(body)) == (200, 1_000_000)
@@ -522,7 +522,7 @@ def big(start: Callable[..., Running], tmp_path: Path) -> tuple[Running, Path]:
 
 
 @pytest.mark.parametrize("query", ["", "?rate=1000000000"])
-def test_file_cut_short_during_a_download_fails_visibly(big: tuple[Running, Path], query: str) -> None:
+def test_file_truncated_during_a_download_fails_visibly(big: tuple[Running, Path], query: str) -> None:
     server, path = big
     whole = path.read_bytes()
     connection, begun = slowly(server, f"/download/large-file{query}")
@@ -534,7 +534,7 @@ def test_file_cut_short_during_a_download_fails_visibly(big: tuple[Running, Path
 
 
 @pytest.mark.parametrize("query", ["", "?rate=1000000000"])
-def test_file_written_over_during_a_download_fails_visibly(big: tuple[Running, Path], query: str) -> None:
+def test_file_overwritten_during_a_download_fails_visibly(big: tuple[Running, Path], query: str) -> None:
     server, path = big
     connection, begun = slowly(server, f"/download/large-file{query}")
     with path.open("r+b") as file:
@@ -546,7 +546,7 @@ def test_file_written_over_during_a_download_fails_visibly(big: tuple[Running, P
 
 
 @pytest.mark.parametrize("query", ["", "?rate=1000000000"])
-def test_file_overwritten_with_its_time_put_back_during_a_download_fails_visibly(
+def test_file_overwritten_with_its_time_reset_during_a_download_fails_visibly(
     big: tuple[Running, Path], query: str
 ) -> None:
     server, path = big
@@ -581,7 +581,7 @@ def test_file_replaced_during_a_download_is_sent_as_it_was(big: tuple[Running, P
     assert server.get("/download/large-file")[2] == b"new"
 
 
-def test_file_that_is_not_there_is_404_until_it_is(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_missing_file_is_404_until_it_exists(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start('[scenarios.file]\nlarge_file = "later.bin"')
     status, _, body = server.get("/download/large-file")
     assert (status, str(tmp_path).encode() in body) == (404, False)
@@ -713,7 +713,7 @@ def test_memory_does_not_grow_with_the_file(start: Callable[..., Running], tmp_p
     assert peak() - before < 8 * 1024
 
 
-async def test_file_is_closed_when_its_client_leaves(client: Client, file: Path) -> None:
+async def test_file_is_closed_when_its_client_disconnects(client: Client, file: Path) -> None:
     def is_open() -> bool:
         return any(os.path.realpath(link) == str(file) for link in Path("/proc/self/fd").glob("*"))
 
@@ -751,7 +751,7 @@ def wait_until_busy(server: Running, seconds: float) -> None:
         time.sleep(0.005)
 
 
-def test_digests_whose_clients_have_left_stop_and_hold_up_nothing(start: Callable[..., Running]) -> None:
+def test_digests_whose_clients_disconnected_stop_and_delay_nothing(start: Callable[..., Running]) -> None:
     """Seven of them once blocked all disk access, and prevented SIGTERM from ending the server."""
     server = start(DIGESTS)
     for number in range(7):
@@ -782,7 +782,7 @@ def test_a_digest_of_a_small_file_does_not_wait_for_that_of_a_large_one(start: C
         assert time.monotonic() - started < 3  # four slices, on a busy machine; the four files take over 20 s
 
 
-def test_sigterm_ends_the_server_in_its_time_while_digests_are_computed(start: Callable[..., Running]) -> None:
+def test_sigterm_ends_the_server_in_time_while_digests_are_computed(start: Callable[..., Running]) -> None:
     server = start(DIGESTS + "[server]\ndrain_seconds = 0.5\n")
     with server.send(f"HEAD /download/large-file?size_mb={HUGE_MB} HTTP/1.1\n{WANTED}"):
         wait_until_busy(server, 0.1)
@@ -791,7 +791,7 @@ def test_sigterm_ends_the_server_in_its_time_while_digests_are_computed(start: C
     assert seconds < 0.5 + 1 + 1  # and a second for a busy machine
 
 
-async def test_beyond_its_bounds_a_response_goes_without_a_digest(aiohttp_client: Any, tmp_path: Path) -> None:
+async def test_a_response_beyond_the_bounds_has_no_digest(aiohttp_client: Any, tmp_path: Path) -> None:
     for bounds, sizes in (
         ({"digest_mb": 2}, {"2": True, "3": False}),
         ({"digest_seconds": 0.5}, {"1": True, str(HUGE_MB): False}),

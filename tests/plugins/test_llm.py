@@ -298,7 +298,7 @@ def test_a_client_receives_heartbeats_while_the_model_reads_the_prompt(
 # -- text and events
 
 
-def test_characters_arrive_whole_however_the_upstream_splits_them(
+def test_characters_arrive_complete_however_the_upstream_splits_them(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     spelt = b'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\n'
@@ -627,7 +627,7 @@ def test_v1_passes_events_on_unchanged_and_usage_where_it_is_requested(
     assert last.usage.total_tokens == 5
 
 
-def test_v1_responds_whole_where_streaming_is_not_requested(
+def test_v1_responds_with_one_document_where_streaming_is_not_requested(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
     import openai

@@ -292,7 +292,7 @@ def check_whole(events: list[Received], max_tokens: int) -> str:
     return "".join(token.json["text"] for token in tokens)
 
 
-def test_fifty_generations_at_once_are_whole_and_not_mixed(gateway: Gateway) -> None:
+def test_fifty_concurrent_generations_are_complete_and_not_mixed(gateway: Gateway) -> None:
     together = threading.Barrier(50)
 
     def repeat(exchange: Exchange) -> None:
@@ -311,7 +311,7 @@ def test_fifty_generations_at_once_are_whole_and_not_mixed(gateway: Gateway) -> 
 
 
 @needs_model
-def test_generations_of_the_embedded_model_at_once_are_whole(start: Start) -> None:
+def test_concurrent_generations_of_the_embedded_model_are_complete(start: Start) -> None:
     server = start(f"{OTHERS}[scenarios.llm]\n")
     server.wait_for_log("is ready", seconds=60)
     found = generations(server, ["Tell a story."] * 12, 8)  # three times as many as run at once
@@ -499,7 +499,7 @@ def test_the_table_of_fields_in_the_documentation_is_complete() -> None:
 # -- made-up ids
 
 
-def test_made_up_ids_write_nothing_to_the_event_log(gateway: Gateway) -> None:
+def test_invented_ids_write_nothing_to_the_event_log(gateway: Gateway) -> None:
     server, upstream = gateway({"default": hello})
     database = server.base / "var" / "streamlab.db"
 

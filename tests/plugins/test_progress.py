@@ -774,7 +774,7 @@ def test_every_kind_is_listed_with_its_parameters(start: Callable[..., Running])
     assert kinds["rehearsal"]["parameters"]["properties"]["steps"]["maximum"] == 1_000_000
 
 
-def test_an_export_is_written_whole_and_can_be_downloaded(start: Callable[..., Running]) -> None:
+def test_an_export_is_written_completely_and_can_be_downloaded(start: Callable[..., Running]) -> None:
     server = embedded(start)
     end = ended(server, start_task(server, "export", name="users", format="csv", columns=["id", "note"], limit=500))
     result = end["result"]

@@ -130,9 +130,7 @@ def test_the_same_seed_gives_the_same_prices_and_another_seed_others(serve: Serv
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_after_a_restart_the_simulation_goes_on_as_if_it_had_uninterrupted(
-    serve: Serve, number: signal.Signals
-) -> None:
+def test_after_a_restart_the_simulation_continues_as_if_uninterrupted(serve: Serve, number: signal.Signals) -> None:
     server = serve("interval = 0.005")
     with EventStream(server, PATH) as stream:
         stream.take(50)
@@ -143,7 +141,7 @@ def test_after_a_restart_the_simulation_goes_on_as_if_it_had_uninterrupted(
     assert without_time(events) == simulated(100, seed=1, interval=0.005)
 
 
-def test_two_processes_with_one_log_make_each_step_once_and_one_takes_over_from_the_other(serve: Serve) -> None:
+def test_two_processes_with_one_log_publish_each_step_once_and_take_over_from_each_other(serve: Serve) -> None:
     first, second = serve("interval = 0.01"), serve("interval = 0.01")
     with EventStream(first, PATH) as one, EventStream(second, PATH) as other:
         seen = other.take(200)
@@ -419,7 +417,7 @@ def test_every_invalid_price_is_reported_by_line_and_field_and_nothing_is_publis
     assert_nothing_was_published(server)
 
 
-def test_an_object_as_deep_as_can_be_read_does_no_harm_to_the_next(serve: Serve) -> None:
+def test_a_deeply_nested_object_does_not_affect_the_next(serve: Serve) -> None:
     server = serve('source = "push"')
     statuses: dict[int, int] = {}
 
@@ -505,7 +503,7 @@ async def replayed(path: Path, count: int, *, speed: float, repeat: bool) -> lis
     return made
 
 
-async def test_rows_come_at_their_own_pace_times_the_speed_and_those_of_one_moment_together(tmp_path: Path) -> None:
+async def test_rows_are_published_at_their_times_divided_by_the_speed_and_equal_times_together(tmp_path: Path) -> None:
     path = tmp_path / "prices.csv"
     path.write_text(
         "time,symbol,price\n2026-01-01T00:00:00Z,A,1\n1767225700,B,1\n2026-01-01T01:01:40+01:00,C,1\n"
@@ -522,7 +520,7 @@ async def test_rows_come_at_their_own_pace_times_the_speed_and_those_of_one_mome
     assert 0.199 < third - first < 4
 
 
-async def test_a_file_of_one_moment_is_not_repeated_without_a_pause(tmp_path: Path) -> None:
+async def test_a_file_with_one_time_is_not_repeated_without_a_pause(tmp_path: Path) -> None:
     path = tmp_path / "prices.csv"
     path.write_text("time,symbol,price\n1,A,1\n1,B,2\n")
     (first, *_), (second, *_) = await replayed(path, 2, speed=5, repeat=True)
@@ -613,7 +611,7 @@ def test_with_repeat_a_replay_starts_again_after_the_last_row(serve: Serve, tmp_
     ]
 
 
-def test_a_replay_that_is_killed_resumes_and_every_row_comes_exactly_once(serve: Serve, tmp_path: Path) -> None:
+def test_a_replay_that_is_killed_resumes_and_publishes_every_row_once(serve: Serve, tmp_path: Path) -> None:
     rows = 300
     symbols = [f"S{number % 7}" for number in range(rows)]
     table = [f"{number * 5},{symbols[number]},{number}" for number in range(rows)]
@@ -651,7 +649,7 @@ def test_another_file_begins_with_its_first_row(serve: Serve, tmp_path: Path) ->
 # -- conflation
 
 
-def test_conflation_sends_a_symbol_once_a_window_and_then_its_latest_price(serve: Serve) -> None:
+def test_conflation_sends_the_latest_price_of_a_symbol_once_per_window(serve: Serve) -> None:
     window, interval = 0.5, 0.02
     server = serve(f'interval = {interval}\nsymbols = ["A", "B"]')
     received: list[tuple[float, Received]] = []

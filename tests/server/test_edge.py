@@ -116,7 +116,7 @@ def named(headers: dict[str, str], server: Running) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("headers", FROM_OTHERS, ids=str)
-def test_what_a_page_of_another_origin_sends_starts_and_changes_nothing(
+def test_requests_of_a_page_of_another_origin_start_and_change_nothing(
     server: Running, headers: dict[str, str]
 ) -> None:
     before, headers = started(server), named(headers, server)
@@ -136,7 +136,7 @@ def test_what_a_page_of_another_origin_sends_starts_and_changes_nothing(
 
 
 @pytest.mark.parametrize("headers", FROM_OURS, ids=str)
-def test_a_page_of_this_server_a_typed_address_and_a_program_may(server: Running, headers: dict[str, str]) -> None:
+def test_requests_of_own_pages_typed_urls_and_programs_are_accepted(server: Running, headers: dict[str, str]) -> None:
     before, headers = started(server), named(headers, server)
     assert server.get("/start", headers)[0] == 200
     assert server.get("/start", {**JSON, **headers}, method="POST", body=b"{}")[0] == 200
@@ -144,7 +144,7 @@ def test_a_page_of_this_server_a_typed_address_and_a_program_may(server: Running
     assert started(server) == [*before, "GET", "POST", "DELETE"]
 
 
-def test_head_never_starts_what_get_starts(server: Running) -> None:
+def test_head_never_starts_the_work_of_get(server: Running) -> None:
     before = started(server)
     status, headers, body = server.get("/start", method="HEAD")
     assert (status, headers["content-type"], headers["vary"], body) == (200, "application/json", "Accept", b"")
@@ -162,7 +162,7 @@ def test_a_body_that_needs_no_preflight_is_415(server: Running, media: str | Non
     assert started(server) == before
 
 
-def test_what_ships_declares_what_starts_work(server: Running) -> None:
+def test_built_in_plugins_declare_endpoints_that_start_work(server: Running) -> None:
     for path in ("/process/long-task?kind=rehearsal&steps=3", "/demo/comparison/report?rows=1000&repeats=1"):
         assert server.get(path, {"Sec-Fetch-Site": "cross-site"})[0] == 403
     status, _, answer = server.get(

@@ -17,7 +17,7 @@ def record(message: str, *arguments: object, **fields: object) -> logging.LogRec
     return made
 
 
-def test_text_line_escapes_what_could_end_it_or_move_the_cursor() -> None:
+def test_text_line_escapes_line_ends_and_terminal_sequences() -> None:
     forged = "/a\nERROR forged\r\x1b[2J\x85\u2028\u202e\ufeff\udcff"
     line = LineFormatter("text").format(record("GET %s failed", forged, path="x y\n"))
     assert line == (
@@ -26,7 +26,7 @@ def test_text_line_escapes_what_could_end_it_or_move_the_cursor() -> None:
     )
 
 
-def test_json_line_is_one_object_whatever_is_in_it() -> None:
+def test_json_line_is_one_object_for_any_content() -> None:
     line = LineFormatter("json").format(record("GET %s failed", "/a\nforged", status=500, path="\u2028"))
     assert "\n" not in line
     assert json.loads(line) == {
@@ -39,7 +39,7 @@ def test_json_line_is_one_object_whatever_is_in_it() -> None:
     }
 
 
-def test_traceback_is_indented_so_that_its_text_cannot_pass_for_a_line() -> None:
+def test_traceback_is_indented_so_that_it_cannot_forge_a_line() -> None:
     try:
         raise ValueError("first\n2023-11-14T22:13:20.250Z INFO forged")
     except ValueError:
@@ -51,7 +51,7 @@ def test_traceback_is_indented_so_that_its_text_cannot_pass_for_a_line() -> None
     assert all(line.startswith("    ") for line in rest)
 
 
-def test_full_queue_drops_lines_and_says_how_many() -> None:
+def test_full_queue_drops_lines_and_reports_their_number() -> None:
     lines: queue.Queue[logging.LogRecord] = queue.Queue(2)
     handler = BoundedQueueHandler(lines)
     for number in range(5):
@@ -64,7 +64,7 @@ def test_full_queue_drops_lines_and_says_how_many() -> None:
     ]
 
 
-def test_log_file_that_cannot_be_written_is_said_and_not_fatal(tmp_path: Path, capfd: object) -> None:
+def test_log_file_that_cannot_be_written_is_reported_and_not_fatal(tmp_path: Path, capfd: object) -> None:
     (tmp_path / "file").write_text("")
     with logging_to(style="text", level="INFO", file=tmp_path / "file" / "streamlab.log"):
         logging.getLogger("streamlab.test").info("still here")

@@ -138,11 +138,13 @@ async def test_the_document_is_valid_openapi_3_1(aiohttp_client: Client, tmp_pat
     OpenAPIV31SpecValidator(api).validate()
 
 
-async def test_the_document_of_what_ships_is_valid_openapi_3_1(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_the_document_of_the_built_in_plugins_is_valid_openapi_3_1(
+    aiohttp_client: Client, tmp_path: Path
+) -> None:
     OpenAPIV31SpecValidator(await document(aiohttp_client, tmp_path)).validate()
 
 
-async def test_every_reference_leads_somewhere(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_every_reference_resolves(aiohttp_client: Client, tmp_path: Path) -> None:
     api = await document(aiohttp_client, tmp_path, shop())
     references = {node["$ref"] for node in walk(api) if "$ref" in node}
     bodies = ("ChatBody", "Message", "NewTask", "Order", "Part", "Problem")
@@ -153,7 +155,7 @@ async def test_every_reference_leads_somewhere(aiohttp_client: Client, tmp_path:
         assert reference.removeprefix("#/components/schemas/") in api["components"]["schemas"]
 
 
-async def test_bodies_of_one_name_in_two_plugins_are_told_apart(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_bodies_of_one_name_in_two_plugins_are_distinguished(aiohttp_client: Client, tmp_path: Path) -> None:
     other = {"kiosk": shop("kiosk")["kiosk"].replace("ge=1, le=10)", "ge=1, le=77)")}
     api = await document(aiohttp_client, tmp_path, {**shop(), **other})
     OpenAPIV31SpecValidator(api).validate()
@@ -165,7 +167,7 @@ async def test_bodies_of_one_name_in_two_plugins_are_told_apart(aiohttp_client: 
     assert largest == {"shop": 10, "kiosk": 77}
 
 
-async def test_every_route_is_told_with_its_words(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_every_route_is_documented_with_its_summary(aiohttp_client: Client, tmp_path: Path) -> None:
     api = await document(aiohttp_client, tmp_path, shop())
     routes = create_app(Config.of({}, base=tmp_path))[ROUTES]
     assert {(path, method) for path, method, _ in operations(api)} == {
@@ -180,7 +182,7 @@ async def test_every_route_is_told_with_its_words(aiohttp_client: Client, tmp_pa
     assert (enter["summary"], enter["responses"]["204"]) == ("Enter", {"description": "Nothing."})
 
 
-async def test_every_operation_has_an_id_of_its_own_a_summary_and_its_refusals(
+async def test_every_operation_has_a_unique_id_a_summary_and_its_error_responses(
     aiohttp_client: Client, tmp_path: Path
 ) -> None:
     api = await document(aiohttp_client, tmp_path, shop())
@@ -217,7 +219,7 @@ async def test_query_parameters_have_the_bounds_of_their_model(aiohttp_client: C
     assert found["word"]["schema"] == {"type": "string", "maxLength": 20}
 
 
-async def test_an_enumeration_of_the_query_is_told_in_place(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_an_enumeration_of_the_query_is_inlined(aiohttp_client: Client, tmp_path: Path) -> None:
     found = parameters(await document(aiohttp_client, tmp_path, shop()), "/shop/search")
     colour = found["colour"]["schema"]
     assert (colour["type"], colour["enum"], colour["default"]) == ("string", ["red", "blue"], "red")
@@ -305,7 +307,9 @@ async def test_choices_of_the_configuration_are_in_the_document(aiohttp_client: 
     assert basket["fruit"]["enum"] == basket["more"]["items"]["enum"] == ["plum", "fig"]
 
 
-async def test_what_is_not_a_choice_is_rejected_with_the_choices(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_a_value_that_is_not_a_choice_is_rejected_with_the_choices(
+    aiohttp_client: Client, tmp_path: Path
+) -> None:
     write_plugins(tmp_path, {"garden": CHOICES})
     client = await aiohttp_client(create_app(Config.of({}, base=tmp_path)))
 
@@ -359,7 +363,7 @@ async def _handler(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def test_what_ships_lists_the_names_of_its_configuration(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_built_in_plugins_list_the_names_of_their_configuration(aiohttp_client: Client, tmp_path: Path) -> None:
     settings = {
         "server": {"log_file": "var/streamlab.log"},
         "scenarios": {
@@ -411,7 +415,7 @@ async def test_path_parameters_are_required_and_have_the_bounds_of_their_model(
     assert found["rest"] == {"name": "rest", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
-async def test_a_body_is_told_with_its_bounds_and_an_example(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_a_body_is_documented_with_its_bounds_and_an_example(aiohttp_client: Client, tmp_path: Path) -> None:
     api = await document(aiohttp_client, tmp_path, shop())
     body = api["paths"]["/shop/orders"]["post"]["requestBody"]
     example = {"amount": 2, "note": 'it\'s "fine" $HOME `x`'}
@@ -421,7 +425,7 @@ async def test_a_body_is_told_with_its_bounds_and_an_example(aiohttp_client: Cli
     assert (amount["type"], amount["minimum"], amount["maximum"]) == ("integer", 1, 10)
 
 
-async def test_a_body_and_what_is_in_it_has_no_fields_but_its_own_where_others_are_rejected(
+async def test_bodies_that_reject_unknown_fields_declare_no_additional_properties(
     aiohttp_client: Client, tmp_path: Path
 ) -> None:
     schemas = (await document(aiohttp_client, tmp_path, shop()))["components"]["schemas"]
@@ -430,7 +434,7 @@ async def test_a_body_and_what_is_in_it_has_no_fields_but_its_own_where_others_a
     assert "ChatMessage" not in closed  # its model has a rule of its own: other fields are allowed
 
 
-def test_the_example_of_a_body_is_its_model_s_or_that_of_its_fields() -> None:
+def test_the_example_of_a_body_comes_from_its_model_or_its_fields() -> None:
     class Guest(BaseModel):
         name: str = Field(examples=["Ada", "Grace"])
         age: int = 3
@@ -443,7 +447,7 @@ def test_the_example_of_a_body_is_its_model_s_or_that_of_its_fields() -> None:
     assert openapi.body_example(Guests) == {"names": ["Ada"]}
 
 
-async def test_the_words_of_a_command_and_the_body_in_it_are_told(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_the_arguments_and_the_body_of_a_command_are_documented(aiohttp_client: Client, tmp_path: Path) -> None:
     api = await document(aiohttp_client, tmp_path, shop())
     pushed = api["paths"]["/stream/stock-ticker"]["post"]
     assert pushed["x-curl"] == ["--json", '{"symbol": "ACME", "price": 12.5}', "{url}"]
@@ -453,7 +457,7 @@ async def test_the_words_of_a_command_and_the_body_in_it_are_told(aiohttp_client
     assert api["paths"]["/export/{name}"]["get"]["x-curl"] == ["-H", "Accept: application/jsonl", "{url}"]
 
 
-async def test_a_command_with_a_broken_quote_spoils_nothing_else(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_a_command_with_a_broken_quote_does_not_affect_others(aiohttp_client: Client, tmp_path: Path) -> None:
     source = PLUGIN % {"name": "shop", "title": "Shop"}
     broken = source.replace(
         '"/shop/orders", sends=', '"/shop/orders", takes="text/plain", curl="-d \'it {url}", sends='
@@ -464,7 +468,7 @@ async def test_a_command_with_a_broken_quote_spoils_nothing_else(aiohttp_client:
     assert cancel["requestBody"]["content"] == {"text/plain": {"example": "'it"}}
 
 
-async def test_every_number_in_a_query_that_ships_has_a_minimum_and_a_maximum(
+async def test_every_number_in_a_built_in_query_has_a_minimum_and_a_maximum(
     aiohttp_client: Client, tmp_path: Path
 ) -> None:
     api = await document(aiohttp_client, tmp_path)
@@ -481,7 +485,7 @@ async def test_every_number_in_a_query_that_ships_has_a_minimum_and_a_maximum(
     assert unbounded == []
 
 
-async def test_every_query_parameter_that_ships_is_described(aiohttp_client: Client, tmp_path: Path) -> None:
+async def test_every_built_in_query_parameter_is_described(aiohttp_client: Client, tmp_path: Path) -> None:
     api = await document(aiohttp_client, tmp_path)
     assert [
         f"{path} {parameter['name']}"
@@ -578,7 +582,7 @@ def test_every_command_of_the_index_works_when_pasted_into_a_shell(
         (r"/a/{b:\d{1,3}}/{c}", "/a/{b}/{c}"),
     ],
 )
-def test_a_path_is_spelt_as_openapi_spells_it(path: str, template: str) -> None:
+def test_a_path_is_written_as_in_openapi(path: str, template: str) -> None:
     class Spelt(Scenario):
         @endpoint("GET", path)
         async def get(self, request: web.Request) -> web.Response:

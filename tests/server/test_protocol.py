@@ -213,9 +213,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("request_bytes", MALFORMED.values(), ids=MALFORMED.keys())
-def test_what_could_be_read_in_two_ways_is_400_and_the_last_on_its_connection(
-    server: Running, request_bytes: bytes
-) -> None:
+def test_an_ambiguous_request_is_400_and_the_last_of_its_connection(server: Running, request_bytes: bytes) -> None:
     [(version, status, head, body)] = exchange(server, request_bytes)
     document = json.loads(body)
     known = 400 if not request_bytes.startswith(b"GET /health\r\n") else 505  # that is HTTP/0.9
@@ -261,7 +259,7 @@ UNSPOKEN = {
 
 
 @pytest.mark.parametrize(("status", "goes_on", "request_bytes"), UNSPOKEN.values(), ids=UNSPOKEN.keys())
-def test_what_is_not_spoken_here_has_its_own_status(
+def test_unsupported_protocol_features_have_their_own_status(
     server: Running, status: int, goes_on: bool, request_bytes: bytes
 ) -> None:
     after = GET + HOST + b"Connection: close\r\n\r\n" if goes_on else b""
@@ -277,7 +275,7 @@ def test_what_is_not_spoken_here_has_its_own_status(
     assert (b"Cache-Control: no-store" in head, b"evil" in head + body) == (True, False)
 
 
-def test_the_target_of_this_host_is_served_whatever_its_form(server: Running) -> None:
+def test_a_target_of_this_host_is_served_in_every_form(server: Running) -> None:
     for target in (b"/", b"http://localhost/", b"HTTP://localhost/", b"http://127.0.0.1:%d/" % server.port):
         request = b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
         [(_, status, _, body)] = exchange(server, request)
@@ -319,7 +317,7 @@ def test_a_body_is_bounded_however_it_is_read(server: Running) -> None:
     assert server.get("/health")[0] == 200
 
 
-def test_100_continue_comes_after_what_would_reject_the_request(server: Running) -> None:
+def test_100_continue_is_sent_only_for_an_acceptable_request(server: Running) -> None:
     expects = b"Expect: 100-continue\r\nConnection: close\r\n"
     with server.connect() as connection:
         connection.sendall(POST + expects + b"Content-Length: 13\r\n\r\n")
@@ -361,7 +359,7 @@ def test_a_body_of_unknown_length_ends_with_the_connection_on_http_1_0(
         assert body.count(b"\r\n") == 4
 
 
-def test_a_body_of_known_length_keeps_the_connection_on_http_1_0(server: Running) -> None:
+def test_a_body_of_known_length_leaves_the_connection_open_on_http_1_0(server: Running) -> None:
     request = b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
     got = exchange(server, request + request + request.replace(b"keep-alive", b"close"))
     assert [status for _, status, _, _ in got] == [200, 200, 200]
@@ -407,7 +405,7 @@ def test_a_head_that_trickles_is_closed_and_an_idle_connection_is_not(server: Ru
 # -- every route
 
 
-def test_every_response_says_whether_it_may_be_cached(server: Running) -> None:
+def test_every_response_has_cache_control(server: Running) -> None:
     """Each route, reached with nothing but its path and the examples of its parameters, and each error."""
     document = json.loads(server.get("/openapi.json")[2])
     seen = {}
@@ -453,7 +451,7 @@ def test_phrases_are_those_of_rfc_9110() -> None:
     }
 
 
-def test_none_of_this_was_worth_a_traceback_or_more_than_one_line(server: Running) -> None:
+def test_no_request_of_this_module_caused_a_traceback_or_more_than_one_line(server: Running) -> None:
     # Lines are written in order: between two requests of known paths stands all that one request was worth.
     server.get("/before-the-line")
     exchange(server, MALFORMED["two hosts"])

@@ -93,7 +93,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 # -- discovery
 
 
-def test_plugins_are_found_in_the_order_shipped_dropped_in_installed(
+def test_plugins_are_found_in_the_order_built_in_dropped_in_installed(
     tmp_path: Path, installed: Callable[[str, str], None]
 ) -> None:
     installed("aaa", one("aaa"))
@@ -101,7 +101,7 @@ def test_plugins_are_found_in_the_order_shipped_dropped_in_installed(
     assert found.index("file") < found.index("abb") < found.index("bbb") < found.index("aaa")
 
 
-def test_plugins_stand_in_one_list_sorted_by_name(tmp_path: Path, installed: Callable[[str, str], None]) -> None:
+def test_plugins_are_one_list_sorted_by_name(tmp_path: Path, installed: Callable[[str, str], None]) -> None:
     installed("mmm", one("mmm"))
     app = create_app(config(tmp_path, {"zzz": one("zzz"), "aaa": one("aaa")}))
     names = [plugin.name for plugin in app[REGISTRY].plugins]
@@ -109,7 +109,7 @@ def test_plugins_stand_in_one_list_sorted_by_name(tmp_path: Path, installed: Cal
     assert {"aaa", "file", "mmm", "zzz"} <= set(names)
 
 
-async def test_what_ships_is_found_without_any_configuration(tmp_path: Path, aiohttp_client: Client) -> None:
+async def test_built_in_plugins_are_found_without_configuration(tmp_path: Path, aiohttp_client: Client) -> None:
     client = await aiohttp_client(create_app(Config.of({}, base=tmp_path)))
     async with client.get("/files/") as response:
         assert response.status == 200
@@ -157,7 +157,7 @@ async def test_an_installed_plugin_that_cannot_be_imported_fails_alone(
         assert "'no_such_module_at_all'" in (await response.json())["detail"]
 
 
-def test_names_that_no_plugin_has_are_passed_over(tmp_path: Path) -> None:
+def test_files_that_are_not_plugins_are_ignored(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"_private": "1/0", ".hidden": "1/0", "not-a-name": "1/0"})
     (tmp_path / "plugins" / "notes.txt").write_text("1/0")
     (tmp_path / "plugins" / "no_package").mkdir()
@@ -166,7 +166,7 @@ def test_names_that_no_plugin_has_are_passed_over(tmp_path: Path) -> None:
     assert [found.name for found in find(Config.of({}, base=tmp_path))] == shipped
 
 
-def test_a_folder_that_does_not_exist_holds_no_plugin(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_has_no_plugin(tmp_path: Path) -> None:
     app = create_app(config(tmp_path, plugins={"path": ["nowhere"]}))
     assert states(app)["file"] == "ready"
 
@@ -215,7 +215,7 @@ def test_an_installed_plugin_that_is_disabled_is_never_imported(
     assert not marker.exists()
 
 
-def test_a_plugin_that_is_enabled_in_words_is_in_force(tmp_path: Path) -> None:
+def test_a_plugin_that_is_enabled_explicitly_is_active(tmp_path: Path) -> None:
     app = create_app(config(tmp_path, {"hello": one("hello")}, scenarios={"hello": {"enabled": True, "word": "x"}}))
     assert states(app)["hello"] == "ready"
 
@@ -251,7 +251,7 @@ async def test_one_scenario_of_a_plugin_can_be_disabled(tmp_path: Path, aiohttp_
         assert response.status == 200
 
 
-async def test_the_health_of_a_disabled_scenario_is_told(tmp_path: Path, aiohttp_client: Client) -> None:
+async def test_the_health_of_a_disabled_scenario_is_reported(tmp_path: Path, aiohttp_client: Client) -> None:
     client = await aiohttp_client(create_app(config(tmp_path, {"two": TWO}, scenarios={"left": {"enabled": False}})))
     async with client.get("/health") as response:
         scenarios = (await response.json())["scenarios"]
@@ -338,7 +338,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-async def test_a_plugin_that_breaks_breaks_alone(case: str, tmp_path: Path, aiohttp_client: Client) -> None:
+async def test_a_broken_plugin_does_not_affect_others(case: str, tmp_path: Path, aiohttp_client: Client) -> None:
     source, reason = BROKEN[case]
     client = await aiohttp_client(create_app(config(tmp_path, {"broken": source, "sound": one("sound")})))
     async with client.get("/sound") as response:
@@ -371,7 +371,7 @@ async def test_head_on_a_route_of_a_broken_plugin_is_503_too(tmp_path: Path, aio
         assert (response.status, await response.read()) == (503, b"")
 
 
-def test_the_log_tells_why_a_plugin_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_the_reason_of_a_failed_plugin(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     create_app(config(tmp_path, {"broken": "1/0\n"}))
     (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert record.getMessage() == "plugin broken failed"
@@ -497,7 +497,7 @@ def test_a_misspelt_hook_of_a_scenario_is_a_fault_with_the_nearest_name(tmp_path
     ]
 
 
-def test_a_hook_that_wants_an_unknown_argument_is_a_fault(tmp_path: Path) -> None:
+def test_a_hook_with_an_unknown_argument_is_a_fault(tmp_path: Path) -> None:
     source = textwrap.dedent(one("hello")) + "\n@hookimpl\ndef lifespan(application): ...\n"
     (fault,) = faults_of(config(tmp_path, {"hello": source}))
     assert fault.startswith(f"{tmp_path}/plugins/hello.py: ")
@@ -505,7 +505,7 @@ def test_a_hook_that_wants_an_unknown_argument_is_a_fault(tmp_path: Path) -> Non
     assert "application" in fault
 
 
-def test_a_hook_of_a_scenario_that_wants_an_unknown_argument_is_a_fault(tmp_path: Path) -> None:
+def test_a_hook_of_a_scenario_with_an_unknown_argument_is_a_fault(tmp_path: Path) -> None:
     source = textwrap.dedent(one("hello")).replace(
         "    @endpoint", "    @hookimpl\n    def lifespan(self, application): ...\n\n    @endpoint"
     )
@@ -526,7 +526,7 @@ def test_two_plugins_of_one_name_are_a_fault_that_names_both(tmp_path: Path) -> 
     )
 
 
-def test_a_plugin_with_the_name_of_one_that_ships_is_a_fault_that_names_both(tmp_path: Path) -> None:
+def test_a_plugin_with_the_name_of_a_built_in_one_is_a_fault_that_names_both(tmp_path: Path) -> None:
     (fault,) = faults_of(config(tmp_path, {"file": one("hello")}))
     assert "two plugins have the name 'file'" in fault
     assert f"{tmp_path}/plugins/file.py" in fault
@@ -573,7 +573,7 @@ def test_a_path_of_the_server_itself_cannot_be_claimed_by_a_plugin_called_site(t
 
 
 @pytest.mark.parametrize("path", ["hello", "/hello/{name", "/hello/{na-me}"])
-def test_a_path_that_the_router_cannot_take_is_a_fault_that_names_the_plugin(path: str, tmp_path: Path) -> None:
+def test_a_path_that_the_router_rejects_is_a_fault_that_names_the_plugin(path: str, tmp_path: Path) -> None:
     source = textwrap.dedent(one("hello")).replace('"/hello"', f'"{path}"')
     (fault,) = faults_of(config(tmp_path, {"hello": source}))
     assert fault.startswith(f"{tmp_path}/plugins/hello.py: ")
@@ -752,7 +752,7 @@ WORKING = """
 """
 
 
-async def test_register_tasks_names_what_clients_may_start(tmp_path: Path, aiohttp_client: Client) -> None:
+async def test_register_tasks_lists_the_kinds_that_clients_can_start(tmp_path: Path, aiohttp_client: Client) -> None:
     both = {"export": {"enabled": True}, "progress": {"enabled": True}}
     app = create_app(config(tmp_path, {"working": WORKING.format(answer=None)}, scenarios=both))
     assert "nap" in app[TASKS]
@@ -760,14 +760,14 @@ async def test_register_tasks_names_what_clients_may_start(tmp_path: Path, aioht
         assert "nap" in [kind["kind"] for kind in (await response.json())["kinds"]]
 
 
-def test_worker_lifespan_is_what_workers_hold_open_where_there_is_some(tmp_path: Path) -> None:
+def test_worker_lifespan_is_entered_by_workers_if_there_is_one(tmp_path: Path) -> None:
     alone = {"scenarios": {"file": {"enabled": False}}}
     for answer, count in (("None", 0), ("working()", 1)):
         app = create_app(config(tmp_path, {"working": WORKING.format(answer=answer)}, **alone))
         assert len(app[REGISTRY].worker_lifespans(app)) == count
 
 
-def test_register_scenarios_is_asked_once_of_each_plugin_before_a_socket_is_bound(
+def test_register_scenarios_is_called_once_for_each_plugin_before_a_socket_is_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -778,18 +778,18 @@ def test_register_scenarios_is_asked_once_of_each_plugin_before_a_socket_is_boun
     assert sorted(events(tmp_path)) == ["left asked", "right asked"]
 
 
-def test_register_scenarios_is_asked_in_the_order_of_names(tmp_path: Path) -> None:
+def test_register_scenarios_is_called_in_the_order_of_names(tmp_path: Path) -> None:
     create_app(config(tmp_path, living(tmp_path, "right", "left", "middle")))
     assert events(tmp_path) == ["left asked", "middle asked", "right asked"]
 
 
-def test_register_scenarios_may_name_scenarios_one_at_a_time(tmp_path: Path) -> None:
+def test_register_scenarios_may_be_a_generator(tmp_path: Path) -> None:
     source = textwrap.dedent(TWO).replace("return [Left, Right]", "yield Left\n    yield Right")
     app = create_app(config(tmp_path, {"two": source}))
     assert [scenario.name for plugin in app[REGISTRY].plugins for scenario in plugin.scenarios if plugin.name == "two"]
 
 
-async def test_lifespan_is_entered_in_the_order_of_names_and_left_last_in_first_out(tmp_path: Path) -> None:
+async def test_lifespan_is_entered_in_the_order_of_names_and_exited_in_reverse(tmp_path: Path) -> None:
     app = create_app(config(tmp_path, living(tmp_path, "right", "left")))
     (tmp_path / "events").write_text("")
     async with TestClient(TestServer(app)) as client, client.get("/left") as response:
@@ -804,7 +804,7 @@ async def test_lifespan_is_entered_in_the_order_of_names_and_left_last_in_first_
     ]
 
 
-async def test_lifespan_is_left_in_every_plugin_though_each_raises_on_its_way_out(
+async def test_lifespan_is_exited_in_every_plugin_even_if_each_raises(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app(config(tmp_path, living(tmp_path, "left", "right", last="raise OSError('unclean')")))
@@ -822,7 +822,7 @@ async def test_lifespan_is_left_in_every_plugin_though_each_raises_on_its_way_ou
     }
 
 
-async def test_lifespan_is_entered_and_left_by_one_task(tmp_path: Path) -> None:
+async def test_lifespan_is_entered_and_exited_by_one_task(tmp_path: Path) -> None:
     source = textwrap.dedent(one("hello")) + textwrap.dedent(
         """
         import asyncio
@@ -897,7 +897,7 @@ REPORTS = """
 """
 
 
-async def test_health_of_a_scenario_that_works_in_part_is_degraded_with_its_reason_until_it_is_well(
+async def test_health_of_a_scenario_that_works_in_part_is_degraded_with_its_reason_until_it_recovers(
     tmp_path: Path, aiohttp_client: Client
 ) -> None:
     client = await aiohttp_client(create_app(config(tmp_path, {"both": REPORTS})))
@@ -920,7 +920,7 @@ async def test_health_of_a_scenario_that_works_in_part_is_degraded_with_its_reas
         ("return 5", "TypeError at line NN of registry.py: health must return text or None, not int"),
     ],
 )
-async def test_health_hook_that_fails_is_a_reason_and_harms_nobody_else(
+async def test_health_hook_that_fails_is_a_reason_and_does_not_affect_others(
     body: str, reason: str, tmp_path: Path, aiohttp_client: Client
 ) -> None:
     source = textwrap.dedent(one("one")) + f"\n@hookimpl\ndef health():\n    {body}\n"
@@ -935,7 +935,9 @@ async def test_health_hook_that_fails_is_a_reason_and_harms_nobody_else(
         assert response.status == 200
 
 
-async def test_on_stream_end_hears_of_every_stream_with_its_summary(tmp_path: Path, aiohttp_client: Client) -> None:
+async def test_on_stream_end_is_called_for_every_stream_with_its_summary(
+    tmp_path: Path, aiohttp_client: Client
+) -> None:
     source = STREAMING.replace("EVENTS", repr(str(tmp_path / "events"))).replace("FINALLY", "")
     app = create_app(config(tmp_path, {"streaming": source}))
     client = await aiohttp_client(app)
@@ -949,7 +951,7 @@ async def test_on_stream_end_hears_of_every_stream_with_its_summary(tmp_path: Pa
     ]
 
 
-async def test_on_stream_end_may_raise_without_harm_to_other_hooks(
+async def test_on_stream_end_may_raise_without_affecting_other_hooks(
     tmp_path: Path, aiohttp_client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard = STREAMING.replace("EVENTS", repr(str(tmp_path / "events")))

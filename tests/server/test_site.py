@@ -207,7 +207,7 @@ async def test_a_host_is_never_echoed_as_html(host: str, lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("host", EVIL_HOSTS)
-async def test_a_host_cannot_bring_a_command_into_the_commands(host: str, lab: Lab, tmp_path: Path) -> None:
+async def test_a_host_cannot_inject_into_the_commands(host: str, lab: Lab, tmp_path: Path) -> None:
     client = await lab(host="0.0.0.0")
     answer = await raw(client, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
     head, _, text = answer.decode().partition("\r\n\r\n")
@@ -223,7 +223,7 @@ async def test_a_host_cannot_bring_a_command_into_the_commands(host: str, lab: L
 
 
 @pytest.mark.parametrize("host", ["", "a b", "[::1", "x:99999", "x:y", "é", "x/y", "x?y", "x#y", "u@x", "%00", ":80"])
-async def test_a_host_that_is_none_is_never_a_fault_of_the_server(host: str, lab: Lab) -> None:
+async def test_an_invalid_host_is_never_a_fault_of_the_server(host: str, lab: Lab) -> None:
     client = await lab(host="0.0.0.0")
     assert await status_of(client, f"Host: {host}", path="/") in (200, 400, 421)
 
@@ -231,7 +231,7 @@ async def test_a_host_that_is_none_is_never_a_fault_of_the_server(host: str, lab
 # -- health
 
 
-async def test_health_tells_status_version_scenarios_streams_and_seconds(lab: Lab) -> None:
+async def test_health_reports_status_version_scenarios_streams_and_seconds(lab: Lab) -> None:
     client = await lab()
     async with client.get("/health") as response:
         assert (response.status, response.content_type) == (200, "application/json")
@@ -265,7 +265,7 @@ async def test_health_is_503_while_the_server_drains(lab: Lab) -> None:
         assert (await response.json())["status"] == "draining"
 
 
-async def test_a_stream_is_refused_while_the_server_drains(lab: Lab) -> None:
+async def test_a_stream_is_rejected_while_the_server_drains(lab: Lab) -> None:
     client = await lab()
     client.app[STREAMS].draining = True
     document, headers = await problem(client, "GET", "/lab/stream", 503)
@@ -340,7 +340,7 @@ async def test_metrics_of_a_stream_that_is_open_are_exact(lab: Lab) -> None:
         await response.read()
 
 
-async def test_the_life_of_a_stream_is_not_mixed_into_request_latency(lab: Lab) -> None:
+async def test_the_duration_of_a_stream_is_not_in_the_request_latency(lab: Lab) -> None:
     client = await lab()
     await get(client, "/lab/stream")
     await get(client, "/lab/words/secret-word")
@@ -365,7 +365,7 @@ async def test_the_lag_of_the_event_loop_is_measured(lab: Lab) -> None:
     await wait_for(lambda: lags() >= 1)
 
 
-async def test_metrics_speak_openmetrics_to_whom_asks(lab: Lab) -> None:
+async def test_metrics_are_openmetrics_where_accept_requests_it(lab: Lab) -> None:
     client = await lab()
     await get(client, "/lab/stream")
     accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
@@ -400,7 +400,7 @@ def links(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", ["/", "/lab", "/docs"])
-async def test_a_page_names_only_addresses_of_this_server_and_each_is_served(path: str, lab: Lab) -> None:
+async def test_a_page_has_only_urls_of_this_server_and_each_is_served(path: str, lab: Lab) -> None:
     client = await lab()
     async with client.get(path, headers={"Accept": "text/html"}) as response:
         assert (response.status, response.content_type) == (200, "text/html")
@@ -445,14 +445,14 @@ async def test_the_modules_of_the_lab_are_all_named_by_its_page_and_load_no_othe
     assert imported | {"/assets/lab.js"} == modules
 
 
-async def test_only_the_page_of_swagger_ui_may_have_styles_in_itself(lab: Lab) -> None:
+async def test_only_the_page_of_swagger_ui_may_have_inline_styles(lab: Lab) -> None:
     client = await lab()
     for path, style in (("/lab", "style-src 'self'; "), ("/docs", "style-src 'self' 'unsafe-inline'; ")):
         async with client.get(path) as response:
             assert style in response.headers["Content-Security-Policy"]
 
 
-async def test_a_style_sheet_names_only_addresses_of_this_server(lab: Lab) -> None:
+async def test_a_style_sheet_has_only_urls_of_this_server(lab: Lab) -> None:
     client = await lab()
     for name in ("site.css", "lab.css", "swagger-ui.css"):
         _, text = await get(client, f"/assets/{name}")
@@ -483,7 +483,7 @@ async def test_a_style_sheet_names_only_addresses_of_this_server(lab: Lab) -> No
         "",
     ],
 )
-async def test_no_trick_reaches_a_file_that_no_page_needs(name: str, lab: Lab) -> None:
+async def test_no_path_reaches_a_file_that_is_not_an_asset(name: str, lab: Lab) -> None:
     client = await lab()
     answer = await raw(client, f"GET /assets/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -559,20 +559,20 @@ async def test_head_on_an_unknown_route_has_no_body(lab: Lab) -> None:
         assert await response.read() == b""
 
 
-async def test_a_problem_of_a_scenario_is_answered_with_its_headers(lab: Lab) -> None:
+async def test_a_problem_of_a_scenario_is_sent_with_its_headers(lab: Lab) -> None:
     client = await lab()
     document, headers = await problem(client, "GET", "/lab/teapot", 429)
     assert (document["title"], document["detail"]) == ("Too Many Requests", "The queue is full.")
     assert headers["Retry-After"] == "7"
 
 
-async def test_a_refusal_that_aiohttp_raises_is_a_problem_too(lab: Lab) -> None:
+async def test_an_error_response_of_aiohttp_is_a_problem_document_too(lab: Lab) -> None:
     client = await lab()
     document, _ = await problem(client, "GET", "/lab/forbidden", 403)
     assert document["title"] == "Forbidden"
 
 
-async def test_a_redirect_of_a_scenario_is_left_as_it_is(lab: Lab) -> None:
+async def test_a_redirect_of_a_scenario_is_unchanged(lab: Lab) -> None:
     client = await lab()
     async with client.get("/lab/moved", allow_redirects=False) as response:
         assert (response.status, response.headers["Location"]) == (302, "/lab/stream")
@@ -586,7 +586,7 @@ async def test_a_redirect_is_counted_as_a_request(lab: Lab) -> None:
     assert samples(text, "streamlab_request_seconds_count") == {("/lab/moved", "302"): 1}
 
 
-async def test_a_failing_handler_is_500_and_tells_nothing(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_handler_is_500_without_details(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     client = await lab()
     async with client.get("/lab/fails") as response:
         assert (response.status, response.content_type) == (500, "application/problem+json")
@@ -619,7 +619,7 @@ async def test_a_handler_that_returns_no_response_is_500(path: str, lab: Lab, ca
         b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: <b>\r\n\r\n",
     ],
 )
-def test_what_is_not_http_is_refused_like_everything_else(start: Callable[..., Running], request_head: bytes) -> None:
+def test_invalid_http_is_rejected_with_a_problem_document(start: Callable[..., Running], request_head: bytes) -> None:
     server = start()
     connection = server.connect()
     connection.sendall(request_head)
@@ -633,7 +633,7 @@ def test_what_is_not_http_is_refused_like_everything_else(start: Callable[..., R
     assert "not HTTP from 127.0.0.1" in server.wait_for_log("not HTTP")
 
 
-async def test_the_server_does_not_tell_its_versions(lab: Lab) -> None:
+async def test_the_server_does_not_reveal_its_versions(lab: Lab) -> None:
     client = await lab()
     for path in ("/health", "/no/such/route", "/lab/fails", "/lab/stream"):
         async with client.get(path) as response:
@@ -658,7 +658,7 @@ async def test_the_server_does_not_tell_its_versions(lab: Lab) -> None:
         "[::1]:8000",
     ],
 )
-async def test_a_local_host_is_answered_on_loopback(host: str, lab: Lab) -> None:
+async def test_a_local_host_is_accepted_on_loopback(host: str, lab: Lab) -> None:
     assert await status_of(await lab(), f"Host: {host}") == 200
 
 
@@ -679,7 +679,7 @@ async def test_a_local_host_is_answered_on_loopback(host: str, lab: Lab) -> None
         "127.0.0.1:80:80.evil.example",
     ],
 )
-async def test_a_foreign_host_is_refused_on_loopback(host: str, lab: Lab) -> None:
+async def test_a_foreign_host_is_rejected_on_loopback(host: str, lab: Lab) -> None:
     assert await status_of(await lab(), f"Host: {host}") in (400, 421)
 
 
@@ -697,7 +697,7 @@ async def test_a_foreign_host_reaches_no_stream(lab: Lab) -> None:
     assert await status_of(await lab(), "Host: evil.example", path="/lab/stream") == 421
 
 
-async def test_allowed_hosts_are_answered_whole_or_by_wildcard(lab: Lab) -> None:
+async def test_allowed_hosts_are_matched_exactly_or_by_wildcard(lab: Lab) -> None:
     client = await lab(allowed_hosts=["stream.example.org", "*.Example.net"])
     answers = {
         host: await status_of(client, f"Host: {host}")
@@ -730,7 +730,7 @@ async def test_allowed_hosts_are_answered_whole_or_by_wildcard(lab: Lab) -> None
     }
 
 
-async def test_any_host_is_answered_away_from_loopback_unless_allowed_hosts_are_named(lab: Lab) -> None:
+async def test_any_host_is_accepted_beyond_loopback_unless_allowed_hosts_are_set(lab: Lab) -> None:
     assert await status_of(await lab(host="0.0.0.0"), "Host: any.example") == 200
     client = await lab(host="0.0.0.0", allowed_hosts=["one.example"])
     assert await status_of(client, "Host: any.example") == 421
@@ -843,7 +843,7 @@ async def test_control_characters_of_an_error_cannot_forge_a_log_line(tmp_path: 
     assert any(line.endswith("INFO forged") and line.startswith("    ") for line in found)
 
 
-async def test_json_log_lines_parse_whatever_is_asked_for(tmp_path: Path) -> None:
+async def test_json_log_lines_parse_for_any_request(tmp_path: Path) -> None:
     async with logged("json", tmp_path) as (client, file):
         for forgery in [*FORGERIES, "%22%7D%0A%7B", "%FF%FE", "%F0%9F%98%80"]:
             await raw(
@@ -858,7 +858,7 @@ async def test_json_log_lines_parse_whatever_is_asked_for(tmp_path: Path) -> Non
     assert "RuntimeError: the password is sesame" in failure["traceback"]
 
 
-async def test_a_log_file_that_cannot_be_written_is_said_and_no_hindrance(
+async def test_a_log_file_that_cannot_be_written_is_reported_and_not_fatal(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "taken").write_text("")

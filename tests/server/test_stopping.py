@@ -188,7 +188,7 @@ def test_a_second_signal_ends_a_process_that_hangs(start: Callable[..., Running]
     assert status == 1
 
 
-def test_a_plugin_that_does_not_close_does_not_keep_the_others_from_closing(start: Callable[..., Running]) -> None:
+def test_a_plugin_that_does_not_close_does_not_prevent_others_from_closing(start: Callable[..., Running]) -> None:
     stays = """
         import asyncio
         from contextlib import asynccontextmanager
@@ -223,7 +223,7 @@ WORKS = """
 """
 
 
-def test_a_worker_that_stops_examines_no_longer_what_it_imported(tmp_path: Path) -> None:
+def test_a_worker_that_stops_runs_no_garbage_collection_of_imports(tmp_path: Path) -> None:
     """Seconds on a busy machine; CPU time is the same on any."""
     write_plugins(tmp_path, {"works": WORKS})
     (tmp_path / "config.toml").write_text("[scenarios.progress]\nenabled = false\n")

@@ -143,7 +143,7 @@ async def errors(client: Client, path: str) -> list[tuple[str, str, str]]:
         ("?from=3", {"since": "3"}),
     ],
 )
-async def test_a_query_that_fits_reaches_the_handler_as_its_model(
+async def test_a_valid_query_reaches_the_handler_as_its_model(
     query: str, changed: dict[str, Any], client: Client
 ) -> None:
     async with client.get(f"/search{query}") as response:
@@ -190,18 +190,18 @@ async def test_every_bad_parameter_is_listed_at_once(client: Client) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "101", "-1", "1.5", "ten", "", "NaN", "1e2", "0x10", "9" * 400, "9" * 5000])
-async def test_an_integer_out_of_bounds_or_malformed_is_refused_by_name(value: str, client: Client) -> None:
+async def test_an_integer_out_of_bounds_or_malformed_is_rejected_by_name(value: str, client: Client) -> None:
     ((place, name, _),) = await errors(client, f"/search?limit={value}")
     assert (place, name) == ("query", "limit")
 
 
 @pytest.mark.parametrize("value", ["NaN", "inf", "-inf", "1e400", "-0.1", "1.0001", "half", ""])
-async def test_a_number_out_of_bounds_or_malformed_is_refused_by_name(value: str, client: Client) -> None:
+async def test_a_number_out_of_bounds_or_malformed_is_rejected_by_name(value: str, client: Client) -> None:
     ((place, name, _),) = await errors(client, f"/search?ratio={value}")
     assert (place, name) == ("query", "ratio")
 
 
-async def test_an_unknown_parameter_is_refused_with_the_known_ones(client: Client) -> None:
+async def test_an_unknown_parameter_is_rejected_with_the_known_ones(client: Client) -> None:
     known = "unknown parameter; known: colour, from, limit, loud, ratio, size, tag, word"
     assert await errors(client, "/search?lmit=5") == [("query", "lmit", known)]
     assert await errors(client, "/search?Limit=5") == [("query", "Limit", known)]
@@ -212,22 +212,22 @@ async def test_every_unknown_parameter_is_listed_once(client: Client) -> None:
     assert [name for _, name, _ in await errors(client, "/search?a=1&b=2&a=3")] == ["a", "b"]
 
 
-async def test_a_field_is_not_known_by_its_python_name_where_it_has_an_alias(client: Client) -> None:
+async def test_a_field_with_an_alias_is_not_accepted_by_its_python_name(client: Client) -> None:
     assert [name for _, name, _ in await errors(client, "/search?since=1")] == ["since"]
 
 
-async def test_a_route_without_a_query_takes_no_parameter(client: Client) -> None:
+async def test_a_route_without_a_query_accepts_no_parameter(client: Client) -> None:
     assert await errors(client, "/plain?x=1") == [("query", "x", "unknown parameter; this route has none")]
     async with client.get("/plain?") as response:
         assert response.status == 200
 
 
-async def test_a_single_value_that_is_repeated_is_refused(client: Client) -> None:
+async def test_a_repeated_single_value_is_rejected(client: Client) -> None:
     assert await errors(client, "/search?limit=1&limit=2") == [("query", "limit", "given 2 times, expected once")]
     assert await errors(client, "/search?limit=1&limit=1") == [("query", "limit", "given 2 times, expected once")]
 
 
-async def test_a_bad_value_in_a_list_is_refused_by_its_place(client: Client) -> None:
+async def test_a_bad_value_in_a_list_is_rejected_by_its_index(client: Client) -> None:
     assert [name for _, name, _ in await errors(client, "/search?size=1&size=x&size=2&size=y")] == ["size.1", "size.3"]
 
 
@@ -236,7 +236,7 @@ async def test_the_name_of_an_unknown_parameter_is_shortened(client: Client) -> 
     assert name == "x" * 100
 
 
-async def test_an_unknown_name_in_any_bytes_is_refused_as_json(client: Client) -> None:
+async def test_an_unknown_name_in_any_bytes_is_rejected_as_json(client: Client) -> None:
     for name in ("%00", "%ff", "%ED%A0%80", "%3Cscript%3E", "%0d%0aX:1", "%E2%80%A8"):
         assert len(await errors(client, f"/search?{name}=1")) == 1
 
@@ -255,19 +255,19 @@ async def test_head_is_validated_like_get(client: Client) -> None:
 # -- the path
 
 
-async def test_a_path_that_fits_reaches_the_handler_as_its_model(client: Client) -> None:
+async def test_a_valid_path_reaches_the_handler_as_its_model(client: Client) -> None:
     async with client.get("/rooms/3/oak") as response:
         assert (response.status, await response.json()) == (200, {"room": 3, "door": "oak"})
 
 
-async def test_a_path_that_does_not_fit_is_refused_by_name(client: Client) -> None:
+async def test_an_invalid_path_is_rejected_by_name(client: Client) -> None:
     assert await errors(client, "/rooms/x/oak") == [
         ("path", "room", "input should be a valid integer, unable to parse string as an integer")
     ]
     assert [name for _, name, _ in await errors(client, "/rooms/3/oak%0a")] == ["door"]
 
 
-async def test_a_part_of_the_path_that_the_model_leaves_out_is_free(client: Client) -> None:
+async def test_a_part_of_the_path_that_the_model_omits_is_not_validated(client: Client) -> None:
     async with client.get("/floors/attic/rooms/3") as response:
         assert (response.status, await response.json()) == (200, {"room": 3, "floor": "attic"})
 
@@ -278,7 +278,7 @@ async def test_a_part_of_the_path_that_the_model_leaves_out_is_free(client: Clie
 JSON = {"Content-Type": "application/json"}
 
 
-async def test_a_body_that_fits_reaches_the_handler_as_its_model(client: Client) -> None:
+async def test_a_valid_body_reaches_the_handler_as_its_model(client: Client) -> None:
     async with client.post("/orders", json={"amount": 3, "parts": [{"weight": 1}]}) as response:
         assert (response.status, await response.json()) == (
             200,
@@ -305,13 +305,13 @@ async def test_one_name_that_is_bad_in_query_and_body_is_listed_for_both(client:
     assert [(error["in"], error["name"]) for error in document["errors"]] == [("query", "amount"), ("body", "amount")]
 
 
-async def test_an_unknown_name_of_the_body_is_refused(client: Client) -> None:
+async def test_an_unknown_name_of_the_body_is_rejected(client: Client) -> None:
     document = await problem(client, "POST", "/orders", 422, json={"amount": 1, "colour": "red"})
     assert [(error["in"], error["name"]) for error in document["errors"]] == [("body", "colour")]
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "3", '"text"', "true"])
-async def test_a_body_that_is_no_object_is_refused(body: str, client: Client) -> None:
+async def test_a_body_that_is_not_an_object_is_rejected(body: str, client: Client) -> None:
     document = await problem(client, "POST", "/orders", 422, data=body, headers=JSON)
     assert [(error["in"], error["name"]) for error in document["errors"]] == [("body", "body")]
 
@@ -346,12 +346,12 @@ async def test_half_a_surrogate_pair_in_a_body_is_400(client: Client) -> None:
     await problem(client, "POST", "/orders", 422, data=rb'{"amount": "\ud83d\ude00"}', headers=JSON)
 
 
-async def test_a_body_that_is_not_json_is_answered_with_the_place(client: Client) -> None:
+async def test_the_error_for_a_body_that_is_not_json_has_the_position(client: Client) -> None:
     document = await problem(client, "POST", "/orders", 400, data=b'{\n"amount": }', headers=JSON)
     assert document["detail"] == "The body is not JSON (line 2, column 11)."
 
 
-async def test_a_name_that_is_no_text_is_refused_as_json(client: Client) -> None:
+async def test_a_name_that_is_not_text_is_rejected_as_json(client: Client) -> None:
     async with client.post("/orders", data=b'{"amount": 1, "\\ud800": 2}', headers=JSON) as response:
         assert response.status in (400, 422)
         assert response.content_type == "application/problem+json"
@@ -365,7 +365,7 @@ async def test_the_name_of_an_unknown_member_is_shortened(client: Client) -> Non
         assert len(await response.read()) < 2000
 
 
-async def test_a_body_up_to_one_mebibyte_is_taken(client: Client) -> None:
+async def test_a_body_of_one_mebibyte_is_accepted(client: Client) -> None:
     body = b'{"amount": 1}'.ljust(1024 * 1024)
     async with client.post("/orders", data=BytesIO(body), headers=JSON) as response:
         assert response.status == 200
@@ -385,13 +385,13 @@ async def test_a_chunked_body_over_one_mebibyte_is_413(client: Client) -> None:
     await problem(client, "POST", "/orders", 413, data=body(), headers=JSON)
 
 
-async def test_a_compressed_body_that_is_over_one_mebibyte_unpacked_is_413(client: Client) -> None:
+async def test_a_compressed_body_of_more_than_one_mebibyte_is_413(client: Client) -> None:
     body = gzip.compress(b" " * 20_000_000)
     assert len(body) < 1024 * 1024
     await problem(client, "POST", "/orders", 413, data=body, headers={**JSON, "Content-Encoding": "gzip"})
 
 
-def test_a_body_that_is_not_what_its_coding_says_is_400_and_no_fault_of_the_server(
+def test_a_body_that_does_not_match_its_coding_is_400_and_not_a_server_error(
     start: Callable[..., Running],
 ) -> None:
     server = start(shop=PLUGIN)
@@ -419,7 +419,7 @@ async def test_a_body_of_another_type_is_415(content_type: str, client: Client) 
 @pytest.mark.parametrize(
     "content_type", ["application/json", "application/json; charset=utf-8", "application/merge-patch+json"]
 )
-async def test_a_body_of_any_json_type_is_taken(content_type: str, client: Client) -> None:
+async def test_a_body_of_any_json_type_is_accepted(content_type: str, client: Client) -> None:
     async with client.post("/orders", data=b'{"amount": 1}', headers={"Content-Type": content_type}) as response:
         assert response.status == 200
 
@@ -448,7 +448,7 @@ async def test_a_value_of_the_body_is_never_echoed(client: Client) -> None:
         assert "sesame" not in await response.text()
 
 
-async def test_a_connection_serves_on_after_every_refusal(client: Client) -> None:
+async def test_a_connection_continues_after_every_error_response(client: Client) -> None:
     for _ in range(2):
         await problem(client, "POST", "/orders", 413, data=BytesIO(bytes(2_000_000)), headers=JSON)
         await problem(client, "POST", "/orders", 415, data=b"x", headers={"Content-Type": "text/plain"})

@@ -58,7 +58,7 @@ async def test_each_chunk_of_zstd_can_be_read_when_it_has_arrived() -> None:
     ("field", "name"),
     [("zstd", "zstd"), ("gzip, zstd", "zstd"), ("gzip, zstd;q=0.9", "gzip"), ("*", "gzip"), ("zstd;q=0, gzip", "gzip")],
 )
-def test_zstd_is_taken_where_it_is_liked_no_less(field: str, name: str) -> None:
+def test_zstd_is_chosen_where_its_weight_is_equal(field: str, name: str) -> None:
     pytest.importorskip("backports.zstd", reason="no zstd: Python 3.14 or backports.zstd has it")
     chosen = choose_encoder(field)
     assert chosen is not None

@@ -129,7 +129,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield start(sources=SOURCES, tracebacks=True)
 
 
-def test_it_is_the_response_of_aiohttp_sse() -> None:
+def test_it_is_a_response_of_aiohttp_sse() -> None:
     assert issubclass(EventStream, EventSourceResponse)
 
 
@@ -154,7 +154,7 @@ def test_headers_are_those_of_every_stream(server: Running) -> None:
     assert {"connection", "content-length"}.isdisjoint(headers)
 
 
-def test_post_streams_events_with_the_headers_that_are_given(server: Running) -> None:
+def test_post_streams_events_with_custom_headers(server: Running) -> None:
     status, headers, body = server.get("/posted", method="POST", body=b"42")
     assert (status, headers["vary"], headers["cache-control"]) == (200, "Accept", "private")
     assert body == b"data: 42\n\n"
@@ -171,7 +171,7 @@ def test_head_has_the_headers_of_get_and_no_body(server: Running) -> None:
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("path", ["/quiet", "/waits"])
-def test_silence_is_never_long(server: Running, path: str, version: str) -> None:
+def test_heartbeats_are_sent_in_time(server: Running, path: str, version: str) -> None:
     with server.send(f"GET {path} HTTP/{version}\nHost: localhost") as connection:
         begun = time.monotonic()
         received = read_until(connection, b"\n:\n" if path == "/quiet" and version == "1.0" else b":\n")
@@ -189,7 +189,7 @@ def test_a_heartbeat_never_lands_in_an_event(server: Running) -> None:
     assert received.endswith(b"id: 2\ndata: " + b"x" * 8_000_000 + b"\n\n:\n")
 
 
-def test_error_is_reported_before_the_connection_is_cut(server: Running) -> None:
+def test_error_is_reported_before_the_connection_is_closed(server: Running) -> None:
     body = read_all(server.send("GET /fails HTTP/1.0")).partition(b"\r\n\r\n")[2]
     first, _, last = body.partition(b"\n\n")
     assert first == b"id: 1\ndata: 1"
@@ -236,7 +236,7 @@ def test_resuming_prefers_the_header_and_ends_with_204(server: Running) -> None:
     assert server.get(f"/resumed?last_event_id={'3' * 201}")[0] == 422
 
 
-def test_wrong_use_names_the_right_one(server: Running) -> None:
+def test_misuse_errors_name_the_alternative(server: Running) -> None:
     assert server.get("/by-open-stream")[0] == 500
     server.wait_for_log("open_stream does not send text/event-stream; charset=utf-8: use open_event_stream(request)")
     assert server.get("/too-often")[0] == 500

@@ -86,9 +86,7 @@ async def killed(server: Running) -> None:
     await asyncio.to_thread(server.process.wait)
 
 
-async def test_a_server_that_is_killed_in_mid_stream_goes_on_where_it_was(
-    start: Callable[..., Running], engine: str
-) -> None:
+async def test_clients_of_a_killed_server_continue_where_they_were(start: Callable[..., Running], engine: str) -> None:
     port = free_port()
     server = await asyncio.to_thread(start, PUSH + engine, port=port)
     crowd = Crowd(lambda: server.url)
@@ -106,7 +104,7 @@ async def test_a_server_that_is_killed_in_mid_stream_goes_on_where_it_was(
         crowd.check()
 
 
-async def test_a_server_that_is_stopped_in_mid_stream_goes_on_where_it_was(start: Callable[..., Running]) -> None:
+async def test_clients_of_a_stopped_server_continue_where_they_were(start: Callable[..., Running]) -> None:
     port = free_port()
     server = await asyncio.to_thread(start, PUSH, port=port)
     crowd = Crowd(lambda: server.url)
@@ -122,7 +120,7 @@ async def test_a_server_that_is_stopped_in_mid_stream_goes_on_where_it_was(start
         crowd.check()
 
 
-async def test_clients_hop_between_two_servers_of_one_log_while_they_are_killed_in_turn(
+async def test_clients_move_between_two_servers_of_one_log_that_are_killed_alternately(
     start: Callable[..., Running], engine: str
 ) -> None:
     ports = [free_port(), free_port()]
@@ -143,7 +141,7 @@ async def test_clients_hop_between_two_servers_of_one_log_while_they_are_killed_
         crowd.check()
 
 
-async def test_the_log_s_own_server_is_killed_in_mid_stream(start: Callable[..., Running], valkey: Valkey) -> None:
+async def test_the_server_of_the_log_is_killed_in_mid_stream(start: Callable[..., Running], valkey: Valkey) -> None:
     config = f'{PUSH}[events]\nurl = "{valkey.url}"\n'
     servers = [await asyncio.to_thread(start, config, port=free_port()) for _ in range(2)]
     turns = itertools.cycle(range(2))

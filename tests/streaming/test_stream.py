@@ -249,7 +249,7 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
 # -- the beginning
 
 
-def test_headers_leave_before_the_first_item_exists(serve: Callable[..., Running]) -> None:
+def test_headers_are_sent_before_the_first_item_exists(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
         head = read_until(connection, b"\r\n\r\n")
@@ -321,7 +321,7 @@ def test_too_many_streams_are_503_until_one_ends(serve: Callable[..., Running]) 
 # -- the client leaves or stalls
 
 
-def test_client_leaves_an_idle_handler(serve: Callable[..., Running]) -> None:
+def test_client_disconnects_from_an_idle_handler(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
@@ -329,7 +329,7 @@ def test_client_leaves_an_idle_handler(serve: Callable[..., Running]) -> None:
     assert ended(server, '"client left"')["path"] == "/idle"
 
 
-def test_client_leaves_a_writing_handler(serve: Callable[..., Running]) -> None:
+def test_client_disconnects_from_a_writing_handler(serve: Callable[..., Running]) -> None:
     server = serve()
     with server.send("GET /endless HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
@@ -337,7 +337,7 @@ def test_client_leaves_a_writing_handler(serve: Callable[..., Running]) -> None:
     assert ended(server, '"client left"')["path"] == "/endless"
 
 
-def test_clients_that_leave_in_droves_leave_no_traceback(serve: Callable[..., Running]) -> None:
+def test_many_disconnecting_clients_cause_no_traceback(serve: Callable[..., Running]) -> None:
     server = serve()
     for path in ("/endless", "/idle", "/endless-events", "/tokens", "/download/large-file?size_mb=500") * 8:
         with server.send(f"GET {path} HTTP/1.1\nHost: localhost") as connection:
@@ -346,7 +346,7 @@ def test_clients_that_leave_in_droves_leave_no_traceback(serve: Callable[..., Ru
     assert json.loads(server.get("/health")[2])["open_streams"] == 0
 
 
-def test_client_that_stalls_is_cut_after_stall_seconds(serve: Callable[..., Running]) -> None:
+def test_client_that_stalls_is_disconnected_after_stall_seconds(serve: Callable[..., Running]) -> None:
     server = serve("[server]\nstall_seconds = 1")
     paths = ("/endless", "/download/large-file?size_mb=500", "/download/large-file")
     for number, path in enumerate(paths, start=1):
@@ -359,7 +359,7 @@ def has_left(server: Running, times: int) -> bool:
     return server.log.count('outcome="client left"') == times
 
 
-def test_client_that_stalls_costs_a_bounded_amount(serve: Callable[..., Running]) -> None:
+def test_client_that_stalls_uses_bounded_memory(serve: Callable[..., Running]) -> None:
     server = serve("[server]\nstall_seconds = 1")
     with server.send("GET /endless HTTP/1.1\nHost: localhost", receive_buffer=4096) as connection:
         assert connection.recv(5) == b"HTTP/"
@@ -460,7 +460,7 @@ def test_curl_sees_a_failure_in_mid_stream(serve: Callable[..., Running], versio
     assert done.returncode == status, done.stderr
 
 
-def test_event_stream_reports_its_failure_before_it_is_cut(serve: Callable[..., Running]) -> None:
+def test_event_stream_reports_its_failure_before_it_is_aborted(serve: Callable[..., Running]) -> None:
     server = serve()
     received = read_all(server.send("GET /events-fail-later HTTP/1.0"))
     head, _, last = received.partition(b"\r\n\r\n")[2].partition(b"event: error\n")
@@ -556,7 +556,7 @@ def test_sigterm_lets_a_download_finish_and_rejects_new_connections(serve: Calla
     assert ended(server, "finished")["path"] == "/slow"
 
 
-def test_sigterm_cuts_what_does_not_finish_in_time_so_that_it_does_not_look_complete(
+def test_sigterm_aborts_bodies_that_do_not_finish_in_time_so_that_they_do_not_look_complete(
     serve: Callable[..., Running],
 ) -> None:
     server = serve("[server]\ndrain_seconds = 0.2")
@@ -579,7 +579,7 @@ def test_block_that_suppresses_its_cancellation_does_not_look_complete(serve: Ca
     assert 'outcome="server stopped"' in server.log
 
 
-def test_second_signal_cuts_what_is_open(serve: Callable[..., Running]) -> None:
+def test_second_signal_aborts_open_streams(serve: Callable[..., Running]) -> None:
     server = serve("[server]\ndrain_seconds = 60")
     with server.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
@@ -590,7 +590,7 @@ def test_second_signal_cuts_what_is_open(serve: Callable[..., Running]) -> None:
     assert seconds < 5
 
 
-def test_health_is_503_while_draining_for_those_who_are_connected(serve: Callable[..., Running]) -> None:
+def test_health_is_503_while_draining_on_open_connections(serve: Callable[..., Running]) -> None:
     server = serve()
     probe = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     with closing(probe), server.send("GET /slow HTTP/1.1\nHost: localhost") as stream:
@@ -662,7 +662,7 @@ def test_it_streams_behind_an_unchanged_nginx(nginx: Running) -> None:
         assert read_until(connection, b"done\n").startswith((b"5\r\n", b"\r\n5", b"d"))
 
 
-def test_client_that_leaves_nginx_stops_the_work_behind_it(nginx: Running) -> None:
+def test_client_that_disconnects_from_nginx_stops_the_work_behind_it(nginx: Running) -> None:
     with nginx.send("GET /idle HTTP/1.1\nHost: localhost") as connection:
         read_until(connection, b"\r\n\r\n")
     nginx.wait_for_log("source released")
