@@ -68,7 +68,10 @@ class Jobs:
         progress: Progress,
         name: Annotated[str, Field(max_length=64, description="Name of the export; GET /export lists all.")] = "users",
         format: Annotated[Format, Field(description="The format.")] = "csv",  # noqa: A002
-        columns: Annotated[list[str], Field(max_length=200, description="Only these columns; empty for all.")] = [],  # noqa: B006
+        columns: Annotated[
+            list[Annotated[str, Field(max_length=200)]],
+            Field(max_length=200, description="Only these columns; empty for all."),
+        ] = [],  # noqa: B006
         limit: Annotated[int | None, Field(ge=0, le=10**12, description="Maximum number of rows.")] = None,
         strict: Annotated[bool, Field(description="Fail instead of altering values.")] = False,
     ) -> dict[str, Any]:

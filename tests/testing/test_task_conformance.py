@@ -1,10 +1,16 @@
 """The conformance suite of long tasks: what `streamlab new --task` writes passes, and each defect fails its case."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from streamlab import TASKS, Problem
+from streamlab.config import Config
 from streamlab.scaffold import write_plugin
+from streamlab.server.app import create_app
+from streamlab.testing.samples import MISSING
+from streamlab.testing.task_form import form_of
 from tests.support.servers import write_plugins
 
 pytestmark = pytest.mark.usefixtures("forked_servers")
@@ -102,6 +108,21 @@ OPTIONS = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests"]
 def write_ini(pytester: pytest.Pytester) -> None:
     (pytester.path / "config.toml").touch()
     (pytester.path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+
+
+def test_tasks_of_the_plugins_that_ship_have_bounds_and_reject_what_exceeds_them(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[scenarios.llm]\nenabled = false\n")
+    app = create_app(Config.read(tmp_path / "config.toml", {"STREAMLAB_SERVER__LOG_FILE": ""}))
+    assert {"checksum", "export", "rehearsal", "report"} <= app[TASKS].keys()
+    for task in app[TASKS].values():
+        form = form_of(task)
+        assert list(form.unbounded()) == []
+        for bad in form.invalid_values():
+            given = {} if bad.value is MISSING else {bad.name: bad.value}
+            with pytest.raises(Problem) as rejected:
+                task.read(form.body({}) | given if given else {}, where="body", prefix="parameters.")
+            names = [error["name"] for error in rejected.value.document()["errors"]]
+            assert any(name.startswith(f"parameters.{bad.name}") for name in names), (task.name, bad)
 
 
 @pytest.mark.timeout(120)
