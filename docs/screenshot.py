@@ -1,4 +1,4 @@
-"""Make docs/lab.png: the lab page after a cut. `python docs/screenshot.py`, with the extra `dev` and a Chromium."""
+"""Create docs/lab.png: the lab page after a cut. `python docs/screenshot.py`, with the extra `dev` and a Chromium."""
 
 import asyncio
 import base64
@@ -34,12 +34,12 @@ PIXELS = """
 """
 
 
-# Shades that no eye tells apart become one, and pack the better for it.
+# Indistinguishable shades become equal, which compresses better.
 NEAR = bytes(min(255, (value + 1) // 3 * 3) for value in range(256))
 
 
 def pack(rgba: bytearray, width: int) -> bytes:
-    """Return a PNG of pixels, smaller by a fifth than the browser's own. Source: PNG, section 5."""
+    """Return a PNG of pixels, a fifth smaller than that of the browser. Source: PNG, section 5."""
     rgba = rgba.translate(NEAR)
     del rgba[3::4]
     row = 3 * width
@@ -53,7 +53,7 @@ def pack(rgba: bytearray, width: int) -> bytes:
 
 
 async def photograph(url: str) -> None:
-    """Run the ticker, cut it, resume it, and take the picture."""
+    """Run the ticker, cut it, resume it, and take a screenshot."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
@@ -66,7 +66,7 @@ async def photograph(url: str) -> None:
         await expect(events).to_have_text(re.compile(r"^1[5-9]\d$"), timeout=30_000)
         await page.get_by_role("button", name="Cut the connection").click()
         await expect(page.locator("#state")).to_have_text("Cut.")
-        await page.wait_for_timeout(2500)  # the stillness in the charts is to be seen
+        await page.wait_for_timeout(2500)  # the pause must be visible in the charts
         await page.get_by_role("button", name="Resume").click()
         await expect(page.locator("#verdict")).to_contain_text("Nothing was lost: ")
         await expect(events).to_have_text(re.compile(r"^[3-9]\d\d$"), timeout=30_000)
@@ -78,7 +78,7 @@ async def photograph(url: str) -> None:
 
 
 def main() -> None:
-    """Serve from an empty folder, and let the browser look."""
+    """Serve from an empty folder, and take the screenshot."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.toml"
         config.write_text(CONFIG)

@@ -62,7 +62,7 @@ async def rows(session: aiohttp.ClientSession, path: str) -> AsyncIterator[dict[
 
 
 async def main() -> None:
-    """Show both."""
+    """Run both examples."""
     # A line may be twice as long as read_bufsize, whose default is 64 KiB.
     async with aiohttp.ClientSession(URL, timeout=TIMEOUT, read_bufsize=1 << 20) as session:
         count, total = 0, 0.0

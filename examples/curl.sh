@@ -3,7 +3,7 @@
 set -eu
 url=${1:-http://127.0.0.1:8000}
 
-# Retry a curl while the connection fails: refused, broken off, reset, timed out.
+# Retry curl while the connection fails: rejected, interrupted, reset, timed out.
 retry() {
     until "$@"; do
         case $? in 7 | 18 | 28 | 52 | 55 | 56) sleep 1 ;; *) return 1 ;; esac

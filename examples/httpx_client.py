@@ -52,7 +52,7 @@ async def events(client: httpx.AsyncClient, path: str) -> AsyncGenerator[tuple[s
 
 
 async def main() -> None:
-    """Show both."""
+    """Run both examples."""
     async with httpx.AsyncClient(base_url=URL, timeout=TIMEOUT) as client:
         async for text in tokens(client, "Tell a story"):
             print(text, end="", flush=True)

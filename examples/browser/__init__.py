@@ -13,7 +13,7 @@ POLICY = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-
 
 
 class Browser(Scenario):
-    """Prices, words and the progress of a task on one page."""
+    """Prices, model output and the progress of a task on one page."""
 
     @endpoint("GET", "/browser/", sends="text/html")
     async def page(self, request: web.Request) -> web.Response:
@@ -22,11 +22,11 @@ class Browser(Scenario):
 
     @endpoint("GET", "/browser/client.js", sends="text/javascript")
     async def script(self, request: web.Request) -> web.Response:
-        """Send what the page runs."""
+        """Send the script of the page."""
         return web.Response(text=(HERE / "client.js").read_text(), content_type="text/javascript", headers=POLICY)
 
 
 @hookimpl
 def register_scenarios() -> list[type[Scenario]]:
-    """Bring the page."""
+    """Return the scenario."""
     return [Browser]

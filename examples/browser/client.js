@@ -1,8 +1,8 @@
-// Three ways to consume a stream in a browser: EventSource, fetch, and both for a task. See page.html.
+// Three methods to consume a stream in a browser: EventSource, fetch, and both for a task. See page.html.
 
 const show = (id, text) => { document.getElementById(id).textContent = text; };
 
-// Follow events without end. EventSource reconnects by itself, with the last id, when a connection breaks; but any status
+// Follow an endless event stream. EventSource reconnects by itself, with the last id, when a connection breaks; but any status
 // other than 200 closes it for good, and a proxy returns 502 while its server restarts. Then another one is created, with
 // the id in the URL, since a script cannot set the header. Returns a function that closes it.
 function follow(url, listeners, onState) {
