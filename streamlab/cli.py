@@ -23,7 +23,7 @@ from .commands import DEFAULT_CONFIG, CommandGroup, plugin_views
 from .config import Config, ConfigError, Fault
 from .problems import Problem
 from .scaffold import write_plugin
-from .server import openapi
+from .server import openapi, preflight
 from .server.app import create_app, serve
 from .server.app import work as serve_work
 from .server.logging import logging_to
@@ -73,9 +73,12 @@ def _exit_on_config_error() -> Iterator[None]:
     except ConfigError as error:
         for fault in error.faults:
             typer.echo(fault, err=True)
-        count = len(error.faults)
-        typer.echo(f"streamlab: {count} {'fault' if count == 1 else 'faults'}; nothing was started", err=True)
+        typer.echo(f"streamlab: {_count(len(error.faults))}; nothing was started", err=True)
         raise typer.Exit(2) from None
+
+
+def _count(faults: int) -> str:
+    return f"{faults} {'fault' if faults == 1 else 'faults'}"
 
 
 def _read_config(path: Path | None) -> Config:
@@ -188,21 +191,32 @@ def routes(config: ConfigOption = None) -> None:
 
 @cli.command()
 def check(config: ConfigOption = None) -> None:
-    """Validate configuration and plugins; exit with 2 on any error.
+    """Report what cannot work: configuration, plugins, and files on this machine; exit with 2 if there is anything.
 
-    A degraded scenario (a file that it reads is missing, for example) is reported and is not an error: the cause may
-    be removed while the server runs.
+    Nothing is started, written or connected to. A degraded scenario (its model is not installed, for example) is
+    reported and is not an error.
     """
     with _exit_on_config_error():
-        app = create_app(_read_config(config))
-    failed = [plugin for plugin in app[REGISTRY].plugins if plugin.state == "failed"]
-    for plugin in app[REGISTRY].plugins:
-        typer.echo(
-            f"{plugin.name}: {plugin.state}{f' - {plugin.reason}' if plugin.reason else ''}", err=bool(plugin.reason)
-        )
-    for scenario, reason in app[REGISTRY].degraded().items():
-        typer.echo(f"{scenario}: degraded - {reason}")
-    if failed:
+        settings = _read_config(config)
+        found = preflight.faults(settings)
+        try:
+            app = create_app(settings)
+        except ConfigError as error:
+            raise ConfigError([*error.faults, *found]) from None
+        registry = app[REGISTRY]
+        by_plugin: dict[str, list[Fault]] = {plugin.name: [] for plugin in registry.plugins}
+        for name, fault in registry.check(settings):
+            by_plugin[name].append(fault)
+        for plugin in registry.plugins:
+            state = _count(len(by_plugin[plugin.name])) if by_plugin[plugin.name] else plugin.state
+            typer.echo(
+                f"{plugin.name}: {state}{f' - {plugin.reason}' if plugin.reason else ''}", err=bool(plugin.reason)
+            )
+        for scenario, reason in registry.degraded().items():
+            typer.echo(f"{scenario}: degraded - {reason}")
+        if all_found := [*found, *(fault for faults in by_plugin.values() for fault in faults)]:
+            raise ConfigError(all_found)
+    if any(plugin.state == "failed" for plugin in registry.plugins):
         raise typer.Exit(2)
 
 

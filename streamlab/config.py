@@ -2,10 +2,13 @@
 
 import copy
 import difflib
+import ipaddress
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -45,6 +48,19 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+def _host_pattern(text: str) -> str:
+    """Reject what no Host can match: a URL, a port, a path."""
+    with suppress(ValueError):
+        ipaddress.IPv6Address(text)
+        return text
+    if re.fullmatch(r"[A-Za-z0-9._*?-]*[A-Za-z0-9_*?-]", text):
+        return text
+    name = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*://|[/?#].*$", "", text)
+    name = re.sub(r"(:[0-9]*|\.)$", "", name).strip("[]")
+    hint = f"; did you mean {name!r}?" if re.fullmatch(r"[A-Za-z0-9._*:-]+", name) else ""
+    raise ValueError(f"must be a host name, without a scheme, a port or a path{hint}")
+
+
 class Server(Table):
     """`[server]`: address, TLS, timeouts, limits and logs."""
 
@@ -60,7 +76,7 @@ class Server(Table):
     """Maximum time that a client reads nothing or is unreachable, in seconds; then its connection is closed."""
     max_streams: int = Field(10_000, ge=1)
     """Maximum number of open streams; one more gets 503 with Retry-After."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[Annotated[str, AfterValidator(_host_pattern)], ...] = ()
     """Allowed names in Host (`*.example.org` too). Empty: local names on loopback, any name on other addresses."""
     tls_certificate: ConfigPath | None = None
     """A PEM file with the certificate chain; with `tls_key`, the server uses HTTPS."""
@@ -84,7 +100,7 @@ class Plugins(Table):
     """`[plugins]`: folders of plugins in addition to the built-in and the installed ones."""
 
     path: tuple[ConfigPath, ...] = (Path("plugins"),)
-    """Folders whose Python files are plugins; a folder that does not exist is ignored."""
+    """Folders whose Python files are plugins; one that does not exist is ignored, with a warning."""
 
 
 def _event_log_url(url: str, info: ValidationInfo) -> str:

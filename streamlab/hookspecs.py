@@ -54,6 +54,18 @@ def health() -> str | None:
 
 
 @hookspec
+def check() -> Iterable[tuple[str, str]]:
+    """Return what in the configuration cannot work on this machine, each as a key and a reason.
+
+    A key is relative to the table of the scenario, as `sources.app.path`. The reason names the file or the variable,
+    and contains no secret: the operator reads it. Called without a `lifespan`, in a thread, by `streamlab check`, which
+    exits with 2 if there is any, and by `streamlab run`, which logs each as a warning and serves all the same. It may
+    read files, but it neither changes them nor connects to other machines. A value that is invalid on every machine is
+    rejected by a validator of its field instead.
+    """
+
+
+@hookspec
 def on_stream_end(request: web.Request, summary: StreamSummary) -> None:
     """React to the end of a stream, whatever the reason; must neither block nor raise."""
 

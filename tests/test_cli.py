@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from streamlab.server.site import version
 from tests.support.servers import REPOSITORY, Running, run_streamlab, write_plugins
@@ -182,6 +183,158 @@ def test_check_reports_what_would_work_only_in_part_and_exits_with_0(tmp_path: P
     status, output, errors = streamlab(tmp_path, "check")
     assert (status, errors) == (0, "")
     assert {"hello: ready", "hello: degraded - the source 'app' cannot be read"} <= set(output.splitlines())
+
+
+# Each configuration alone, and its faults; {base} is its folder.
+CANNOT_WORK = {
+    "a host that no machine has": (
+        '[server]\nhost = "127.0.0.256"\n',
+        ['server.host = "127.0.0.256" - cannot listen on it: Name or service not known'],
+    ),
+    "an address of another machine": (
+        '[server]\nhost = "192.0.2.1"\n',
+        ['server.host = "192.0.2.1" - cannot listen on it: Cannot assign requested address'],
+    ),
+    "TLS files that are missing": (
+        '[server]\ntls_certificate = "no.pem"\ntls_key = "no.key"\n',
+        [
+            'server.tls_certificate = "{base}/no.pem" - No such file or directory',
+            'server.tls_key = "{base}/no.key" - No such file or directory',
+        ],
+    ),
+    "a certificate that is garbage": (
+        '[server]\ntls_certificate = "garbage"\ntls_key = "server.key"\n',
+        ['server.tls_certificate = "{base}/garbage" - contains no valid certificate in PEM format'],
+    ),
+    "a key that is garbage": (
+        '[server]\ntls_certificate = "server.pem"\ntls_key = "garbage"\n',
+        ['server.tls_key = "{base}/garbage" - contains no valid private key in PEM format'],
+    ),
+    "the key of another certificate": (
+        '[server]\ntls_certificate = "server.pem"\ntls_key = "other.key"\n',
+        ['server.tls_key = "{base}/other.key" - is not the key of tls_certificate'],
+    ),
+    "a key with a passphrase": (
+        '[server]\ntls_certificate = "server.pem"\ntls_key = "encrypted.key"\n',
+        [
+            'server.tls_key = "{base}/encrypted.key" - is encrypted, and the server cannot ask for its passphrase; '
+            "`openssl pkey -in FILE` decrypts it"
+        ],
+    ),
+    "a plugin folder that is missing": (
+        '[plugins]\npath = ["mine", "garbage"]\n',
+        [
+            "plugins.path - {base}/mine: there is no such folder",
+            "plugins.path - {base}/garbage: is not a folder",
+        ],
+    ),
+    "an event log and a log file below what is not a folder": (
+        '[events]\nurl = "sqlite:///garbage/events.db"\n[server]\nlog_file = "garbage/server.log"\n',
+        [
+            "events.url - cannot store events there: {base}/garbage/events.db: {base}/garbage is not a folder",
+            "server.log_file - cannot be written: {base}/garbage/server.log: {base}/garbage is not a folder",
+        ],
+    ),
+    "a scheme in allowed_hosts, with what is found on the disk": (
+        '[server]\nallowed_hosts = ["https://a.example"]\n[plugins]\npath = ["mine"]\n',
+        [
+            'server.allowed_hosts.0 = "https://a.example" - must be a host name, without a scheme, a port or a path; '
+            "did you mean 'a.example'?",
+            "plugins.path - {base}/mine: there is no such folder",
+        ],
+    ),
+}
+REFUSED = [what for what, (text, _) in CANNOT_WORK.items() if "[plugins]" not in text and "[events]" not in text]
+
+
+@pytest.fixture(scope="module")
+def tls_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files by name: a certificate, its key, that key encrypted, the key of another certificate, and garbage."""
+    authority, folder = trustme.CA(), tmp_path_factory.mktemp("tls")
+    issued, other = authority.issue_cert("localhost"), authority.issue_cert("localhost")
+    key = folder / "server.key"
+    issued.private_key_pem.write_to_path(key)
+    encrypt = ["openssl", "pkcs8", "-topk8", "-in", str(key), "-passout", "pass:secret"]
+    return {
+        "server.pem": issued.cert_chain_pems[0].bytes(),
+        "server.key": key.read_bytes(),
+        "other.key": other.private_key_pem.bytes(),
+        "encrypted.key": subprocess.run(encrypt, check=True, capture_output=True).stdout,
+        "garbage": b"nonsense\n",
+    }
+
+
+@pytest.fixture
+def broken(tmp_path: Path, tls_files: dict[str, bytes]) -> Callable[[str], list[str]]:
+    """Write a configuration that cannot work, and return the lines that report it."""
+
+    def writing(what: str) -> list[str]:
+        for name, content in tls_files.items():
+            (tmp_path / name).write_bytes(content)
+        text, faults = CANNOT_WORK[what]
+        write_config(tmp_path, text)
+        count = f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}"
+        lines = [f"config.toml: {fault.format(base=tmp_path)}" for fault in faults]
+        return [*lines, f"streamlab: {count}; nothing was started"]
+
+    return writing
+
+
+@pytest.mark.parametrize("what", CANNOT_WORK)
+def test_check_reports_what_cannot_work_on_this_machine(
+    what: str, tmp_path: Path, broken: Callable[[str], list[str]]
+) -> None:
+    expected, before = broken(what), sorted(tmp_path.iterdir())
+    status, _, errors = streamlab(tmp_path, "check")
+    assert (status, errors.splitlines()) == (2, expected)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_run_rejects_what_it_cannot_serve_with(what: str, tmp_path: Path, broken: Callable[[str], list[str]]) -> None:
+    expected = broken(what)
+    status, output, errors = streamlab(tmp_path, "run", "--port", "0")
+    assert (status, output, errors.splitlines()) == (2, "", expected)
+
+
+def test_check_accepts_a_certificate_with_its_key_and_a_port_in_use(
+    tmp_path: Path, tls_files: dict[str, bytes]
+) -> None:
+    for name, content in tls_files.items():
+        (tmp_path / name).write_bytes(content)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        tls = 'tls_certificate = "server.pem"\ntls_key = "server.key"\n'
+        write_config(tmp_path, f"[server]\nport = {taken.getsockname()[1]}\n{tls}")
+        assert streamlab(tmp_path, "check")[0] == 0
+
+
+CHECKED = (
+    HELLO.replace("class Hello(Scenario):", "class Hello(Scenario):\n        names: tuple[str, ...] = ()\n")
+    + """
+
+    @hookimpl
+    def check():
+        yield "names.first", "/there/is/no/file"
+        yield "word", "is too short"
+"""
+)
+
+
+def test_check_hook_reports_faults_that_run_warns_of(start: Callable[..., Running], tmp_path: Path) -> None:
+    broken = CHECKED.replace("Hello", "Other").replace("/hello", "/other").replace('yield "word"', "raise OSError")
+    server = start(hello=CHECKED, other=broken.replace(', "is too short"', '("a", "b")'))
+    keys = f"{tmp_path}/config.toml: scenarios"
+    faults = [
+        f"{keys}.hello.names.first - /there/is/no/file",
+        f"{keys}.hello.word - is too short",
+        f"{keys}.other - it cannot be checked: OSError at line 25 of other.py: b",
+    ]
+    for fault in faults:
+        server.wait_for_log(f" WARNING streamlab.server.app {fault}\n")
+    assert server.get("/hello")[0] == 200
+    status, output, errors = streamlab(tmp_path, "check", "-c", f"{tmp_path}/config.toml")
+    assert (status, {"hello: 2 faults", "other: 1 fault"} <= set(output.splitlines())) == (2, True)
+    assert errors.splitlines() == [*faults, "streamlab: 3 faults; nothing was started"]
 
 
 def test_check_reads_the_configuration_it_is_given(tmp_path: Path) -> None:

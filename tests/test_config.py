@@ -252,6 +252,30 @@ def test_an_invalid_value_is_a_fault(name: str, value: Any, tmp_path: Path) -> N
     assert [fault.key for fault in Config.of({"server": {name: value}}, base=tmp_path).faults] == [f"server.{name}"]
 
 
+@pytest.mark.parametrize(
+    ("host", "hint"),
+    [
+        ("https://a.example", "; did you mean 'a.example'?"),
+        ("https://a.example:8443/path?x=1", "; did you mean 'a.example'?"),
+        ("a.example:8000", "; did you mean 'a.example'?"),
+        ("*.a.example/", "; did you mean '*.a.example'?"),
+        ("a.example.", "; did you mean 'a.example'?"),
+        ("[::1]", "; did you mean '::1'?"),
+        ("a b", ""),
+        ("", ""),
+    ],
+)
+def test_an_allowed_host_that_no_request_can_have_is_a_fault(host: str, hint: str, tmp_path: Path) -> None:
+    (fault,) = Config.of({"server": {"allowed_hosts": ["b.example", host]}}, base=tmp_path).faults
+    assert (fault.key, fault.value) == ("server.allowed_hosts.1", json.dumps(host))
+    assert fault.reason == f"must be a host name, without a scheme, a port or a path{hint}"
+
+
+def test_host_names_and_patterns_are_allowed_hosts(tmp_path: Path) -> None:
+    hosts = ["a.example", "*.B.example", "*", "localhost", "my_host", "10.0.0.1", "::1", "2001:db8::1"]
+    assert Config.of({"server": {"allowed_hosts": hosts}}, base=tmp_path).faults == ()
+
+
 def test_tls_with_a_certificate_alone_is_a_fault(tmp_path: Path) -> None:
     config = Config.of({"server": {"tls_certificate": "a.pem"}}, base=tmp_path)
     (fault,) = config.faults

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from aiohttp import web
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    TypeAdapter,
+    ValidationInfo,
+    model_validator,
+)
 
 from streamlab import (
     CONFIG,
@@ -37,7 +47,7 @@ from streamlab import (
     weights,
 )
 
-from . import sample
+from . import sample, sqlite_source
 from .arrow_formats import unavailable
 from .encoder import Encoder, MissingLibrary
 from .files import Files
@@ -59,6 +69,7 @@ from .source import (
     body,
 )
 from .sqlite_source import SqliteSource
+from .writes import writes
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +85,24 @@ EVENT_ROWS = 1000
 NOT_INSTALLED = "A library that the format or the database requires is not installed; a retry does not help."
 """Description of 501 in the API document."""
 
+SQLITE = "sqlite:///"
+"""Beginning of the URL of an SQLite file; its path follows."""
+
 SAMPLE = "sample"
 """Name of the sample database."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
-def _database_url(url: str) -> str:
+_CONFIG_PATH: TypeAdapter[Path] = TypeAdapter(ConfigPath)
+
+
+def _database_url(url: str, info: ValidationInfo) -> str:
     scheme, separator, rest = url.partition("://")
-    if separator and (scheme in ("postgresql", "postgres") or (scheme == "sqlite" and re.match(r"/.", rest))):
+    if separator and scheme in ("postgresql", "postgres"):
         return url
+    if separator and scheme == "sqlite" and re.match(r"/.", rest):
+        return f"{SQLITE}{_CONFIG_PATH.validate_python(rest[1:], context=info.context)}"
     raise ValueError("must be sqlite:///relative/path.db, sqlite:////absolute/path.db or postgresql://...")
 
 
@@ -98,6 +117,11 @@ class Database(Table):
 
     url: Annotated[str, AfterValidator(_database_url)]
     """`sqlite:///PATH` (relative to the folder of config.toml), or `postgresql://user@host/name`."""
+
+    @property
+    def path(self) -> Path | None:
+        """The file of an SQLite database."""
+        return Path(self.url.removeprefix(SQLITE)) if self.url.startswith(SQLITE) else None
 
 
 class ConfiguredExport(Table):
@@ -240,6 +264,28 @@ class Exports(Scenario):
         return {**(SAMPLES if self.sample and SAMPLE not in self.databases else {}), **self.queries}
 
     @hookimpl
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Report SQLite files that cannot be read, and SQL that they reject; no PostgreSQL server is connected to."""
+        writing = {key: reason for key, query in self.queries.items() if (reason := writes(query.sql))}
+        for key, reason in writing.items():
+            yield f"queries.{key}.sql", reason
+        for name, database in self.databases.items():
+            path = database.path
+            if path is None:
+                if missing := _missing_library(database.url):
+                    yield f"databases.{name}.url", missing
+                continue
+            own = {key for key, query in self.queries.items() if query.database == name} - writing.keys()
+            queries = {key: _example(self.queries[key]) for key in sorted(own)}
+            try:
+                rejected = sqlite_source.rejected(path, queries, max_cell=self._max_cell)
+            except Unavailable as error:
+                yield f"databases.{name}.url", f"{path}: {error}" if path.exists() else f"there is no file {path}"
+                continue
+            for key, reason in rejected.items():
+                yield f"queries.{key}.sql", f"{path} rejects it: {reason}"
+
+    @hookimpl
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
         """Hold threads for SQLite and connections to PostgreSQL open while the server serves."""
@@ -253,17 +299,15 @@ class Exports(Scenario):
             self._files = Files(self.folder, keep_seconds=self.keep_seconds, keep_bytes=self.keep_mb * 1_000_000)
             await stack.enter_async_context(self._files.opened())
             turn = asyncio.Lock()
-            urls = {name: database.url for name, database in self.databases.items()}
+            databases = dict(self.databases)
             if self.sample:
-                urls.setdefault(SAMPLE, f"sqlite:///{self._sample_path}")
-            for name, url in urls.items():
-                if url.startswith("sqlite"):
-                    self._sources[name] = SqliteSource(
-                        base / url.removeprefix("sqlite:///"), threads, turn, max_cell=self._max_cell
-                    )
+                databases.setdefault(SAMPLE, Database(url=f"{SQLITE}{self._sample_path}"))
+            for name, database in databases.items():
+                if (path := database.path) is not None:
+                    self._sources[name] = SqliteSource(path, threads, turn, max_cell=self._max_cell)
                     continue
                 try:
-                    self._sources[name] = await _open_postgres(stack, url, self.max_seconds, self._max_cell)
+                    self._sources[name] = await _open_postgres(stack, database.url, self.max_seconds, self._max_cell)
                 except MissingLibrary as error:  # the exports of other databases still work
                     log.warning("the database %s cannot be read: %s", name, error)
                     self._missing[name] = error
@@ -302,7 +346,9 @@ class Exports(Scenario):
         try:
             columns = await (await self.source(query.database)).describe(_example(query))
             entry["columns"] = [{"name": column.name, "type": column.type} for column in columns]
-        except (BadQuery, Unavailable, MissingLibrary, Problem) as error:
+        except BadQuery as error:
+            entry["unavailable"] = writes(query.sql) or str(error)
+        except (Unavailable, MissingLibrary, Problem) as error:
             entry["unavailable"] = str(error)
         return entry
 
@@ -437,7 +483,7 @@ class Exports(Scenario):
 
         Enter it inside the block of an open stream: that cancels the handler as soon as it is aborted.
         """
-        with _error_responses(name):
+        with _error_responses(name, self.exports[name].sql if name in self.exports else ""):
             try:
                 async with asyncio.timeout_at(deadline):
                     yield
@@ -462,6 +508,17 @@ class Exports(Scenario):
         return self._sources[database]
 
 
+def _missing_library(url: str) -> str | None:
+    """Return why a PostgreSQL database cannot be read on this machine; None if it may be."""
+    from .postgres_source import PostgresSource
+
+    try:
+        PostgresSource(url, statement_seconds=1)
+    except (MissingLibrary, ValueError) as error:
+        return str(error)
+    return None
+
+
 async def _open_postgres(stack: AsyncExitStack, url: str, seconds: float, max_cell: int) -> Source:
     from .postgres_source import PostgresSource
 
@@ -471,7 +528,7 @@ async def _open_postgres(stack: AsyncExitStack, url: str, seconds: float, max_ce
 
 
 @contextmanager
-def _error_responses(name: str) -> Iterator[None]:
+def _error_responses(name: str, sql: str) -> Iterator[None]:
     """Turn errors of an export into Problems with what concerns the client, and log what concerns the operator."""
     try:
         yield
@@ -493,7 +550,7 @@ def _error_responses(name: str) -> Iterator[None]:
         log.warning("the export %s is unavailable: %s", name, error)
         raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
     except BadQuery as error:
-        log.error("the SQL of the export %s is invalid: %s", name, error)
+        log.error("the SQL of the export %s is invalid: %s", name, writes(sql) or error)
         raise Problem(500, "The database rejects the SQL of this export; see the server's log.") from None
     except Interrupted as error:
         log.warning("the export %s was interrupted: %s", name, error)

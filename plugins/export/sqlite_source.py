@@ -306,6 +306,20 @@ class SqliteSource:
             yield export, opened.encoder
 
 
+def rejected(path: Path, queries: Mapping[str, Query], *, max_cell: int) -> dict[str, str]:
+    """Return the queries that a file rejects, each with the reason. Blocks; raises Unavailable."""
+    reasons: dict[str, str] = {}
+    for name, query in {"": Query("SELECT 1"), **queries}.items():
+        reading = _Reading(path, query, {}, max_cell=max_cell, strict=False)
+        try:
+            reading.describe()
+        except (BadQuery, TooLarge) as error:
+            reasons[name] = str(error)
+        finally:
+            reading.close()
+    return reasons
+
+
 def _original_names(names: Sequence[str]) -> list[str]:
     """Return the names in the query: SQLite names the second column `a` of a subquery `a:1`."""
     return [match[1] if (match := re.fullmatch(r"(.+):[0-9]+", name)) and match[1] in names else name for name in names]

@@ -10,7 +10,7 @@ import re
 import stat
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -107,6 +107,12 @@ class File(Scenario):
     _summing: Threads = PrivateAttr(default_factory=lambda: Threads("file-checksum", CHECKSUM_THREADS))
     _making: Threads = PrivateAttr(default_factory=lambda: Threads("file-sample", 1))
     _digests: Digests = PrivateAttr()
+
+    @hookimpl
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Report a large file that is not there."""
+        if self.large_file is not None and not os.path.isfile(self.large_file):  # noqa: PTH113 - it never raises
+            yield "large_file", f"{self.large_file} is not a file"
 
     @hookimpl
     @asynccontextmanager

@@ -1,7 +1,7 @@
 """Stream the tokens of a language model: a small embedded one, or any OpenAI-compatible upstream."""
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -203,8 +203,8 @@ class Llm(Scenario):
         async with AsyncExitStack() as stack:
             embedded = None
             if self.url:
-                if reason := self._missing():
-                    raise RuntimeError(reason)
+                if reason := self._missing_key():
+                    raise Problem(503, reason)
                 upstream = Upstream(self.url, key=self._key())
             else:
                 embedded = EmbeddedModel(slots=self.max_generations, context=self.max_prompt_tokens + self.max_tokens)
@@ -227,18 +227,24 @@ class Llm(Scenario):
     def _key(self) -> str:
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
-    def _missing(self) -> str | None:
-        """Return what is missing to serve this configuration; None where nothing is known to be missing."""
-        if not self.url:
-            return missing()
+    def _missing_key(self) -> str | None:
+        """Return why there is no key for the upstream; None if there is one, or none is needed."""
         if self.api_key_env and not self._key():
             return f"the environment variable {self.api_key_env} does not hold the upstream's key"
         return None
 
     @hookimpl
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Report a missing key; no upstream is connected to."""
+        if reason := self._missing_key():
+            yield "api_key_env", reason
+
+    @hookimpl
     def health(self) -> str | None:
-        """Return why there is no model: not installed, not running, no key, or the upstream's last request failed."""
-        return self._missing() if self._gateway is None else self._gateway.trouble
+        """Return why there is no model: not installed, not running, or the upstream's last request failed."""
+        if self._gateway is not None:
+            return self._gateway.trouble
+        return None if self.url else missing()
 
     def _complete(self, body: Mapping[str, Any]) -> AbstractAsyncContextManager[Completion]:
         assert self._gateway is not None, "the server has not started"

@@ -6,7 +6,7 @@ import logging
 import shlex
 import shutil
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -269,11 +269,16 @@ class Logs(Scenario):
 
     @hookimpl
     def health(self) -> str | None:
-        """Report the logs that cannot be read. Before the start (`streamlab check`), check them now."""
-        faults = self._faults
-        if not self._served:
-            faults = {name: fault for name, source in self.sources.items() if (fault := source.fault())}
-        return "; ".join(f"{name}: {fault.reason}" for name, fault in faults.items()) or None
+        """Report the logs that cannot be read."""
+        return "; ".join(f"{name}: {fault.reason}" for name, fault in self._faults.items()) or None
+
+    @hookimpl
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Report the configured logs that cannot be read."""
+        for name, source in self.sources.items():
+            if fault := source.fault():
+                key, value = ("path", source.path) if source.path else ("command", shlex.join(source.command))
+                yield f"sources.{name}.{key}", f"{value}: {fault.reason}"
 
     async def _keep_checking(self) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Literal
 
@@ -28,7 +28,7 @@ from streamlab import (
 )
 
 from .prices import InvalidPrices, LastPrices, Price, read_prices
-from .sources import Replay, Simulation
+from .sources import InvalidFile, Replay, Simulation, fault
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,12 @@ class Ticker(Scenario):
         if self.source == "replay" and self.file is None:
             raise ValueError('source = "replay" needs a file')
         return self
+
+    @hookimpl
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Report a file that cannot be replayed."""
+        if self.source == "replay" and self.file is not None and (reason := fault(self.file)):
+            yield "file", f"{self.file} {reason}"
 
     @hookimpl
     @asynccontextmanager
@@ -162,9 +168,12 @@ class Ticker(Scenario):
             source = Replay(self.file, speed=self.speed, repeat=self.repeat, checkpoint=checkpoint)
         else:
             source = Simulation(self.symbols, interval=self.interval, seed=self.seed, checkpoint=checkpoint)
-        async with aclosing(source.prices()) as batches:
-            async for prices, checkpoint in batches:
-                await self._publish(prices, checkpoint=(name, checkpoint), retry_forever=True)
+        try:
+            async with aclosing(source.prices()) as batches:
+                async for prices, checkpoint in batches:
+                    await self._publish(prices, checkpoint=(name, checkpoint), retry_forever=True)
+        except InvalidFile as error:
+            raise Problem(503, str(error)) from None
 
     async def _publish(
         self, prices: Sequence[Price], *, checkpoint: tuple[str, str] | None = None, retry_forever: bool = False

@@ -86,12 +86,49 @@ class Row(NamedTuple):
     price: Price
 
 
+class InvalidFile(ValueError):
+    """A file that cannot be replayed; the message names it without its folder."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path.name} {reason}")
+        self.reason = reason
+
+
+def fault(path: Path) -> str | None:
+    """Return why a file cannot be replayed, None if it exists and has the columns. Reads the disk."""
+    try:
+        if path.exists() and not path.is_file():
+            return "is not a regular file"
+        with _open(path) as file:
+            _check_columns(path, csv.DictReader(file))
+    except InvalidFile as error:
+        return error.reason
+    return None
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open(newline="", encoding="utf-8-sig")
+    except OSError as error:
+        raise InvalidFile(path, f"cannot be read: {error.strerror}") from None
+
+
+def _check_columns(path: Path, reader: "csv.DictReader[str]") -> None:
+    """Raise InvalidFile if a file lacks a column."""
+    try:
+        missing = {"time", "symbol", "price"} - set(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidFile(path, f"cannot be read: {error}") from None
+    if missing:
+        raise InvalidFile(path, f"has no column {', '.join(sorted(missing))}")
+
+
 class Replay:
     """A CSV file with the columns time, symbol and price, replayed `speed` times as fast as its times say.
 
     `time` is ISO 8601 or Unix seconds, in ascending order. Other columns are published as text. An invalid row is
-    skipped, and logged. `checkpoint` is the number of the last row that was published. Raises ValueError if a column
-    is missing, or the file is not UTF-8.
+    skipped, and logged. `checkpoint` is the number of the last row that was published. Raises InvalidFile if the file
+    cannot be read, is not UTF-8, or lacks a column.
     """
 
     def __init__(self, path: Path, *, speed: float, repeat: bool, checkpoint: str | None) -> None:
@@ -111,7 +148,7 @@ class Replay:
         loop = asyncio.get_running_loop()
         while True:
             start: tuple[float, float] | None = None
-            file = await threads.run(self._open, discard=lambda file: file.close())
+            file = await threads.run(_open, self._path, discard=lambda file: file.close())
             try:
                 rows = self._rows(csv.DictReader(file))
                 while batch := await threads.run(self._next_batch, rows, interrupt=self._cancelled.set):
@@ -125,27 +162,20 @@ class Replay:
             if not self._repeat:
                 await asyncio.Event().wait()  # hold the lease: another process would replay the file again
             if start is None and not self._last_row:
-                raise ValueError(f"{self._path.name} has no valid row")
+                raise InvalidFile(self._path, "has no valid row")
             self._last_row = 0
             await asyncio.sleep(1 / self._speed)  # a file whose rows share one time would repeat without a pause
-
-    def _open(self) -> TextIO:
-        try:
-            return self._path.open(newline="", encoding="utf-8-sig")
-        except OSError as error:
-            raise ValueError(f"{self._path.name} cannot be read: {error.strerror}") from None
 
     def _next_batch(self, rows: Iterator[Row]) -> list[Row]:
         """Return up to `BATCH` rows; an empty list at the end of the file."""
         try:
             return list(itertools.islice(rows, BATCH))
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{self._path.name} cannot be read: {error}") from None
+            raise InvalidFile(self._path, f"cannot be read: {error}") from None
 
     def _rows(self, reader: "csv.DictReader[str]") -> Iterator[Row]:
         """Yield the valid rows after the checkpoint."""
-        if missing := {"time", "symbol", "price"} - set(reader.fieldnames or ()):
-            raise ValueError(f"{self._path.name} has no column {', '.join(sorted(missing))}")
+        _check_columns(self._path, reader)
         for number, row in enumerate(reader, start=1):
             if self._cancelled.is_set():
                 return

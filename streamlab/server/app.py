@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import socket
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -26,7 +25,9 @@ from streamlab.streaming.drain import STREAMS, Streams
 from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.stream import SCENARIO, STREAM, HeadersOnly, Stream, open_stream
 from streamlab.tasks import TASKS
+from streamlab.threads import Threads
 
+from . import preflight
 from .access_log import AccessLog
 from .edge import (
     BODY_LIMIT,
@@ -103,16 +104,19 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
     for an address that cannot be bound. The process is expected to exit afterwards: if it hangs for STOP_SECONDS
     longer than it may drain, it is killed (see Watchdog).
     """
+    if found := list(preflight.address_faults(config)):
+        raise ConfigError(found)
+    tls = preflight.tls_context(config)
     server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
     streams = app[STREAMS]
 
     # handler_cancellation: without it an idle handler does not notice that its client has disconnected.
     # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait forever.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    tls = _tls(config)
     with Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut) as watchdog:
         try:
             async with watchdog.starting():
+                await _warn_of_faults(app)
                 await runner.setup()
                 manager = runner.server
                 assert manager is not None
@@ -180,17 +184,13 @@ def _shorten_pauses() -> None:
     gc.set_threshold(YOUNG_OBJECTS, 20, 20)
 
 
-def _tls(config: Config) -> ssl.SSLContext | None:
-    certificate, key = config.server.tls_certificate, config.server.tls_key
-    if certificate is None or key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or "is not a PEM certificate that matches tls_key"
-        raise ConfigError([config.fault(("server", "tls_certificate"), reason, str(certificate))]) from None
-    return context
+async def _warn_of_faults(app: web.Application) -> None:
+    """Log what cannot work on this machine, as `streamlab check` reports it; the rest is served all the same."""
+    config, registry = app[CONFIG], app[REGISTRY]
+    async with Threads("check", 1) as threads:
+        found = await threads.run(lambda: [fault for _, fault in registry.check(config)])
+    for fault in (*preflight.folder_faults(config), *found):
+        log.warning("%s", fault)
 
 
 def _cannot_listen(config: Config, error: OSError) -> ConfigError:

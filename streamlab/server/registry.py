@@ -251,6 +251,20 @@ class Registry:
                 reasons |= dict.fromkeys([scenario] if scenario else scenarios, " ".join(reason.split()))
         return reasons
 
+    def check(self, config: Config) -> Iterator[tuple[str, Fault]]:
+        """Yield what cannot work on this machine, by the hook `check`, each with the name of its plugin. Blocks.
+
+        A hook that raises is itself a fault.
+        """
+        for name, call in self._calls("check"):
+            owner, _, scenario = name.partition(":")
+            table = ("scenarios", scenario or owner)
+            try:
+                found = [config.fault((*table, *key.split(".")), reason) for key, reason in call() or ()]
+            except Exception as error:
+                found = [config.fault(table, f"it cannot be checked: {_reason(owner, error)}")]
+            yield from ((owner, fault) for fault in found)
+
     def on_stream_end(self, request: web.Request, summary: StreamSummary) -> None:
         """Notify the active plugins that a stream has ended; one that raises does not affect the others."""
         for name, call in self._calls("on_stream_end"):
@@ -266,7 +280,10 @@ class Registry:
             if plugin.name == owner:
                 plugin.state, plugin.reason = "failed", _reason(owner, error)
                 plugin.lost_routes += [(route.endpoint.method, route.endpoint.path) for route in plugin.routes]
-        log.error("plugin %s failed", owner, exc_info=error)
+        if isinstance(_cause(error), Problem):  # its reason is complete
+            log.error("plugin %s failed: %s", owner, _reason(owner, error))
+        else:
+            log.error("plugin %s failed", owner, exc_info=error)
         for known, registered in self._hooks.list_name_plugin():
             if known.partition(":")[0] == owner and registered is not None:
                 self._hooks.unregister(registered)
@@ -402,10 +419,16 @@ def _extras() -> list[str]:
         return []
 
 
-def _reason(plugin: str, error: BaseException) -> str:
-    """Return why a plugin failed, for clients: without absolute paths, and with the remedy where it is known."""
+def _cause(error: BaseException) -> BaseException:
+    """Return the exception of groups that have no other."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    return error
+
+
+def _reason(plugin: str, error: BaseException) -> str:
+    """Return why a plugin failed, for clients: without absolute paths, and with the remedy where it is known."""
+    error = _cause(error)
     if isinstance(error, Problem):
         return error.detail
     if isinstance(error, ModuleNotFoundError) and error.name:

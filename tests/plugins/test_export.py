@@ -662,6 +662,84 @@ def test_an_invalid_configuration_is_rejected_at_the_start(tmp_path: Path, table
     assert message in output
 
 
+CHECKED = """
+    [scenarios.export.databases.shop]
+    url = "sqlite:///data/shop.db"
+    [scenarios.export.databases.garbage]
+    url = "sqlite:///config.toml"
+    [scenarios.export.queries.orders]
+    database = "shop"
+    sql = "SELECT id FROM orders WHERE total > :least"
+    parameters.least = { type = "real", default = 0 }
+    [scenarios.export.queries.typo]
+    database = "shop"
+    sql = "SELECT no_column FROM orders"
+    [scenarios.export.queries.purge]
+    sql = "DELETE FROM users"
+"""
+
+
+def test_check_reports_databases_and_sql_that_cannot_work(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CHECKED)
+    key, path = "config.toml: scenarios.export", tmp_path / "data" / "shop.db"
+    writes = f"{key}.queries.purge.sql - DELETE writes, but an export only reads: its SQL must be a SELECT"
+    garbage = f"{key}.databases.garbage.url - {tmp_path}/config.toml: The database cannot be read: "
+    status, output, errors = run_streamlab("check", cwd=tmp_path)
+    assert (status, "export: 3 faults" in output.splitlines()) == (2, True)
+    assert errors.splitlines() == [
+        writes,
+        f"{key}.databases.shop.url - there is no file {path}",
+        f"{garbage}file is not a database.",
+        "streamlab: 3 faults; nothing was started",
+    ]
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE orders (id INTEGER, total REAL)")
+    assert run_streamlab("check", cwd=tmp_path)[2].splitlines()[:2] == [
+        writes,
+        f"{key}.queries.typo.sql - {path} rejects it: no such column: no_column",
+    ]
+
+
+def test_sql_that_writes_is_rejected_with_words_that_say_so(serve: Callable[..., Running]) -> None:
+    server = serve(configured(purge="DELETE FROM users", typo="SELEC 1"))
+    reason = "DELETE writes, but an export only reads: its SQL must be a SELECT"
+    server.wait_for_log(f"config.toml: scenarios.export.queries.purge.sql - {reason}\n")
+    listed = {entry["name"]: entry for entry in json.loads(server.get("/export")[2])["exports"]}
+    assert listed["purge"]["unavailable"] == reason
+    assert "syntax error" in listed["typo"]["unavailable"]
+    assert server.get("/export/purge/csv")[0] == 500
+    server.wait_for_log(f"the SQL of the export purge is invalid: {reason}\n")
+
+
+@pytest.mark.parametrize(
+    ("sql", "word"),
+    [
+        ("delete from t", "DELETE"),
+        ("  -- why\n (INSERT INTO t VALUES (1))", "INSERT"),
+        ("/* ; */ REPLACE INTO t VALUES (1)", "REPLACE"),
+        ("WITH a AS (SELECT 1) UPDATE t SET x = 1", "UPDATE"),
+        ('WITH a AS (SELECT 1) UPDATE "t" SET x = 1', "UPDATE"),
+        ("WITH a AS (DELETE FROM t RETURNING *) SELECT * FROM a", "DELETE"),
+        ("WITH a AS (/* all */ DELETE FROM t RETURNING *) SELECT * FROM a", "DELETE"),
+        ("WITH a AS (SELECT 1) INSERT OR IGNORE INTO t SELECT * FROM a", "INSERT"),
+        ("CREATE TABLE u AS SELECT 1", "CREATE"),
+        ("VACUUM INTO 'x'", "VACUUM"),
+        ("SELECT replace(a, 'b', 'c') FROM t", ""),
+        ("SELECT (1), replace (a, 'b', 'c'), (delete), (update) FROM t", ""),
+        ("SELECT * FROM t WHERE a = '(DELETE FROM t)' -- (DELETE FROM t)", ""),
+        ("SELECT $$ (DELETE FROM t) $$", ""),
+        ("WITH updates AS (SELECT 1) SELECT * FROM updates", ""),
+        ("VALUES (1)", ""),
+        ("SELEC 1", ""),
+    ],
+)
+def test_sql_that_writes_is_recognized(sql: str, word: str) -> None:
+    reason = plugin_module("export", "writes").writes(sql)
+    assert reason.partition(" ")[0] == word
+
+
 # -- as tasks
 
 

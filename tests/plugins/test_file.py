@@ -29,7 +29,7 @@ from aiohttp.test_utils import TestClient
 from streamlab.config import Config
 from streamlab.server.app import create_app
 from tests.support.connections import read_all, read_until
-from tests.support.servers import Running, disabled, plugin_module
+from tests.support.servers import Running, disabled, plugin_module, run_streamlab
 
 BODY = bytes(range(256)) * 1000
 MODIFIED = 1_700_000_000
@@ -519,6 +519,15 @@ def big(start: Callable[..., Running], tmp_path: Path) -> tuple[Running, Path]:
     path = tmp_path / "big.bin"
     path.write_bytes(os.urandom(1_000_000) * 40)
     return start('[scenarios.file]\nlarge_file = "big.bin"', tracebacks=True), path
+
+
+def test_check_reports_a_large_file_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[scenarios.file]\nlarge_file = "later.bin"\n')
+    status, _, errors = run_streamlab("check", cwd=tmp_path)
+    key = "config.toml: scenarios.file.large_file"
+    assert (status, errors.splitlines()[0]) == (2, f"{key} - {tmp_path}/later.bin is not a file")
+    (tmp_path / "later.bin").touch()
+    assert run_streamlab("check", cwd=tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize("query", ["", "?rate=1000000000"])

@@ -1074,10 +1074,11 @@ def test_invalid_configuration_is_reported(table: dict[str, str], expected: str,
 
 def test_without_its_key_the_gateway_is_out_of_service_and_reports_why(start: Start) -> None:
     with fake_upstream({}) as upstream:
-        server = start(upstream_config(upstream), tracebacks=True)
+        server = start(upstream_config(upstream))
         status, _, body = server.get(text_path("x"))
     assert status == 503
     assert "UPSTREAM_KEY" in json.loads(body)["detail"]
+    server.wait_for_log("plugin llm failed: the environment variable UPSTREAM_KEY does not hold the upstream's key\n")
 
 
 # -- streamlab chat

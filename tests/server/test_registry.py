@@ -717,7 +717,7 @@ def test_every_hook_has_a_test_named_after_it() -> None:
         frozenset(
             {
                 *("register_scenarios", "register_tasks", "register_commands", "register_views"),
-                *("lifespan", "worker_lifespan", "health", "on_stream_end"),
+                *("lifespan", "worker_lifespan", "health", "check", "on_stream_end"),
             }
         )
         == HOOKS

@@ -1,0 +1,135 @@
+"""Parts of the configuration that cannot work on this machine: its address, files and folders, before a start."""
+
+import json
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from streamlab.config import Config, ConfigError, Fault
+
+
+def faults(config: Config) -> list[Fault]:
+    """Return what the server itself cannot use on this machine; nothing is created. Blocks."""
+    return [
+        *address_faults(config),
+        *_tls(config)[1],
+        *folder_faults(config),
+        *_log_faults(config),
+    ]
+
+
+def address_faults(config: Config) -> Iterator[Fault]:
+    """Yield a fault if no socket can be bound to the host, whatever the port: that may belong to a running server."""
+    host, reason = config.server.host, ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                with closing(socket.socket(family, kind, protocol)) as probe:
+                    probe.bind(address)
+                    return
+            except OSError as error:
+                reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not a valid host name"
+    yield config.fault(("server", "host"), f"cannot listen on it: {reason}", host)
+
+
+# -- TLS
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """Return the TLS context of the server, None without TLS; raises ConfigError for files that cannot be used."""
+    context, found = _tls(config)
+    if found:
+        raise ConfigError(found)
+    return context
+
+
+class _Encrypted(Exception):
+    """A key has a passphrase."""
+
+
+def _no_passphrase() -> str:
+    raise _Encrypted
+
+
+def _tls(config: Config) -> tuple[ssl.SSLContext | None, list[Fault]]:
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    if certificate is None or key is None:
+        return None, []
+
+    def fault(name: str, path: Path, reason: str) -> Fault:
+        return replace(config.fault(("server", name), reason), value=json.dumps(str(path)))  # never shortened
+
+    files = {"tls_certificate": certificate, "tls_key": key}
+    if found := [fault(name, path, reason) for name, path in files.items() if (reason := _unreadable(path))]:
+        return None, found
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(certificate)
+    except ssl.SSLError:
+        return None, [fault("tls_certificate", certificate, "contains no valid certificate in PEM format")]
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+    except _Encrypted:
+        reason = "is encrypted, and the server cannot ask for its passphrase; `openssl pkey -in FILE` decrypts it"
+        return None, [fault("tls_key", key, reason)]
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return None, [fault("tls_key", key, "is not the key of tls_certificate")]
+        reason = f"cannot be used: {error.reason}" if error.reason else "contains no valid private key in PEM format"
+        return None, [fault("tls_key", key, reason)]
+    return context, []
+
+
+def _unreadable(path: Path) -> str:
+    """Return why a file cannot be read; empty if it can."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return error.strerror or "cannot be read"
+    return ""
+
+
+# -- folders, and files that are written
+
+
+def folder_faults(config: Config) -> Iterator[Fault]:
+    """Yield the configured plugin folders that do not exist. The default folder need not exist."""
+    for folder in config.plugins.path if "path" in config.plugins.model_fields_set else ():
+        if not folder.is_dir():
+            reason = "is not a folder" if folder.exists() else "there is no such folder"
+            yield config.fault(("plugins", "path"), f"{folder}: {reason}")
+
+
+def _log_faults(config: Config) -> Iterator[Fault]:
+    scheme, _, path = config.events.url.partition(":///")
+    if scheme == "sqlite" and path and (reason := _unwritable(Path(path), with_folder=True)):
+        yield config.fault(("events", "url"), f"cannot store events there: {path}: {reason}")
+    file = config.server.log_file
+    if file is not None and (reason := _unwritable(file)):
+        yield config.fault(("server", "log_file"), f"cannot be written: {file}: {reason}")
+
+
+def _unwritable(path: Path, *, with_folder: bool = False) -> str:
+    """Return why a file can be neither written nor created, empty if it can; `with_folder` if its folder must be, too.
+
+    Functions of os.path never raise.
+    """
+    if os.path.isdir(path):  # noqa: PTH112
+        return "it is a folder"
+    exists = os.path.exists(path)  # noqa: PTH110
+    if exists and not os.access(path, os.W_OK):
+        return "this user may not write it"
+    if exists and not with_folder:
+        return ""
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
+    if not os.path.isdir(folder):  # noqa: PTH112
+        return f"{folder} is not a folder"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"this user may not write into {folder}"
