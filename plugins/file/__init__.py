@@ -4,28 +4,26 @@ import asyncio
 import base64
 import errno
 import hashlib
-import heapq
 import os
 import re
 import stat
+import string
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
-from html import escape
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, Field, PrivateAttr
 
 from streamlab import FILES, ConfigPath, Problem, Progress, Scenario, Task, Threads, endpoint, hookimpl, open_stream
 
-from . import representation
+from . import listing, representation
 from .conditions import precondition, range_applies
 from .digests import Digests
 from .ranges import Span, Unsatisfiable, frame, parse
@@ -48,6 +46,9 @@ CONDITIONAL_RESPONSES = {
     416: "No byte of the requested ranges exists; Content-Range has the size.",
 }
 """Responses of a download to conditional and range requests, for the API document."""
+
+WITH_SLASH = {308: "The folder as HTML has a URL that ends with a slash, so that relative links work."}
+"""Response to a folder without the slash at the end of its URL, for the API document."""
 
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENXIO}
 
@@ -74,7 +75,13 @@ class LargeFileQuery(DownloadQuery):
 class FilesQuery(DownloadQuery):
     """The query of a file, or of one page of a folder's listing."""
 
-    limit: int = Field(1000, ge=1, le=10_000, description="Maximum number of names of a folder to list.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description=f"Maximum number of names of a folder to list. Default: {listing.JSON_NAMES} as JSON, "
+        f"{listing.PAGE_NAMES} as HTML.",
+    )
     after: str = Field("", max_length=255, description="List the names that follow this one.")
 
 
@@ -147,18 +154,34 @@ class File(Scenario):
 
     @endpoint(
         "GET",
-        "/files/{path:.*}",
+        "/files",
         query=FilesQuery,
-        sends=("application/octet-stream", "application/json", "text/html"),
-        responses=CONDITIONAL_RESPONSES,
-        curl="{url}",
+        sends=("text/html", "application/json"),
+        responses=WITH_SLASH,
+        curl="-L -H 'Accept: application/json' {url}",
+    )
+    async def folder(self, request: web.Request, query: FilesQuery) -> web.StreamResponse:
+        """List the served folder; its page is at /files/."""
+        return await self._serve(request, (), query)
+
+    @endpoint(
+        "GET",
+        "/files/{path:(?s:.*)}",
+        query=FilesQuery,
+        sends=("application/octet-stream", "text/html", "application/json"),
+        responses={**CONDITIONAL_RESPONSES, **WITH_SLASH},
+        curl="-L -H 'Accept: application/json' {url}",
     )
     async def files(self, request: web.Request, query: FilesQuery) -> web.StreamResponse:
-        """Download a file of the served folder, or list a folder as JSON, or as HTML for a browser."""
-        parts = self._parts(request.match_info["path"])
-        found = await self._open(partial(self._look_up, parts, query))
-        if isinstance(found, dict):
-            return _listing(request, found)
+        """Download a file of the served folder, or list a folder: as HTML, or as JSON where Accept prefers it."""
+        return await self._serve(request, self._parts(_path(request)), query)
+
+    async def _serve(self, request: web.Request, parts: tuple[str, ...], query: FilesQuery) -> web.StreamResponse:
+        as_json = listing.prefers_json(", ".join(request.headers.getall("Accept", ())))
+        limit = query.limit or (listing.JSON_NAMES if as_json else listing.PAGE_NAMES)
+        found = await self._open(partial(self._look_up, parts, _after(request), limit))
+        if isinstance(found, listing.Listing):
+            return _list(request, found, as_json=as_json)
         async with representation.held(found, parts[-1], self._reading) as file:
             return await self._send(request, file, query.rate)
 
@@ -202,7 +225,7 @@ class File(Scenario):
                 raise Problem(404, "There is no such file.")
         return tuple(parts)
 
-    def _look_up(self, parts: tuple[str, ...], query: FilesQuery) -> BinaryIO | dict[str, Any]:
+    def _look_up(self, parts: tuple[str, ...], after: str, limit: int) -> BinaryIO | listing.Listing:
         """Open the file that `parts` name, or list the folder; runs in a thread."""
         if not parts:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -213,30 +236,9 @@ class File(Scenario):
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             return representation.regular(descriptor)
         try:
-            return self._list(descriptor, parts, query)
+            return listing.read(descriptor, self.root, parts, after=after, limit=limit, hidden=self.hidden)
         finally:
             os.close(descriptor)
-
-    def _list(self, descriptor: int, parts: tuple[str, ...], query: FilesQuery) -> dict[str, Any]:
-        home = Path(os.path.realpath(self.root))
-        names = (name for name in os.listdir(descriptor) if name > query.after and (self.hidden or name[0] != "."))
-        chosen = heapq.nsmallest(query.limit + 1, names)
-        entries: list[dict[str, Any]] = []
-        for name in chosen[: query.limit]:
-            target = home.joinpath(*parts, name)
-            try:
-                status = target.stat()
-            except OSError:
-                continue
-            folder = stat.S_ISDIR(status.st_mode)
-            if not (folder or stat.S_ISREG(status.st_mode)) or not Path(os.path.realpath(target)).is_relative_to(home):
-                continue
-            modified = datetime.fromtimestamp(int(status.st_mtime), UTC).isoformat()
-            entry = {"name": name, "type": "folder" if folder else "file", "modified": modified}
-            entry["url"] = quote("/".join(("/files", *parts, name)) + ("/" if folder else ""), errors="surrogateescape")
-            entries.append(entry if folder else {**entry, "size": status.st_size})
-        next_after = chosen[query.limit - 1] if len(chosen) > query.limit else None
-        return {"path": "/".join(parts), "entries": entries, "next_after": next_after}
 
     async def _open(self, look_up: Callable[[], T]) -> T:
         """Look up a file in a thread, and turn errors of the disk into error responses."""
@@ -346,38 +348,33 @@ def _wants_digest(field: str) -> bool:
 def disposition(name: str) -> str:
     """Return the value of Content-Disposition for a download named `name` (RFC 6266, RFC 8187)."""
     plain = re.sub(r"[^ !#-\[\]-~]", "_", name)
-    exact = "" if plain == name else f"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    exact = "" if plain == name else f"; filename*=UTF-8''{quote(listing.shown(name), safe='')}"
     return f'attachment; filename="{plain}"{exact}'
 
 
-def _listing(request: web.Request, found: dict[str, Any]) -> web.Response:
+def _list(request: web.Request, found: listing.Listing, *, as_json: bool) -> web.Response:
     headers = {"Vary": "Accept"}
-    if "text/html" not in request.headers.get("Accept", ""):
-        return web.json_response(found, headers=headers)
-    rows = [
-        f'<tr><td><a href="{escape(entry["url"])}">{escape(_shown(entry["name"]))}</a></td>'
-        f"<td>{entry.get('size', 'folder')}</td><td>{entry['modified']}</td></tr>"
-        for entry in found["entries"]
-    ]
-    if found["path"]:
-        parent = quote("/".join(["/files", *found["path"].split("/")[:-1], ""]), errors="surrogateescape")
-        rows.insert(0, f'<tr><td><a href="{escape(parent)}">..</a></td><td>folder</td><td></td></tr>')
-    more = ""
-    if found["next_after"]:
-        more = f'<p><a href="?after={quote(found["next_after"], errors="surrogateescape")}">more</a></p>'
-    title = escape(_shown(f"/files/{found['path']}"))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<link rel="stylesheet" href="/assets/site.css"><h1>{title}</h1>'
-        "<table><thead><tr><th>Name<th>Bytes<th>Changed</thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>{more}"
-    )
+    if as_json:
+        return web.json_response(found.document(), headers=headers)
+    if not request.rel_url.raw_path.endswith("/"):
+        query = quote(request.rel_url.raw_query_string, safe=string.punctuation, errors="surrogateescape")
+        return web.Response(status=308, headers={**headers, "Location": f"{found.url}{'?' if query else ''}{query}"})
     policy = {"Content-Security-Policy": "default-src 'none'; style-src 'self'"}
-    return web.Response(text=page, content_type="text/html", headers=headers | policy)
+    return web.Response(text=found.page(), content_type="text/html", headers=headers | policy)
 
 
-def _shown(name: str) -> str:
-    return name.encode(errors="replace").decode(errors="replace")
+def _path(request: web.Request) -> str:
+    """Return the requested path below /files/, in which bytes that are not UTF-8 are as the file system has them.
+
+    The router has decoded it, and a byte that is not UTF-8 cannot be distinguished from its percent-encoding there.
+    """
+    raw = request.rel_url.raw_path.split("/", 2)[2]
+    return unquote_to_bytes(raw.encode(errors="surrogateescape")).decode(errors="surrogateescape")
+
+
+def _after(request: web.Request) -> str:
+    """Return the parameter `after`, decoded as the names of files are."""
+    return dict(parse_qsl(request.rel_url.raw_query_string, errors="surrogateescape")).get("after", "")
 
 
 @hookimpl

@@ -356,7 +356,7 @@ async def test_files_of_any_name_are_found_and_saved_under_it(
     client: Client, root: Path, name: str, field: str
 ) -> None:
     (root / name).write_text("content")
-    _, listing = await get(client, path="/files/")
+    _, listing = await get(client, {"Accept": "application/json"}, path="/files/")
     (entry,) = json.loads(listing)["entries"]
     response, body = await get(client, path=entry["url"])
     assert (entry["name"], body, response.headers["Content-Disposition"]) == (name, b"content", field)
@@ -364,7 +364,7 @@ async def test_files_of_any_name_are_found_and_saved_under_it(
 
 async def test_name_that_is_not_utf_8_is_listed_and_served(client: Client, root: Path) -> None:
     (root / os.fsdecode(b"caf\xe9")).write_text("content")
-    _, listing = await get(client, path="/files/")
+    _, listing = await get(client, {"Accept": "application/json"}, path="/files/")
     (entry,) = json.loads(listing)["entries"]
     assert entry["url"] == "/files/caf%E9"
     assert (await get(client, {"Accept": "text/html"}, path="/files/"))[0].status == 200
@@ -387,7 +387,7 @@ async def test_folder_is_listed_in_order_and_in_pages(client: Client, root: Path
         (root / name).write_text("12345")
     (root / "sub").mkdir()
     os.utime(root / "a.txt", (MODIFIED, MODIFIED))
-    response, body = await get(client, path="/files/")
+    response, body = await get(client, {"Accept": "application/json"}, path="/files/")
     listing = json.loads(body)
     assert listing["entries"][0] == {
         "name": "a.txt",
@@ -398,7 +398,7 @@ async def test_folder_is_listed_in_order_and_in_pages(client: Client, root: Path
     }
     assert [entry["name"] for entry in listing["entries"]] == ["a.txt", "b.txt", "c.txt", "sub"]
     assert response.headers["Vary"] == "Accept"
-    _, body = await get(client, path="/files/?limit=2&after=a.txt")
+    _, body = await get(client, {"Accept": "application/json"}, path="/files/?limit=2&after=a.txt")
     page = json.loads(body)
     assert ([entry["name"] for entry in page["entries"]], page["next_after"]) == (["b.txt", "c.txt"], "c.txt")
 
@@ -411,7 +411,7 @@ async def test_folder_is_html_for_a_browser_and_names_cannot_inject(client: Clie
     assert b"<script>alert" not in body
     assert b"&lt;script&gt;" in body
     response, body = await get(client, {"Accept": "text/html"}, path="/files/sub")
-    assert (response.status, b'<a href="/files/">..</a>' in body) == (200, True)
+    assert (response.status, b'<a href="../">Parent folder</a>' in body) == (200, True)
 
 
 async def test_file_with_a_slash_after_it_is_a_file(client: Client, root: Path) -> None:
@@ -478,7 +478,7 @@ def test_no_path_leads_out_of_the_folder(walled: Running, path: str) -> None:
 
 def test_link_that_stays_inside_is_followed_and_others_are_not_listed(walled: Running) -> None:
     assert walled.get("/files/in")[2] == b"inside"
-    names = [entry["name"] for entry in json.loads(walled.get("/files/")[2])["entries"]]
+    names = [entry["name"] for entry in json.loads(walled.get("/files/", {"Accept": "application/json"})[2])["entries"]]
     assert names == ["in", "sub"]
 
 

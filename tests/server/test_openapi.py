@@ -567,7 +567,7 @@ def test_every_command_of_the_index_works_when_pasted_into_a_shell(
     folder.mkdir()
     index = server.get("/")[2].decode()
     commands = re.findall(r"^ +curl (.*)$", index, re.MULTILINE)
-    assert len(commands) == 7 + 2 + 4
+    assert len(commands) == 7 + 3 + 4
     script = "\n".join(f"curl -sS -f --max-time 10 {command} > body || echo {n}" for n, command in enumerate(commands))
     done = subprocess.run(["sh", "-c", script], cwd=folder, capture_output=True, text=True, timeout=50)
     failed = [commands[int(number)] for number in done.stdout.split()]
