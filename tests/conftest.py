@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import pytest
+from xdist.remote import Producer
 
 from tests.support.browsers import launched_browser
 from tests.support.fork_server import ForkedProcess
+from tests.support.scheduler import ByServer, begin_with_long_tests
 from tests.support.servers import ENVIRONMENT, FORK_SERVER, Running, starting_in
 from tests.support.valkey import Valkey
 
@@ -25,6 +27,16 @@ pytest_plugins = ["pytester"]
 def pytest_xdist_auto_num_workers() -> int:
     """Run twice as many tests at once as there are processors: most tests mainly wait."""
     return 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServer | None:
+    """Assign tests to workers by what they share."""
+    return ByServer(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take long."""
+    begin_with_long_tests(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,13 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Running]]:
     """Start `streamlab run` as a process; it is stopped after the test, and must not have logged a traceback.
 
     It is forked from a process that has imported what every server imports, unless `fresh` or its environment requires
-    an interpreter that was just started: for measurements of the process itself, such as its memory.
+    an interpreter that was just started: for measurements of the process itself, such as its memory. A module that
+    needs few of the plugins that ship names them in `LOADED_PLUGINS`.
     """
-    with starting_in(tmp_path) as starting:
+    with starting_in(tmp_path, getattr(request.module, "LOADED_PLUGINS", None)) as starting:
         yield starting
 
 

@@ -23,6 +23,8 @@ from streamlab.server.app import create_app
 from tests.support.connections import EventStream, read_all, read_until
 from tests.support.servers import Running, plugin_module
 
+LOADED_PLUGINS = ("comparison",)
+
 modes = plugin_module("comparison", "modes")
 memory = plugin_module("comparison", "memory")
 measuring = plugin_module("comparison", "measure")

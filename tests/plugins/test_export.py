@@ -24,6 +24,8 @@ from streamlab.server.site import REGISTRY
 from tests.support.connections import read_all, read_until
 from tests.support.servers import Running, plugin_module, run_streamlab, starting_in
 
+LOADED_PLUGINS = ("export",)
+
 ROWS = 20_000
 
 CONFIG = """

@@ -28,6 +28,8 @@ from tests.support.connections import read_until
 from tests.support.postgres_server import Postgres
 from tests.support.servers import Running, plugin_module
 
+LOADED_PLUGINS = ("export",)
+
 asyncpg = pytest.importorskip("asyncpg", reason="asyncpg is not installed")
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
 

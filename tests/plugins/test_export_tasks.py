@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.servers import Running, disabled
 
+LOADED_PLUGINS = ("export", "file", "progress")
+
 TASKS = "/process/tasks"
 
 ALONE = "".join(

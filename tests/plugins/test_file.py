@@ -31,6 +31,8 @@ from streamlab.server.app import create_app
 from tests.support.connections import read_all, read_until
 from tests.support.servers import Running, disabled, plugin_module, run_streamlab
 
+LOADED_PLUGINS = ("file",)
+
 BODY = bytes(range(256)) * 1000
 MODIFIED = 1_700_000_000
 DATE = formatdate(MODIFIED, usegmt=True)

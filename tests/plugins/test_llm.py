@@ -39,6 +39,8 @@ from tests.support.fake_upstream import (
 from tests.support.models import needs_model
 from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
 
+LOADED_PLUGINS = ("llm",)
+
 if TYPE_CHECKING:
     import openai  # tests import it where they use it: that takes 0.7 s of a processor
 

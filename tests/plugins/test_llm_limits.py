@@ -33,6 +33,8 @@ from tests.support.fake_upstream import (
 from tests.support.models import needs_model
 from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
 
+LOADED_PLUGINS = ("llm",)
+
 KEY = "sk-very-secret-key"
 OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))
 JSON = {"Content-Type": "application/json"}

@@ -21,6 +21,8 @@ from tests.support.connections import EventStream, Received
 from tests.support.latency import assert_health_is_prompt_during
 from tests.support.servers import Running, run_streamlab, starting_in
 
+LOADED_PLUGINS = ("logs",)
+
 CONFIG = """
     [scenarios.ticker]
     enabled = false

@@ -21,6 +21,8 @@ import pytest
 from tests.support.connections import EventStream, Received
 from tests.support.servers import Running, run_streamlab
 
+LOADED_PLUGINS = ("file", "ticker")
+
 FOLDER = Path(__file__).resolve().parents[2] / "plugins" / "ticker"
 PATH = "/stream/stock-ticker"
 FIVE = ("AAPL", "AMZN", "GOOGL", "MSFT", "TSLA")

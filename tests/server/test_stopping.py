@@ -13,6 +13,8 @@ import pytest
 from tests.support.connections import read_until
 from tests.support.servers import Running, begin, disabled, write_plugins
 
+LOADED_PLUGINS: tuple[str, ...] = ()
+
 HANGS = """
     import asyncio
     from contextlib import asynccontextmanager

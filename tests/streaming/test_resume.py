@@ -12,6 +12,8 @@ from tests.support.chaos import Follower
 from tests.support.servers import Running, free_port
 from tests.support.valkey import Valkey
 
+LOADED_PLUGINS = ("ticker", "export", "progress")
+
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 
 PATH = "/stream/stock-ticker"
