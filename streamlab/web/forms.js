@@ -134,7 +134,8 @@ function field(parameter) {
   const { name, shape, required, description, example } = parameter;
   const id = `field-${name}`;
   // Required values are filled in; optional ones only have a placeholder.
-  const control = make(shape, required ? String(example ?? shape.default ?? "") : "", required);
+  const values = required ? [example ?? shape.default ?? []].flat().map(String) : [];
+  const control = make(shape, values, required);
   const { node, single } = control;
   node.id = id;
   node.setAttribute("aria-describedby", `${id}-help ${id}-fault`);
@@ -149,14 +150,16 @@ function field(parameter) {
 
 // -- controls: each has a node, the values it has, and takes those that were entered
 
-function make(shape, value, required) {
-  if (shape.enum)
-    return select(shape.enum, value, required ? null : shape.default == null ? "any" : `${shape.default} (default)`);
+function make(shape, values, required) {
+  const [value = ""] = values;
+  const none = required ? null : shape.default == null ? "not set" : `${shape.default} (default)`;
+  if (shape.enum) return select(shape.enum, value, none);
   if (shape.type === "boolean" && typeof shape.default === "boolean")
     return select([String(!shape.default)], value, `${shape.default} (default)`);
-  if (shape.type === "boolean") return select(["true", "false"], value, required ? null : "any");
-  if (shape.type === "array" && shape.items?.enum) return checkboxes(shape.items.enum, value);
-  if (shape.type === "array") return lines(element("textarea", { rows: 1, value }));
+  if (shape.type === "boolean") return select(["true", "false"], value, none);
+  if (shape.type === "array" && shape.items?.enum) return checkboxes(shape.items.enum, values);
+  if (shape.type === "array")
+    return lines(element("textarea", { rows: Math.max(1, values.length), value: values.join("\n") }));
   const numeric = shape.type === "integer" || shape.type === "number";
   const control = text(element("input", { type: "text", value }));
   if (numeric) control.node.inputMode = shape.type === "integer" ? "numeric" : "decimal";
@@ -199,8 +202,10 @@ function select(values, value, none) {
 }
 
 /** Return a control for any of some values. */
-function checkboxes(values, value) {
-  const boxes = values.map((one) => element("input", { type: "checkbox", value: one, checked: String(one) === value }));
+function checkboxes(choices, values) {
+  const boxes = choices.map((value) =>
+    element("input", { type: "checkbox", value, checked: values.includes(String(value)) }),
+  );
   const labels = boxes.map((box) => element("label", {}, box, ` ${box.value}`));
   const node = element("div", { className: "boxes" }, ...labels);
   node.setAttribute("role", "group");
@@ -219,7 +224,7 @@ function choice(name, { node }, description) {
 }
 
 function suggestion(shape, example) {
-  if (example !== undefined) return `e.g. ${example}`;
+  if (example !== undefined) return `e.g. ${[example].flat().join(", ")}`;
   const fallback = shape.default;
   return fallback == null || fallback === "" || Array.isArray(fallback) ? "" : `${fallback}`;
 }
