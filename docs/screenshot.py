@@ -59,7 +59,7 @@ async def photograph(url: str) -> None:
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
-        page = await browser.new_page(viewport={"width": WIDTH, "height": 860})
+        page = await browser.new_page(viewport={"width": WIDTH, "height": 960})
         await page.goto(url)
         events = page.locator("#count")
         await page.get_by_role("button", name="Run", exact=True).click()
