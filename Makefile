@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale interop soak lock clean
+.PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -27,8 +27,8 @@ format: $(VENV)/dev.stamp  ## format the code, and fix what ruff can fix
 
 check: lint test  ## lint, types and tests
 
-interop: $(VENV)/dev.stamp $(VENV)/interop.stamp  ## run third-party tools against a server (make interop ARGS="--quick")
-	@$(BIN)/python -m tools.interop $(ARGS)
+strangers: $(VENV)/dev.stamp $(VENV)/strangers.stamp  ## run third-party tools against a server (make strangers ARGS="--quick")
+	@$(BIN)/python -m tools.strangers $(ARGS)
 
 soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and monitor one that keeps running (make soak ARGS="--minutes 2")
 	@$(BIN)/python -m tests.soak $(ARGS)

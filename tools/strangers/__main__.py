@@ -1,4 +1,4 @@
-"""Run third-party tools against a server: `make interop`, or `make interop ARGS="--quick"` in three minutes."""
+"""Run third-party tools against a server: `make strangers`, or `make strangers ARGS="--quick"` in three minutes."""
 
 import argparse
 import signal
@@ -35,14 +35,14 @@ source = "push"
 
 def main() -> int:
     """Run the selected tools; return 1 if any has a finding."""
-    parser = argparse.ArgumentParser(prog="make interop ARGS=", description=__doc__)
+    parser = argparse.ArgumentParser(prog="make strangers ARGS=", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer requests, without the tests of `make test`; for CI")
     parser.add_argument("--only", choices=TOOLS, help="one tool")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda caught, _: sys.exit(128 + caught))  # ends the servers, as Ctrl-C does
     failed = 0
     chosen = [options.only] if options.only else [name for name in TOOLS if not (options.quick and name == "protocol")]
-    with tempfile.TemporaryDirectory(prefix="streamlab-interop-") as folder:
+    with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
         with (
             running(streamlab("server", _configured, llm=True), Path(folder, "server"), None) as server,
             running(streamlab("push", lambda _: PUSH_CONFIG), Path(folder, "push"), None) as push,

@@ -25,7 +25,7 @@ WIDTH = 600
 
 def run(server: str, *, examples: int, only: Sequence[str] = ()) -> Outcome:
     """Test all operations, or those that `only` selects, with `examples` requests per operation and phase."""
-    with tempfile.TemporaryDirectory(prefix="streamlab-interop-") as folder:
+    with tempfile.TemporaryDirectory(prefix="streamlab-strangers-") as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
         command += [f"{server}/openapi.json", "--checks", "all", "--max-examples", str(examples), *only]
