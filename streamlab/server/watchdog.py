@@ -69,7 +69,7 @@ class Watchdog:
         self._signals, self._signalled = os.pipe()
         os.set_blocking(self._signalled, False)
         self._previous_fd = signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._on_python_signal) for number in STOP_SIGNALS}
         self._note_run()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -101,6 +101,14 @@ class Watchdog:
         finally:
             self._start = None
 
+    def _on_python_signal(self, number: int, frame: FrameType | None) -> None:
+        """Write the signal to the file descriptor where add_signal_handler of the loop has replaced that."""
+        current = signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        if current != self._signalled:
+            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
+            with suppress(OSError):
+                os.write(self._signalled, bytes([number]))
+
     def _on_signal(self) -> None:
         if self.stopping.is_set():
             self._on_second()
@@ -122,7 +130,9 @@ class Watchdog:
         while True:
             wait = TICK_SECONDS if ends_at is None else max(0.0, min(TICK_SECONDS, ends_at - time.monotonic()))
             if self._open and select.select([self._signals], [], [], wait)[0]:
-                for _ in os.read(self._signals, 64):
+                for number in os.read(self._signals, 64):
+                    if number not in STOP_SIGNALS:  # plugins may handle others
+                        continue
                     now = time.monotonic()
                     ends_at = now + self._stop_seconds if ends_at is None else min(ends_at, now + SECOND_SIGNAL_SECONDS)
                     with suppress(RuntimeError):  # the loop is closed
@@ -157,10 +167,6 @@ class Watchdog:
             time.sleep(0.01)
         time.sleep(0.02)
         os._exit(1)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Handle a signal in Python: do nothing, since the interpreter has written it to the file descriptor."""
 
 
 def _stack(frame: FrameType | None) -> str:

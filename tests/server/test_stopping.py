@@ -181,6 +181,46 @@ def test_sigterm_ends_the_process_whatever_runs(start: Callable[..., Running], w
     assert "not stopped 1.2 s after the signal" in server.log
 
 
+LISTENS = """
+    import asyncio
+    import signal
+    from contextlib import asynccontextmanager
+    from streamlab import Scenario, endpoint, hookimpl
+    from aiohttp import web
+
+    class Listens(Scenario):
+        name = "listens"
+
+        @hookimpl
+        @asynccontextmanager
+        async def lifespan(self, app):
+            signal.signal(signal.SIGUSR1, lambda number, frame: print("SIGUSR1", flush=True))
+            if self.config.by_loop:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: print("SIGUSR2", flush=True))
+            yield
+
+        @endpoint("GET", "/quick", sends="text/plain")
+        async def quick(self, request):
+            return web.Response(text="quick")
+
+    @hookimpl
+    def register_scenarios():
+        return [Listens]
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_belong_to_plugins(start: Callable[..., Running], number: signal.Signals) -> None:
+    """Also where a plugin uses the loop's own handlers, which take over the interpreter's file descriptor."""
+    by_loop = number == signal.SIGUSR2
+    server = start(listens=LISTENS.replace("self.config.by_loop", str(by_loop)))
+    server.process.send_signal(number)
+    assert server.process.stdout is not None
+    assert next(line for line in server.process.stdout if line.startswith("SIG")) == f"{number.name}\n"
+    assert server.get("/quick")[2] == b"quick"
+    assert server.terminate()[0] == 0
+
+
 def test_a_second_signal_ends_a_process_that_hangs(start: Callable[..., Running]) -> None:
     server = start(f"[server]\ndrain_seconds = 3600\n{ALONE}", tracebacks=True, serves=SERVES)
     with server.send("GET /sleeps HTTP/1.1\nHost: localhost"):
