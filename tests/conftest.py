@@ -71,9 +71,9 @@ def forked_servers() -> Iterator[None]:
         yield
         return
 
-    def forked(words: Sequence[str], folder: Path, environ: Mapping[str, str], log: IO[str]) -> ForkedProcess:
+    def forked(arguments: Sequence[str], folder: Path, environ: Mapping[str, str], log: IO[str]) -> ForkedProcess:
         configured = {name: value for name, value in environ.items() if name.startswith("STREAMLAB_")}
-        return FORK_SERVER.start(words, environ={**FORK_SERVER.environ, **configured}, cwd=folder, stderr=log)
+        return FORK_SERVER.start(arguments, environ={**FORK_SERVER.environ, **configured}, cwd=folder, stderr=log)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("streamlab.testing.server.start_process", forked)

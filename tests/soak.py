@@ -1,4 +1,4 @@
-"""`make soak`: the chaos of the tests for minutes, and a server that is never killed and must not grow meanwhile."""
+"""`make soak`: the chaos test for minutes, with a server that is never killed and must not grow."""
 
 import argparse
 import asyncio
@@ -14,14 +14,14 @@ from tests.support.chaos import Chaos, Usage, usage_at_rest, usage_of
 from tests.support.servers import starting_in
 
 SAMPLES = 30
-"""How often the server is looked at; the first third is its warm-up."""
+"""Number of samples of the server; the first third is its warm-up."""
 
 MAX_GROWTH = {"rss_mb": 15.0, "descriptors": 10.0, "threads": 4.0, "asyncio_tasks": 20.0, "open_streams": 10.0}
 """Maximum growth of the median of the last third of the samples over that of the second third."""
 
 
 async def main() -> int:
-    """Run it as the command line says; return the exit status."""
+    """Run it with the options of the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="make soak ARGS=", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="how long servers are killed (default: 10)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats the choices of a run")
@@ -46,7 +46,7 @@ async def main() -> int:
 
 
 async def _watched(chaos: Chaos, seconds: float) -> list[Usage]:
-    """Sample the server that is never killed, and print what it holds; return the samples."""
+    """Sample the resources of the server that is never killed; print and return the samples."""
     samples, started = [], time.monotonic()
     for number in range(1, SAMPLES + 1):
         await asyncio.sleep(started + seconds * number / SAMPLES - time.monotonic())
@@ -56,7 +56,7 @@ async def _watched(chaos: Chaos, seconds: float) -> list[Usage]:
 
 
 def _growth(samples: list[Usage]) -> list[str]:
-    """Return what has grown by more than it may."""
+    """Return the resources that have grown too much."""
     third = SAMPLES // 3
     problems = []
     for name, limit in MAX_GROWTH.items():

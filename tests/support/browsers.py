@@ -22,7 +22,7 @@ SWITCHES = (
 
 @contextlib.asynccontextmanager
 async def launched_browser() -> "AsyncIterator[Browser]":
-    """Run the browser that is here; skips where there is none."""
+    """Run the installed browser; skip the test if there is none."""
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
@@ -35,7 +35,7 @@ async def launched_browser() -> "AsyncIterator[Browser]":
 
 
 async def wait_for(page: "Page", condition: str) -> None:
-    """Wait in the page itself; playwright's own way needs `eval`, which the page's policy forbids."""
+    """Wait in the page itself: the method of playwright needs `eval`, which the policy of the page forbids."""
     async with asyncio.timeout(20):
         await page.evaluate(
             f"async () => {{ while (!({condition})) await new Promise(done => setTimeout(done, 10)); }}"

@@ -1,4 +1,4 @@
-"""Servers that share an event log and are killed at random, their clients, and the promises that are checked.
+"""Servers that share an event log and are killed at random, their clients, and the checked promises.
 
 `test_chaos.py` runs it for some kills, `soak.py` for minutes. All random choices come from one seed. Every broken
 promise is a line of `Chaos.problems`: what was lost, doubled or wrong, and which client saw it.
@@ -37,7 +37,7 @@ CONFIG = f"""
     sample_rows = {USERS}
     [scenarios.progress]
     keep_seconds = 120
-    # A task that can be resumed is then never given up, however often its process is killed.
+    # A resumable task never fails then, however often its process is killed.
     max_crashes = 1000
     [scenarios.logs]
     enabled = false
@@ -46,16 +46,16 @@ CONFIG = f"""
 """
 
 PATIENCE_SECONDS = 30.0
-"""Maximum time for whatever the clients wait for, in seconds; a longer wait is a problem."""
+"""Maximum time for which clients wait, in seconds; a longer wait is a problem."""
 
 LOST = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
-"""What a client sees of a server that is killed."""
+"""Errors that a client gets when a server is killed."""
 
 RETRY_SECONDS = 0.02
 """Pause before the same request is sent again, unless Retry-After has another, in seconds."""
 
 TRANSIENT = frozenset({409, 429, 503})
-"""Statuses after which the same request is sent again. 409: another request with this Idempotency-Key is not done."""
+"""Statuses after which the same request is sent again. 409: its Idempotency-Key has another request in progress."""
 
 
 # -- servers
@@ -70,7 +70,7 @@ class Fleet:
     size: int = 2
     spared: int = 0
     is_fresh: bool = False
-    """Whether each has an interpreter of its own, so that its memory can be measured."""
+    """Whether each has its own interpreter, so that its memory can be measured."""
     servers: list[Running] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Fleet:
     kills: int = 0
 
     def __post_init__(self) -> None:
-        self._urls = random.Random(self.chance.random())  # how often an address is chosen changes no kill
+        self._urls = random.Random(self.chance.random())  # choosing addresses must not affect the kills
 
     async def open(self) -> None:
         """Start all of them."""
@@ -113,7 +113,7 @@ class Fleet:
 
 
 class WrongStatus(Exception):
-    """A status that no client of this kind may get."""
+    """A status that a client of this kind must not get."""
 
     def __init__(self, request: str, status: int, body: bytes) -> None:
         super().__init__(f"{request} was answered {status}: {body.decode(errors='replace')}")
@@ -192,7 +192,7 @@ class Publisher:
 
 
 class Order(NamedTuple):
-    """A task that a client wants, and what it does with it."""
+    """A task of a client, and what the client does with it."""
 
     key: str
     kind: str
@@ -213,12 +213,12 @@ class Client:
     fleet: Fleet
     chance: random.Random
     numbers: "itertools.count[int]"
-    """The next task's number, from which its parameters are made: no two exports have the same rows."""
+    """The number of the next task, which determines its parameters: no two exports have the same rows."""
     problems: list[str] = field(default_factory=list)
     ids: dict[str, str] = field(default_factory=dict)
     """The id of a task by its Idempotency-Key."""
     ends: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What the event `end` of a task said, by the task's id."""
+    """The data of the event `end` of a task, by the id of the task."""
     _session: aiohttp.ClientSession = field(init=False)
 
     async def run(self, session: aiohttp.ClientSession, is_over: Callable[[], bool]) -> None:
@@ -264,7 +264,7 @@ class Client:
     async def _send(
         self, method: str, path: str, *, json: object = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
-        """Send a request to any server until one has answered it; return status and body."""
+        """Send a request to any server until one responds; return status and body."""
         while True:
             pause = RETRY_SECONDS
             with suppress(*LOST):
@@ -303,7 +303,7 @@ class Client:
     # -- promises
 
     async def _check(self, order: Order, task: str, events: list[Event]) -> None:
-        """Record what is wrong with a task that is over: its events, its state, its result."""
+        """Record what is wrong with an ended task: its events, its state, its result."""
         wrong = []
         offsets = [_offset(event.id) for event in events]
         if offsets != list(range(1, len(events) + 1)):
@@ -348,7 +348,7 @@ class Client:
 
 
 class Chaos:
-    """Servers and clients together. `problems` is complete when `running` has been left."""
+    """Servers and clients together. `problems` is complete after the block of `running`."""
 
     def __init__(
         self,
@@ -445,7 +445,7 @@ class Chaos:
     # -- promises
 
     def _event_problems(self) -> Iterable[str]:
-        """Yield what followers lack: each has every acknowledged price once, in the order of consecutive offsets."""
+        """Yield what is wrong with followers: each must have every acknowledged price once, in order."""
         acknowledged = self.acknowledged
         pushed = {each.symbol: each.pushed for each in self.publishers}
         reference = self.followers[0].events
@@ -476,7 +476,7 @@ class Chaos:
                 yield f"{name} has prices that nobody pushed: {invented[:10]}"
 
     async def _task_problems(self) -> list[str]:
-        """Return which tasks exist that no key has made, and which are not over."""
+        """Return the tasks that exist without a key, and those that have not ended."""
         known = {task for client in self.clients for task in client.ids.values()}
         listed: list[dict[str, Any]] = []
         path: str | None = "/process/tasks?limit=1000"
@@ -516,12 +516,12 @@ def _price(data: str) -> tuple[str, int]:
     return price["symbol"], price["price"]
 
 
-# -- what a server uses
+# -- resources of a server
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a server holds at a moment."""
+    """The resources of a server at one time."""
 
     rss_mb: float
     descriptors: int
@@ -531,7 +531,7 @@ class Usage:
 
 
 async def usage_of(server: Running) -> Usage:
-    """Return what the kernel and the server's metrics say of it."""
+    """Return the resources by the kernel and the metrics of the server."""
     process = Path(f"/proc/{server.process.pid}")
     async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
         metrics = await response.text()
@@ -550,7 +550,7 @@ async def usage_of(server: Running) -> Usage:
 
 
 async def usage_at_rest(server: Running) -> Usage:
-    """Return what a server holds once no stream is open, or after PATIENCE_SECONDS all the same."""
+    """Return the resources of a server once no stream is open, or after PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while (usage := await usage_of(server)).open_streams and time.monotonic() < deadline:
         await asyncio.sleep(RETRY_SECONDS)

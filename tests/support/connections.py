@@ -14,7 +14,7 @@ from tests.support.servers import Running
 
 @dataclass(frozen=True)
 class Received:
-    """An event as it came: its fields, and its bytes."""
+    """A received event: its fields, and its bytes."""
 
     id: str
     event: str
@@ -45,7 +45,7 @@ class EventStream:
         self._connection.close()
 
     def __iter__(self) -> Iterator[Received]:
-        """Events until the stream ends; comments are left out."""
+        """Yield events until the stream ends, without comments."""
         lines: list[bytes] = []
         while line := self._response.readline():
             if line == b"\n" and lines:
@@ -61,7 +61,7 @@ class EventStream:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Everything until the server closes; what came so far where it resets."""
+    """Return all bytes until the server closes or resets the connection."""
     received = bytearray()
     with connection:
         while True:
@@ -76,7 +76,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def read_crowd(connections: Sequence[socket.socket]) -> list[bytes]:
-    """Everything that many connections receive until the server closes them, read as it comes."""
+    """Return all bytes that many connections receive until the server closes them, read as they arrive."""
     received = {connection: bytearray() for connection in connections}
     with selectors.DefaultSelector() as selector:
         for connection in connections:
@@ -95,7 +95,7 @@ def read_crowd(connections: Sequence[socket.socket]) -> list[bytes]:
 
 
 def read_until(connection: socket.socket, mark: bytes) -> bytes:
-    """What comes until `mark` has come."""
+    """Return the bytes up to `mark`."""
     received = bytearray()
     while mark not in received:
         chunk = connection.recv(65536)

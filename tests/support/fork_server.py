@@ -1,7 +1,7 @@
-"""Starts servers by forking a process that has imported what they all import: a start costs what is its own.
+"""Starts servers by forking a process that has already imported their common modules, which saves most of a start.
 
-A forked server is a process as any other: its own sockets, signals, output and exit status. It goes through
-`streamlab/__main__.py` as `python -m streamlab` does, and ends as the interpreter ends.
+A forked server is a process like any other, with its own sockets, signals, output and exit status. It runs
+`streamlab/__main__.py` as `python -m streamlab` does, and exits as the interpreter exits.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ NUMBER = struct.Struct("i")
 
 
 class ForkedProcess:
-    """What tests need of `subprocess.Popen`, for a process whose parent is the fork server."""
+    """The part of `subprocess.Popen` that tests need, for a process whose parent is the fork server."""
 
-    def __init__(self, stdout: IO[str], told: socket.socket) -> None:
+    def __init__(self, stdout: IO[str], status_socket: socket.socket) -> None:
         self.stdout = stdout
         self.returncode: int | None = None
-        self._told = told
-        pid = told.recv(NUMBER.size)
+        self._status = status_socket
+        pid = status_socket.recv(NUMBER.size)
         assert pid, "the fork server has ended"
         (self.pid,) = NUMBER.unpack(pid)
 
@@ -45,16 +45,16 @@ class ForkedProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait for its end, as `Popen` does, and let go of what belongs to it."""
+        """Wait for its end, as `Popen` does, and close its resources."""
         self.stdout.close()
         self.wait()
-        self._told.close()
+        self._status.close()
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            self._told.settimeout(timeout)
+            self._status.settimeout(timeout)
             try:
-                status = self._told.recv(NUMBER.size, socket.MSG_PEEK)  # it stays there for other threads that wait
+                status = self._status.recv(NUMBER.size, socket.MSG_PEEK)  # remains for other waiting threads
             except (TimeoutError, BlockingIOError):
                 raise subprocess.TimeoutExpired("streamlab", timeout or 0) from None
             assert status, "the fork server has ended"
@@ -79,33 +79,35 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The fork server of this process: begun with its first server; it ends, with all of them, when this process does.
+    """The fork server of this process, started with its first server; all of them end when this process ends.
 
-    Nothing but the socket to it tells it so: the kernel closes that, however this process ends.
+    It detects that by its socket alone, which the kernel closes however this process ends.
     """
 
     possible = hasattr(os, "pidfd_open")
-    """Elsewhere than on Linux, a system library may not survive a fork."""
+    """Whether this is Linux: on other systems, a system library may not survive a fork."""
 
     def __init__(self) -> None:
         self.environ: Mapping[str, str] = os.environ
-        """What it begins in."""
+        """The environment in which it starts."""
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    def suits(self, environ: Mapping[str, str]) -> bool:
-        """Whether an interpreter in this environment begins as the fork server does."""
+    def is_suitable(self, environ: Mapping[str, str]) -> bool:
+        """Return whether an interpreter in this environment starts like the fork server."""
         return self.possible and _outer(environ) == _outer(self.environ)
 
-    def start(self, words: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str]) -> ForkedProcess:
-        """Start `python -m streamlab WORDS...`, in an environment that suits; its stdout is a pipe."""
+    def start(
+        self, arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str]
+    ) -> ForkedProcess:
+        """Start `python -m streamlab ARGUMENTS...` in a suitable environment; its stdout is a pipe."""
         control = self._control or self._begin()
-        ours, theirs = socket.socketpair()
+        own, other = socket.socketpair()
         stdout, output = os.pipe()
-        with theirs, os.fdopen(output):
-            request = json.dumps({"words": list(words), "environ": dict(environ), "cwd": str(cwd)})
-            socket.send_fds(control, [request.encode()], [output, stderr.fileno(), theirs.fileno()])
-        return ForkedProcess(os.fdopen(stdout), ours)
+        with other, os.fdopen(output):
+            request = json.dumps({"arguments": list(arguments), "environ": dict(environ), "cwd": str(cwd)})
+            socket.send_fds(control, [request.encode()], [output, stderr.fileno(), other.fileno()])
+        return ForkedProcess(os.fdopen(stdout), own)
 
     def end(self) -> None:
         if self._process is not None and self._control is not None:
@@ -114,18 +116,18 @@ class ForkServer:
             self._process = self._control = None
 
     def _begin(self) -> socket.socket:
-        self._control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        with theirs:
+        self._control, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with other:
             self._process = subprocess.Popen(
-                [sys.executable, __file__], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=_outer(self.environ)
+                [sys.executable, __file__], stdin=other.fileno(), stdout=subprocess.DEVNULL, env=_outer(self.environ)
             )
         return self._control
 
 
 def _outer(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the interpreter or a library may have read by the time the first line of streamlab runs.
+    """Return the variables that the interpreter or a library may have read before the first line of streamlab runs.
 
-    That is all but its configuration, and the keys of others that it names.
+    Those are all except its configuration, and the API keys that it names.
     """
     later = ("STREAMLAB_", "UPSTREAM_", "PYTEST_")
     return {name: value for name, value in environ.items() if not name.startswith(later)}
@@ -135,22 +137,22 @@ def _outer(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def fork_for_each(control: socket.socket) -> tuple[bytes, list[int]] | None:
-    """Fork for each request; returns it, with its descriptors, in the new process, and None when the tests have ended.
+    """Fork for each request; return it, with its descriptors, in the new process, and None when the tests have ended.
 
-    There must be no thread here, and there is no signal handler: a new process begins as an interpreter does.
+    It has no threads and no signal handlers, so that a new process starts like an interpreter.
     """
     living: dict[int, tuple[int, int]] = {}
-    """Of each process, by the descriptor that is ready at its end: its number, and where that end is told."""
-    ready = select.poll()  # unlike other selectors it holds no descriptor of its own
+    """Of each process, by the descriptor that is ready at its end: its pid, and the socket that reports its exit."""
+    ready = select.poll()  # unlike other selectors it has no own descriptor
     ready.register(control, select.POLLIN)
     while True:
         for descriptor, _ in ready.poll():
             if descriptor in living:
-                pid, told = living.pop(descriptor)
+                pid, status_socket = living.pop(descriptor)
                 ready.unregister(descriptor)
                 os.close(descriptor)
-                _tell(told, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                os.close(told)
+                _report(status_socket, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                os.close(status_socket)
                 continue
             request, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
             if not request:
@@ -159,40 +161,40 @@ def fork_for_each(control: socket.socket) -> tuple[bytes, list[int]] | None:
                 return None
             pid = os.fork()
             if not pid:
-                for ended, (_, told) in living.items():
+                for ended, (_, status_socket) in living.items():
                     os.close(ended)
-                    os.close(told)
+                    os.close(status_socket)
                 return request, descriptors
-            *streams, told = descriptors
+            *streams, status_socket = descriptors
             for stream in streams:
                 os.close(stream)
-            _tell(told, pid)
+            _report(status_socket, pid)
             ended = os.pidfd_open(pid)
-            living[ended] = pid, told
+            living[ended] = pid, status_socket
             ready.register(ended, select.POLLIN)
 
 
-def _tell(told: int, number: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # whoever started it has left
-        os.write(told, NUMBER.pack(number))
+def _report(status_socket: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the process that started it has ended
+        os.write(status_socket, NUMBER.pack(number))
 
 
-def become(request: bytes, output: int, errors: int, told: int) -> None:
-    """Make this process what `python -m streamlab` is at its first line, and run that."""
+def become(request: bytes, output: int, errors: int, status_socket: int) -> None:
+    """Give this process the state of `python -m streamlab` at its first line, and run that."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for standard, stream in enumerate((nothing, output, errors)):
         os.dup2(stream, standard)
         if stream != standard:
             os.close(stream)
-    os.close(told)
+    os.close(status_socket)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    wanted = json.loads(request)
+    options = json.loads(request)
     os.environ.clear()
-    os.environ.update(wanted["environ"])
+    os.environ.update(options["environ"])
     time.tzset()
-    os.chdir(wanted["cwd"])
-    sys.path[0] = wanted["cwd"]
-    sys.argv[1:] = wanted["words"]
+    os.chdir(options["cwd"])
+    sys.path[0] = options["cwd"]
+    sys.argv[1:] = options["arguments"]
     runpy.run_module("streamlab", run_name="__main__", alter_sys=True)
 
 
@@ -200,9 +202,9 @@ if __name__ == "__main__":
     # Ctrl-C is for the servers; the tests end this process when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     importlib.import_module("streamlab.cli")
-    # The collector of a new process would touch, and so copy, what all have in common: most of what a process costs.
+    # The garbage collector of a new process would touch, and so copy, the shared memory: most of its cost.
     gc.freeze()
     with socket.socket(fileno=sys.stdin.fileno()) as control:
-        asked = fork_for_each(control)
-    if asked is not None:
-        become(asked[0], *asked[1])
+        request = fork_for_each(control)
+    if request is not None:
+        become(request[0], *request[1])

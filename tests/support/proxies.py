@@ -25,8 +25,8 @@ def nginx(folder: Path, http: str, *, port: int) -> Iterator[Running]:
         f"daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr info; events {{}}\n"
         f"http {{ access_log off; {' '.join(f'{kind}_temp_path {folder}/{kind};' for kind in kinds)}\n{http}\n}}\n"
     )
-    words = ["nginx", "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
-    with _running(words, folder, port) as proxy:
+    command = ["nginx", "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
+    with _running(command, folder, port) as proxy:
         yield proxy
 
 
@@ -47,8 +47,8 @@ def caddy(folder: Path, upstream: int, site: str = "") -> Iterator[Running]:
         f"{{\nadmin off\nauto_https off\n}}\n"
         f"http://127.0.0.1:{port} {{\n{site}\nreverse_proxy 127.0.0.1:{upstream}\n}}\n"
     )
-    words = ["caddy", "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
-    with _running(words, folder, port) as proxy:
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+    with _running(command, folder, port) as proxy:
         yield proxy
 
 
@@ -72,15 +72,15 @@ def varnish(folder: Path, upstream: int, receive: str = "") -> Iterator[Running]
         f'vcl 4.1;\nbackend default {{ .host = "127.0.0.1"; .port = "{upstream}"; }}\n'
         f"{f'sub vcl_recv {{ {receive} }}' if receive else ''}\n"
     )
-    words = ["varnishd", "-F", "-j", "none", "-n", str(folder / "varnish"), "-a", f"127.0.0.1:{port}"]
-    with _running([*words, "-s", "malloc,16m", "-f", str(folder / "default.vcl")], folder, port) as proxy:
+    command = ["varnishd", "-F", "-j", "none", "-n", str(folder / "varnish"), "-a", f"127.0.0.1:{port}"]
+    with _running([*command, "-s", "malloc,16m", "-f", str(folder / "default.vcl")], folder, port) as proxy:
         yield proxy
 
 
 @contextlib.contextmanager
-def _running(words: Sequence[str], folder: Path, port: int) -> Iterator[Running]:
+def _running(command: Sequence[str], folder: Path, port: int) -> Iterator[Running]:
     """Run a proxy until the block ends; its messages are in `log`."""
-    name = words[0]
+    name = command[0]
     # The PATH of a user often lacks the sbin folders.
     binary = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if binary is None:
@@ -88,7 +88,7 @@ def _running(words: Sequence[str], folder: Path, port: int) -> Iterator[Running]
     log = folder / f"{name}.log"
     with log.open("w") as messages:
         process = subprocess.Popen(
-            [binary, *words[1:]],
+            [binary, *command[1:]],
             stdout=messages,
             stderr=messages,
             text=True,

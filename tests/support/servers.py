@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 WITHOUT_MODEL = {"STREAMLAB_SCENARIOS__LLM__ENABLED": "false"}
 
-"""For servers that have no use for a model: loading it takes a second of a processor, and 300 MB."""
+"""For servers without a model: loading it takes a second of processor time, and 300 MB."""
 
 
 ENVIRONMENT = {
@@ -40,7 +40,7 @@ ENVIRONMENT = {
     "SSL_CERT_FILE": os.devnull,
 }
 
-"""What every server has in its environment."""
+"""The environment of every server."""
 
 
 FORK_SERVER = ForkServer()
@@ -48,7 +48,7 @@ FORK_SERVER = ForkServer()
 
 @dataclass
 class Running:
-    """A streamlab process, what it was started with, and ways to talk to it."""
+    """A streamlab process, its options, and methods to send requests to it."""
 
     process: subprocess.Popen[str] | ForkedProcess
     url: str
@@ -64,7 +64,7 @@ class Running:
         return self.stderr.read_text()
 
     def connect(self, *, receive_buffer: int | None = None, timeout: float = 10) -> socket.socket:
-        """A plain connection; with a small receive buffer, one that stalls soon when it does not read."""
+        """Return a plain connection; with a small receive buffer it stalls soon when it does not read."""
         connection = socket.socket()
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -77,7 +77,7 @@ class Running:
         return connection
 
     def send(self, request: str, **options: object) -> socket.socket:
-        """Send a request given as its head, line by line; `{port}` is filled in. Returns the open connection."""
+        """Send a request given as the lines of its head, with `{port}` filled in; return the open connection."""
         connection = self.connect(**options)  # type: ignore[arg-type]
         head = textwrap.dedent(request).strip().replace("{port}", str(self.port)).replace("\n", "\r\n")
         connection.sendall(head.encode() + b"\r\n\r\n")
@@ -86,7 +86,7 @@ class Running:
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", body: bytes | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers (names in lower case) and body of one request on a connection of its own."""
+        """Return status, headers (names in lower case) and body of one request on a new connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(connection):
             connection.request(method, path, body=body, headers=dict(headers or {}))
@@ -94,7 +94,7 @@ class Running:
             return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
 
     def wait_for_log(self, text: str, *, seconds: float = 10) -> str:
-        """The log, once it holds `text`."""
+        """Return the log once it contains `text`."""
         deadline = time.monotonic() + seconds
         while text not in (log := self.log):
             assert time.monotonic() < deadline, f"no {text!r} within {seconds} s in:\n{log}"
@@ -102,7 +102,7 @@ class Running:
         return log
 
     def terminate(self, number: int = signal.SIGTERM, *, seconds: float = 20) -> tuple[int, float]:
-        """Send a signal and wait for the end: exit status, and the seconds it took."""
+        """Send a signal and wait for the end; return the exit status and the seconds until then."""
         started = time.monotonic()
         self.process.send_signal(number)
         status = self.process.wait(seconds)
@@ -110,7 +110,7 @@ class Running:
 
 
 def plugin_module(plugin: str, name: str) -> Any:
-    """A module of a plugin's folder, loaded by itself: without the plugin's `__init__`, and once a test session."""
+    """Return a module of a plugin's folder, loaded without the `__init__` of the plugin, once per session."""
     package = f"{plugin}_under_test"
     folder = REPOSITORY / "plugins" / plugin
     sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(folder)]
@@ -122,8 +122,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-SHIPPED = frozenset(path.parent.name for path in (REPOSITORY / "plugins").glob("*/__init__.py"))
-"""Names of the plugins that ship."""
+BUILT_IN = frozenset(path.parent.name for path in (REPOSITORY / "plugins").glob("*/__init__.py"))
+"""Names of the built-in plugins."""
 
 
 def switch(plugin: str) -> str:
@@ -132,12 +132,12 @@ def switch(plugin: str) -> str:
 
 
 def disabled(*, but: str = "") -> dict[str, dict[str, Any]]:
-    """Tables that disable what ships, for tests of something else: importing it takes a fifth of a second each time."""
-    return {name: {"enabled": False} for name in SHIPPED if name != but}
+    """Return tables that disable built-in plugins: importing them takes a fifth of a second."""
+    return {name: {"enabled": False} for name in BUILT_IN if name != but}
 
 
 def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
-    """Write plugin files beside the configuration."""
+    """Write plugin files next to the configuration."""
     folder = base / "plugins"
     folder.mkdir(exist_ok=True)
     for name, source in plugins.items():
@@ -145,25 +145,25 @@ def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
 
 
 def begin(
-    words: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str], fresh: bool = False
+    arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str], fresh: bool = False
 ) -> subprocess.Popen[str] | ForkedProcess:
-    """Start `python -m streamlab WORDS...`, with a pipe as its stdout."""
+    """Start `python -m streamlab ARGUMENTS...`, with a pipe as its stdout."""
     environ = {**os.environ, **ENVIRONMENT, **environ}
-    if not fresh and FORK_SERVER.suits(environ):
-        return FORK_SERVER.start(words, environ=environ, cwd=cwd, stderr=stderr)
-    command = [sys.executable, "-m", "streamlab", *words]
+    if not fresh and FORK_SERVER.is_suitable(environ):
+        return FORK_SERVER.start(arguments, environ=environ, cwd=cwd, stderr=stderr)
+    command = [sys.executable, "-m", "streamlab", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
 
 
-def run_streamlab(*words: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
-    """Run a command to its end: exit status, stdout and stderr."""
+def run_streamlab(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
+    """Run a command to its end; return exit status, stdout and stderr."""
     with tempfile.TemporaryFile("w+") as errors:
-        with begin(words, environ=variables, cwd=cwd, stderr=errors) as process:
+        with begin(arguments, environ=variables, cwd=cwd, stderr=errors) as process:
             assert process.stdout is not None
             try:
                 out, status = process.stdout.read(), process.wait()
             finally:
-                process.kill()  # it is there still where its test has been given up
+                process.kill()  # it still runs if its test was aborted
         errors.seek(0)
         return status, out, errors.read()
 
@@ -190,11 +190,11 @@ def starting_in(base: Path, shipped: Collection[str] | None = None) -> Iterator[
         config_file = base / "config.toml"
         config_file.write_text(textwrap.dedent(config))
         stderr = base / f"stderr-{len(servers)}.log"
-        words = ["run", "--config", str(config_file), "--port", str(port)]
-        unused = SHIPPED - set(shipped) if shipped is not None else {"llm"}
+        arguments = ["run", "--config", str(config_file), "--port", str(port)]
+        unused = BUILT_IN - set(shipped) if shipped is not None else {"llm"}
         without = {switch(name): "false" for name in unused if f"[scenarios.{name}" not in config}
         with stderr.open("w") as errors:
-            process = begin(words, environ={**without, **(environ or {})}, cwd=base, stderr=errors, fresh=fresh)
+            process = begin(arguments, environ={**without, **(environ or {})}, cwd=base, stderr=errors, fresh=fresh)
         assert process.stdout is not None
         address = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), None)
         server = Running(process, address or "", base, stderr)

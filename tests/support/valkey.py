@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass
 class Valkey:
-    """A Valkey server of its own, with an append-only file, on a socket of a short path."""
+    """A Valkey server with an append-only file, on a socket with a short path."""
 
     folder: Path
     process: "subprocess.Popen[bytes] | None" = None
@@ -35,9 +35,9 @@ class Valkey:
             "appendonly": "yes",
             "save": "",
         }
-        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([str(get_binary_path()), *words], stdout=log, stderr=log)
+            self.process = subprocess.Popen([str(get_binary_path()), *arguments], stdout=log, stderr=log)
         deadline = time.monotonic() + 10
         while True:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -55,10 +55,10 @@ class Valkey:
             self.process.wait()
 
     def append_only_files(self) -> dict[Path, bytes]:
-        """What it has written so far, for `restore`."""
+        """Return a copy of its files so far, for `restore`."""
         return {path: path.read_bytes() for path in (self.folder / "appendonlydir").iterdir()}
 
     def restore(self, files: Mapping[Path, bytes]) -> None:
-        """Put back what it had written; it must not be running."""
+        """Restore a copy of its files; it must not be running."""
         for path, content in files.items():
             path.write_bytes(content)
