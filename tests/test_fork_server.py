@@ -1,4 +1,4 @@
-"""The fork server: what it starts is what `python -m streamlab` starts, and ends as that ends."""
+"""The fork server: its processes start and end like those of `python -m streamlab`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not ForkServer.possible, reason="servers are not
 Start = Callable[..., Running]
 
 MIRROR = '''
-    """A server that says what it is."""
+    """A server that reports its state."""
 
     import gc
     import os
@@ -36,7 +36,7 @@ MIRROR = '''
     class Mirror(Scenario):
         @endpoint("GET", "/mirror")
         async def look(self, request: web.Request) -> web.Response:
-            """Look at yourself."""
+            """Report the state of the process."""
             main = sys.modules["__main__"]
             links = [os.path.realpath(link) for link in Path("/proc/self/fd").glob("*")]
             handlers = map(signal.getsignal, sorted(signal.valid_signals()))
@@ -104,12 +104,12 @@ def test_its_end_is_reported(start: Start, number: int, status: int) -> None:
         process.wait(0.01)
     process.send_signal(number)
     assert (process.wait(10), process.poll(), process.returncode) == (status, status, status)
-    process.send_signal(signal.SIGTERM)  # nobody is there any more, which is no error
+    process.send_signal(signal.SIGTERM)  # the process has ended, which is not an error
 
 
 def test_a_server_that_does_not_start_fails_its_test_with_its_output(tmp_path: Path) -> None:
-    told = r"did not start:\n.*server.drain_seconds = -1 - .*\n.*streamlab: 1 fault; nothing was started\n"
-    with starting_in(tmp_path) as start, pytest.raises(AssertionError, match=told):
+    message = r"did not start:\n.*server.drain_seconds = -1 - .*\n.*streamlab: 1 fault; nothing was started\n"
+    with starting_in(tmp_path) as start, pytest.raises(AssertionError, match=message):
         start("[server]\ndrain_seconds = -1")
 
 

@@ -1,4 +1,4 @@
-"""`streamlab follow`: event streams parsed byte by byte, and followed across every way a connection can end."""
+"""`streamlab follow`: event streams parsed byte by byte, and followed across every ending of a connection."""
 
 import contextlib
 import json
@@ -301,7 +301,7 @@ LAB = """
         async def end_later(self, request):
             async with open_event_stream(request) as response:
                 await response.write(b"event: end\\ndata: {}\\n\\n")
-                await asyncio.sleep(0.1)  # long enough for a client that leaves to be noticed
+                await asyncio.sleep(0.1)  # long enough to notice a client that disconnects
             return response
 
         @endpoint("GET", "/busy")
@@ -388,7 +388,7 @@ ENVIRONMENT |= {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", "PYTHO
 
 @contextlib.contextmanager
 def serving(folder: Path, *, port: int = 0) -> Iterator[Running]:
-    """A server with the plugin above, once it serves; it does not outlive the block."""
+    """Yield a server with the plugin above; it ends with the block."""
     write_plugins(folder, {"lab": LAB})
     (folder / "config.toml").write_text(f"[server]\nport = {port}\n")
     errors = folder / "stderr.log"
@@ -424,7 +424,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def logging(server: Running, outcome: str) -> Iterator[None]:
-    """The server notes in this block, or soon after it, that a stream ended so."""
+    """Assert that the server logs this outcome of a stream in the block, or soon after it."""
     before = server.log.count(outcome)
     yield
     deadline = time.monotonic() + 10
@@ -434,18 +434,18 @@ def logging(server: Running, outcome: str) -> Iterator[None]:
 
 
 class Enough(Exception):
-    """Leaves a stream at a pause."""
+    """Ends a stream at a pause."""
 
 
 async def collect(url: str, **options: object) -> tuple[list[str], list[Pause]]:
-    """The data of every event until the end, and the pauses on the way."""
+    """Return the data of every event until the end, and the pauses."""
     pauses: list[Pause] = []
     events = follow(url, on_pause=pauses.append, **options)  # type: ignore[arg-type]
     return [found.data async for found in events], pauses
 
 
 async def pauses_of(url: str, count: int, **options: object) -> list[Pause]:
-    """The first pauses of a stream that would go on; the last of them is not waited for."""
+    """Return the first pauses of an endless stream, without waiting for the last."""
     pauses: list[Pause] = []
 
     def keep(pause: Pause) -> None:
@@ -545,7 +545,7 @@ async def test_a_silent_connection_times_out(lab: Running) -> None:
 
 
 async def test_an_unreachable_server_is_retried() -> None:
-    with socket.socket() as unheard:  # bound and not listening: refused, and nobody else can take the port
+    with socket.socket() as unheard:  # bound but not listening: connections are rejected, and the port stays reserved
         unheard.bind(("127.0.0.1", 0))
         (pause,) = await pauses_of(f"http://127.0.0.1:{unheard.getsockname()[1]}/", 1)
     assert pause.reason == "cannot connect: Connection refused"
@@ -627,7 +627,7 @@ FOLLOW = [sys.executable, "-m", "streamlab", "follow"]
 
 
 def run(*words: str, **variables: str) -> tuple[int, bytes, str]:
-    """Follow to the end: exit status, stdout and stderr."""
+    """Follow to the end; return exit status, stdout and stderr."""
     environ = {**ENVIRONMENT, **variables}
     done = subprocess.run([*FOLLOW, *words], capture_output=True, timeout=30, env=environ, check=False)
     return done.returncode, done.stdout, done.stderr.decode()
@@ -635,7 +635,7 @@ def run(*words: str, **variables: str) -> tuple[int, bytes, str]:
 
 @contextlib.contextmanager
 def following(*words: str, stdout: int | IO[bytes] = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that follows; it does not outlive the block."""
+    """Yield a command that follows; it ends with the block."""
     # A shell without job control starts its background processes with SIGINT ignored, and that is inherited.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

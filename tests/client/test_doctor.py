@@ -13,8 +13,8 @@ import pytest
 from tests.support import proxies
 from tests.support.servers import REPOSITORY, Running, free_port, run_streamlab, starting_in
 
-STRANGER = '''
-"""A server of somebody else, as tutorials write it."""
+OTHER = '''
+"""A server of another framework, as in tutorials."""
 
 import asyncio
 import json
@@ -85,7 +85,7 @@ async def lines():
 
 @app.get("/ranges")
 async def ranges(request: Request):
-    """Promise ranges, and send the wrong bytes of them."""
+    """Declare ranges, and send wrong bytes."""
     headers = {"Accept-Ranges": "bytes", "ETag": '"one"'}
     body = b"".join(b"%07d\\n" % number for number in range(10_000))
     if "range" in request.headers:
@@ -108,11 +108,11 @@ ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSI
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a FastAPI application."""
-    folder, port = tmp_path_factory.mktemp("stranger"), free_port()
-    (folder / "stranger.py").write_text(STRANGER)
-    words = [sys.executable, "-m", "uvicorn", "--port", str(port), "--log-level", "warning", "stranger:app"]
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Yield the port of a FastAPI application."""
+    folder, port = tmp_path_factory.mktemp("other"), free_port()
+    (folder / "other.py").write_text(OTHER)
+    words = [sys.executable, "-m", "uvicorn", "--port", str(port), "--log-level", "warning", "other:app"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log)
     try:
@@ -132,7 +132,7 @@ def wait_until_there(port: int, process: "subprocess.Popen[bytes]", log: Path) -
 
 
 def doctor(port: int, path: str, seconds: float = 2) -> tuple[int, list[str]]:
-    """The exit status, and the findings."""
+    """Return the exit status and the findings."""
     words = ("doctor", f"127.0.0.1:{port}{path}", "--seconds", str(seconds))
     status, output, errors = run_streamlab(*words, cwd=Path.cwd())
     assert errors == ""
@@ -148,13 +148,13 @@ def has(findings: list[str], *beginnings: str) -> bool:
 
 @pytest.fixture(scope="module")
 def ticker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with prices of five symbols every 20 ms."""
+    """Yield a server with prices of five symbols every 20 ms."""
     with starting_in(tmp_path_factory.mktemp("ticker")) as starting:
         yield starting("[scenarios.ticker]\ninterval = 0.02\n[scenarios.file]\nsample_mb = 3\n")
 
 
 def line_for(proxy: str) -> str:
-    """The line of a proxy's configuration that docs/operate.md gives."""
+    """Return the line of the configuration of a proxy in docs/operate.md."""
     (line,) = re.findall(rf"^\| {proxy} \| `([^`]+)`", (REPOSITORY / "docs/operate.md").read_text(), re.MULTILINE)
     return str(line)
 
@@ -170,59 +170,59 @@ def test_streamlab_has_no_bad_finding(ticker: Running) -> None:
     assert has(found, "yes It streams", "yes It resumes: a range has the same bytes, and If-Range guards")
 
 
-def test_a_path_is_examined_at_the_configured_server(stranger: int) -> None:
+def test_a_path_is_examined_at_the_configured_server(other: int) -> None:
     status, output, _ = run_streamlab(
-        "doctor", "/lines", "--seconds", "0.5", "--url", f"127.0.0.1:{stranger}", cwd=Path.cwd()
+        "doctor", "/lines", "--seconds", "0.5", "--url", f"127.0.0.1:{other}", cwd=Path.cwd()
     )
-    assert (status, output.splitlines()[0]) == (0, f"http://127.0.0.1:{stranger}/lines")
+    assert (status, output.splitlines()[0]) == (0, f"http://127.0.0.1:{other}/lines")
 
 
-def test_defects_of_another_server_are_reported(stranger: int) -> None:
-    status, found = doctor(stranger, "/events")
+def test_defects_of_another_server_are_reported(other: int) -> None:
+    status, found = doctor(other, "/events")
     assert status == 0, found
     assert has(
         found, "yes It streams", "    Its events have no ids", "    No X-Accel-Buffering", "    No Cache-Control"
     )
-    status, found = doctor(stranger, "/forgetful")
+    status, found = doctor(other, "/forgetful")
     assert status == 1, found
     assert has(found, "no  It does not resume: after Last-Event-ID: ")
-    status, found = doctor(stranger, "/collected")
+    status, found = doctor(other, "/collected")
     assert status == 1, found
     assert has(
         found,
         "no  All 14,891 bytes arrived at once",
         "    It cannot be resumed: it has neither event ids nor ranges.",
     )
-    status, found = doctor(stranger, "/lines")
+    status, found = doctor(other, "/lines")
     assert (status, has(found, "yes It streams")) == (0, True), found
-    status, found = doctor(stranger, "/ranges")
+    status, found = doctor(other, "/ranges")
     assert (status, has(found, "no  It resumes wrongly")) == (1, True), found
 
 
 # -- through proxies
 
 
-def test_a_proxy_that_buffers_is_found(stranger: int, tmp_path: Path) -> None:
-    with proxies.nginx_to(tmp_path, stranger) as nginx:
+def test_a_proxy_that_buffers_is_found(other: int, tmp_path: Path) -> None:
+    with proxies.nginx_to(tmp_path, other) as nginx:
         status, found = doctor(nginx.port, "/events", 4)
     assert status == 1, found
     assert any("bursts end in the middle of an event: a proxy fills a buffer" in finding for finding in found), found
     assert has(found, "    Served by nginx/"), found
-    with proxies.nginx_to(tmp_path, stranger, UNBUFFERED) as nginx:
+    with proxies.nginx_to(tmp_path, other, UNBUFFERED) as nginx:
         status, found = doctor(nginx.port, "/events")
     assert (status, has(found, "yes It streams")) == (0, True), found
 
 
-def test_an_idle_timeout_of_a_proxy_is_found(stranger: int, tmp_path: Path) -> None:
-    with proxies.nginx_to(tmp_path, stranger, f"{UNBUFFERED} proxy_read_timeout 2s;") as nginx:
+def test_an_idle_timeout_of_a_proxy_is_found(other: int, tmp_path: Path) -> None:
+    with proxies.nginx_to(tmp_path, other, f"{UNBUFFERED} proxy_read_timeout 2s;") as nginx:
         status, found = doctor(nginx.port, "/silent", 8)
     assert status == 1, found
     assert has(found, "no  It was closed after "), found
 
 
-def test_compression_that_does_not_delay_is_a_note(stranger: int, tmp_path: Path) -> None:
+def test_compression_that_does_not_delay_is_a_note(other: int, tmp_path: Path) -> None:
     settings = f"{UNBUFFERED} gzip on; gzip_proxied any; gzip_types text/event-stream; gzip_min_length 1;"
-    with proxies.nginx_to(tmp_path, stranger, settings) as nginx:
+    with proxies.nginx_to(tmp_path, other, settings) as nginx:
         status, found = doctor(nginx.port, "/events")
     assert status == 0, found
     assert has(
@@ -261,9 +261,9 @@ def test_caddy_that_compresses_sends_browsers_nothing_without_its_line(ticker: R
     assert not any("compress" in finding for finding in found), found
 
 
-def test_events_that_compression_delays_are_found(stranger: int, tmp_path: Path) -> None:
+def test_events_that_compression_delays_are_found(other: int, tmp_path: Path) -> None:
     """The first events fill the buffers of Caddy, which holds those that follow."""
-    with proxies.caddy(tmp_path, stranger, "encode gzip") as caddy:
+    with proxies.caddy(tmp_path, other, "encode gzip") as caddy:
         status, found = doctor(caddy.port, "/large-first")
     assert status == 1, found
     assert re.fullmatch(
@@ -298,16 +298,16 @@ def test_varnish_needs_its_line_for_several_ranges_only(ticker: Running, tmp_pat
         assert (status, has(found, "yes It streams", "yes It resumes")) == (0, True), found
 
 
-def test_a_url_that_cannot_be_examined_is_reported(stranger: int) -> None:
+def test_a_url_that_cannot_be_examined_is_reported(other: int) -> None:
     def run(url: str) -> tuple[int, str]:
         words = [sys.executable, "-m", "streamlab", "doctor", url]
         done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=50, check=False)
         return done.returncode, done.stderr
 
     assert run("ftp://x") == (2, "streamlab: 'ftp://x' is not an http(s) URL\n")
-    assert run(f"127.0.0.1:{stranger}/nothing") == (
+    assert run(f"127.0.0.1:{other}/nothing") == (
         1,
-        f"streamlab: http://127.0.0.1:{stranger}/nothing returned 404\n",
+        f"streamlab: http://127.0.0.1:{other}/nothing returned 404\n",
     )
     status, error = run(f"127.0.0.1:{free_port()}/")
     assert (status, ": no response: " in error) == (1, True)

@@ -22,7 +22,7 @@ Start = Callable[..., Running]
 PATTERN = "/download/large-file?size_mb=4"
 
 LIAR = '''
-    """Sends a wrong digest, in both places where a client checks it."""
+    """Sends a wrong digest, in both places that a client checks."""
 
     from aiohttp import web
     from pydantic import BaseModel
@@ -98,7 +98,7 @@ ODD = '''
 
 
 def begin(server: str, *names: str, cwd: Path, **variables: str) -> "subprocess.Popen[str]":
-    """The command, with its input still open."""
+    """Yield the command with its input open."""
     return subprocess.Popen(
         [sys.executable, "-m", "streamlab", "client", "--url", server, *names],
         stdin=subprocess.PIPE,
@@ -125,7 +125,7 @@ def end(process: "subprocess.Popen[str]", *lines: str) -> tuple[int, list[str], 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the client runs; the server runs elsewhere."""
+    """Return the folder of the client; the server has another."""
     folder = tmp_path / "client"
     folder.mkdir()
     return folder
@@ -470,7 +470,7 @@ def test_the_comparison_is_drawn_as_bars(start: Start, folder: Path) -> None:
 
 
 class Terminal:
-    """The command in a terminal of its own."""
+    """The command in its own terminal."""
 
     def __init__(self, server: Running, folder: Path, *names: str) -> None:
         self._master, slave = pty.openpty()
@@ -488,7 +488,7 @@ class Terminal:
         os.close(slave)
 
     def wait_for(self, pattern: str) -> str:
-        """What was shown, once `pattern` finds its end; what comes after that is left for the next call."""
+        """Return the output up to a match of `pattern`; the rest is for the next call."""
         while (found := re.search(pattern, self.shown, re.DOTALL)) is None:
             try:
                 self.shown += os.read(self._master, 65536).decode(errors="replace")

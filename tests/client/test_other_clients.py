@@ -1,4 +1,4 @@
-"""Clients that people have, coming back by themselves: no event is lost and none comes twice, whatever is killed."""
+"""Common clients that reconnect by themselves: no event is lost or repeated, whatever is killed."""
 
 import asyncio
 import http.client
@@ -31,7 +31,7 @@ PATH = "/stream/stock-ticker"
 FROM_THE_BEGINNING = f"{PATH}?last_event_id=0-0"
 """Path that clients request: the header of later requests takes precedence over its query."""
 
-# Heartbeats come every ten seconds, which is more than a test has: here they stand between all events.
+# Heartbeats are sent every ten seconds, too rarely for a test: here they are between all events.
 HEARTBEATS = "import streamlab.events.channel\n\nstreamlab.events.channel.HEARTBEAT_SECONDS = 0.02\n"
 
 FINITE = '''
@@ -90,7 +90,7 @@ def everything(server: Running, last: int) -> list[Received]:
 
 
 def check(received: list[Received], expected: list[Received]) -> None:
-    """Compare one by one: a picture of how two long lists differ takes pytest minutes."""
+    """Compare one by one: the difference of two long lists takes pytest minutes."""
     for one, other in itertools.zip_longest(received, expected):
         assert one == other
 
@@ -108,7 +108,7 @@ def wait_for_followers(server: Running, count: int) -> None:
 
 @contextmanager
 def publisher(server: Callable[[], Running]) -> Iterator[None]:
-    """Push numbered prices, one after another, as long as the block lasts, whether or not a server responds."""
+    """Push numbered prices during the block, whether or not a server responds."""
     over = threading.Event()
     failures: list[BaseException] = []
 
@@ -117,7 +117,7 @@ def publisher(server: Callable[[], Running]) -> Iterator[None]:
             for price in itertools.count():
                 if over.wait(0.001):
                     return
-                with suppress(OSError, http.client.HTTPException):  # the next is tried once there is a server again
+                with suppress(OSError, http.client.HTTPException):  # the next one is sent once a server runs again
                     push(server(), price)
         except BaseException as error:
             failures.append(error)
@@ -132,7 +132,7 @@ def publisher(server: Callable[[], Running]) -> Iterator[None]:
     assert not failures
 
 
-# -- three loops that people write: follow, remember the id, and come back with it
+# -- three common loops: follow, store the id, and reconnect with it
 
 Follow = Callable[[str, str], Iterator[Received]]
 
@@ -168,13 +168,13 @@ def with_curl(url: str, last: str) -> Iterator[Received]:
                 name, _, value = line.rstrip("\n").partition(": ")
                 fields[name] = value
             if count == 60 and not last:
-                curl.kill()  # once, in mid-stream: it is curl itself that has to be started again
-    # A server that was killed does not look like one that was done.
+                curl.kill()  # once, in mid-stream: curl itself must be restarted
+    # A killed server does not look like the end of the stream.
     assert curl.returncode in (-signal.SIGKILL, 7, 18, 52, 56)
 
 
 class Client(threading.Thread):
-    """Follows until a price comes, with a new connection whenever the old one ends."""
+    """Follows until a price arrives, with a new connection whenever the old one ends."""
 
     def __init__(self, follow: Follow, url: str, until: int) -> None:
         super().__init__(daemon=True)
@@ -221,14 +221,14 @@ def test_a_client_that_reconnects_after_the_server_was_killed_has_every_event_on
         seen = len(client.received)
         wait_until(lambda: len(client.received) >= seen + 50 or not client.is_alive())
     wait_for_followers(server, 1)
-    with server.send(f"GET {PATH} HTTP/1.1\nHost: localhost") as beside:
-        read_until(beside, b"2\r\n:\n")  # heartbeats go to all: the client has had some as well
-        read_until(beside, b"2\r\n:\n")
+    with server.send(f"GET {PATH} HTTP/1.1\nHost: localhost") as other:
+        read_until(other, b"2\r\n:\n")  # heartbeats go to all followers, so the client has received some too
+        read_until(other, b"2\r\n:\n")
     push(server, LAST)
     client.join(20)
     assert client.failure is None
     assert client.connections >= 2
-    check(client.received, everything(server, LAST))  # all events, and nothing else: no heartbeat was taken for one
+    check(client.received, everything(server, LAST))  # all events and nothing else: no heartbeat became an event
     offsets = [int(received.id.partition("-")[2]) for received in client.received]
     assert offsets == list(range(1, len(offsets) + 1))
 
@@ -250,7 +250,7 @@ FOLLOW = """
 
 
 async def follow_in(page: Page, url: str, path: str) -> None:
-    """Open the server's own page and follow a stream there."""
+    """Open a page of the server and follow a stream there."""
     await page.goto(f"{url}/", wait_until="domcontentloaded")
     await page.evaluate(FOLLOW, path)
 
@@ -274,8 +274,8 @@ async def test_a_browser_reconnects_after_the_server_was_killed_and_has_every_ev
     def interrupt() -> None:
         nonlocal server
         with publisher(lambda: server):
-            with EventStream(server, f"{PATH}?limit=50") as beside:
-                list(beside)
+            with EventStream(server, f"{PATH}?limit=50") as other:
+                list(other)
             server.terminate(signal.SIGKILL)
             server = start(PUSH, port=port)
         push(server, LAST)
@@ -363,14 +363,14 @@ class Wire:
             await asyncio.sleep(0.01)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer), suppress(OSError, asyncio.IncompleteReadError):  # no browser any more
+        with closing(writer), suppress(OSError, asyncio.IncompleteReadError):  # the browser has disconnected
             head = await reader.readuntil(b"\r\n\r\n")
             exchange = Exchange(requested_at=time.monotonic())
             if head.startswith(f"GET {PATH}?".encode()):
                 self.exchanges.append(exchange)
             from_server, to_server = await self._server()
             with closing(to_server):
-                # One request a connection, so that each is seen.
+                # One request per connection, so that each is recorded.
                 to_server.write(head.replace(b"Connection: keep-alive", b"Connection: close"))
                 while chunk := await from_server.read(65536):
                     exchange.response += chunk

@@ -54,7 +54,7 @@ BOARD = '''
 
     @dataclass(frozen=True)
     class Slowly:
-        """Accepts events that contain a text, in its time."""
+        """Accepts events that contain a text, slowly."""
 
         text: str
         seconds: float
@@ -107,7 +107,7 @@ BOARD = '''
             accepts = broken if query.broken else None
             if query.contains:
                 accepts = Slowly(query.contains, query.seconds)
-            # A list, and no view at all, as authors write it first.
+            # A list, and no view, as authors begin.
             view = View(keys=query.keys or None, accepts=accepts, conflate=query.conflate)
             if view == View():
                 view = None
@@ -224,7 +224,7 @@ def test_line_breaks_and_fields_in_data_cannot_forge_an_event(serve: Callable[..
         connection.request(
             "POST", "/board/h", json.dumps([["x", "a\nid: 1", ""]]), {"Content-Type": "application/json"}
         )
-        assert connection.getresponse().status == 500  # the scenario's fault: it chooses the names of its events
+        assert connection.getresponse().status == 500  # a fault of the scenario, which chooses the names of its events
     server.wait_for_log("holds a line break")
 
 
@@ -332,7 +332,7 @@ def test_an_id_before_the_retention_gets_the_number_of_missing_events(serve: Cal
         "until": f"{epoch}-30",
     }
     assert data(rest) == list(range(30, 40))
-    with EventStream(server, "/board/c?limit=10", after=gap.id) as stream:  # a gap is a place to resume from
+    with EventStream(server, "/board/c?limit=10", after=gap.id) as stream:  # a gap has an id to resume from
         assert list(stream) == rest
 
 
@@ -351,7 +351,7 @@ def test_an_id_ahead_of_the_channel_is_a_gap_and_then_new_events(serve: Callable
 def test_a_slow_client_gets_the_end_whichever_write_it_falls_behind_at(serve: Callable[..., Running]) -> None:
     server = serve()
     large = "x" * 60_000
-    for number in range(10):  # one of them fills what the connection takes with the very write that ends the channel
+    for number in range(10):  # in one of them the write that ends the channel fills the buffer of the connection
         channel = f"finite{number}"
         with server.send(
             f"GET /board/{channel} HTTP/1.1\nHost: localhost\nConnection: close", receive_buffer=4096
@@ -481,7 +481,7 @@ def test_conflation_sends_the_latest_of_each_key_at_most_once_per_interval(serve
         wait_for_followers(server, 1)
         events = iter(stream)
         publish(server, 0, key="a")
-        assert next(events).json == 0  # nothing was sent before: it need not wait
+        assert next(events).json == 0  # nothing was sent before, so it does not wait
         first = time.monotonic()
         for number in range(1, 20):
             publish(server, number, key="a")
@@ -535,7 +535,7 @@ def said(events: Iterable[Received]) -> list[str]:
 
 
 def test_a_slow_filter_delays_no_other_follower_and_preserves_the_order(serve: Callable[..., Running]) -> None:
-    """The follower with the filter gets the same as others, later; they, and /health, do not wait for it."""
+    """The follower with the filter gets the same events later; others, and /health, do not wait for it."""
     server = serve()
     numbers = [f"event {number}" for number in range(20)]
     with (
@@ -593,7 +593,7 @@ def test_one_filter_more_than_config_allows_is_429_and_equal_ones_count_once(ser
 
 
 def test_many_followers_that_catch_up_do_not_delay_health(serve: Callable[..., Running]) -> None:
-    """Their reads share a budget: without one, each turn of the loop serves all of them, and takes seconds."""
+    """Their reads share a budget: without it, each turn of the event loop would serve all of them, and take seconds."""
     server = serve("[scenarios.board]\nkeep = 10000\n")
     for _ in range(10):
         publish(server, *range(400))
@@ -663,7 +663,7 @@ def test_a_log_that_cannot_keep_up_responds_503(serve: Callable[..., Running], v
     body = json.dumps([["x" * 1_000_000, "", ""]]).encode()
     with ExitStack() as held:
         waiting = []
-        for _ in range(9):  # more than may wait while the server of the log is unavailable
+        for _ in range(9):  # more than the queue holds while the server of the log is unavailable
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
             held.enter_context(closing(connection))
             connection.request("POST", "/board/c", body, {"Content-Type": "application/json"})
@@ -690,7 +690,7 @@ def test_a_log_that_cannot_keep_up_responds_503(serve: Callable[..., Running], v
 
 
 def health_of_log(server: Running, state: str) -> dict[str, Any]:
-    """What /health says of the event log, once it says this state."""
+    """Return the event log in /health once it has this state."""
     deadline = time.monotonic() + 15
     while True:
         health: dict[str, Any] = json.loads(server.get("/health")[2])
@@ -749,7 +749,7 @@ def test_followers_get_a_gap_and_new_events_if_the_log_lost_its_data_and_its_clo
     stream, epoch = "streamlab:{c}:events", int((time.time() + 3600) * 1000)
     fields: dict[Any, Any] = {"t": epoch, "e": "", "k": "", "d": "0"}
     with redis.Redis.from_url(valkey.url) as client:
-        client.xadd(stream, fields, f"{epoch}-1")  # as if its clock were an hour ahead of what it is afterwards
+        client.xadd(stream, fields, f"{epoch}-1")  # as if its clock were an hour ahead
     with EventStream(server, "/board/c", after="1-0") as follower:
         events = iter(follower)
         assert [next(events).id for _ in range(2)] == [f"{epoch}-0.gap", f"{epoch}-1"]
@@ -757,7 +757,7 @@ def test_followers_get_a_gap_and_new_events_if_the_log_lost_its_data_and_its_clo
         valkey.kill()
         shutil.rmtree(valkey.folder / "appendonlydir")
         valkey.start()
-        with redis.Redis.from_url(valkey.url) as client:  # a process that has seen nothing of the old epoch
+        with redis.Redis.from_url(valkey.url) as client:  # a process that does not know the old epoch
             client.xadd(stream, fields, "1700000000000-1")
             client.xadd(stream, fields, "1700000000000-2")
         gap, *rest = [next(events) for _ in range(3)]
@@ -830,7 +830,7 @@ def test_a_client_that_was_slow_gets_everything_once_it_reads(serve: Callable[..
 
 
 def read_all_chunks(connection: socket.socket) -> bytes:
-    """The body of a chunked response whose head has been read."""
+    """Return the body of a chunked response whose head has been read."""
     body = bytearray()
     with connection.makefile("rb") as file:
         while size := int(file.readline(), 16):
@@ -884,7 +884,7 @@ def test_a_large_event_arrives_completely_and_a_client_that_stalls_in_it_is_disc
     with EventStream(server, "/board/c?limit=2&tail=2") as stream:
         assert data(list(stream)) == [large, 2]
     with stalled(server, f"/board/c?after={ids[0].partition('-')[0]}-0") as connection:
-        assert connection.recv(100)  # some of it, and no more
+        assert connection.recv(100)  # only a part of it
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
         rest = read_all(connection)

@@ -1,4 +1,4 @@
-"""What every engine of the event log promises: one suite, run on each of them."""
+"""The contract of every engine of the event log: one suite, run on each of them."""
 
 import asyncio
 import shutil
@@ -44,7 +44,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def shared(url: str) -> str:
-    """The address of an engine that several processes share."""
+    """Return the URL of an engine that several processes share."""
     if url == "sqlite://":
         pytest.skip("memory is not shared between processes")
     return url
@@ -245,7 +245,7 @@ async def test_two_processes_publish_and_both_see_everything_in_one_order(shared
         assert [event.position.offset for event in seen[0]] == list(range(1, 401))
 
 
-# -- forgetting
+# -- retention
 
 
 async def test_trim_retains_the_configured_number_and_positions_continue(url: str) -> None:
@@ -337,13 +337,13 @@ async def test_a_lease_has_one_holder_and_moves_when_it_is_released(shared: str)
         with pytest.raises(LeaseLost):
             await two.append(Append("c", [EncodedEvent(b"b")], KEEP, lease="l"))
         assert texts((await two.read("c", ORIGIN, 10)).events) == ["a"]
-        await two.release("l")  # what one does not hold, one cannot give back
+        await two.release("l")  # releasing a lease of another process has no effect
         assert not await two.hold("l")
         await one.release("l")
         assert [await two.hold("l"), await one.hold("l")] == [True, False]
 
 
-# -- what only one engine can do
+# -- tests of one engine
 
 
 async def test_sqlite_begins_new_epochs_when_the_machine_stopped_while_the_file_was_open(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ async def test_sqlite_begins_new_epochs_when_the_machine_stopped_while_the_file_
         old = await publish(log, "a")
     async with opened(f"sqlite:///{path}") as log:
         assert (await publish(log, "b")).epoch == old.epoch
-    with sqlite3.connect(path) as database:  # as a machine leaves it that stops without warning
+    with sqlite3.connect(path) as database:  # as after a power failure
         database.execute("UPDATE meta SET value = 'another boot' WHERE name = 'boot'")
         database.execute("UPDATE meta SET value = '1' WHERE name = 'open'")
     database.close()
@@ -435,7 +435,7 @@ async def test_sqlite_file_replaced_by_a_backup_begins_new_epochs(tmp_path: Path
         await watcher.until(3)
         backup.replace(database)
         with pytest.raises(EventLogError, match="its file was replaced while this was written"):
-            await publish(one, "rejected")  # and no event is acknowledged into a file that nobody will find again
+            await publish(one, "rejected")  # no event is acknowledged into a deleted file
         new = await publish(one, "d")
         assert (new.epoch > old.epoch, new.offset) == (True, 1)
         async with asyncio.timeout(10):
@@ -461,7 +461,7 @@ async def test_sqlite_file_that_is_damaged_rejects_events_until_it_is_moved_away
         for _ in range(50):
             old = await publish(log, "x" * 10_000)
         await watcher.until(50)
-        # What is in the write-ahead log alone would mend the file when it is moved there.
+        # The write-ahead log would repair the file when it is moved there.
         await until(lambda: database.stat().st_size > 500_000)
         dd = await asyncio.create_subprocess_exec("dd", "if=/dev/zero", f"of={database}", "count=32", "conv=notrunc")
         assert await dd.wait() == 0
@@ -628,7 +628,7 @@ async def test_redis_rejects_appends_of_a_holder_that_lost_its_lease(
     append = Append("c", [EncodedEvent(b"stale")], KEEP, ("place", "old"), lease="l")
     async with opened(valkey.url) as one, opened(valkey.url) as two:
         with pytest.raises(LeaseLost):
-            await one.append(append)  # which it has never held
+            await one.append(append)  # it never held that lease
         assert await one.hold("l")
         await one.append(append)
         async with asyncio.timeout(5):
@@ -640,7 +640,7 @@ async def test_redis_rejects_appends_of_a_holder_that_lost_its_lease(
         with pytest.raises(LeaseLost):
             await one.append(append)
         await two.release("l")
-        with pytest.raises(LeaseLost):  # it does not know yet, and nobody else has the lease
+        with pytest.raises(LeaseLost):  # it does not know yet, and no other process has the lease
             await one.append(append)
         assert [await one.hold("l"), await one.hold("l")] == [False, True]
         assert texts((await one.read("c", ORIGIN, 10)).events) == ["stale", "new"]
@@ -681,7 +681,7 @@ async def test_redis_epochs_that_do_not_grow_are_noticed_by_watchers(valkey: Val
         log.watch("c", ORIGIN, watcher)
         await watcher.until(1)
         await lose_everything(valkey)
-        async with opened(valkey.url) as other:  # which has seen nothing of what there was
+        async with opened(valkey.url) as other:  # which has not seen the lost events
             new = await publish(other, "b", "c")
         assert new.epoch < epoch
         assert texts(await watcher.until(3)) == ["a", "b", "c"]
@@ -698,7 +698,7 @@ async def test_redis_that_lost_the_end_of_a_channel_begins_a_new_epoch(valkey: V
         await publish(log, "c")
         await watcher.until(3)
         valkey.kill()
-        valkey.restore(saved)  # as a machine comes back that had no time to write the last event to its disk
+        valkey.restore(saved)  # as after a restart of a machine that had not written the last event to its disk
         valkey.start()
         async with asyncio.timeout(10):
             while (await log.read("c", LATEST, 1)).last.epoch == old.epoch:

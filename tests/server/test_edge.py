@@ -1,4 +1,4 @@
-"""Pages of another origin start nothing and change nothing; programs, and the server's own pages, do."""
+"""Pages of another origin start and change nothing; programs, and pages of the server, do."""
 
 import json
 from collections.abc import Iterator
@@ -127,10 +127,10 @@ def test_requests_of_a_page_of_another_origin_start_and_change_nothing(
         ("DELETE", "/start", {}, None),
         ("GET", "/socket", UPGRADE, None),
     ):
-        status, got, answer = server.get(path, {**more, **headers}, method=method, body=body)
+        status, got, text = server.get(path, {**more, **headers}, method=method, body=body)
         assert (status, got["content-type"]) == (403, "application/problem+json; charset=utf-8"), (method, path)
         assert "access-control-allow-origin" not in got
-        assert method == "HEAD" or json.loads(answer)["title"] == "Forbidden"
+        assert method == "HEAD" or json.loads(text)["title"] == "Forbidden"
     assert started(server) == before
     assert server.get("/started", headers)[0] == 200, "what changes nothing is not concerned"
 
@@ -165,10 +165,10 @@ def test_a_body_that_needs_no_preflight_is_415(server: Running, media: str | Non
 def test_built_in_plugins_declare_endpoints_that_start_work(server: Running) -> None:
     for path in ("/process/long-task?kind=rehearsal&steps=3", "/demo/comparison/report?rows=1000&repeats=1"):
         assert server.get(path, {"Sec-Fetch-Site": "cross-site"})[0] == 403
-    status, _, answer = server.get(
+    status, _, text = server.get(
         "/process/tasks", {"Origin": "http://evil.example", **JSON}, method="POST", body=b'{"kind": "rehearsal"}'
     )
-    assert (status, json.loads(answer)["status"]) == (403, 403)
+    assert (status, json.loads(text)["status"]) == (403, 403)
     assert json.loads(server.get("/process/tasks")[2])["tasks"] == []
 
 
@@ -202,7 +202,7 @@ TRIES = """async target => {
 
 
 class OtherSite(BaseHTTPRequestHandler):
-    """A page of somebody else."""
+    """A page of another site."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -212,7 +212,7 @@ class OtherSite(BaseHTTPRequestHandler):
         self.wfile.write(ATTACK)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "127.0.0.1"])
@@ -226,7 +226,7 @@ async def test_a_page_of_another_site_or_port_starts_nothing_in_a_real_browser(s
                 await page.goto(f"http://{host}:{site.server_port}/")
                 await page.evaluate(TRIES, server.url)
                 assert started(server) == before
-                # The same from a page of the server itself, to see that the tries are good for something.
+                # The same from a page of the server, to verify that the requests work.
                 await page.goto(f"{server.url}/started")
                 script = """async () => {
                     const image = new Image();

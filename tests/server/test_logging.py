@@ -1,4 +1,4 @@
-"""Log lines that nobody can forge, and that never hold the server up."""
+"""Log lines that cannot be forged, and never block the server."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""/openapi.json tells what the routes do, as the models that validate them say it; curl examples try them."""
+"""/openapi.json describes the routes by their models; curl examples use them."""
 
 import json
 import re
@@ -58,7 +58,7 @@ PLUGIN = '''
 
 
     class Order(BaseModel):
-        """What is ordered."""
+        """An order."""
 
         model_config = {"json_schema_extra": {"examples": [{"amount": 2, "note": "it's \\"fine\\" $HOME `x`"}]}}
 
@@ -419,8 +419,8 @@ async def test_a_body_is_documented_with_its_bounds_and_an_example(aiohttp_clien
     api = await document(aiohttp_client, tmp_path, shop())
     body = api["paths"]["/shop/orders"]["post"]["requestBody"]
     example = {"amount": 2, "note": 'it\'s "fine" $HOME `x`'}
-    told = {"schema": {"$ref": "#/components/schemas/Order"}, "example": example}
-    assert body == {"required": True, "content": {"application/json": told}}
+    media = {"schema": {"$ref": "#/components/schemas/Order"}, "example": example}
+    assert body == {"required": True, "content": {"application/json": media}}
     amount = api["components"]["schemas"]["Order"]["properties"]["amount"]
     assert (amount["type"], amount["minimum"], amount["maximum"]) == ("integer", 1, 10)
 
@@ -431,7 +431,7 @@ async def test_bodies_that_reject_unknown_fields_declare_no_additional_propertie
     schemas = (await document(aiohttp_client, tmp_path, shop()))["components"]["schemas"]
     closed = {name for name, schema in schemas.items() if schema.get("additionalProperties") is False}
     assert closed >= {"Order", "Part", "NewTask", "ChatBody", "Message"}
-    assert "ChatMessage" not in closed  # its model has a rule of its own: other fields are allowed
+    assert "ChatMessage" not in closed  # its model allows other fields
 
 
 def test_the_example_of_a_body_comes_from_its_model_or_its_fields() -> None:
@@ -552,9 +552,9 @@ def test_an_example_names_a_method_that_curl_would_not_choose() -> None:
 
 
 def test_an_example_of_a_body_survives_the_shell() -> None:
-    words = shlex.split(COMMANDS["body"])
-    assert words[:3] == ["curl", "-H", "Content-Type: application/json"]
-    assert json.loads(words[words.index("-d") + 1]) == {"note": 'it\'s "fine" $HOME `x` \\n'}
+    arguments = shlex.split(COMMANDS["body"])
+    assert arguments[:3] == ["curl", "-H", "Content-Type: application/json"]
+    assert json.loads(arguments[arguments.index("-d") + 1]) == {"note": 'it\'s "fine" $HOME `x` \\n'}
 
 
 def test_every_command_of_the_index_works_when_pasted_into_a_shell(

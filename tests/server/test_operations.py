@@ -1,4 +1,4 @@
-"""How streamlab is run: behind nginx, in containers, under systemd; every file of docs/ is used as it is written."""
+"""How streamlab is operated: behind proxies, in containers, under systemd, with the files of docs/ unchanged."""
 
 import configparser
 import contextlib
@@ -35,7 +35,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 PUSH = '[scenarios.ticker]\nsource = "push"\n[scenarios.logs]\nenabled = false\n'
 
 LARGE = '''
-    """An answer that is no stream, so that nothing in it tells a proxy how to treat it."""
+    """A response that is not a stream, without headers that control a proxy."""
 
     from aiohttp import web
     from streamlab import Scenario, endpoint, hookimpl
@@ -56,7 +56,7 @@ LARGE = '''
 
 
 def replaced(text: str, changes: Mapping[str, str]) -> str:
-    """The text with each of these replaced; every one must be there, once."""
+    """Return the text with each of these replaced; each must occur once."""
     for old, new in changes.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -64,7 +64,7 @@ def replaced(text: str, changes: Mapping[str, str]) -> str:
 
 
 def accepted(base: Path, text: str = "", environ: Mapping[str, str] | None = None) -> Config:
-    """The configuration, if every key of the text and every variable is one that server and plugins know."""
+    """Return the configuration; every key and variable must be known to the server and its plugins."""
     file = base / "config.toml"
     file.write_text(text)
     config = Config.read(file, {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})})
@@ -74,7 +74,7 @@ def accepted(base: Path, text: str = "", environ: Mapping[str, str] | None = Non
 
 @contextlib.contextmanager
 def running(command: list[str], folder: Path, variables: Mapping[str, str]) -> Iterator[Running]:
-    """A server or worker started in its folder by a command line, and stopped in order."""
+    """Start a server or worker in its folder by a command line, and stop it at the end."""
     environ = {**os.environ, **WITHOUT_MODEL, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", **variables}
     log = folder.parent / f"{folder.name}-stderr"
     with log.open("w") as errors:
@@ -93,7 +93,7 @@ def running(command: list[str], folder: Path, variables: Mapping[str, str]) -> I
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """A folder whose path leaves room for the name of a socket."""
+    """Return a folder whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder)
 
@@ -109,9 +109,9 @@ class Front(Running):
     def push(self, price: float) -> str:
         """Publish a price through nginx, and return its id."""
         body = json.dumps({"symbol": "ACME", "price": price}).encode()
-        status, _, answer = self.get(PATH, {"Content-Type": "application/json"}, method="POST", body=body)
-        assert status == 202, answer
-        return str(json.loads(answer)["ids"][0])
+        status, _, text = self.get(PATH, {"Content-Type": "application/json"}, method="POST", body=body)
+        assert status == 202, text
+        return str(json.loads(text)["ids"][0])
 
 
 def open_streams(server: Running) -> int:
@@ -134,7 +134,7 @@ def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..
                 "127.0.0.1:8002": f"127.0.0.1:{servers[1].port}",
                 "/var/log/nginx/streamlab.log": f"{folder}/access.log",
             }
-            # What stands around it is as eager as a distribution's nginx.conf can be.
+            # The surrounding settings are those of the most aggressive nginx.conf of a distribution.
             eager = "gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;\n"
             site = replaced((DOCS / "nginx.conf").read_text(), changes)
             proxy = stack.enter_context(proxies.nginx(folder, eager + site, port=port))
@@ -167,7 +167,7 @@ def test_clients_of_a_killed_process_continue_at_the_other(front: Callable[..., 
         read_until(connection, b"\n\n")
         (serving,) = [server for server in nginx.servers if open_streams(server)]
         serving.terminate(signal.SIGKILL)
-        assert LAST_CHUNK not in read_all(connection)  # the client can tell that this was not the end
+        assert LAST_CHUNK not in read_all(connection)  # the client can detect that this was not the end
     missed = [nginx.push(price) for price in (2, 3)]
     with EventStream(nginx, PATH, first) as stream:
         assert [event.id for event in stream.take(2)] == missed
@@ -178,15 +178,15 @@ def test_clients_of_a_killed_process_continue_at_the_other(front: Callable[..., 
 def test_a_draining_process_gets_no_requests_and_finishes_its_own(front: Callable[..., Front]) -> None:
     nginx = front(environ={"STREAMLAB_SERVER__DRAIN_SECONDS": "30"})
     request = "GET /download/large-file?size_mb=20 HTTP/1.1\nHost: localhost\nConnection: close"
-    # One download on each process, for the second goes where fewer are open. Neither fits into the buffers in between,
-    # so none is over before it is read.
+    # One download on each process, since the second goes to the one with fewer open. Neither fits into the buffers, so
+    # none ends before it is read.
     with (
         nginx.send(request, receive_buffer=4096) as one,
         nginx.send(request, receive_buffer=4096) as two,
     ):
         begun = [read_until(download, b"\r\n\r\n").partition(b"\r\n\r\n")[2] for download in (one, two)]
         assert [open_streams(server) for server in nginx.servers] == [1, 1]
-        for _ in range(4):  # now nginx keeps idle connections to both
+        for _ in range(4):  # now nginx has idle connections to both
             assert nginx.get("/health")[0] == 200
         stopping = nginx.servers[0]
         stopping.process.send_signal(signal.SIGTERM)
@@ -239,7 +239,7 @@ def test_nginx_serves_allowed_hosts_and_reveals_no_query_and_no_metrics(front: C
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Dockerfile's instructions, in order."""
+    """Return the instructions of the Dockerfile, in order."""
     text = re.sub(r"^#.*\n", "", (REPOSITORY / "Dockerfile").read_text(), flags=re.MULTILINE)
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
@@ -250,7 +250,7 @@ def given(instruction: str) -> list[str]:
 
 
 def locked() -> dict[str, str]:
-    """What constraints.txt locks: name and version."""
+    """Return the names and versions in constraints.txt."""
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     requirements = [Requirement(line) for line in lines]
     return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
@@ -289,7 +289,9 @@ def test_the_image_runs_as_an_unprivileged_user_and_receives_sigterm(tmp_path: P
     (image,) = {rest.partition(" ")[0] for rest in given("FROM")}
     assert re.fullmatch(r"python:3\.1[123]\.\d+-slim-\w+", image)
     assert given("USER") == ["10001:10001"]
-    assert [json.loads(rest) for rest in given("CMD")] == [["streamlab", "run"]]  # no shell, which would keep SIGTERM
+    assert [json.loads(rest) for rest in given("CMD")] == [
+        ["streamlab", "run"]
+    ]  # no shell, which would not forward SIGTERM
     assert given("EXPOSE") == [str(Server().port)]
     assert given("VOLUME") == [f"{given('WORKDIR')[-1]}/var"]
     variables = dict(re.findall(r"(STREAMLAB_\w+)=(\S*)", " ".join(given("ENV"))))
@@ -314,7 +316,7 @@ def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: 
     base = tmp_path / "base"
     (base / "var").mkdir(parents=True)
     (base / "config.toml").write_text("[scenarios.file]\nsample_mb = 1\n[scenarios.export]\nsample_rows = 100\n")
-    # The folder and the whole root are read-only, as the container's are; var/ and temporary files are not.
+    # The folder and the root are read-only, as in the container; var/ and temporary files are not.
     script = (
         'mount --bind "$0" "$0" && mount --bind "$0/var" "$0/var" && mount -t tmpfs tmpfs "$1" && '
         'mount -o remount,bind,ro "$0" && mount -o remount,bind,ro / && cd "$0" && shift && exec "$@"'
@@ -323,11 +325,11 @@ def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: 
     try:
         tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        pytest.skip("there is no unshare(1) here")
+        pytest.skip("unshare(1) is not installed")
     if tried.returncode:
         pytest.skip(f"a mount namespace cannot be had here: {tried.stderr}")
-    refused = subprocess.run([*namespace, "touch", "x"], capture_output=True, text=True, check=False)
-    assert "Read-only file system" in refused.stderr
+    rejected = subprocess.run([*namespace, "touch", "x"], capture_output=True, text=True, check=False)
+    assert "Read-only file system" in rejected.stderr
     variables = {"TMPDIR": str(short_folder), **WITHOUT_MODEL}
     with running([*namespace, sys.executable, "-m", "streamlab", "run", "--port", "0"], base, variables) as server:
         for path in (
@@ -397,7 +399,7 @@ def test_every_service_is_complete_and_confined(name: str) -> None:
         else:
             assert source in COMPOSE["volumes"]
     for key, value in variables_of(name).items():
-        assert "PASSWORD" not in key or re.fullmatch(r"\$\{\w+-\}", value)  # from outside alone
+        assert "PASSWORD" not in key or re.fullmatch(r"\$\{\w+-\}", value)  # only from the environment
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -442,7 +444,7 @@ def test_the_profile_redis_runs_tasks_in_its_worker(start: Callable[..., Running
 
     words = SERVICES["valkey"]["command"][1:]
     with redis.Redis(unix_socket_path=str(valkey.socket)) as client:
-        for option, value in zip(words[::2], words[1::2], strict=True):  # the server of the tests is set up the same
+        for option, value in zip(words[::2], words[1::2], strict=True):  # the server of the tests has the same settings
             name = option.removeprefix("--")
             assert client.config_get(name) == {name: value}
     assert variables_of("worker") == variables_of("streamlab-redis")
@@ -489,7 +491,7 @@ UNIT = "streamlab@.service"
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    # What it starts must be there.
+    # The started program must exist.
     unit = replaced((DOCS / UNIT).read_text(), {"/opt/streamlab/bin/streamlab": sys.executable})
     (tmp_path / UNIT).write_text(unit)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""HTTP as RFC 9110 and RFC 9112 have it, case by case on a running server: grammar, smuggling, versions, limits.
+"""HTTP by RFC 9110 and RFC 9112, case by case on a running server: grammar, smuggling, versions, limits.
 
 Every case is a request as bytes, and what must come back.
 """
@@ -39,7 +39,7 @@ PLUGIN = '''
 
         @endpoint("POST", "/raw", takes="application/octet-stream")
         async def raw(self, request):
-            """Read the content as it comes."""
+            """Read the content as it arrives."""
             return await self._count(request)
 
         @endpoint("POST", "/small", takes="application/octet-stream", body_limit=10)
@@ -75,7 +75,7 @@ PLUGIN = '''
 
         @endpoint("GET", "/bare")
         async def bare(self, request):
-            """Send a response that the core knows nothing of."""
+            """Send a response without the core."""
             response = web.StreamResponse()
             await response.prepare(request)
             await response.write(b"bare")
@@ -96,8 +96,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield start(EXPORT, lab=PLUGIN)
 
 
-def answers(received: bytes) -> list[tuple[str, int, bytes, bytes]]:
-    """Version, status, head and body of each response of known length; the last may end with the connection."""
+def responses_in(received: bytes) -> list[tuple[str, int, bytes, bytes]]:
+    """Return version, status, head and body of each response of known length; the last may end by the connection."""
     found = []
     while received:
         head, end, rest = received.partition(b"\r\n\r\n")
@@ -111,14 +111,14 @@ def answers(received: bytes) -> list[tuple[str, int, bytes, bytes]]:
 
 
 def exchange(server: Running, *packets: bytes) -> list[tuple[str, int, bytes, bytes]]:
-    """Send packets one after the other; the responses until the server closes, which it must."""
+    """Send packets one after the other; return the responses until the server closes, which it must."""
     connection = server.connect(timeout=10)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for number, packet in enumerate(packets):
-        if number:  # the server has had the one before, as its next response on another connection shows
+        if number:  # a response on another connection shows that the server has received the packet before
             server.get("/health")
         connection.sendall(packet)
-    return answers(read_all(connection))
+    return responses_in(read_all(connection))
 
 
 HOST = b"Host: localhost\r\n"
@@ -128,7 +128,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 BODY = b'{"amount": 1}'
 SMUGGLED = b"GET /lines HTTP/1.1\r\n" + HOST + b"\r\n"
 
-# What two parsers could read in two ways is 400, is the only response, and ends its connection.
+# An ambiguous request is 400, the only response, and ends its connection.
 MALFORMED = {
     # Content-Length (RFC 9112, 6.3; RFC 9110, 8.6)
     "two lengths that differ": POST + b"Content-Length: 13\r\nContent-Length: 14\r\n\r\n" + BODY,
@@ -147,7 +147,7 @@ MALFORMED = {
     "a length, then chunked": POST + b"Content-Length: 13\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "chunked, then a length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
     # Transfer-Encoding
-    "a coding that is none": POST + b"Transfer-Encoding: x\r\n\r\n0\r\n\r\n",
+    "an unknown coding": POST + b"Transfer-Encoding: x\r\n\r\n0\r\n\r\n",
     "identity": POST + b"Transfer-Encoding: identity\r\n\r\n0\r\n\r\n",
     "chunked, but not last": POST + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
     "chunked twice in a field": POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
@@ -161,7 +161,7 @@ MALFORMED = {
     b"Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\nd\r\n" + BODY + b"\r\n0\r\n\r\n" + SMUGGLED,
     # chunks (RFC 9112, 7.1)
     "a chunk of no size": CHUNKED + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a chunk size that is none": CHUNKED + b"zz\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an invalid chunk size": CHUNKED + b"zz\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a chunk size with 0x": CHUNKED + b"0xd\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a chunk size with a minus": CHUNKED + b"-d\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a chunk size with a plus": CHUNKED + b"+d\r\n" + BODY + b"\r\n0\r\n\r\n",
@@ -196,7 +196,7 @@ MALFORMED = {
     "a space in front": b" GET /health HTTP/1.1\r\n" + HOST + b"\r\n",
     "a space in the target": b"GET /hea lth HTTP/1.1\r\n" + HOST + b"\r\n",
     "NUL in the target": b"GET /\0 HTTP/1.1\r\n" + HOST + b"\r\n",
-    "a target that is no UTF-8": b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a target that is not UTF-8": b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n",
     "a target without a slash": b"GET health HTTP/1.1\r\n" + HOST + b"\r\n",
     "an absolute target without a host": b"GET http:///health HTTP/1.1\r\n" + HOST + b"\r\n",
     "a target of another protocol's name": b"GET /health HTTQ/1.1\r\n" + HOST + b"\r\n",
@@ -226,7 +226,7 @@ def test_an_ambiguous_request_is_400_and_the_last_of_its_connection(server: Runn
 
 ELSEWHERE = b"GET http://evil.example/ HTTP/1.1\r\n"
 
-# Each with the status, and whether the connection goes on.
+# Each with the status, and whether the connection stays open.
 UNSPOKEN = {
     "HTTP/2.0": (505, False, b"GET /health HTTP/2.0\r\n" + HOST + b"\r\n"),
     "HTTP/0.9": (505, False, b"GET /health HTTP/0.9\r\n" + HOST + b"\r\n"),
@@ -245,7 +245,7 @@ UNSPOKEN = {
     "the target of another protocol": (421, True, b"GET ftp://localhost/ HTTP/1.1\r\n" + HOST + b"\r\n"),
     "a target with a user": (400, True, b"GET http://evil.example@localhost/ HTTP/1.1\r\n" + HOST + b"\r\n"),
     "another Host": (421, True, GET + b"Host: evil.example\r\n\r\n"),
-    "a Host that is none": (400, True, GET + b"Host: a b\r\n\r\n"),
+    "an invalid Host": (400, True, GET + b"Host: a b\r\n\r\n"),
     "a Host with a path": (400, True, GET + b"Host: localhost/x\r\n\r\n"),
     "an empty Host": (400, True, GET + b"Host:\r\n\r\n"),
     "an expectation": (417, True, POST + b"Expect: 200-ok\r\nContent-Length: 13\r\n\r\n" + BODY),
@@ -304,8 +304,8 @@ def test_a_body_is_bounded_however_it_is_read(server: Running) -> None:
                 connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
             connection.sendall(b"0\r\n\r\n")
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has been answered, and closed
-        return answers(read_all(connection))[0][1]
+            pass  # the response has been sent, and the connection closed
+        return responses_in(read_all(connection))[0][1]
 
     for chunked in (False, True):
         assert post("/raw", 1048576, chunked=chunked) == 200
@@ -350,7 +350,7 @@ def test_a_body_of_unknown_length_ends_with_the_connection_on_http_1_0(
     server: Running, path: str, connection: str
 ) -> None:
     field = f"\nConnection: {connection}" if connection else ""
-    [(version, status, head, body)] = answers(read_all(server.send(f"GET {path} HTTP/1.0{field}")))
+    [(version, status, head, body)] = responses_in(read_all(server.send(f"GET {path} HTTP/1.0{field}")))
     assert (version, status, b"\r\nConnection: close" in head) == ("HTTP/1.0", 200, True)
     assert b"chunked" not in head
     if "export" not in path:
@@ -368,15 +368,15 @@ def test_a_body_of_known_length_leaves_the_connection_open_on_http_1_0(server: R
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("path", ["/export/users/csv?limit=10", "/events"])
 def test_curl_on_http_1_0_with_keep_alive_gets_to_the_end(server: Running, path: str) -> None:
-    words = ["curl", "-s", "-0", "-m", "10", "-H", "Connection: keep-alive", server.url + path]
-    done = subprocess.run(words, capture_output=True, timeout=20, check=False)
+    command = ["curl", "-s", "-0", "-m", "10", "-H", "Connection: keep-alive", server.url + path]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=False)
     assert (done.returncode, bool(done.stdout)) == (0, True)
 
 
 @pytest.mark.skipif(shutil.which("ab") is None, reason="needs ab, of apache2-utils")
 def test_ab_with_keep_alive_gets_to_the_end(server: Running) -> None:
-    words = ["ab", "-k", "-q", "-n", "20", "-c", "2", "-s", "5", server.url + "/export/users/csv?limit=10"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    command = ["ab", "-k", "-q", "-n", "20", "-c", "2", "-s", "5", server.url + "/export/users/csv?limit=10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^Complete requests: +20$", done.stdout, re.M)
     assert re.search(r"^Failed requests: +0$", done.stdout, re.M)
@@ -406,7 +406,7 @@ def test_a_head_that_trickles_is_closed_and_an_idle_connection_is_not(server: Ru
 
 
 def test_every_response_has_cache_control(server: Running) -> None:
-    """Each route, reached with nothing but its path and the examples of its parameters, and each error."""
+    """Return the requests of all routes with the examples of their parameters, and of all errors."""
     document = json.loads(server.get("/openapi.json")[2])
     seen = {}
     for path, operations in document["paths"].items():
@@ -419,13 +419,13 @@ def test_every_response_has_cache_control(server: Running) -> None:
             address = re.sub(r"\{\w+\}", "x", path) + "?" + "&".join(query)
             with server.send(f"{method.upper()} {address} HTTP/1.1\nHost: localhost\nConnection: close") as connection:
                 head = read_until(connection, b"\r\n\r\n").partition(b"\r\n\r\n")[0].decode()
-            said = re.search(r"\r\nCache-Control: ([^\r]*)", head)
-            seen[method, path] = said and said[1]
-            if said and said[1] == "no-cache":
+            found = re.search(r"\r\nCache-Control: ([^\r]*)", head)
+            seen[method, path] = found and found[1]
+            if found and found[1] == "no-cache":
                 assert "\r\nETag: " in head, (method, path, head)
     known = ("no-store", "no-cache", "no-store, no-transform")  # the last: event streams
-    assert {route for route, said in seen.items() if said not in known} == set()
-    revalidated = {path for (_, path), said in seen.items() if said == "no-cache"}
+    assert {route for route, found in seen.items() if found not in known} == set()
+    revalidated = {path for (_, path), found in seen.items() if found == "no-cache"}
     assert {"/", "/lab", "/docs", "/openapi.json"} <= revalidated
     assert len(seen) > 30
 
@@ -452,7 +452,7 @@ def test_phrases_are_those_of_rfc_9110() -> None:
 
 
 def test_no_request_of_this_module_caused_a_traceback_or_more_than_one_line(server: Running) -> None:
-    # Lines are written in order: between two requests of known paths stands all that one request was worth.
+    # Lines are written in order: between two requests of known paths are those of one request.
     server.get("/before-the-line")
     exchange(server, MALFORMED["two hosts"])
     server.get("/after-the-line")

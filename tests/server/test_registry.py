@@ -1,4 +1,4 @@
-"""Which plugins exist, which are in force, what one that breaks does to the others, and every hook."""
+"""Which plugins exist, which are active, isolation of broken plugins, and every hook."""
 
 import asyncio
 import logging
@@ -45,12 +45,12 @@ ONE = """
 
 
 def one(name: str) -> str:
-    """A plugin with a scenario and a route of its name."""
+    """Return a plugin with a scenario and a route of its name."""
     return ONE.format(name=name, title=name.capitalize())
 
 
 def config(tmp_path: Path, sources: dict[str, str] | None = None, /, **tables: Any) -> Config:
-    """Settings of a server with plugins that are dropped in; of those that ship, `file` alone is enabled."""
+    """Return the configuration of a server with dropped-in plugins; of the built-in ones only `file` is enabled."""
     write_plugins(tmp_path, sources or {})
     return Config.of({**tables, "scenarios": {**disabled(but="file"), **tables.get("scenarios", {})}}, base=tmp_path)
 
@@ -66,7 +66,7 @@ def states(app: Any) -> dict[str, str]:
 
 
 def install(folder: Path, name: str, module: str, source: str) -> None:
-    """Make an installed distribution NAME 1.0 whose module is found by the entry point NAME."""
+    """Create an installed distribution NAME 1.0 with a module as the entry point NAME."""
     folder.mkdir(exist_ok=True)
     (folder / f"{module}.py").write_text(textwrap.dedent(source))
     information = folder / f"{name}-1.0.dist-info"
@@ -77,13 +77,13 @@ def install(folder: Path, name: str, module: str, source: str) -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Install a plugin for this test: name and source."""
+    """Return a function that installs a plugin for this test, by name and source."""
     folder = tmp_path / "site-packages"
     monkeypatch.syspath_prepend(folder)
 
     def installing(name: str, source: str) -> None:
         module = f"{tmp_path.name}_{name}"
-        monkeypatch.setitem(sys.modules, module, None)  # put back what was before, at the end
+        monkeypatch.setitem(sys.modules, module, None)  # restores the previous module at the end
         del sys.modules[module]
         install(folder, name, module, source)
 
@@ -184,7 +184,7 @@ def test_a_folder_named_twice_is_searched_once(tmp_path: Path) -> None:
     assert states(app)["hello"] == "ready"
 
 
-# -- what is switched off
+# -- disabled plugins
 
 
 def marking(marker: Path, name: str) -> str:
@@ -258,7 +258,7 @@ async def test_the_health_of_a_disabled_scenario_is_reported(tmp_path: Path, aio
         assert (scenarios["left"], scenarios["right"]) == ({"state": "disabled"}, {"state": "ready"})
 
 
-# -- what breaks, breaks alone
+# -- isolation of broken plugins
 
 
 BROKEN = {
@@ -270,7 +270,7 @@ BROKEN = {
         "from streamlab import no_such_name\n" + textwrap.dedent(one("broken")),
         "cannot import name 'no_such_name' from 'streamlab'",
     ),
-    "its source is no Python": (
+    "its source is not Python": (
         textwrap.dedent(one("broken")) + "\ndef f(:\n    pass\n",
         "invalid syntax (line 18 of broken.py)",
     ),
@@ -313,7 +313,7 @@ BROKEN = {
         ),
         "Connection refused",
     ),
-    "its lifespan is no context manager": (
+    "its lifespan is not a context manager": (
         textwrap.dedent(one("broken"))
         + textwrap.dedent(
             """
@@ -423,7 +423,7 @@ FAILS_LATER = """
 
         async def follow(self):
             await self._over.wait()
-            raise ConnectionError("the feed is gone")
+            raise ConnectionError("the feed is down")
 
         @endpoint("GET", "/feed")
         async def feed(self, request):
@@ -475,7 +475,7 @@ async def test_the_reason_of_a_failed_task_group_is_the_error_inside_it(tmp_path
     async with client.get("/health") as response:
         reason = (await response.json())["scenarios"]["feed"]["reason"]
         assert "ConnectionError" in reason
-        assert "the feed is gone" in reason
+        assert "the feed is down" in reason
 
 
 # -- names that clash, hooks that do not exist
@@ -616,7 +616,7 @@ def test_the_configuration_of_every_plugin_is_checked_at_once(tmp_path: Path) ->
     ]
 
 
-# -- two servers share nothing
+# -- two servers share no state
 
 
 COUNTING = """
@@ -648,11 +648,11 @@ async def test_two_applications_of_one_process_share_nothing(tmp_path: Path, aio
         id(route.endpoint) for route in second[ROUTES]
     }
     clients = [await aiohttp_client(first), await aiohttp_client(second)]
-    answers = []
+    texts = []
     for client in (clients[0], clients[0], clients[1]):
         async with client.get("/count") as response:
-            answers.append(await response.text())
-    assert answers == ["1", "2", "1"]
+            texts.append(await response.text())
+    assert texts == ["1", "2", "1"]
 
 
 def test_a_server_can_be_built_where_no_loop_runs(tmp_path: Path) -> None:
@@ -698,7 +698,7 @@ LIVING = """
     @hookimpl
     def register_scenarios():
         with open({events!r}, "a") as file:
-            file.write("{name} asked\\n")
+            file.write("{name} called\\n")
         return [{title}]
 """
 
@@ -748,13 +748,13 @@ WORKING = """
 
     @hookimpl
     def worker_lifespan(app):
-        return {answer}
+        return {returned}
 """
 
 
 async def test_register_tasks_lists_the_kinds_that_clients_can_start(tmp_path: Path, aiohttp_client: Client) -> None:
     both = {"export": {"enabled": True}, "progress": {"enabled": True}}
-    app = create_app(config(tmp_path, {"working": WORKING.format(answer=None)}, scenarios=both))
+    app = create_app(config(tmp_path, {"working": WORKING.format(returned=None)}, scenarios=both))
     assert "nap" in app[TASKS]
     async with (await aiohttp_client(app)).get("/process/kinds") as response:
         assert "nap" in [kind["kind"] for kind in (await response.json())["kinds"]]
@@ -762,25 +762,25 @@ async def test_register_tasks_lists_the_kinds_that_clients_can_start(tmp_path: P
 
 def test_worker_lifespan_is_entered_by_workers_if_there_is_one(tmp_path: Path) -> None:
     alone = {"scenarios": {"file": {"enabled": False}}}
-    for answer, count in (("None", 0), ("working()", 1)):
-        app = create_app(config(tmp_path, {"working": WORKING.format(answer=answer)}, **alone))
+    for returned, count in (("None", 0), ("working()", 1)):
+        app = create_app(config(tmp_path, {"working": WORKING.format(returned=returned)}, **alone))
         assert len(app[REGISTRY].worker_lifespans(app)) == count
 
 
 def test_register_scenarios_is_called_once_for_each_plugin_before_a_socket_is_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def reject(*_: object) -> None:
         raise AssertionError("a socket was bound")
 
-    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setattr(socket.socket, "bind", reject)
     create_app(config(tmp_path, living(tmp_path, "left", "right")))
-    assert sorted(events(tmp_path)) == ["left asked", "right asked"]
+    assert sorted(events(tmp_path)) == ["left called", "right called"]
 
 
 def test_register_scenarios_is_called_in_the_order_of_names(tmp_path: Path) -> None:
     create_app(config(tmp_path, living(tmp_path, "right", "left", "middle")))
-    assert events(tmp_path) == ["left asked", "middle asked", "right asked"]
+    assert events(tmp_path) == ["left called", "middle called", "right called"]
 
 
 def test_register_scenarios_may_be_a_generator(tmp_path: Path) -> None:
@@ -831,7 +831,7 @@ async def test_lifespan_is_entered_and_exited_by_one_task(tmp_path: Path) -> Non
         @hookimpl
         @asynccontextmanager
         async def lifespan(app):
-            async with asyncio.timeout(60):  # refuses to be left by another task
+            async with asyncio.timeout(60):  # raises when another task exits it
                 yield
         """
     )
@@ -928,8 +928,8 @@ async def test_health_hook_that_fails_is_a_reason_and_does_not_affect_others(
     async with client.get("/health") as response:
         report = await response.json()
         assert (response.status, report["status"]) == (200, "degraded")
-        told = re.sub(r"line \d+ of registry", "line NN of registry", report["scenarios"]["one"]["reason"])
-        assert told == f"its health is unknown: {reason}"
+        reported = re.sub(r"line \d+ of registry", "line NN of registry", report["scenarios"]["one"]["reason"])
+        assert reported == f"its health is unknown: {reason}"
         assert report["scenarios"]["sound"] == {"state": "ready"}
     async with client.get("/one") as response:
         assert response.status == 200

@@ -1,4 +1,4 @@
-"""The server's own routes, its refusals, whom it answers, and what it writes down."""
+"""The routes of the server itself, error responses, accepted hosts, metrics and log lines."""
 
 import asyncio
 import json
@@ -98,7 +98,7 @@ PLUGIN = '''
 
 @pytest.fixture
 def lab(tmp_path: Path, aiohttp_client: Callable[..., Awaitable[Client]]) -> Callable[..., Awaitable[Client]]:
-    """A client of a server with the plugin above and `file`; all that ships if `shipped`; keywords are `[server]`."""
+    """Yield a client of a server with the plugin above and `file`, or all built-in ones; keywords are `[server]`."""
 
     async def making(*, shipped: bool = False, **server: Any) -> Client:
         write_plugins(tmp_path, {"lab": PLUGIN})
@@ -117,7 +117,7 @@ async def get(client: Client, path: str, **headers: str) -> tuple[int, str]:
 
 
 async def raw(client: Client, request: bytes) -> bytes:
-    """Send bytes on a connection of their own; the whole answer. The request must end the connection."""
+    """Send bytes on a new connection, and return the complete response; the request must end the connection."""
     reader, writer = await asyncio.open_connection(client.host, client.port)
     try:
         writer.write(request)
@@ -130,8 +130,8 @@ async def raw(client: Client, request: bytes) -> bytes:
 
 async def status_of(client: Client, *head: str, version: str = "1.1", path: str = "/health") -> int:
     lines = [f"GET {path} HTTP/{version}", *head, "Connection: close", "", ""]
-    answer = await raw(client, "\r\n".join(lines).encode("utf-8", "surrogateescape"))
-    return int(answer.split(b" ", 2)[1])
+    response_bytes = await raw(client, "\r\n".join(lines).encode("utf-8", "surrogateescape"))
+    return int(response_bytes.split(b" ", 2)[1])
 
 
 async def problem(client: Client, method: str, path: str, status: int) -> tuple[dict[str, Any], Any]:
@@ -198,19 +198,19 @@ EVIL_HOSTS = [
 @pytest.mark.parametrize("host", EVIL_HOSTS)
 async def test_a_host_is_never_echoed_as_html(host: str, lab: Lab) -> None:
     client = await lab(host="0.0.0.0")
-    answer = await raw(
+    response_bytes = await raw(
         client, f"GET / HTTP/1.1\r\nHost: {host}\r\nAccept: text/html\r\nConnection: close\r\n\r\n".encode()
     )
-    assert b" 500 " not in answer.partition(b"\r\n")[0]
-    assert b"<script>" not in answer
-    assert b"<img" not in answer
+    assert b" 500 " not in response_bytes.partition(b"\r\n")[0]
+    assert b"<script>" not in response_bytes
+    assert b"<img" not in response_bytes
 
 
 @pytest.mark.parametrize("host", EVIL_HOSTS)
 async def test_a_host_cannot_inject_into_the_commands(host: str, lab: Lab, tmp_path: Path) -> None:
     client = await lab(host="0.0.0.0")
-    answer = await raw(client, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-    head, _, text = answer.decode().partition("\r\n\r\n")
+    response_bytes = await raw(client, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    head, _, text = response_bytes.decode().partition("\r\n\r\n")
     assert " 500 " not in head.partition("\r\n")[0]
     commands = re.findall(r"^ +(curl .*)$", text, re.MULTILINE)
     script = "\n".join(["curl() { :; }", *commands])
@@ -281,7 +281,7 @@ def families(text: str) -> dict[str, Metric]:
 
 
 def samples(text: str, name: str) -> dict[tuple[str, ...], float]:
-    """Samples of a name, by the values of their labels without `le`."""
+    """Return the samples of a name, by the values of their labels without `le`."""
     return {
         tuple(value for label, value in sorted(sample.labels.items()) if label != "le"): sample.value
         for family in parse_text(text)
@@ -379,7 +379,7 @@ async def test_metrics_are_openmetrics_where_accept_requests_it(lab: Lab) -> Non
 
 
 class Links(HTMLParser):
-    """Every address that a page names, and every place of its own that can be named."""
+    """Return every URL in a page, and every anchor that it has."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class Links(HTMLParser):
 
 
 def links(page: str) -> list[str]:
-    """Addresses beyond the page itself; those of the page must name a place that it has."""
+    """Return the URLs beyond the page; those within it must be one of its anchors."""
     parser = Links(page)
     assert {link[1:] for link in parser.found if link.startswith("#")} <= parser.places
     return [link for link in parser.found if not link.startswith("#")]
@@ -439,7 +439,7 @@ async def test_the_modules_of_the_lab_are_all_named_by_its_page_and_load_no_othe
         async with client.get(link) as response:
             assert (response.content_type, response.headers["Cache-Control"]) == ("text/javascript", "no-cache")
             source = await response.text()
-        assert re.match("// [A-Z].*[.:;]", source), link  # what it owns
+        assert re.match("// [A-Z].*[.:;]", source), link  # its sentence
         imported |= {f"/assets/{name}" for name in re.findall(r'^import .* from "\./([^"]+)";$', source, re.MULTILINE)}
         assert source.count("import ") == len(re.findall(r"^import ", source, re.MULTILINE))
     assert imported | {"/assets/lab.js"} == modules
@@ -485,8 +485,10 @@ async def test_a_style_sheet_has_only_urls_of_this_server(lab: Lab) -> None:
 )
 async def test_no_path_reaches_a_file_that_is_not_an_asset(name: str, lab: Lab) -> None:
     client = await lab()
-    answer = await raw(client, f"GET /assets/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-    head, _, body = answer.partition(b"\r\n\r\n")
+    response_bytes = await raw(
+        client, f"GET /assets/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    )
+    head, _, body = response_bytes.partition(b"\r\n\r\n")
     assert int(head.split(b" ", 2)[1]) in (404, 422)
     assert b"application/problem+json" in head
     assert json.loads(body)["status"] in (404, 422)
@@ -523,7 +525,7 @@ def test_the_documentation_renders_in_a_browser_without_a_network(
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line and "Refused" in line] == []
 
 
-# -- refusals
+# -- error responses
 
 
 async def test_an_unknown_route_is_404_and_echoes_nothing(lab: Lab) -> None:
@@ -640,7 +642,7 @@ async def test_the_server_does_not_reveal_its_versions(lab: Lab) -> None:
             assert response.headers["Server"] == "streamlab"
 
 
-# -- whom it answers
+# -- hosts
 
 
 @pytest.mark.parametrize(
@@ -748,18 +750,18 @@ async def test_http_1_1_with_two_hosts_is_400(lab: Lab) -> None:
     assert await status_of(client, "Host: localhost", "Host: evil.example") == 400
 
 
-# -- what it writes down
+# -- log lines
 
 
 @asynccontextmanager
 async def logged(style: str, folder: Path, level: str = "INFO") -> AsyncIterator[tuple[Client, Path]]:
-    """A client, and the file that its server's log lines are in once the block is left."""
+    """Yield a client, and the file with the log lines of its server after the block."""
     write_plugins(folder, {"lab": PLUGIN})
     file = folder / "streamlab.log"
-    app = create_app(Config.of({"scenarios": {"llm": {"enabled": False}}}, base=folder))  # whose log lines are its own
+    app = create_app(Config.of({"scenarios": {"llm": {"enabled": False}}}, base=folder))  # which logs lines itself
     with logging_to(style=style, level=level, file=file):
         server = TestServer(app)
-        await server.start_server(access_log=None)  # as serve() does: the log lines are the core's own
+        await server.start_server(access_log=None)  # like serve(): the core writes the log lines
         async with TestClient(server) as client:
             yield client, file
             await wait_for(lambda: not len(app[STREAMS]))
@@ -824,11 +826,11 @@ FORGERIES = ["%0A2026-01-01T00:00:00.000Z%20INFO%20forged", "%0D%0Aforged", "%E2
 async def test_control_characters_of_a_path_cannot_forge_a_log_line(tmp_path: Path) -> None:
     async with logged("text", tmp_path) as (client, file):
         for forgery in FORGERIES:
-            answer = await raw(
+            response_bytes = await raw(
                 client,
                 f"GET /lab/words/{forgery} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(),
             )
-            assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 404 "))
+            assert response_bytes.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 404 "))
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) == text.count("\n") == len(FORGERIES)
     assert all(" INFO streamlab.access request method=GET path=" in line for line in text.splitlines())

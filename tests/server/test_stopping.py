@@ -1,4 +1,4 @@
-"""Start and stop, whatever plugins do: lifespans that hang, handlers that hold the event loop or a thread."""
+"""Start and stop whatever plugins do: lifespans that hang, handlers that block the event loop or a thread."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""A request is read into the models its endpoint declared, or refused with everything that is wrong with it."""
+"""A request is validated by the models of its endpoint, or rejected with everything that is wrong with it."""
 
 import asyncio
 import gzip
@@ -111,7 +111,7 @@ async def client(tmp_path: Path, aiohttp_client: Callable[..., Awaitable[Client]
 
 
 async def problem(client: Client, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
-    """The problem document of a request that is refused with `status`."""
+    """Return the problem document of a request that is rejected with `status`."""
     async with client.request(method, path, **options) as response:
         assert (response.status, response.content_type) == (status, "application/problem+json"), await response.text()
         assert response.headers["Cache-Control"] == "no-store"

@@ -18,7 +18,7 @@ from tests.support.servers import Running, starting_in
 LAST_CHUNK = b"0\r\n\r\n"
 
 SOURCES = r'''
-    """Events for one client, in every way that they can end."""
+    """Events for one client, with every ending."""
 
     import asyncio
 

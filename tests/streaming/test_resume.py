@@ -1,4 +1,4 @@
-"""Nothing is lost and nothing comes twice: servers, and the server of the log, killed under fifty clients."""
+"""No event is lost or repeated: servers, and the server of the log, are killed under fifty clients."""
 
 import asyncio
 import itertools
@@ -64,7 +64,7 @@ class Crowd:
                 await self._news.wait()
 
     def check(self) -> None:
-        """Every client has the same events, each once, in the order of their offsets, and every acknowledged one."""
+        """Assert that every client has every acknowledged event once, in the order of their offsets."""
         first = self.clients[0].events
         offsets = [int(identity.partition("-")[2]) for identity, _ in first]
         assert offsets == list(range(1, len(first) + 1))
@@ -160,5 +160,5 @@ async def test_the_server_of_the_log_is_killed_in_mid_stream(start: Callable[...
         await crowd.publish(1)
         await crowd.everyone_has(crowd.acknowledged[-1])
         crowd.check()
-        # Nobody's connection ended: the servers waited for their log, and so did the publisher.
+        # No connection ended: the servers and the publisher waited for the log.
         assert len(crowd.acknowledged) == len(crowd.clients[0].events)

@@ -1,4 +1,4 @@
-"""Every way a stream can begin and end, on the process that `make run` starts."""
+"""Every beginning and ending of a stream, on the process that `make run` starts."""
 
 import functools
 import gzip
@@ -27,7 +27,7 @@ LOADED_PLUGINS = ("file",)
 LAST_CHUNK = b"0\r\n\r\n"
 
 SOURCES = '''
-    """Sources that end in every way there is."""
+    """Sources with every ending."""
 
     import asyncio
     import logging
@@ -227,7 +227,7 @@ def serve(start: Callable[..., Running]) -> Callable[..., Running]:
 
 
 def ended(server: Running, outcome: str) -> dict[str, str]:
-    """The fields of the first log line of a stream that ended so."""
+    """Return the fields of the first log line of a stream with this outcome."""
     log = server.wait_for_log(f"outcome={outcome}")
     line = next(line for line in log.splitlines() if f"outcome={outcome}" in line)
     return {name: value.strip('"') for name, value in re.findall(r'(\w+)=("[^"]*"|\S+)', line)}
@@ -322,7 +322,7 @@ def test_too_many_streams_are_503_until_one_ends(serve: Callable[..., Running]) 
     wait_until(lambda: server.get("/empty")[0] == 200)
 
 
-# -- the client leaves or stalls
+# -- the client disconnects or stalls
 
 
 def test_client_disconnects_from_an_idle_handler(serve: Callable[..., Running]) -> None:
@@ -376,7 +376,7 @@ def test_client_that_stalls_uses_bounded_memory(serve: Callable[..., Running]) -
 
 
 def cpu_seconds(server: Running) -> float:
-    """User and system time of the server so far."""
+    """Return the user and system time of the server so far."""
     return time.clock_gettime(~server.process.pid << 3 | 2)  # its number: clock_getcpuclockid(3)
 
 
@@ -626,7 +626,7 @@ def test_compression_sends_each_item_at_once(serve: Callable[..., Running]) -> N
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server of these sources, for the tests that leave it as it is."""
+    """Yield a server with these sources, for tests that do not change it."""
     with starting_in(tmp_path_factory.mktemp("shared")) as start:
         yield start(sources=SOURCES)
 
@@ -653,7 +653,7 @@ def test_event_streams_are_never_compressed(serve: Callable[..., Running]) -> No
 
 @pytest.fixture
 def nginx(serve: Callable[..., Running], tmp_path: Path) -> Iterator[Running]:
-    """An nginx with its own defaults in front of the server."""
+    """Yield an nginx with its defaults in front of the server."""
     server = serve()
     with nginx_to(tmp_path, server.port) as proxy:
         yield replace(server, url=proxy.url)
