@@ -424,6 +424,7 @@ async def test_the_assets_of_the_documentation_have_their_types(lab: Lab) -> Non
             assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert types == {
         "/assets/swagger-ui.css": "text/css",
+        "/assets/docs.css": "text/css",
         "/assets/favicon-32x32.png": "image/png",
         "/assets/swagger-ui-bundle.js": "text/javascript",
         "/assets/docs.js": "text/javascript",
@@ -454,7 +455,7 @@ async def test_only_the_page_of_swagger_ui_may_have_inline_styles(lab: Lab) -> N
 
 async def test_a_style_sheet_has_only_urls_of_this_server(lab: Lab) -> None:
     client = await lab()
-    for name in ("site.css", "lab.css", "swagger-ui.css"):
+    for name in ("site.css", "lab.css", "docs.css", "swagger-ui.css"):
         _, text = await get(client, f"/assets/{name}")
         outside = [url for url in re.findall(r"""url\(\s*["']?([^"')]+)""", text) if not url.startswith("data:")]
         assert (outside, "@import" in text) == ([], False)

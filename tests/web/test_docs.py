@@ -71,3 +71,28 @@ async def test_what_the_server_knows_is_a_drop_down(
     page: Page, server: Running, operation: str, parameter: str, expected: list[str]
 ) -> None:
     assert await choices(await opened(page, server, operation), parameter) == expected
+
+
+CONTRAST = """elements => elements.map(element => {
+    const luminance = colour => {
+        const [r, g, b] = colour.match(/\\d+/g).slice(0, 3).map(value => value / 255)
+            .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const { color, backgroundColor } = getComputedStyle(element);
+    const [light, dark] = [luminance(color), luminance(backgroundColor)].sort((one, other) => other - one);
+    return [element.textContent.trim(), (light + 0.05) / (dark + 0.05)];
+})"""
+"""A function that returns the text of elements and the contrast with their background (WCAG 2.2, 1.4.3)."""
+
+
+async def test_the_page_can_be_used_with_a_screen_reader(page: Page, server: Running) -> None:
+    block = await opened(page, server, "ticker/ticker_prices")
+    await expect(page.get_by_role("main").locator("h2.title")).to_have_attribute("aria-level", "1")
+    await expect(block.get_by_role("listbox", name="symbols")).to_have_count(1)
+    await expect(block.locator("select:not([aria-label])")).to_have_count(0)
+    await expect(page.locator("button a[href]")).to_have_count(0)
+    badges = page.locator(".opblock-summary-method, .btn.execute, .version")
+    found = await badges.evaluate_all(CONTRAST)
+    assert {"GET", "POST", "DELETE", "Execute", "OAS 3.1"} <= {text for text, _ in found}
+    assert [(text, ratio) for text, ratio in found if ratio < 4.5] == []
