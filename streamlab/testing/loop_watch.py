@@ -27,7 +27,8 @@ class LoopWatch:
     """Records each time that code occupies the running event loop for more than BLOCKED_SECONDS.
 
     A context manager, entered in the loop's thread. The time in which that thread waited for a processor does not
-    count, so the measure is the same on a busy machine (on Linux; elsewhere it does count).
+    count, so the measure is the same on a busy machine (on Linux; elsewhere it does count). A block is measured from
+    the first check in it, so up to CHECK_SECONDS of it are missed.
     """
 
     def __init__(self) -> None:

@@ -30,6 +30,9 @@ from streamlab import Progress, Task, hookimpl
 Count = Annotated[int, Field(ge=1, le=1_000_000, examples=[4])]
 
 
+children = []
+
+
 async def steps(progress, count, first=1):
     for number in range(first, count + 1):
         await progress(number, count)
@@ -62,7 +65,7 @@ async def ignores_cancellation(progress: Progress, count: Count = 4) -> None:
 
 
 async def leaves_a_child(progress: Progress, count: Count = 4) -> None:
-    await asyncio.create_subprocess_exec("sleep", "8")
+    children.append(await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE))  # ends with its server
     await steps(progress, count)
 
 
@@ -83,7 +86,7 @@ async def forgets_what_it_had(progress: Progress, count: Count = 4) -> int:
 async def blocks_the_loop(progress: Progress, count: Count = 4) -> None:
     for number in range(count):
         await progress(number + 1, count)
-        await asyncio.sleep(0.02) if number > 3 else time.sleep(0.3)
+        await asyncio.sleep(0.02) if count > 4 else time.sleep(0.4)
 
 
 @hookimpl
