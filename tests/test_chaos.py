@@ -1,4 +1,4 @@
-"""The promises to clients hold while servers are killed at random: nothing lost, nothing twice, nothing wrong."""
+"""Clients lose nothing and get nothing twice or wrong while servers are killed at random."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ MAX_RSS_MB = 150
 """Maximum memory of a server at the end, in MB: a fresh one has 60."""
 
 MAX_DESCRIPTORS = 40
-"""Maximum open files and sockets of a server whose clients have left: a fresh one has 15."""
+"""Maximum open files and sockets of a server without clients: a fresh one has 15."""
 
 
 @pytest.mark.timeout(240)

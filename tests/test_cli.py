@@ -49,7 +49,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def streamlab(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:
-    """Run a command in a folder to its end: exit status, stdout and stderr."""
+    """Run a command in a folder to its end; return exit status, stdout and stderr."""
     status, output, errors = run_streamlab(*words, cwd=folder, **variables)
     assert "Traceback" not in errors, errors
     return status, output, errors
@@ -635,7 +635,7 @@ def wait_for(reached: Callable[[], bool], what: str, *, seconds: float = 15) -> 
 
 @contextlib.contextmanager
 def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that restarts itself; its children do not outlive the block."""
+    """Yield a server that restarts itself; its children end with the block."""
     with (folder / "reload.log").open("wb") as output:
         process = subprocess.Popen(
             [*STREAMLAB, "run", "--reload", "--port", str(port)],

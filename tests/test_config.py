@@ -1,4 +1,4 @@
-"""config.toml and the environment, read into models: what holds, and what is said when it does not."""
+"""config.toml and the environment, read into models: precedence, and the report of faults."""
 
 import json
 import re
@@ -20,7 +20,7 @@ NO_DEFAULT = {
     ("scenarios", "file", "large_file"),
     ("scenarios", "ticker", "file"),
 }
-"""Keys that config.toml shows with an example, for the default is to have none."""
+"""Keys that config.toml shows with an example, since their default is empty."""
 
 NESTED = """
     from pydantic import BaseModel
@@ -52,7 +52,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def faults_of(config: Config) -> list[str]:
-    """Every fault of a configuration as its line, once the registry has added what it finds."""
+    """Return every fault of a configuration as a line, including those that the registry finds."""
     with pytest.raises(ConfigError) as caught:
         Registry.load(config)
     return [str(fault) for fault in caught.value.faults]
@@ -163,7 +163,7 @@ def test_an_empty_log_file_disables_it(tmp_path: Path) -> None:
     assert Config.of({"server": {"log_file": ""}}, base=tmp_path).server.log_file is None
 
 
-# -- what is wrong with it
+# -- faults
 
 
 def test_all_faults_are_reported_together_with_file_key_value_and_reason(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_a_plain_value_of_a_variable_stays_text(tmp_path: Path) -> None:
     assert file.scenarios[0].root == tmp_path / "2024-01-01"  # type: ignore[attr-defined]
 
 
-# -- config.toml of this repository teaches itself, and does not rot
+# -- config.toml of this repository documents every key
 
 
 def uncommented() -> dict[str, Any]:

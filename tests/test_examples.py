@@ -1,4 +1,4 @@
-"""Examples, and the code of docs/clients.md, do what they say: on a real server that dies in the middle."""
+"""The examples and the code of docs/clients.md work with a real server that dies in mid-stream."""
 
 import asyncio
 import json
@@ -50,7 +50,7 @@ def tell_story(exchange: Exchange) -> None:
 
 @pytest.fixture
 def config() -> Iterator[str]:
-    """The configuration of a server whose model tells one story, whatever the prompt."""
+    """Yield the configuration of a server whose model has one response for every prompt."""
     with fake_upstream(dict.fromkeys(("Tell a story", "Hello", "Python"), tell_story)) as upstream:
         yield f'{CONFIG}\n[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n'
 
@@ -116,7 +116,7 @@ class Relay:
 
 @pytest.fixture
 def relay(start: Start, config: str) -> Iterator[Callable[..., Relay]]:
-    """A relay to a server of its own, which it kills."""
+    """A relay to its own server, which it kills."""
     opened: list[Relay] = []
 
     def opening(after: dict[str, int]) -> Relay:
@@ -131,23 +131,23 @@ def relay(start: Start, config: str) -> Iterator[Callable[..., Relay]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where clients run; the server runs elsewhere."""
+    """Return the folder of the clients; the server has another."""
     folder = tmp_path / "client"
     folder.mkdir()
     return folder
 
 
-def run(words: Sequence[str | Path], folder: Path) -> list[str]:
-    """Run a program to its end; the lines that it printed."""
+def run(command: Sequence[str | Path], folder: Path) -> list[str]:
+    """Run a program to its end; return the lines that it printed."""
     environ = {**os.environ, "PYTHONWARNINGS": "error"}
-    done = subprocess.run(words, cwd=folder, env=environ, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout.splitlines()
 
 
 def check_events(server: Running, lines: Sequence[str]) -> None:
-    """Compare lines of id and data with what the log of the server has: consecutive events, each once."""
+    """Compare lines of id and data with the log of the server: consecutive events, each once."""
     received = [tuple(line.split("\t")) for line in lines]
     epoch, _, first = received[0][0].partition("-")
     with EventStream(server, TICKER, f"{epoch}-{int(first) - 1}") as stream:
@@ -233,10 +233,10 @@ async def test_browser(start: Start, config: str, browser: Browser, tmp_path: Pa
     assert complaints == []
 
 
-# -- the first promises: what people write before they have read anything
+# -- naive clients
 
 
-PROMISED = """
+NAIVE_CLIENTS = """
 import asyncio
 import sys
 
@@ -268,7 +268,7 @@ asyncio.run(stream_ai_response())
 
 def test_naive_clients_work(start: Start, config: str, folder: Path) -> None:
     server = start(config)
-    (folder / "naive.py").write_text(PROMISED)
+    (folder / "naive.py").write_text(NAIVE_CLIENTS)
     lines = run([sys.executable, "naive.py", server.url], folder)
     assert (folder / "output.bin").read_bytes() == server.get(DOWNLOAD)[2]
     assert [sorted(json.loads(line)) for line in lines[:-2]] == [["change", "price", "symbol", "time"]] * 10
@@ -285,13 +285,13 @@ RUNNERS = {
     "js": (["node"], "mjs"),
     "java": (["java"], "java"),
 }
-"""What runs a block, and how its file ends."""
+"""The command that runs a block, and the extension of its file."""
 
 NEEDS = {
     "js": ["node", "-e", "process.exit(typeof fetch === 'function' ? 0 : 1)"],
-    "java": ["java", "--describe-module", "jdk.compiler"],  # a program is run from its source
+    "java": ["java", "--describe-module", "jdk.compiler"],  # runs a program from its source
 }
-"""What succeeds where a language's programs can be run; others need no more than to be there."""
+"""Commands that succeed where programs of a language can be run; other languages only need their command."""
 
 
 @cache
@@ -304,7 +304,7 @@ def can_run(language: str) -> bool:
 
 
 def programs(folder: Path, part: str) -> Iterator[tuple[str, list[str]]]:
-    """The blocks of the page that have `part`, as programs: a name, and a command whose last word is its file."""
+    """Return the blocks with `part` as programs: a name, and a command whose last argument is its file."""
     for number, (language, code) in enumerate(BLOCKS):
         if language in RUNNERS and part in code and can_run(language):
             command, suffix = RUNNERS[language]

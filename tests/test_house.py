@@ -1,4 +1,4 @@
-"""The house as a whole: who imports whom, and README's table of what every module owns."""
+"""The architecture: imports between modules, and the module table of README."""
 
 import ast
 import graphlib
@@ -14,7 +14,7 @@ from tests.support.servers import REPOSITORY
 CORE = REPOSITORY / "streamlab"
 PLUGINS = REPOSITORY / "plugins"
 
-# What each part of the core may import besides itself; the server and the clients meet only on the wire.
+# The parts that each part of the core may import; server and clients are connected only by the wire protocol.
 CONTRACT = ("hookspecs", "scenario", "tasks")
 WORDS = ("config", "negotiation", "problems", "request_body", "served_files", "slots", "sse", "threads")
 COMMAND_LINE = ("__main__", "cli", "commands", "scaffold")
@@ -40,7 +40,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path, package: str) -> Iterator[tuple[str, str]]:
-    """What a file imports that lies in `package`: the full name of a module, and a name taken from it, if one is."""
+    """Return the imports of a file from `package`: the full name of a module, and the imported name, if any."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -52,7 +52,7 @@ def imports(path: Path, package: str) -> Iterator[tuple[str, str]]:
 
 
 def part_of(module: str) -> str:
-    """The part of the core that a module of streamlab belongs to, given by its dotted name below `streamlab`."""
+    """Return the part of the core of a module, given by its dotted name below `streamlab`."""
     root = module.partition(".")[0]
     if root in PARTS:
         return root
@@ -63,7 +63,7 @@ def part_of(module: str) -> str:
 
 
 def core_imports(path: Path) -> set[str]:
-    """The modules of the core that one of them imports, wherever in it, as dotted names below `streamlab`."""
+    """Return the modules of the core that a module imports, anywhere in it, as dotted names below `streamlab`."""
     package = ".".join(("streamlab", *path.relative_to(CORE).parts[:-1]))
     found = set()
     for module, name in imports(path, package):
@@ -76,7 +76,7 @@ def core_imports(path: Path) -> set[str]:
 
 
 def core_modules() -> dict[str, Path]:
-    """Every module of the core but those of `testing`, which may import anything, by its dotted name."""
+    """Return every module of the core except those of `testing`, which may import anything, by its dotted name."""
     paths = [path for path in CORE.rglob("*.py") if path.relative_to(CORE).parts[0] != "testing"]
     return {
         ".".join(path.relative_to(CORE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
@@ -99,23 +99,23 @@ def test_no_modules_of_one_part_import_each_other_in_a_circle() -> None:
 
 def test_the_core_names_no_plugin() -> None:
     routes = {
-        word
+        text
         for path in PLUGINS.rglob("*.py")
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "endpoint"
         for argument in node.args[1:2]
-        if isinstance(argument, ast.Constant) and (word := str(argument.value))
+        if isinstance(argument, ast.Constant) and (text := str(argument.value))
     }
     assert "/stream/stock-ticker" in routes
     names = {path.stem for path in PLUGINS.iterdir() if not path.name.startswith(("_", "."))}
-    said = {
+    strings = {
         (path.name, node.value)
         for path in core_modules().values()
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert len(said) > 1000
-    assert [(name, word) for name, word in sorted(said) if word in routes | names] == []
+    assert len(strings) > 1000
+    assert [(name, text) for name, text in sorted(strings) if text in routes | names] == []
 
 
 def test_a_plugin_imports_of_streamlab_only_its_names_for_authors() -> None:
@@ -133,7 +133,7 @@ def test_a_plugin_imports_of_streamlab_only_its_names_for_authors() -> None:
 
 
 def test_blocking_work_runs_in_threads_that_no_cancellation_abandons() -> None:
-    """The threads of asyncio go on behind a cancelled caller's back: what they use may be closed under them.
+    """The threads of asyncio continue after their caller is cancelled, and may use what it then closes.
 
     Exempt are the threads themselves, and `streamlab.testing`, whose callers are tests.
     """
@@ -146,7 +146,7 @@ def test_blocking_work_runs_in_threads_that_no_cancellation_abandons() -> None:
         or (isinstance(node, ast.alias) and node.name.rpartition(".")[2] in forbidden)
     }
     assert sorted(path for path in users if not path.startswith("streamlab/testing/")) == ["streamlab/threads.py"]
-    # aiofiles runs its operations in threads of asyncio, unless it is given others.
+    # aiofiles runs its operations in threads of asyncio by default.
     wraps = [
         node
         for path in SOURCES
@@ -162,7 +162,7 @@ def test_blocking_work_runs_in_threads_that_no_cancellation_abandons() -> None:
 
 
 def owned(path: Path) -> str:
-    """The first line of a module's docstring; of a module of the lab page, its first comment."""
+    """Return the first line of the docstring of a module; of a module of the lab page, its first comment."""
     if path.suffix == ".js":
         return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("// ")
     return (ast.get_docstring(tree(path)) or "").partition("\n")[0]
@@ -177,7 +177,7 @@ def table(title: str, paths: list[Path]) -> str:
 
 
 def tables() -> str:
-    """Every module of the core, by folder, and of each plugin."""
+    """Return the tables of the modules of the core, by folder, and of each plugin."""
     groups = {"The contract, and what all parts use": sorted(CORE.glob("*.py"))}
     for folder in sorted(path.parent for path in CORE.glob("*/__init__.py")):
         groups[f"`streamlab.{folder.name}`"] = sorted(folder.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What Accept says about events."""
+"""Preference for events in Accept."""
 
 import pytest
 from aiohttp.test_utils import make_mocked_request

@@ -1,4 +1,4 @@
-"""The wheel serves from any folder, with what ships inside it and the plugins of that folder."""
+"""The wheel serves from any folder, with the built-in plugins and those of that folder."""
 
 import os
 import shutil
@@ -75,7 +75,7 @@ def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     for name in ("streamlab", "plugins"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     write_plugins(tmp_path, {"needy": "import no_such_module"})
-    # What is installed beside it is still found, streamlab's own record alone is not.
+    # Other installed packages are still found; only the metadata of streamlab is not.
     script = (
         "import importlib.metadata as m, runpy, sys; real = m.distribution\n"
         "def hidden(name):\n"

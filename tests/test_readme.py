@@ -1,4 +1,4 @@
-"""README is true: its plugin, its configuration and every command line of it are run."""
+"""README matches the code: its plugins, its configuration and all its commands are run."""
 
 import json
 import os
@@ -39,8 +39,8 @@ def test_disabled_countdown_is_not_served(start: Callable[..., Running]) -> None
 def test_votes_are_cast_and_watched_from_any_id(start: Callable[..., Running]) -> None:
     server = start(votes=VOTES)
     body = b'{"choice": "tea"}'
-    status, _, answer = server.get("/votes", {"Content-Type": "application/json"}, method="POST", body=body)
-    first = json.loads(answer)["id"]
+    status, _, document = server.get("/votes", {"Content-Type": "application/json"}, method="POST", body=body)
+    first = json.loads(document)["id"]
     assert status == 201
     with EventStream(server, "/votes") as stream:
         assert [(event.id, event.json) for event in stream.take(1)] == [(first, {"choice": "tea"})]
@@ -107,8 +107,8 @@ def test_every_curl_line_works(start: Callable[..., Running], tmp_path: Path) ->
 def test_follow_command_of_readme_works(start: Callable[..., Running]) -> None:
     (line,) = re.findall(r"^    \.venv/bin/streamlab (follow .*?)(?: +#.*)?$", README, re.MULTILINE)
     server = start()
-    words = line.replace("http://127.0.0.1:8000", server.url).split()
-    done = subprocess.run([sys.executable, "-m", "streamlab", *words], capture_output=True, text=True, check=False)
+    arguments = line.replace("http://127.0.0.1:8000", server.url).split()
+    done = subprocess.run([sys.executable, "-m", "streamlab", *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 20)
 
 

@@ -32,7 +32,7 @@ async def test_requests_get_their_slots_in_their_order_whatever_they_need() -> N
         await asyncio.sleep(0)
         group.create_task(hold(slots, 3, started, second))
         await asyncio.sleep(0)
-        group.create_task(hold(slots, 1, started, second))  # one is free, but another request came before
+        group.create_task(hold(slots, 1, started, second))  # one is free, but another request is first
         await asyncio.sleep(0)
         assert started == [2]
         with pytest.raises(Problem, match="2 of 3 in progress, 2 waiting"):
@@ -58,7 +58,7 @@ async def test_a_request_cancelled_while_it_waits_does_not_delay_the_next() -> N
         given_up = group.create_task(hold(slots, 1, started, release))
         group.create_task(hold(slots, 1, started, release))
         await asyncio.sleep(0)
-        await stack.aclose()  # the turn of the first has come in the moment in which it is cancelled
+        await stack.aclose()  # the first gets its slot in the moment in which it is cancelled
         given_up.cancel()
         release.set()
     assert (started, slots.in_use) == ([1], 0)

@@ -1,4 +1,4 @@
-"""Tasks as plugins declare them, and the progress that their functions tell."""
+"""Tasks as plugins declare them, and the progress that their functions report."""
 
 import asyncio
 import math
@@ -71,7 +71,7 @@ def waits(progress: Progress) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "words"),
+    ("function", "message"),
     [
         (untyped, "the parameter 'cakes' of the task untyped needs an annotation"),
         (nameless, "the task nameless has a parameter without a name"),
@@ -79,8 +79,8 @@ def waits(progress: Progress) -> None:
         (waits, "a task must be an `async def` function"),
     ],
 )
-def test_a_function_that_cannot_be_a_task_is_rejected(function: Callable[..., Any], words: str) -> None:
-    with pytest.raises(TypeError, match=words):
+def test_a_function_that_cannot_be_a_task_is_rejected(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Task(function)
 
 
@@ -114,12 +114,12 @@ async def test_a_task_with_too_many_reports_waits_until_they_are_published() -> 
     progress = Progress()
     for number in range(MAX_MESSAGES - 1):
         await progress(number, message=str(number))
-    telling = asyncio.ensure_future(progress(MAX_MESSAGES, message="the last"))
+    reporting = asyncio.ensure_future(progress(MAX_MESSAGES, message="the last"))
     await asyncio.sleep(0)
-    assert not telling.done()
+    assert not reporting.done()
     progress.messages = []
     progress.published.set()
-    await telling
+    await reporting
 
 
 async def test_a_task_that_never_waits_does_not_starve_others() -> None:

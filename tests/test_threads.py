@@ -1,4 +1,4 @@
-"""Blocking work in threads: what a caller gets, and what remains of work whose caller is cancelled."""
+"""Blocking work in threads: results, and the end of work whose caller is cancelled."""
 
 import asyncio
 import gc
@@ -129,7 +129,7 @@ async def test_threads_that_are_not_open_report_their_kind() -> None:
 
 
 async def test_a_close_is_never_dropped() -> None:
-    """What ends something runs even where its caller is cancelled while it still waits for a thread."""
+    """A close runs even if its caller is cancelled while it waits for a thread."""
     first, closed = Work(), list[str]()
     async with Threads("test", 1) as threads:
         running = asyncio.ensure_future(threads.run(first))
@@ -212,7 +212,7 @@ async def test_a_shielded_operation_ends_before_its_cancelled_caller(cancellatio
     async def operation() -> None:
         await ready.wait()
         ended.set()
-        raise OSError("nobody gets this")
+        raise OSError("not delivered")
 
     caller = asyncio.ensure_future(shielded(operation()))
     await asyncio.sleep(0)

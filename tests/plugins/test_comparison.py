@@ -42,7 +42,7 @@ Serve = Callable[..., Running]
 
 @pytest.fixture
 def serve(start: Serve) -> Serve:
-    """A server of this scenario alone, whose table has these lines."""
+    """Yield a server with only this scenario, configured by these lines."""
 
     def serving(comparison: str = "", others: str = "", **options: bool) -> Running:
         off = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in OTHERS)
@@ -52,7 +52,7 @@ def serve(start: Serve) -> Serve:
 
 
 def until(reached: Callable[[], Any], *, seconds: float = 20) -> Any:
-    """What `reached` returns, once that is true."""
+    """Return the result of `reached` once it is true."""
     deadline = time.monotonic() + seconds
     while not (found := reached()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -70,12 +70,12 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def resident(server: Running) -> int:
-    """Bytes of memory that a server has."""
+    """Return the memory of a server, in bytes."""
     return int(status_of(server.process.pid)["VmRSS"].split()[0]) * 1024
 
 
 def child_of(server: Running, *, serving: bool = False) -> tuple[int, Path]:
-    """The process that a report measures just now, once it is one (that serves): its pid, the folder of its socket."""
+    """Return the pid of the process that a report measures, once it serves, and the folder of its socket."""
     parent = str(server.process.pid)
 
     def found() -> tuple[int, Path] | None:
@@ -91,7 +91,7 @@ def child_of(server: Running, *, serving: bool = False) -> tuple[int, Path]:
 
 
 def assert_ended(pid: int, folder: Path, *, orphan: bool = False) -> None:
-    """Neither the process nor its folder stays; an orphan may wait for the system to bury it."""
+    """Assert that neither the process nor its folder remains; an orphan may still be a zombie."""
     until(lambda: not (status := status_of(pid)) or (orphan and status["State"].strip().startswith("Z")))
     until(lambda: not folder.exists())
 
@@ -141,7 +141,7 @@ def test_the_first_streamed_rows_arrive_before_the_buffered_response_and_no_requ
     serve: Serve,
 ) -> None:
     server = serve()
-    # Collecting so many takes seconds, and it begins first; the other response is sent concurrently.
+    # Collecting these rows takes seconds, and starts first; the other response is sent concurrently.
     with (
         server.send(f"GET {BUFFERED}?rows=1000000 HTTP/1.1\nHost: localhost") as buffered,
         server.send(f"GET {STREAMED}?rows=1000000 HTTP/1.1\nHost: localhost") as streamed,
@@ -205,7 +205,7 @@ def test_rows_that_do_not_fit_are_rejected_by_name(serve: Serve) -> None:
 def test_buffered_responses_beyond_the_limit_are_rejected_with_503(serve: Serve) -> None:
     server = serve("max_buffered = 1")
     with server.send(f"GET {BUFFERED}?rows=100000 HTTP/1.1\nHost: localhost", receive_buffer=65536) as first:
-        read_until(first, b"\r\n\r\n")  # it is held in memory for as long as its client takes to read it
+        read_until(first, b"\r\n\r\n")  # it stays in memory until its client has read it
         status, headers, body = server.get(BUFFERED)
         assert (status, headers["retry-after"]) == (503, "5")
         assert json.loads(body)["detail"] == "Too many buffered responses: 1 of 1 in progress."
@@ -218,7 +218,7 @@ def test_buffered_responses_beyond_the_limit_are_rejected_with_503(serve: Serve)
 
 @pytest.fixture
 async def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[TestClient[Any, Any], Any]]:
-    """A client of an application in this process, and the plugin's module."""
+    """Yield a client of an application in this process, and the module of the plugin."""
     off = {name: {"enabled": False} for name in OTHERS}
     config = Config.of({"scenarios": off, "events": {"url": "sqlite://"}}, base=tmp_path)
     app = create_app(config)
@@ -239,7 +239,7 @@ async def test_rows_that_need_more_than_half_of_the_free_memory_are_rejected(
     monkeypatch.setattr(module.memory, "available", lambda: 3_000_000)
     problem = await (await http_client.get(f"{REPORT}?rows=10000")).json()
     assert problem["errors"][0]["detail"] == "would take up to 1 MB of memory; the limit is half of the available 3 MB"
-    # What one is about to take counts before it has it.
+    # Memory counts when it is reserved, before it is used.
     monkeypatch.setattr(module.memory, "available", lambda: 400_000_000)
     async with http_client.get(f"{REPORT}?rows=1000000") as report:
         assert (report.status, (await http_client.get(BUFFERED)).status) == (200, 200)
@@ -319,7 +319,7 @@ def test_a_report_for_curl_is_a_table_that_arrives_line_by_line(serve: Serve) ->
         response = connection.getresponse()
         assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
         head = response.readline().decode()
-        child_of(server)  # the head is there before anything is measured
+        child_of(server)  # the head arrives before the first measurement
         body = response.read().decode().splitlines()
     names = ["rows", "mode", "bytes", "first byte", "total", "peak memory", "CPU", "throughput"]
     assert re.split(r"\s{2,}", head.strip()) == names
@@ -380,7 +380,7 @@ def test_sigterm_ends_a_report_of_events_at_once_and_aborts_a_table(serve: Serve
 
 
 def broken_off(report: Any) -> bytes:
-    """What was left to read of a report, which must not end as if it were whole."""
+    """Return the rest of a report, which must not look complete."""
     rest = read_all(report)
     assert not rest.endswith(b"0\r\n\r\n")
     return rest
@@ -412,7 +412,7 @@ def test_a_process_that_dies_fails_its_report_and_the_log_has_the_reason(serve: 
 
 
 def measured(rows: int, buffered: tuple[float, float, float], streamed: tuple[float, float, float]) -> list[Any]:
-    """Measurements of both modes: milliseconds to the first byte and in total, and megabytes."""
+    """Return measurements of both modes: milliseconds to the first byte and in total, and megabytes."""
     return [
         reporting.Measurement(mode, rows, rows * 130, first, total, peak, 37.0, 1.0, 1.0)
         for mode, (first, total, peak) in zip(("buffered", "streamed"), (buffered, streamed), strict=True)
@@ -442,7 +442,7 @@ def test_the_verdict_has_the_size_from_which_streaming_pays() -> None:
         "Streaming does not pay up to 1,000 rows (130 kB): there the first byte came after 1.0 ms streamed and 9.0 ms "
         "buffered, and the response took 0.0 MB of memory streamed and 0.1 MB buffered."
     )
-    # One size that pays among those that do not is noise.
+    # A single size at which it pays is noise.
     assert reporting.verdict(middle + small).startswith("Streaming does not pay up to 1,000 rows")
 
 

@@ -38,10 +38,10 @@ CONFIG = """
 """
 
 SLOW = "WITH RECURSIVE n (i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
-"""Endless, a row at a time."""
+"""Endless rows."""
 
 STUCK = "WITH RECURSIVE n (i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0"
-"""Endless, and without a row."""
+"""Endless without a row."""
 
 FAILS = "SELECT i, abs(CASE WHEN i = 5000 THEN -9223372036854775807 - 1 ELSE i END) AS a FROM ({SLOW})".replace(
     "{SLOW}", SLOW
@@ -74,7 +74,7 @@ def serve(start: Callable[..., Running], sample: Path, tmp_path: Path) -> Callab
 
 @pytest.fixture(scope="module")
 def shared(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server of the sample, for the tests that leave it as it is."""
+    """Yield a server of the sample, for tests that do not change it."""
     base = tmp_path_factory.mktemp("shared")
     (base / "var").mkdir()
     shutil.copy(sample, base / "var" / "sample.db")
@@ -95,7 +95,7 @@ def guarded(cell: Any) -> str:
     return "'" + text if isinstance(cell, str) and re.match("[=+\\-@\t\r]", text) else text
 
 
-# -- the seed's routes
+# -- the three routes
 
 
 def test_the_three_routes_stream_the_content_of_the_database(shared: Running, sample: Path) -> None:
@@ -223,7 +223,7 @@ def test_compressed_rows_arrive_as_they_are_generated(serve: Callable[..., Runni
     assert text.startswith(b'{"i":1}\n{"i":2}\n')
 
 
-# -- choosing
+# -- selections
 
 
 def test_columns_values_and_limit_choose_rows(shared: Running, sample: Path) -> None:
@@ -354,7 +354,7 @@ def test_sql_that_is_more_than_a_select_is_rejected_by_the_connection_itself(
     before = (tmp_path / "var/sample.db").read_bytes()
     status, _, body = server.get("/export/evil/jsonl")
     if sql == "SELECT 1 --":
-        assert (status, body) == (200, b'{"1 --":1}\n')  # as SQLite itself calls the column
+        assert (status, body) == (200, b'{"1 --":1}\n')  # the name that SQLite gives the column
     else:
         assert (status, json.loads(body)["detail"]) == (
             500,
@@ -365,7 +365,7 @@ def test_sql_that_is_more_than_a_select_is_rejected_by_the_connection_itself(
     assert not (tmp_path / "evil.db").exists()
 
 
-# -- the truth
+# -- correctness
 
 
 def test_an_end_record_has_the_rows_and_a_digest(shared: Running) -> None:
@@ -516,12 +516,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 def cpu_seconds(server: Running) -> float:
-    """User and system time of the server so far."""
+    """Return the user and system time of the server so far."""
     return time.clock_gettime(~server.process.pid << 3 | 2)  # its number: clock_getcpuclockid(3)
 
 
 def is_idle(server: Running) -> bool:
-    """Whether the server does next to nothing for a while; a query does more than that on a busy machine, too."""
+    """Return whether the server is idle for a while; a running query uses more even on a busy machine."""
     begun, before = time.monotonic(), cpu_seconds(server)
     threading.Event().wait(0.2)
     return (cpu_seconds(server) - before) / (time.monotonic() - begun) < 0.1

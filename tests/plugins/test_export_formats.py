@@ -1,4 +1,4 @@
-"""What each export format makes of rows: exact bytes, and what other readers find in them."""
+"""The output of each export format: exact bytes, and the values that other readers find in them."""
 
 import base64
 import csv
@@ -31,7 +31,7 @@ MARKS = "=+-@\t\r＝＋－＠"  # noqa: RUF001
 
 
 def columns(*declared: str) -> list[Any]:
-    """Columns "a:integer" and so on; a name alone is of type any."""
+    """Return columns for "a:integer" and so on; a name without a type has type any."""
     return [Column(name, kind or "any") for name, _, kind in (text.partition(":") for text in declared)]
 
 
@@ -42,14 +42,14 @@ def write(target: str, declared: Sequence[Any], *batches: Sequence[tuple[Any, ..
 
 
 def cell(value: Any, **options: bool) -> str:
-    """The CSV of a value, beside another cell."""
+    """Return the CSV of a value, next to another cell."""
     line = write("csv", columns("a", "b"), [(value, 0)], header=False, **options).decode()
     assert line.endswith(",0\r\n")
     return line[:-4]
 
 
 def line(value: Any, kind: str = "any") -> str:
-    """The JSON of a value in a column of a type."""
+    """Return the JSON of a value in a column of a type."""
     text = write("jsonl", columns(f"a:{kind}"), [(value,)]).decode()
     assert text.startswith('{"a":')
     assert text.endswith("}\n")
@@ -277,7 +277,7 @@ VALUE = st.one_of(
     st.timedeltas(),
     st.uuids(),
 )
-# A column mostly holds one type, and sometimes not.
+# A column usually has one type, but not always.
 COLUMN = st.sampled_from([TEXT, st.floats(), st.integers(), st.booleans(), VALUE]).flatmap(
     lambda kind: st.sampled_from([kind, st.one_of(kind, st.none()), st.one_of(kind, kind, kind, VALUE)])
 )
@@ -294,7 +294,7 @@ IGNORED = "\0" + "".join(chr(code) for first, last in IGNORED_RANGES for code in
 
 
 def guarded(text: str) -> str:
-    """A text with its guard, cell by cell: slow, and obviously right."""
+    """Guard a text cell by cell: slow, but obviously correct."""
     cells = re.split("([;\t])", text)
     marks = {*"=+-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"}
     text = "".join("'" + cell if cell.lstrip(IGNORED)[:1] in marks else cell for cell in cells)
@@ -302,7 +302,7 @@ def guarded(text: str) -> str:
 
 
 def prepared(value: Any, guard: bool) -> Any:
-    """A cell as csv.writer is to be given it: slow, and obviously right."""
+    """Return a cell as input of csv.writer: slow, but obviously correct."""
     match value:
         case None:
             return ""
@@ -481,7 +481,7 @@ def test_the_json_array_has_a_line_per_row(batches: list[list[tuple[Any, ...]]],
 
 
 def plain_json(value: Any) -> Any:
-    """What a reader of JSON should find."""
+    """Return the value that a JSON reader should find."""
     match value:
         case float() if not math.isfinite(value):
             return None

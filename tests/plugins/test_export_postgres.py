@@ -1,4 +1,4 @@
-"""Exports of a real PostgreSQL: every value arrives as it is, nothing gets in with one, and no query outlives them."""
+"""Exports of a real PostgreSQL: values arrive unchanged, cannot inject SQL, and no query outlives its export."""
 
 import asyncio
 import csv
@@ -41,7 +41,7 @@ PostgresSource, Query, Selection, Statement = module.PostgresSource, module.Quer
 BadQuery, BadValue, Interrupted = module.BadQuery, module.BadValue, module.Interrupted
 Unavailable, UnknownColumn = module.Unavailable, module.UnknownColumn
 
-# In the list, and not after FROM, where PostgreSQL would make all of them before the first.
+# In the select list, not after FROM, where PostgreSQL would generate all of them before the first.
 ENDLESS = "SELECT i, repeat('x', 1000) AS pad FROM (SELECT generate_series(1, 1000000000) AS i) AS s"
 
 
@@ -54,14 +54,14 @@ async def opened(postgres: Postgres, **options: Any) -> AsyncIterator[Any]:
 
 @pytest.fixture(scope="module")
 def shared(postgres_cluster: Path) -> Iterator[Postgres]:
-    """One server for all tests that do not end it."""
+    """Yield one server for all tests that do not end it."""
     with postgres_server.serving(postgres_cluster) as server:
         yield server
 
 
 @pytest.fixture
 async def admin(shared: Postgres) -> AsyncIterator[Any]:
-    """A connection that may do anything, to an empty database."""
+    """Yield a superuser connection to an empty database."""
     connection = await asyncpg.connect(shared.url)
     await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public; ALTER DATABASE postgres RESET ALL")
     yield connection
@@ -70,7 +70,7 @@ async def admin(shared: Postgres) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def own(postgres: Postgres) -> AsyncIterator[Any]:
-    """A source for a server that the test may end."""
+    """Yield a source for a server that the test may end."""
     async with opened(postgres) as source:
         yield source
 
@@ -92,7 +92,7 @@ class Read:
 
     @property
     def cells(self) -> list[list[str]]:
-        """CSV without its header."""
+        """Return the CSV without its header."""
         return self.table[1:]
 
     @property
@@ -106,7 +106,7 @@ class Read:
 
 
 async def read(source: Any, sql: str, form: str = "csv", *, guard: bool = False, **options: Any) -> Read:
-    """Read a whole export; `options` are the selection's, and the query's `parameters`."""
+    """Read a complete export; `options` are those of the selection, and the `parameters` of the query."""
     query = Query(sql, options.pop("parameters", {}))
     strict = options.pop("strict", False)
     async with source.export(query, Selection(**options), form, formula_guard=guard, strict=strict) as (
@@ -121,7 +121,7 @@ async def read(source: Any, sql: str, form: str = "csv", *, guard: bool = False,
 
 
 async def until(fact: Callable[[], Any], seconds: float = 10) -> float:
-    """Ask the server until something is so: after how many seconds it was."""
+    """Query the server until a condition is true; return the seconds until then."""
     begun = time.monotonic()
     while not await fact():
         assert time.monotonic() < begun + seconds
@@ -130,7 +130,7 @@ async def until(fact: Callable[[], Any], seconds: float = 10) -> float:
 
 
 def running(admin: Any) -> Callable[[], Any]:
-    """How many queries of exports the server is at work on."""
+    """Return the number of running export queries."""
     return lambda: admin.fetchval(
         "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'streamlab' AND state = 'active'"
     )
@@ -144,7 +144,7 @@ def none_runs(admin: Any) -> Callable[[], Any]:
 
 
 async def table(admin: Any, texts: Iterable[str | None]) -> None:
-    """A table t of an id and a text."""
+    """Create a table t with an id and a text."""
     await admin.execute("CREATE TABLE t (id int, text text)")
     await admin.executemany("INSERT INTO t VALUES ($1, $2)", list(enumerate(texts)))
 
@@ -425,7 +425,7 @@ async def test_a_cell_that_is_too_large_is_rejected_by_its_column(shared: Postgr
             "to_jsonb(repeat('x', 100001))",
             "ARRAY[repeat('x', 100001)]",
         ):
-            # Rows that the query itself leaves out are not looked at.
+            # Rows that the query omits are not examined.
             rows = f"SELECT i, CASE WHEN i = 2 THEN {value} END AS v FROM generate_series(1, 2) AS i"
             sql = f'SELECT i, v AS "it\'s" FROM ({rows})'
             assert (await read(source, f"{sql} AS s WHERE i = 1", form)).rows == 1
@@ -808,7 +808,7 @@ async def test_unknown_parameters_are_rejected(source: Any) -> None:
         await source.describe(Query("SELECT $1", {"v": 1}))
 
 
-# -- what is no query
+# -- invalid queries
 
 REFUSED = [
     ("SELECT 1) TO PROGRAM 'touch {file}' --", "syntax error"),
@@ -971,7 +971,7 @@ async def test_a_restart_between_two_exports_is_not_noticed(postgres: Postgres, 
     assert (await read(source, "SELECT 1 AS x")).rows == 1
     postgres.stop()
     postgres.start()
-    # No turn of the loop since: the pool still believes in its connection.
+    # Without a turn of the event loop the pool has not noticed that its connection is closed.
     assert (await read(source, "SELECT 1 AS x")).rows == 1
 
 
@@ -1009,7 +1009,7 @@ async def test_no_more_exports_run_than_there_are_connections(shared: Postgres) 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
 async def test_a_consumer_that_does_not_read_uses_bounded_memory(source: Any, admin: Any, form: str) -> None:
     async def is_stalled() -> bool:
-        """Whether PostgreSQL waits, at fifty looks: it could have sent many megabytes in that time."""
+        """Return whether PostgreSQL waits, in fifty samples: it could have sent many megabytes in that time."""
         wait = "SELECT wait_event FROM pg_stat_activity WHERE application_name = 'streamlab'"
         waits = "ClientRead" if form == "json" else "ClientWrite"
         return all([await admin.fetchval(wait) == waits for _ in range(50)])

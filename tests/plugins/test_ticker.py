@@ -50,7 +50,7 @@ Serve = Callable[..., Running]
 
 @pytest.fixture
 def serve(start: Serve) -> Serve:
-    """A server whose table [scenarios.ticker] has these lines."""
+    """Start a server with these lines in [scenarios.ticker]."""
 
     def serving(ticker: str, others: str = "", **options: Any) -> Running:
         return start(f"{QUIET}{others}\n[scenarios.ticker]\n{ticker}\n", **options)
@@ -307,7 +307,7 @@ def test_each_change_is_against_the_price_before_however_fast_they_are_pushed(se
 
 def test_the_first_price_after_a_restart_changes_against_the_last_before_it(serve: Serve) -> None:
     server = serve('source = "push"')
-    publish(server, *({"symbol": f"S{n % 9000}", "price": n} for n in range(9990)))  # enough that reading takes time
+    publish(server, *({"symbol": f"S{n % 9000}", "price": n} for n in range(9990)))  # enough to make reading slow
     server.terminate(signal.SIGKILL)
     server = serve('source = "push"')
     ids = publish(server, {"symbol": "S8999", "price": 9000}, {"symbol": "S0", "price": 9001})
@@ -320,7 +320,7 @@ def test_a_process_learns_the_prices_that_were_pushed_to_another(serve: Serve) -
     deadline = time.monotonic() + 10
     with EventStream(other, PATH, after="0-0") as stream:
         events = iter(stream)
-        for number in range(1000):  # the other process learns it at an unknown time, so not always in the first round
+        for number in range(1000):  # the other process receives it at an unknown time, not always in the first round
             publish(one, {"symbol": f"S{number}", "price": 1})
             assert next(events).json["change"] is None
             publish(other, {"symbol": f"S{number}", "price": 3})
@@ -659,7 +659,7 @@ def test_a_replay_that_is_killed_resumes_and_publishes_every_row_once(serve: Ser
     server = serve(config)
     with EventStream(server, f"{PATH}?limit=1", after=events[-1].id) as stream:
         server.terminate()
-        assert [event.event for event in stream] == ["stop"]  # and no row again
+        assert [event.event for event in stream] == ["stop"]  # and no row is repeated
 
 
 def test_another_file_begins_with_its_first_row(serve: Serve, tmp_path: Path) -> None:
