@@ -23,7 +23,7 @@ class SetupError(Exception):
 
 
 class PluginTest:
-    """A test class of a plugin, with servers of its own.
+    """A test class of a plugin, with its own servers.
 
     The plugin is searched for in the folders of the nearest config.toml above the test, or in the nearest folder
     `plugins` above it, and among the installed ones.

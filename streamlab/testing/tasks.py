@@ -198,12 +198,12 @@ class TaskCases:
         begun = await _waited(server, id, _is_under_way, BEGIN_SECONDS)
         _require_running(begun)
         ignored = server.log.count("ignores its cancellation")
-        asked = time.monotonic()
+        requested_at = time.monotonic()
         response = await asyncio.to_thread(server.request, f"{TASKS}/{id}", method="DELETE")
         if response.status == 409:
             raise NoSample("it ended before it could be cancelled: with `large`, let it run for several seconds")
         document = await _waited(server, id, has_ended, CANCEL_SECONDS + 2)
-        seconds = time.monotonic() - asked
+        seconds = time.monotonic() - requested_at
         if document["state"] != "cancelled":
             raise Broken(f"{document['state']} {seconds:.1f} s after DELETE: {document['error'] or ''}")
         if server.log.count("ignores its cancellation") > ignored:

@@ -94,7 +94,7 @@ function link() {
   return linkTo(operation, [...form.entries(), ...(pace === usualPace() ? [] : [["@pace", pace]])]);
 }
 
-/** Let the address lead to the filled form, so that it survives a reload and can be sent to somebody. */
+/** Store the filled form in the address, so that it survives a reload and can be shared. */
 function updateAddress() {
   clearTimeout(addressTimer);
   history.replaceState(null, "", link());

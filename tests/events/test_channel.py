@@ -147,9 +147,11 @@ def serve(start: Callable[..., Running]) -> Callable[..., Running]:
 
 def publish(server: Running, *data: Any, channel: str = "c", event: str = "", key: str = "") -> list[str]:
     body = json.dumps([[item, event, key] for item in data], ensure_ascii=False).encode()
-    status, _, answer = server.get(f"/board/{channel}", {"Content-Type": "application/json"}, method="POST", body=body)
-    assert status == 200, answer
-    return list(json.loads(answer))
+    status, _, response = server.get(
+        f"/board/{channel}", {"Content-Type": "application/json"}, method="POST", body=body
+    )
+    assert status == 200, response
+    return list(json.loads(response))
 
 
 def wait_for_followers(server: Running, count: int) -> None:
@@ -530,7 +532,7 @@ def test_an_invalid_view_is_rejected_at_its_creation(wrong: dict[str, Any]) -> N
     assert View(keys=["a", "b", "a"]) == View(keys=frozenset("ab"))
 
 
-def said(events: Iterable[Received]) -> list[str]:
+def texts(events: Iterable[Received]) -> list[str]:
     return [event.data for event in events]
 
 
@@ -547,15 +549,15 @@ def test_a_slow_filter_delays_no_other_follower_and_preserves_the_order(serve: C
         wait_for_followers(server, 4)
         publish(server, *numbers)
         began = time.monotonic()
-        assert said(plain.take(20)) == numbers
-        assert said(quick.take(11)) == [text for text in numbers if text.startswith("event 1")]
+        assert texts(plain.take(20)) == numbers
+        assert texts(quick.take(11)) == [text for text in numbers if text.startswith("event 1")]
         assert server.get("/health")[0] == 200
         others = time.monotonic() - began
-        assert said(slow.take(20)) == numbers
+        assert texts(slow.take(20)) == numbers
         assert time.monotonic() - began >= 2.0 > others
-        assert said(slow_too) == numbers[:3]
+        assert texts(slow_too) == numbers[:3]
         publish(server, "event 20", "nothing", "event 21")
-        assert said(slow.take(2)) == ["event 20", "event 21"]
+        assert texts(slow.take(2)) == ["event 20", "event 21"]
 
 
 def test_a_filter_that_lags_by_a_megabyte_continues_from_the_log(serve: Callable[..., Running]) -> None:
@@ -564,7 +566,7 @@ def test_a_filter_that_lags_by_a_megabyte_continues_from_the_log(serve: Callable
         wait_for_followers(server, 1)
         for number in range(8):
             publish(server, *(f"x{number * 10 + item} " + "y" * 30_000 for item in range(10)))
-        assert [text.partition(" ")[0] for text in said(stream.take(80))] == [f"x{number}" for number in range(80)]
+        assert [text.partition(" ")[0] for text in texts(stream.take(80))] == [f"x{number}" for number in range(80)]
 
 
 def test_conflation_of_what_a_filter_accepts(serve: Callable[..., Running]) -> None:
@@ -572,9 +574,9 @@ def test_conflation_of_what_a_filter_accepts(serve: Callable[..., Running]) -> N
     with EventStream(server, "/board/c?contains=x&conflate=0.3&tail=0") as stream:
         wait_for_followers(server, 1)
         publish(server, "x0", key="a")
-        assert said(stream.take(1)) == ["x0"]
+        assert texts(stream.take(1)) == ["x0"]
         publish(server, "x1", "y", "x2", key="a")
-        assert said(stream.take(1)) == ["x2"]
+        assert texts(stream.take(1)) == ["x2"]
 
 
 def test_one_filter_more_than_config_allows_is_429_and_equal_ones_count_once(serve: Callable[..., Running]) -> None:
@@ -668,8 +670,8 @@ def test_a_log_that_cannot_keep_up_responds_503(serve: Callable[..., Running], v
             held.enter_context(closing(connection))
             connection.request("POST", "/board/c", body, {"Content-Type": "application/json"})
             waiting.append(connection)
-        refused, _, _ = select.select([connection.sock for connection in waiting], [], [], 20)
-        assert len(refused) == 1
+        rejected, _, _ = select.select([connection.sock for connection in waiting], [], [], 20)
+        assert len(rejected) == 1
         deadline = time.monotonic() + 10
         while (health := json.loads(server.get("/health")[2]))["status"] == "ok":
             assert time.monotonic() < deadline
@@ -682,9 +684,9 @@ def test_a_log_that_cannot_keep_up_responds_503(serve: Callable[..., Running], v
             },
         )
         valkey.start()
-        answers = [connection.getresponse() for connection in waiting]
-        assert sorted(answer.status for answer in answers) == [200] * 8 + [503]
-        assert [answer.getheader("Retry-After") for answer in answers if answer.status == 503] == ["5"]
+        responses = [connection.getresponse() for connection in waiting]
+        assert sorted(response.status for response in responses) == [200] * 8 + [503]
+        assert [response.getheader("Retry-After") for response in responses if response.status == 503] == ["5"]
     with EventStream(server, "/board/c?limit=8&tail=8") as stream:
         assert len(list(stream)) == 8
 
@@ -730,10 +732,10 @@ def test_a_log_that_cannot_be_written_is_503_and_degraded_until_it_can(serve: Ca
     body = json.dumps([["y" * 900_000, "", ""]]).encode()
     _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1_000_000, hard))  # as a full disk, for this process
-    status, headers, answer = server.get("/board/c", {"Content-Type": "application/json"}, method="POST", body=body)
+    status, headers, response = server.get("/board/c", {"Content-Type": "application/json"}, method="POST", body=body)
     assert (status, headers["retry-after"]) == (503, "5")
     state = health_of_log(server, "degraded")
-    assert (state["engine"], state["reason"]) == ("sqlite", json.loads(answer)["detail"])
+    assert (state["engine"], state["reason"]) == ("sqlite", json.loads(response)["detail"])
     assert re.fullmatch(r"The event log fails: (disk I/O error|database or disk is full)\.", state["reason"])
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     health_of_log(server, "ok")

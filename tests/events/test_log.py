@@ -145,9 +145,9 @@ async def test_appends_beyond_the_queue_are_rejected_and_the_others_stored(url: 
     async with opened(url) as log:
         half = "x" * (PENDING_BYTES // 2)
         results = await asyncio.gather(*(publish(log, half) for _ in range(3)), return_exceptions=True)
-        refused = [result for result in results if isinstance(result, EventLogError)]
-        assert len(refused) in (1, 2)
-        assert (await log.read("c", LATEST, 1)).last.offset == 3 - len(refused)
+        rejected = [result for result in results if isinstance(result, EventLogError)]
+        assert len(rejected) in (1, 2)
+        assert (await log.read("c", LATEST, 1)).last.offset == 3 - len(rejected)
 
 
 async def test_a_cancelled_publisher_cancels_no_other(url: str) -> None:
@@ -573,25 +573,25 @@ class Proxy:
         with closing(writer):
             if not self.open.is_set():
                 return
-            answers, requests = await asyncio.open_unix_connection(self._valkey.socket)
+            responses, requests = await asyncio.open_unix_connection(self._valkey.socket)
             with closing(requests), suppress(ConnectionError):
-                passing = asyncio.create_task(self._pass_on(answers, writer))
+                passing = asyncio.create_task(self._pass_on(responses, writer))
                 while data := await reader.read(1 << 20):
                     if self.lose in data:
                         passing.cancel()
                         await asyncio.wait({passing})
                         self.open.clear()
                         requests.write(data)
-                        await answers.read(1)
+                        await responses.read(1)
                         self.lost.set()
                         break
                     requests.write(data)
                 passing.cancel()
 
     @staticmethod
-    async def _pass_on(answers: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(responses: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
-            while data := await answers.read(1 << 20):
+            while data := await responses.read(1 << 20):
                 writer.write(data)
 
 
@@ -599,9 +599,9 @@ async def test_redis_append_whose_response_is_lost_is_applied_once_whatever_came
     proxy = Proxy(valkey)
     async with proxy.running() as url, opened(url) as log, opened(valkey.url) as other:
         first = await publish(log, "first")
-        proxy.lose = b"the answer to this is lost"
+        proxy.lose = b"the response to this is lost"
         async with asyncio.TaskGroup() as group:
-            publishing = group.create_task(publish(log, "the answer to this is lost"))
+            publishing = group.create_task(publish(log, "the response to this is lost"))
             await proxy.lost.wait()
             for _ in range(12):
                 last = await publish(other, *(["between"] * 1000), keep=Retention(20_000, 3600))

@@ -572,7 +572,7 @@ def test_a_hundred_clients_at_once_are_served_fairly(serve: Callable[..., Runnin
     assert len({digest for _, _, digest in found}) == 1
     first_bytes = sorted(started for started, _, _ in found)
     ends = sorted(ended for _, ended, _ in found)
-    assert first_bytes[-1] < ends[0], "somebody had everything before another had anything"
+    assert first_bytes[-1] < ends[0], "one client had everything before another had its first byte"
 
 
 def test_memory_does_not_grow_with_the_rows(serve: Callable[..., Running]) -> None:

@@ -215,7 +215,7 @@ def test_a_killed_model_is_an_error_for_its_client_and_restarted_within_seconds(
 
 
 async def test_a_model_that_has_just_died_is_reported_like_one_that_is_known_to_be_dead(tmp_path: Path) -> None:
-    upstream = plugin_module("llm", "upstream").Upstream("http://model", socket=str(tmp_path / "nobody-listens"))
+    upstream = plugin_module("llm", "upstream").Upstream("http://model", socket=str(tmp_path / "not-listening"))
     async with upstream.opened():
         with pytest.raises(plugin_module("llm", "openai").Failure) as caught:
             async with upstream.post("/v1/chat/completions", b"{}"):
@@ -600,11 +600,11 @@ def test_an_unreachable_upstream_is_502(start: Start) -> None:
 def test_v1_passes_events_on_unchanged_and_usage_where_it_is_requested(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
-    strange = b'data: {"choices": [],   "x": 1.0, "tool": {"a": [1e3]}}\n\n'
+    unusual = b'data: {"choices": [],   "x": 1.0, "tool": {"a": [1e3]}}\n\n'
     comment = b": processing\n\n"
 
     def odd(exchange: Exchange) -> None:
-        exchange.respond(comment, event("Hel") + event("lo")[:20], event("lo")[20:], strange, FINISH, USED, DONE)
+        exchange.respond(comment, event("Hel") + event("lo")[:20], event("lo")[20:], unusual, FINISH, USED, DONE)
 
     server, upstream = gateway({"default": odd})
     body = {
@@ -618,7 +618,7 @@ def test_v1_passes_events_on_unchanged_and_usage_where_it_is_requested(
         "/v1/chat/completions", {"Content-Type": "application/json"}, method="POST", body=json.dumps(body).encode()
     )
     assert (status, headers["content-type"]) == (200, "text/event-stream")
-    assert response == comment + event("Hel") + event("lo") + strange + FINISH + USED + DONE
+    assert response == comment + event("Hel") + event("lo") + unusual + FINISH + USED + DONE
     assert upstream.exchanges[0].body == {**body, "max_tokens": 512}  # a limit is always sent
 
     with client(server) as official:

@@ -70,16 +70,16 @@ def offsets(events: list[Received]) -> list[int]:
 
 def post(server: Running, body: bytes | str, content_type: str = "application/json", **headers: str) -> tuple[int, Any]:
     body = body.encode() if isinstance(body, str) else body
-    status, _, answer = server.get(PATH, {"Content-Type": content_type, **headers}, method="POST", body=body)
-    return status, json.loads(answer)
+    status, _, response = server.get(PATH, {"Content-Type": content_type, **headers}, method="POST", body=body)
+    return status, json.loads(response)
 
 
 def publish(server: Running, *prices: Any) -> list[str]:
     """Push prices, each a JSON text or an object, and return their ids."""
     lines = [price if isinstance(price, str) else json.dumps(price) for price in prices]
-    status, answer = post(server, "\n".join(lines), "application/x-ndjson")
-    assert status == 202, answer
-    return list(answer["ids"])
+    status, response = post(server, "\n".join(lines), "application/x-ndjson")
+    assert status == 202, response
+    return list(response["ids"])
 
 
 def health_of_ticker(server: Running, state: str) -> dict[str, Any]:
@@ -147,12 +147,12 @@ def test_two_processes_with_one_log_publish_each_step_once_and_take_over_from_ea
     first, second = serve("interval = 0.01"), serve("interval = 0.01")
     with EventStream(first, PATH) as one, EventStream(second, PATH) as other:
         seen = other.take(200)
-        beside = one.take(5)
+        concurrent = one.take(5)
         first.terminate(signal.SIGKILL)
         seen += other.take(200)
     events = first_events(second, offsets(seen)[-1])
     assert events[-400:] == seen
-    assert set(beside) <= set(events)
+    assert set(concurrent) <= set(events)
     assert offsets(events) == list(range(1, len(events) + 1))
     assert without_time(events) == simulated(len(events), seed=1, interval=0.01)[: len(events)]
 
@@ -341,8 +341,8 @@ def test_one_object_may_span_lines_and_many_objects_have_one_line_each(serve: Se
     lines = '{"symbol":"A","price":1,"change":0,"time":0}\r\n\n \t\n{"symbol":"B","price":2,"change":0,"time":0}'
     for content_type in ("application/json", "application/x-ndjson; charset=utf-8", "application/jsonl"):
         assert post(server, pretty, content_type)[0] == 202
-        status, answer = post(server, lines, content_type)
-        assert (status, len(answer["ids"])) == (202, 2)
+        status, response = post(server, lines, content_type)
+        assert (status, len(response["ids"])) == (202, 2)
     events = first_events(server, 9)
     assert [event.data for event in events] == 3 * [
         '{    "symbol": "ACME",    "price": 1.10,   "change": 0, "time": [ 1 ] }',
@@ -456,8 +456,8 @@ def test_a_body_of_1_mib_is_accepted_and_of_one_byte_more_is_413(serve: Serve) -
 def test_a_body_of_another_type_is_415(serve: Serve, content_type: str) -> None:
     server = serve('source = "push"')
     headers = {"Content-Type": content_type} if content_type else {}
-    status, answer, body = server.get(PATH, headers, method="POST", body=GOOD.encode())
-    assert (status, answer["accept"]) == (415, "application/json, application/x-ndjson, application/jsonl")
+    status, response, body = server.get(PATH, headers, method="POST", body=GOOD.encode())
+    assert (status, response["accept"]) == (415, "application/json, application/x-ndjson, application/jsonl")
     assert json.loads(body)["detail"] == (
         "The body must be application/json or application/x-ndjson or application/jsonl."
     )

@@ -954,12 +954,14 @@ async def test_on_stream_end_is_called_for_every_stream_with_its_summary(
 async def test_on_stream_end_may_raise_without_affecting_other_hooks(
     tmp_path: Path, aiohttp_client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard = STREAMING.replace("EVENTS", repr(str(tmp_path / "events")))
-    hearing = "from streamlab import hookimpl\n\n" + textwrap.dedent(heard[heard.index("    @hookimpl\n    def on_") :])
+    streaming = STREAMING.replace("EVENTS", repr(str(tmp_path / "events")))
+    hook_alone = "from streamlab import hookimpl\n\n" + textwrap.dedent(
+        streaming[streaming.index("    @hookimpl\n    def on_") :]
+    )
     plugins = {
-        "aaa": "import json\n" + hearing.replace("FINALLY", ""),
-        "streaming": heard.replace("FINALLY", "raise LookupError('bad hook')"),
-        "zzz": "import json\n" + hearing.replace("FINALLY", ""),
+        "aaa": "import json\n" + hook_alone.replace("FINALLY", ""),
+        "streaming": streaming.replace("FINALLY", "raise LookupError('bad hook')"),
+        "zzz": "import json\n" + hook_alone.replace("FINALLY", ""),
     }
     app = create_app(config(tmp_path, plugins))
     client = await aiohttp_client(app)

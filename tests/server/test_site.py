@@ -702,7 +702,7 @@ async def test_a_foreign_host_reaches_no_stream(lab: Lab) -> None:
 
 async def test_allowed_hosts_are_matched_exactly_or_by_wildcard(lab: Lab) -> None:
     client = await lab(allowed_hosts=["stream.example.org", "*.Example.net"])
-    answers = {
+    statuses = {
         host: await status_of(client, f"Host: {host}")
         for host in (
             "stream.example.org",
@@ -718,7 +718,7 @@ async def test_allowed_hosts_are_matched_exactly_or_by_wildcard(lab: Lab) -> Non
             "xstream.example.org",
         )
     }
-    assert answers == {
+    assert statuses == {
         "stream.example.org": 200,
         "STREAM.example.org:8443": 200,
         "stream.example.org.": 200,

@@ -99,7 +99,7 @@ SERVES = """
 ALONE = "".join(f"[scenarios.{name}]\nenabled = false\n" for name in disabled())
 
 
-def said(server: Running, text: str) -> None:
+def wait_for_output(server: Running, text: str) -> None:
     """Wait until a plugin has printed `text`."""
     assert server.process.stdout is not None
     assert any(text in line for line in server.process.stdout)
@@ -137,7 +137,7 @@ def test_a_signal_during_the_start_ends_the_server(tmp_path: Path, number: int) 
 def test_sigterm_waits_once_for_a_handler_without_a_stream(start: Callable[..., Running]) -> None:
     server = start(f"[server]\ndrain_seconds = 1\n{ALONE}", serves=SERVES)
     with server.send("GET /slow HTTP/1.1\nHost: localhost"):
-        said(server, "slow has begun")
+        wait_for_output(server, "slow has begun")
         status, seconds = server.terminate()
     assert status == 0
     assert seconds < 2
@@ -174,7 +174,7 @@ def test_a_handler_that_blocks_the_event_loop_is_reported_with_its_stack(start: 
 def test_sigterm_ends_the_process_whatever_runs(start: Callable[..., Running], what: str) -> None:
     server = start(f"[server]\ndrain_seconds = 0.2\n{ALONE}", tracebacks=True, serves=SERVES)
     with server.send(f"GET /{what} HTTP/1.1\nHost: localhost"):
-        said(server, f"{what} has begun")
+        wait_for_output(server, f"{what} has begun")
         status, seconds = server.terminate()
     assert status == 1
     assert seconds < 2.5
@@ -224,7 +224,7 @@ def test_other_signals_belong_to_plugins(start: Callable[..., Running], number: 
 def test_a_second_signal_ends_a_process_that_hangs(start: Callable[..., Running]) -> None:
     server = start(f"[server]\ndrain_seconds = 3600\n{ALONE}", tracebacks=True, serves=SERVES)
     with server.send("GET /sleeps HTTP/1.1\nHost: localhost"):
-        said(server, "sleeps has begun")
+        wait_for_output(server, "sleeps has begun")
         server.process.send_signal(signal.SIGTERM)
         status, _ = server.terminate(signal.SIGINT)
     assert status == 1

@@ -397,9 +397,9 @@ def test_a_body_that_does_not_match_its_coding_is_400_and_not_a_server_error(
     server = start(shop=PLUGIN)
     for path in ("/orders", "/notes"):  # read for a handler, and by one
         broken = {**JSON, "Content-Encoding": "gzip"}
-        status, headers, answer = server.get(path, broken, method="POST", body=b'{"amount": 1}')
+        status, headers, text = server.get(path, broken, method="POST", body=b'{"amount": 1}')
         assert (status, headers["content-type"]) == (400, "application/problem+json; charset=utf-8")
-        assert (headers["connection"], b"cannot be read" in answer) == ("close", True)
+        assert (headers["connection"], b"cannot be read" in text) == ("close", True)
     assert server.get("/plain")[0] == 200
     server.wait_for_log("path=/plain")
     assert (" ERROR " in server.log, "Traceback" in server.log) == (False, False), server.log

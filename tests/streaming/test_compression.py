@@ -36,8 +36,8 @@ def test_coding_is_chosen_by_weight(field: str, chosen: bool) -> None:
 async def test_each_chunk_can_be_read_when_it_has_arrived() -> None:
     encoder, decoder = GzipEncoder(), zlib.decompressobj(wbits=31)
     async with Threads("compress", 1) as threads:
-        for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
-            assert decoder.decompress(await encoder.encode(piece, threads)) == piece
+        for chunk in (b"one", b"x" * (IN_THREAD + 1), b"two"):
+            assert decoder.decompress(await encoder.encode(chunk, threads)) == chunk
     assert not decoder.eof
     decoder.decompress(encoder.finish())
     assert decoder.eof
@@ -47,8 +47,8 @@ async def test_each_chunk_of_zstd_can_be_read_when_it_has_arrived() -> None:
     zstd = pytest.importorskip("backports.zstd", reason="no zstd: Python 3.14 or backports.zstd has it")
     encoder, decoder = ZstdEncoder(), zstd.ZstdDecompressor()
     async with Threads("compress", 1) as threads:
-        for piece in (b"one", b"x" * (IN_THREAD + 1), b"two"):
-            assert decoder.decompress(await encoder.encode(piece, threads)) == piece
+        for chunk in (b"one", b"x" * (IN_THREAD + 1), b"two"):
+            assert decoder.decompress(await encoder.encode(chunk, threads)) == chunk
     assert not decoder.eof
     decoder.decompress(encoder.finish())
     assert decoder.eof

@@ -132,10 +132,10 @@ SOURCES = '''
             async with open_stream(request, "text/plain"):
                 raise ValueError("the source is secret")
 
-        @endpoint("GET", "/refuses-at-once")
-        async def refuses_at_once(self, request):
+        @endpoint("GET", "/rejects-at-once")
+        async def rejects_at_once(self, request):
             async with open_stream(request, "text/plain"):
-                raise Problem(502, "The upstream does not answer.")
+                raise Problem(502, "The upstream does not respond.")
 
         @endpoint("GET", "/fails-later")
         async def fails_later(self, request):
@@ -161,7 +161,7 @@ SOURCES = '''
         async def upstream_resets(self, request):
             async with open_stream(request, "text/plain") as response:
                 await response.write(b"first\\n")
-                raise ConnectionResetError("the upstream has gone, not the client")
+                raise ConnectionResetError("the upstream has disconnected, not the client")
 
         @endpoint("GET", "/shorter-than-declared")
         async def shorter_than_declared(self, request):
@@ -179,7 +179,7 @@ SOURCES = '''
         async def events_fail_later(self, request):
             async with open_event_stream(request) as response:
                 await response.write(b"data: 1\\nid: 1\\n\\n")
-                raise Problem(502, "The upstream has gone.")
+                raise Problem(502, "The upstream has disconnected.")
 
         @endpoint("GET", "/lines")
         async def lines(self, request):
@@ -233,7 +233,7 @@ def ended(server: Running, outcome: str) -> dict[str, str]:
     return {name: value.strip('"') for name, value in re.findall(r'(\w+)=("[^"]*"|\S+)', line)}
 
 
-def refused(server: Running) -> bool:
+def is_rejected(server: Running) -> bool:
     try:
         server.connect().close()
     except ConnectionRefusedError:
@@ -422,8 +422,8 @@ def test_source_that_fails_before_the_first_byte_is_a_real_status(serve: Callabl
 
 def test_problem_before_the_first_byte_chooses_the_status(serve: Callable[..., Running]) -> None:
     server = serve()
-    status, headers, body = server.get("/refuses-at-once")
-    assert (status, json.loads(body)["detail"]) == (502, "The upstream does not answer.")
+    status, headers, body = server.get("/rejects-at-once")
+    assert (status, json.loads(body)["detail"]) == (502, "The upstream does not respond.")
     assert headers["content-length"] == str(len(body))
     assert ended(server, "failed")["status"] == "502"
 
@@ -469,7 +469,7 @@ def test_event_stream_reports_its_failure_before_it_is_aborted(serve: Callable[.
     received = read_all(server.send("GET /events-fail-later HTTP/1.0"))
     head, _, last = received.partition(b"\r\n\r\n")[2].partition(b"event: error\n")
     assert head == b"data: 1\nid: 1\n\n"
-    assert json.loads(last.removeprefix(b"data: "))["detail"] == "The upstream has gone."
+    assert json.loads(last.removeprefix(b"data: "))["detail"] == "The upstream has disconnected."
 
 
 def test_handler_that_returns_nothing_is_a_500(serve: Callable[..., Running]) -> None:
@@ -554,7 +554,7 @@ def test_sigterm_lets_a_download_finish_and_rejects_new_connections(serve: Calla
         read_until(connection, b"begun\n")
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log("stopping")
-        assert refused(server)
+        assert is_rejected(server)
         assert read_all(connection).endswith(b"done\n\r\n" + LAST_CHUNK)
     assert server.process.wait(10) == 0
     assert ended(server, "finished")["path"] == "/slow"

@@ -116,7 +116,7 @@ class WrongStatus(Exception):
     """A status that a client of this kind must not get."""
 
     def __init__(self, request: str, status: int, body: bytes) -> None:
-        super().__init__(f"{request} was answered {status}: {body.decode(errors='replace')}")
+        super().__init__(f"{request} returned {status}: {body.decode(errors='replace')}")
 
 
 def _offset(event_id: str) -> int:
@@ -278,10 +278,10 @@ class Client:
     async def _submit(self, order: Order) -> str:
         """Submit a task until it is accepted, and return its id."""
         body, headers = {"kind": order.kind, "parameters": order.parameters}, {"Idempotency-Key": order.key}
-        status, answer = await self._send("POST", "/process/tasks", json=body, headers=headers)
+        status, text = await self._send("POST", "/process/tasks", json=body, headers=headers)
         if status != 202:
-            raise WrongStatus("POST /process/tasks", status, answer)
-        return str(json.loads(answer)["id"])
+            raise WrongStatus("POST /process/tasks", status, text)
+        return str(json.loads(text)["id"])
 
     async def _follow(self, task: str) -> list[Event]:
         """Return all events of a task, over any number of connections."""
@@ -473,7 +473,7 @@ class Chaos:
             if len(set(seen.values())) != len(seen):
                 yield f"{name} has {len(seen) - len(set(seen.values()))} prices twice, with different ids"
             if invented := [price for price in seen.values() if price[1] >= pushed[price[0]]]:
-                yield f"{name} has prices that nobody pushed: {invented[:10]}"
+                yield f"{name} has prices that were not pushed: {invented[:10]}"
 
     async def _task_problems(self) -> list[str]:
         """Return the tasks that exist without a key, and those that have not ended."""
