@@ -32,7 +32,7 @@ RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 """Longest pause before a reconnect, in seconds, whatever the server and the number of failures."""
 
-CLOSE_SECONDS = 0.5
+CLOSE_SECONDS = 2.0
 """Timeout for the server to end its response after `event: end`, in seconds, so that it counts a finished stream."""
 
 
