@@ -58,6 +58,9 @@ AGING_SECONDS = 20.0
 AGING_CHANNELS = 1000
 """Maximum number of streams that are trimmed by age; those of channels that expire are not."""
 
+APPENDED_CHANNELS = 1000
+"""Maximum number of streams whose last appended position this process remembers, to notice that it was lost."""
+
 TYPICAL_BYTES = 1024
 """Assumed size of an event before one of its channel has been read, in bytes."""
 
@@ -99,7 +102,8 @@ class RedisLog:
     """An event log in a Redis >= 7 or Valkey server. `url` is redis://, rediss:// or unix://.
 
     While the server is disconnected, appends and reads wait, and continue by themselves. The durability of an append is
-    that of the server: enable its append-only file.
+    that of the server: enable its append-only file, with `appendfsync always`. With `everysec` the server acknowledges
+    events up to two seconds before it writes them, while its disk is busy. Where it loses events, a new epoch begins.
     """
 
     def __init__(self, url: str) -> None:
@@ -118,6 +122,8 @@ class RedisLog:
         """Set when a watch began that the waiting XREAD does not include."""
         self._reader_id = 0
         self._aging: OrderedDict[str, Retention] = OrderedDict()
+        self._appended: OrderedDict[str, Position] = OrderedDict()
+        """Last position of the channels that this process appended to most recently."""
         self._leases: dict[str, str] = {}
         """Token of each lease that this process holds."""
         self._seen = 0
@@ -237,7 +243,7 @@ class RedisLog:
                 append = appends[number]
                 keys = [*_keys(append.channel), _token_key(append.channel, tokens[number])]
                 keys += [_lease_key(append.lease)] if append.lease else []
-                pipe.evalsha(sha, len(keys), *keys, *_arguments(append, self._seen))
+                pipe.evalsha(sha, len(keys), *keys, *_arguments(append, self._seen, self._last_of(append.channel)))
             for key in self._acknowledged:
                 pipe.unlink(key)
             replies = await pipe.execute(raise_on_error=False)
@@ -252,8 +258,8 @@ class RedisLog:
                     log.error("events cannot be stored: %s", reply)
                     results[number] = EventLogError("The Redis server of the event log rejects writes.")
                 else:
-                    results[number] = Position(int(reply[0]), int(reply[1]))
-                    self._seen = max(self._seen, int(reply[0]))
+                    results[number] = position = Position(int(reply[0]), int(reply[1]))
+                    self._note_appended(appends[number].channel, position)
             self._acknowledged.clear()
 
         while None in results:
@@ -262,6 +268,18 @@ class RedisLog:
             if isinstance(result, Position):
                 self._acknowledged.append(_token_key(append.channel, token))
         return [result for result in results if result is not None]
+
+    def _note_appended(self, channel: str, position: Position) -> None:
+        self._seen = max(self._seen, position.epoch)
+        self._appended[channel] = position
+        self._appended.move_to_end(channel)
+        if len(self._appended) > APPENDED_CHANNELS:
+            self._appended.popitem(last=False)
+
+    def _last_of(self, channel: str) -> Position:
+        """Return the last position of a channel that this process has appended or received; ORIGIN if there is none."""
+        watch = self._watches.get(channel)
+        return max(watch.position if watch else ORIGIN, self._appended.get(channel, ORIGIN))
 
     # -- delivering
 
@@ -477,10 +495,11 @@ def _lease_key(lease: str) -> str:
     return f"streamlab:lease:{lease}"
 
 
-def _arguments(append: Append, seen: int) -> Iterator[str | int | bytes]:
+def _arguments(append: Append, seen: int, last: Position) -> Iterator[str | int | bytes]:
     idle = append.retention.idle_seconds
     yield from (append.retention.events, 0 if idle is None else max(1, int(idle * 1000)))
     yield from (seen, append.fence, TOKEN_SECONDS * 1000)
+    yield from last
     yield from append.checkpoint or ("", "")
     for draft in append.drafts:
         yield from (draft.event, draft.key, draft.data)

@@ -709,6 +709,21 @@ async def test_redis_that_lost_the_end_of_a_channel_begins_a_new_epoch(valkey: V
         assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "b", "d"]
 
 
+async def test_redis_that_lost_acknowledged_events_gives_no_id_again(valkey: Valkey) -> None:
+    """Also to a process that publishes before it has looked at the stream again, and does not follow it."""
+    async with opened(valkey.url) as log:
+        await publish(log, "a")
+        saved = valkey.append_only_files()
+        old = await publish(log, "b")
+        valkey.kill()
+        valkey.restore(saved)
+        valkey.start()
+        new = await publish(log, "c")
+        assert (new.epoch > old.epoch, new.offset) == (True, 1)
+        assert texts((await log.read("c", ORIGIN, 10)).events) == ["a", "c"]
+        assert await publish(log, "d") == new._replace(offset=2)
+
+
 async def test_a_released_lease_leaves_no_file(tmp_path: Path) -> None:
     url, folder = f"sqlite:///{tmp_path / 'events.db'}", tmp_path / "events.db-leases"
     async with opened(url) as one, opened(url) as two:
