@@ -20,6 +20,9 @@ DISCONNECTS = 10
 CONCURRENT = 50
 """Number of concurrent clients."""
 
+FIRST_BYTE_SECONDS = 0.5
+"""Maximum time from the headers of a client's response to its first byte before it disconnects, in seconds."""
+
 STALLED = 5
 """Number of clients that read nothing."""
 
@@ -46,6 +49,9 @@ SHORT_SECONDS = 0.25
 
 HEALTH_SECONDS = 0.25
 """Maximum time of /health while a stream is open, in seconds."""
+
+HEALTH_INTERVAL = 0.025
+"""Interval between two requests for /health, in seconds: what a block may last longer than is measured."""
 
 
 class Streams:
@@ -215,7 +221,7 @@ async def _longest_health(subject: Subject, meanwhile: Coroutine[Any, Any, None]
             async with wire.send(subject.server.port, message) as health:
                 await health.read(seconds=TIMEOUT_SECONDS)
             longest = max(longest, health.ended_after)
-            await asyncio.wait({running}, timeout=0.01)
+            await asyncio.wait({running}, timeout=HEALTH_INTERVAL)
     return longest
 
 
@@ -225,16 +231,30 @@ async def _streamed(subject: Subject) -> None:
 
 
 async def _open_and_disconnect(subject: Subject) -> float:
-    """Connect ten clients, disconnect them after their first byte, half of them by a reset; return the time of it."""
-    async with AsyncExitStack() as stack:
-        responses = []
-        for _ in range(DISCONNECTS):
-            with suppress(NotHTTP):
-                responses.append(await stack.enter_async_context(subject.request(long=True)))
-        async with asyncio.TaskGroup() as group:
-            for response in responses:
-                group.create_task(response.wait_for_first_byte(seconds=0.5))
+    """Connect ten clients, disconnect them after their first byte, half of them by a reset; return the time of it.
+
+    Those that still wait, as for one of few slots, disconnect half a second after the first that is served.
+    """
+
+    async def first_byte() -> StreamedResponse | None:
+        with suppress(NotHTTP):
+            response = await stack.enter_async_context(subject.request(long=True))
+            await response.wait_for_first_byte(seconds=FIRST_BYTE_SECONDS)
+            return response
+        return None
+
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        waiting = {group.create_task(first_byte()) for _ in range(DISCONNECTS)}
+        responses: list[StreamedResponse] = []
+        while waiting and all(response.status in FULL for response in responses):
+            served, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            responses += filter(None, (client.result() for client in served))
+        if waiting:
+            served, waiting = await asyncio.wait(waiting, timeout=FIRST_BYTE_SECONDS)
+            responses += filter(None, (client.result() for client in served))
         disconnected_at = time.monotonic()
+        for client in waiting:
+            client.cancel()
         for number, response in enumerate(responses):
             response.disconnect(reset=number % 2 == 0)
     return disconnected_at

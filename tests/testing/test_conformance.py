@@ -54,7 +54,7 @@ OPENAI = "the OpenAI API is another protocol: its events have no ids, it ends wi
 class TestLlm(Conformance):
     plugin = "llm"
     settings = "[scenarios.llm]\nmax_waiting = 4\nwait_seconds = 5\nabandon_seconds = 1"
-    values = {"max_tokens": 16}
+    values = {"max_tokens": 8}
     large = {"max_tokens": 500}
     # Concurrent generations are computed in one batch, with another order of additions than a single one: tokens may
     # differ. tests/plugins/test_llm_limits.py tests them.
@@ -100,7 +100,7 @@ class TestLlm(Conformance):
             return {"stream": form.carries_events}
         if not form.template.startswith("/ai/generations/"):
             return {}
-        started = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=12")
+        started = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=6")
         return {"id": started.headers["location"].rpartition("/")[2]}
 
 

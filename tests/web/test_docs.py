@@ -26,11 +26,16 @@ async def browser() -> AsyncIterator[Browser]:
         yield running
 
 
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def tab(browser: Browser) -> Page:
+    """Open one page for all tests: each page has its own process, which would compile the scripts again."""
+    return await browser.new_page()
+
+
 @pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser) -> AsyncIterator[Page]:
-    context = await browser.new_context()
-    yield await context.new_page()
-    await context.close()
+async def page(tab: Page) -> Page:
+    await tab.goto("about:blank")  # without it, another operation would be the same document
+    return tab
 
 
 async def opened(page: Page, server: Running, operation: str) -> Locator:
