@@ -19,7 +19,7 @@ import pytest
 import trustme
 
 from streamlab.server.site import version
-from tests.support.servers import REPOSITORY, Running, run_streamlab, write_plugins
+from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port, run_streamlab, write_plugins
 
 STREAMLAB = [sys.executable, "-m", "streamlab"]
 
@@ -560,8 +560,8 @@ def test_run_announces_its_plugins_and_its_address(tmp_path: Path) -> None:
         text=True,
         env=environment(),
     )
-    assert process.stdout is not None
-    with process.stdout:
+    with ended_at_exit(process):
+        assert process.stdout is not None
         shown = []
         for line in process.stdout:
             shown.append(line)
@@ -607,12 +607,6 @@ def test_run_writes_no_log_file_when_it_is_disabled(start: Callable[..., Running
 
 
 # -- run --reload
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def children(process: int) -> list[int]:
@@ -671,7 +665,7 @@ def serves(port: int, path: str, expected: str) -> Callable[[], bool]:
 def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO})
     write_config(tmp_path, "")
-    port = unused_port()
+    port = free_port()
     with reloading(tmp_path, port) as process:
         wait_for(serves(port, "/hello", "hello 1"), "the server serves")
         (first,) = children(process.pid)
@@ -691,7 +685,7 @@ def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path
 def test_reload_survives_an_invalid_configuration_until_it_is_fixed(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hello": HELLO})
     write_config(tmp_path, "")
-    port = unused_port()
+    port = free_port()
     with reloading(tmp_path, port):
         wait_for(serves(port, "/hello", "hello 1"), "the server serves")
         write_config(tmp_path, "[server\n")
@@ -703,7 +697,7 @@ def test_reload_survives_an_invalid_configuration_until_it_is_fixed(tmp_path: Pa
 
 def test_reload_sees_the_first_plugin_of_a_folder_that_did_not_exist(tmp_path: Path) -> None:
     write_config(tmp_path, "")
-    port = unused_port()
+    port = free_port()
     with reloading(tmp_path, port):
         wait_for(lambda: "serves http" in (tmp_path / "reload.log").read_text(), "the server serves")
         write_plugins(tmp_path, {"hello": HELLO})

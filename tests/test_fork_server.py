@@ -3,16 +3,17 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.fork_server import ForkedProcess, ForkServer
-from tests.support.servers import REPOSITORY, Running, disabled, starting_in
+from tests.support.servers import REPOSITORY, Running, disabled, ended_at_exit, free_port, starting_in
 
 pytestmark = pytest.mark.skipif(not ForkServer.possible, reason="servers are not forked on this system")
 
@@ -116,6 +117,65 @@ def test_a_server_that_does_not_start_fails_its_test_with_its_output(tmp_path: P
 def test_a_traceback_fails_its_test(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="ZeroDivisionError: the glass is broken"), starting_in(tmp_path) as start:
         assert start(mirror=MIRROR).get("/broken")[0] == 500
+
+
+class Aborted(Exception):
+    """Raised by a signal anywhere in a test, as its timeout is."""
+
+
+@pytest.fixture
+def aborting() -> Iterator[None]:
+    def abort(number: int, frame: object) -> None:
+        raise Aborted
+
+    before = signal.signal(signal.SIGUSR1, abort)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+HANGS = '''
+    """Aborts the test, and starts forever."""
+
+    import os, signal
+    from pathlib import Path
+
+    Path("pid").write_text(str(os.getpid()))
+    os.kill({test}, signal.SIGUSR1)
+    signal.pause()
+'''
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.usefixtures("aborting")
+def test_a_server_ends_with_the_test_that_is_aborted_while_it_starts(tmp_path: Path, fresh: bool) -> None:
+    with pytest.raises(Aborted), starting_in(tmp_path) as start:
+        start(ALONE, fresh=fresh, hangs=HANGS.format(test=os.getpid()))
+    assert not lives(Path("/proc", (tmp_path / "pid").read_text(), "stat"))
+
+
+def test_a_process_ends_with_its_block_and_leaves_no_pipe_open() -> None:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    with pytest.raises(Aborted), ended_at_exit(process):
+        raise Aborted
+    assert process.returncode == -signal.SIGKILL
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdin.closed
+    assert process.stdout.closed
+    assert process.stderr.closed
+
+
+def test_a_free_port_is_for_those_who_ask_for_it(start: Start) -> None:
+    """No other program gets it between two servers: a listener that shares no port is what any port is given to."""
+    port = free_port()
+    for _ in range(2):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        server = start(ALONE, port=port)
+        assert server.get("/health")[0] == 200
+        server.terminate(signal.SIGKILL)
 
 
 SCRIPT = """

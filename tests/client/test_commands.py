@@ -22,7 +22,7 @@ import pytest
 from streamlab.client.follow import MAX_RETRY_SECONDS, Pause, backoff, follow
 from streamlab.client.http import ConnectionLost, RequestRejected, retry_after_seconds
 from streamlab.client.sse import MAX_BYTES, Event, Parser
-from tests.support.servers import REPOSITORY, Running, write_plugins
+from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port, write_plugins
 
 
 def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002
@@ -401,7 +401,7 @@ def serving(folder: Path, *, port: int = 0) -> Iterator[Running]:
             text=True,
             env=ENVIRONMENT,
         )
-    with process:
+    with ended_at_exit(process):
         try:
             assert process.stdout is not None
             address = next((line.split()[-1] for line in process.stdout if " serves http" in line), None)
@@ -409,10 +409,7 @@ def serving(folder: Path, *, port: int = 0) -> Iterator[Running]:
             yield Running(process, address, folder, errors)
         finally:
             process.terminate()
-            try:
-                process.wait(15)
-            finally:
-                process.kill()
+            process.wait(15)
     assert "Traceback" not in errors.read_text(), errors.read_text()
 
 
@@ -642,11 +639,8 @@ def following(*words: str, stdout: int | IO[bytes] = subprocess.PIPE) -> Iterato
         process = subprocess.Popen([*FOLLOW, *words], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT)
     finally:
         signal.signal(signal.SIGINT, before)
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with ended_at_exit(process):
+        yield process
 
 
 def lines(process: subprocess.Popen[bytes], count: int) -> list[bytes]:
@@ -779,9 +773,7 @@ def test_ctrl_c_ends_the_command_quietly_with_status_130(lab: Running) -> None:
 
 
 def test_the_command_survives_a_killed_server_and_continues_with_the_next(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with contextlib.ExitStack() as stack:
         with serving(tmp_path, port=port) as server:
             process = stack.enter_context(following(f"127.0.0.1:{port}/held?count=2"))

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
-from tests.support.servers import REPOSITORY, Running, free_port
+from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port
 
 Start = Callable[..., Running]
+
+Result = tuple[int, list[str], list[str]]
+"""Exit status of a command, and the lines of its stdout and stderr."""
 
 PATTERN = "/download/large-file?size_mb=4"
 
@@ -97,9 +101,10 @@ ODD = '''
 '''
 
 
-def begin(server: str, *names: str, cwd: Path, **variables: str) -> "subprocess.Popen[str]":
-    """Yield the command with its input open."""
-    return subprocess.Popen(
+@contextmanager
+def begin(server: str, *names: str, cwd: Path, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+    """Yield the command with its input open; it ends with the block."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "streamlab", "client", "--url", server, *names],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -108,6 +113,8 @@ def begin(server: str, *names: str, cwd: Path, **variables: str) -> "subprocess.
         env={**ENVIRONMENT, "PYTHONWARNINGS": "error", "COLUMNS": "120", **variables},
         cwd=cwd,
     )
+    with ended_at_exit(process):
+        yield process
 
 
 def reply(process: "subprocess.Popen[str]", *lines: str) -> None:
@@ -116,11 +123,17 @@ def reply(process: "subprocess.Popen[str]", *lines: str) -> None:
     process.stdin.flush()
 
 
-def end(process: "subprocess.Popen[str]", *lines: str) -> tuple[int, list[str], list[str]]:
-    """Send the last replies; return the exit status, and the lines of stdout and of stderr."""
+def end(process: "subprocess.Popen[str]", *lines: str) -> Result:
+    """Send the last replies, and return the result."""
     out, err = process.communicate("".join(f"{line}\n" for line in lines), timeout=40)
     assert "Traceback" not in err, err
     return process.returncode, out.splitlines(), err.splitlines()
+
+
+def result(server: str, *names: str, cwd: Path, replies: Sequence[str] = (), **variables: str) -> Result:
+    """Run the command with these replies, as `end` returns it."""
+    with begin(server, *names, cwd=cwd, **variables) as process:
+        return end(process, *replies)
 
 
 @pytest.fixture
@@ -131,11 +144,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run(server: Running, folder: Path, *views: str) -> tuple[int, list[str], list[str]]:
+def run(server: Running, folder: Path, *views: str) -> Result:
     """Open views, each given as its name and its replies, separated by "|"; return the output without questions."""
     names = [view.partition("|")[0] for view in views]
     replies = [reply for view in views for reply in view.split("|")[1:]]
-    status, out, err = end(begin(server.url, *names, cwd=folder), *replies)
+    status, out, err = result(server.url, *names, cwd=folder, replies=replies)
     return status, [line for line in out if not re.search(r" \[[^]]*\]: ", line)], err
 
 
@@ -148,10 +161,6 @@ def wait_until(reached: Callable[[], bool], seconds: float = 20) -> None:
 
 def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def wait_for_followers(server: Running, count: int) -> None:
-    wait_until(lambda: json.loads(server.get("/health")[2])["open_streams"] == count)
 
 
 def names(folder: Path) -> list[str]:
@@ -174,14 +183,14 @@ def test_the_menu_lists_every_view_and_exits_with_0(start: Start, folder: Path) 
         "  7  ticker      Live prices.",
         "  8  quit",
     ]
-    assert end(begin(server.url, cwd=folder)) == (0, [*listed, "view: "], [])
-    wrong = end(begin(server.url, cwd=folder), "", "9", "x\x1b", "8")
+    assert result(server.url, cwd=folder) == (0, [*listed, "view: "], [])
+    wrong = result(server.url, cwd=folder, replies=["", "9", "x\x1b", "8"])
     assert wrong == (
         0,
         [*listed, "view: ", "view: 9", "view: x\x1b", "view: 8"],
         ["'9' is not in the menu", r"'x\x1b' is not in the menu"],
     )
-    status, out, err = end(begin(server.url, cwd=folder), "ticker", "", "soon")
+    status, out, err = result(server.url, cwd=folder, replies=["ticker", "", "soon"])
     assert (status, out[-3:]) == (
         0,
         ["symbols, for example AAPL,MSFT [all]: ", "events [until Ctrl-C]: soon", "events [until Ctrl-C]: "],
@@ -189,20 +198,20 @@ def test_the_menu_lists_every_view_and_exits_with_0(start: Start, folder: Path) 
     assert err == ["'soon' is not a positive integer"]
 
     # An unreachable server is reported in one line, and the menu continues.
-    process = begin(server.url, cwd=folder)
-    assert process.stdout is not None
-    while process.stdout.readline() != "  8  quit\n":
-        pass
-    server.terminate(signal.SIGKILL)
-    failure = f"streamlab: {server.url}/health: cannot connect: Connection refused"
-    status, out, err = end(process, "ticker", "quit")
+    with begin(server.url, cwd=folder) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "  8  quit\n":
+            pass
+        server.terminate(signal.SIGKILL)
+        failure = f"streamlab: {server.url}/health: cannot connect: Connection refused"
+        status, out, err = end(process, "ticker", "quit")
     assert (status, out[-1], err) == (0, "view: quit", [failure])
-    assert end(begin(server.url, cwd=folder)) == (1, [], [failure])
+    assert result(server.url, cwd=folder) == (1, [], [failure])
 
 
 def test_an_invalid_url_and_an_unknown_view_exit_with_2(tmp_path: Path) -> None:
-    assert end(begin("ftp://x", cwd=tmp_path)) == (2, [], ["streamlab: 'ftp://x/health' is not an http(s) URL"])
-    status, _, err = end(begin("127.0.0.1:1", "tikcer", cwd=tmp_path))
+    assert result("ftp://x", cwd=tmp_path) == (2, [], ["streamlab: 'ftp://x/health' is not an http(s) URL"])
+    status, _, err = result("127.0.0.1:1", "tikcer", cwd=tmp_path)
     assert (status, err) == (
         2,
         ["streamlab: unknown view 'tikcer'; the views are chat, comparison, download, export, logs, task, ticker"],
@@ -238,12 +247,13 @@ def test_a_download_is_verified_and_overwrites_only_on_confirmation(start: Start
 def test_a_download_resumes_after_the_server_was_killed(start: Start, folder: Path) -> None:
     port = free_port()
     server = start(port=port)
-    process, part = begin(server.url, cwd=folder), folder / "four.part"
-    reply(process, "download", f"{PATTERN}&rate=4000000", "four")
-    wait_until(lambda: size(part) > 1_000_000)
-    server.terminate(signal.SIGKILL)
-    server = start(port=port)
-    status, out, err = end(process, "quit")
+    part = folder / "four.part"
+    with begin(server.url, cwd=folder) as process:
+        reply(process, "download", f"{PATTERN}&rate=4000000", "four")
+        wait_until(lambda: size(part) > 1_000_000)
+        server.terminate(signal.SIGKILL)
+        server = start(port=port)
+        status, out, err = end(process, "quit")
     assert (status, out[12]) == (0, "four: 4,000,000 bytes, verified by SHA-256")
     at = re.fullmatch(r"resuming at byte ([\d,]+) of 4,000,000", err[-1])
     assert at is not None
@@ -256,14 +266,15 @@ def test_a_download_resumes_after_the_server_was_killed(start: Start, folder: Pa
 
 def test_a_download_that_was_stopped_resumes_when_it_is_chosen_again(start: Start, folder: Path) -> None:
     server = start()
-    process, part = begin(server.url, cwd=folder), folder / "four.part"
-    reply(process, "3", f"{PATTERN}&rate=200000", "four")
-    wait_until(lambda: size(part) > 100_000)
-    process.send_signal(signal.SIGINT)
-    wait_for_followers(server, 0)
-    there = size(part)
-    assert 100_000 < there < 4_000_000
-    status, out, err = end(process, "3", PATTERN, "four", "quit")
+    part = folder / "four.part"
+    with begin(server.url, cwd=folder) as process:
+        reply(process, "3", f"{PATTERN}&rate=200000", "four")
+        wait_until(lambda: size(part) > 100_000)
+        process.send_signal(signal.SIGINT)
+        server.wait_for_open_streams(0)
+        there = size(part)
+        assert 100_000 < there < 4_000_000
+        status, out, err = end(process, "3", PATTERN, "four", "quit")
     assert status == 0
     assert "[stopped]" in out
     assert err == [f"resuming at byte {there:,} of 4,000,000"]
@@ -334,22 +345,22 @@ def push(server: Running, *prices: dict[str, object]) -> None:
 def test_the_ticker_reconnects_after_the_server_was_killed(start: Start, folder: Path) -> None:
     port, config = free_port(), '[scenarios.ticker]\nsource = "push"'
     server = start(config, port=port)
-    process = begin(server.url, "ticker", cwd=folder)
-    reply(process, "ACME,BOLT", "4")
-    wait_for_followers(server, 1)
     at = "2026-01-01T00:00:00Z"
-    push(
-        server,
-        {"symbol": "ACME", "price": 12.5, "time": at},
-        {"symbol": "OTHER", "price": 1},
-        {"symbol": "ACME", "price": 12.25, "time": "\x1b[31m\x9bred"},
-    )
-    assert process.stdout is not None
-    shown = [process.stdout.readline() for _ in range(4)]
-    server.terminate(signal.SIGKILL)
-    server = start(config, port=port)
-    push(server, {"symbol": "BOLT", "price": 3, "time": at}, {"symbol": "BOLT", "price": 4, "time": at})
-    status, out, err = end(process)
+    with begin(server.url, "ticker", cwd=folder) as process:
+        reply(process, "ACME,BOLT", "4")
+        server.wait_for_followers(1)
+        push(
+            server,
+            {"symbol": "ACME", "price": 12.5, "time": at},
+            {"symbol": "OTHER", "price": 1},
+            {"symbol": "ACME", "price": 12.25, "time": "\x1b[31m\x9bred"},
+        )
+        assert process.stdout is not None
+        shown = [process.stdout.readline() for _ in range(4)]
+        server.terminate(signal.SIGKILL)
+        server = start(config, port=port)
+        push(server, {"symbol": "BOLT", "price": 3, "time": at}, {"symbol": "BOLT", "price": 4, "time": at})
+        status, out, err = end(process)
     assert status == 0
     assert shown[2:] == [f"ACME 12.5 - {at}\n", "ACME 12.25 -0.25 \\x1b[31m\\x9bred\n"]
     assert out == [f"BOLT 3 - {at}", f"BOLT 4 +1 {at}"]
@@ -358,7 +369,7 @@ def test_the_ticker_reconnects_after_the_server_was_killed(start: Start, folder:
 
 def test_events_about_the_stream_are_shown_on_stderr(start: Start, folder: Path) -> None:
     server = start("[scenarios.ticker]\nenabled = false", odd=ODD)
-    assert end(begin(server.url, "ticker", cwd=folder, PYTHONIOENCODING="ascii"), "", "") == (
+    assert result(server.url, "ticker", cwd=folder, replies=["", ""], PYTHONIOENCODING="ascii") == (
         1,
         ["symbols, for example AAPL,MSFT [all]: ", "events [until Ctrl-C]: ", r"\xc4 1 - now"],
         [
@@ -424,8 +435,7 @@ def test_a_conversation_includes_its_earlier_messages(start: Start, folder: Path
 
     with fake_upstream({"one": respond, "two": respond, "three": respond}) as upstream:
         server = start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "{MODEL}"\n')
-        process = begin(server.url, cwd=folder)
-        status, out, err = end(process, "chat", "7", "one", "two", "", "quit")
+        status, out, err = result(server.url, cwd=folder, replies=["chat", "7", "one", "two", "", "quit"])
     assert (status, err) == (0, [])
     assert out[10:15] == [
         "maximum tokens of a response [200]: 7",
@@ -539,14 +549,14 @@ def test_views_are_drawn_live_and_ctrl_c_leads_back_to_the_menu(
     shown.wait_for("quit.*view: ")
     shown.type("ticker\n\n\n")
     shown.wait_for("0 symbols, 0.0 events/s")
-    wait_for_followers(server, 1)
+    server.wait_for_followers(1)
     push(server, {"symbol": "ACME", "price": 12.5, "time": "\x1b]0;title\x07"}, {"symbol": "ACME", "price": 13})
     shown.wait_for(r"1 symbols, \d.*ACME.* 13 .*\+0\.5")
     assert "\x1b]0;" not in shown.shown
     server.terminate(signal.SIGKILL)
     server = start(config, port=port)
     shown.wait_for("retrying in")
-    wait_for_followers(server, 1)
+    server.wait_for_followers(1)
     push(server, {"symbol": "BOLT", "price": 7})
     shown.wait_for("2 symbols.*BOLT")
     shown.type("\x03")

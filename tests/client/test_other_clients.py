@@ -102,10 +102,6 @@ def wait_until(reached: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.002)
 
 
-def wait_for_followers(server: Running, count: int) -> None:
-    wait_until(lambda: json.loads(server.get("/health")[2])["open_streams"] == count)
-
-
 @contextmanager
 def publisher(server: Callable[[], Running]) -> Iterator[None]:
     """Push numbered prices during the block, whether or not a server responds."""
@@ -213,14 +209,14 @@ def test_a_client_that_reconnects_after_the_server_was_killed_has_every_event_on
     server = start(PUSH, port=port, heartbeats=HEARTBEATS)
     client = Client(follow, server.url + FROM_THE_BEGINNING, LAST)
     client.start()
-    wait_for_followers(server, 1)
+    server.wait_for_followers(1)
     with publisher(lambda: server):
         wait_until(lambda: len(client.received) >= 50 or not client.is_alive())
         server.terminate(signal.SIGKILL)
         server = start(PUSH, port=port, heartbeats=HEARTBEATS)
         seen = len(client.received)
         wait_until(lambda: len(client.received) >= seen + 50 or not client.is_alive())
-    wait_for_followers(server, 1)
+    server.wait_for_followers(1)
     with server.send(f"GET {PATH} HTTP/1.1\nHost: localhost") as other:
         read_until(other, b"2\r\n:\n")  # heartbeats go to all followers, so the client has received some too
         read_until(other, b"2\r\n:\n")

@@ -134,6 +134,26 @@ BOARD = '''
         return [Board]
 '''
 
+LATE = '''
+    """Finds the last position of a channel once there is a file `gate`."""
+
+    import asyncio
+    from pathlib import Path
+
+    from streamlab import Channel
+
+    last = Channel.last
+
+
+    async def late(channel):
+        while not Path("gate").exists():
+            await asyncio.sleep(0.005)
+        return await last(channel)
+
+
+    Channel.last = late
+'''
+
 QUIET = "[scenarios.ticker]\nenabled = false\n[scenarios.logs]\nenabled = false\n"
 
 
@@ -152,13 +172,6 @@ def publish(server: Running, *data: Any, channel: str = "c", event: str = "", ke
     )
     assert status == 200, response
     return list(json.loads(response))
-
-
-def wait_for_followers(server: Running, count: int) -> None:
-    deadline = time.monotonic() + 10
-    while json.loads(server.get("/health")[2])["open_streams"] != count:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def data(events: Sequence[Any]) -> list[Any]:
@@ -468,7 +481,7 @@ def test_each_view_gets_its_events_and_positions_advance_for_all(serve: Callable
         paths = {key: f"/board/c?limit=3&keys={key}" for key in "abc"}
         streams = {key: held.enter_context(EventStream(server, path)) for key, path in paths.items()}
         both = held.enter_context(EventStream(server, "/board/c?limit=6&keys=a&keys=b"))
-        wait_for_followers(server, 4)
+        server.wait_for_followers(4)
         for number in range(3):
             for key in "abc":
                 publish(server, f'"{key}{number}"', key=key)
@@ -480,7 +493,7 @@ def test_each_view_gets_its_events_and_positions_advance_for_all(serve: Callable
 def test_conflation_sends_the_latest_of_each_key_at_most_once_per_interval(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/c?conflate=3") as stream:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         events = iter(stream)
         publish(server, 0, key="a")
         assert next(events).json == 0  # nothing was sent before, so it does not wait
@@ -509,7 +522,7 @@ def test_conflation_catches_up_with_the_latest_alone(serve: Callable[..., Runnin
 def test_a_view_that_fails_ends_only_its_followers(serve: Callable[..., Running]) -> None:
     server = serve(tracebacks=True)
     with EventStream(server, "/board/c?broken=1") as broken, EventStream(server, "/board/c?limit=3") as whole:
-        wait_for_followers(server, 2)
+        server.wait_for_followers(2)
         publish(server, 1)
         publish(server, '"trap"')
         publish(server, 3)
@@ -520,6 +533,21 @@ def test_a_view_that_fails_ends_only_its_followers(serve: Callable[..., Running]
         assert (failed.event, failed.json["status"]) == ("error", 500)
         assert failed.id.endswith("-1.error")
     server.wait_for_log("outcome=failed")
+
+
+def test_a_follower_without_an_id_is_live_once_its_position_is_known(serve: Callable[..., Running]) -> None:
+    """Its stream is open earlier, and what is published until then is not for it."""
+    server = serve(late=LATE)
+    with server.send("GET /board/c?limit=1 HTTP/1.1\nHost: localhost\nConnection: close") as connection:
+        server.wait_for_open_streams(1)
+        server.wait_for_followers(0)
+        publish(server, "earlier")
+        (server.base / "gate").touch()
+        server.wait_for_followers(1)
+        publish(server, "later")
+        body = read_all(connection)
+    assert b"data: later\n\n" in body
+    assert b"earlier" not in body
 
 
 # -- endings
@@ -546,7 +574,7 @@ def test_a_slow_filter_delays_no_other_follower_and_preserves_the_order(serve: C
         EventStream(server, "/board/c?contains=event%201&tail=0") as quick,
         EventStream(server, "/board/c?tail=0") as plain,
     ):
-        wait_for_followers(server, 4)
+        server.wait_for_followers(4)
         publish(server, *numbers)
         began = time.monotonic()
         assert texts(plain.take(20)) == numbers
@@ -563,7 +591,7 @@ def test_a_slow_filter_delays_no_other_follower_and_preserves_the_order(serve: C
 def test_a_filter_that_lags_by_a_megabyte_continues_from_the_log(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/c?contains=x&seconds=0.02&tail=0") as stream:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         for number in range(8):
             publish(server, *(f"x{number * 10 + item} " + "y" * 30_000 for item in range(10)))
         assert [text.partition(" ")[0] for text in texts(stream.take(80))] == [f"x{number}" for number in range(80)]
@@ -572,7 +600,7 @@ def test_a_filter_that_lags_by_a_megabyte_continues_from_the_log(serve: Callable
 def test_conflation_of_what_a_filter_accepts(serve: Callable[..., Running]) -> None:
     server = serve()
     with EventStream(server, "/board/c?contains=x&conflate=0.3&tail=0") as stream:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         publish(server, "x0", key="a")
         assert texts(stream.take(1)) == ["x0"]
         publish(server, "x1", "y", "x2", key="a")
@@ -590,7 +618,7 @@ def test_one_filter_more_than_config_allows_is_429_and_equal_ones_count_once(ser
         assert headers["content-type"].startswith("application/problem+json")
         assert "2 different filters" in json.loads(body)["detail"]
         first.__exit__()
-        wait_for_followers(server, 5)
+        server.wait_for_open_streams(5)
         assert streams.enter_context(EventStream(server, "/board/c?contains=c")).status == 200
 
 
@@ -616,7 +644,7 @@ def test_limit_ends_the_stream_after_that_number_of_events(serve: Callable[..., 
     server = serve()
     ids = publish(server, *range(5))
     with EventStream(server, "/board/c?limit=8", after=ids[0]) as stream:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         publish(server, *range(5, 20))  # one batch for all, more than the limit of this one
         assert data(list(stream)) == list(range(1, 9))
 
@@ -625,7 +653,7 @@ def test_a_finite_channel_ends_and_a_client_that_has_its_end_gets_204(serve: Cal
     server = serve()
     first = publish(server, 1, channel="finite")[0]
     with EventStream(server, "/board/finite", after=first) as live:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         publish(server, 2, channel="finite")
         publish(server, {"total": 2}, channel="finite", event="end")
         events = list(live)
@@ -643,7 +671,7 @@ def test_sigterm_sends_a_farewell_with_an_id_to_resume_from(serve: Callable[...,
     publish(server, 1, 2)
     with EventStream(server, "/board/c?tail=2") as stream, EventStream(server, "/board/none") as empty:
         assert data(stream.take(2)) == [1, 2]
-        wait_for_followers(server, 2)
+        server.wait_for_followers(2)
         server.process.send_signal(signal.SIGTERM)
         (farewell,) = list(stream)
         (other,) = list(empty)
@@ -707,7 +735,7 @@ def test_a_log_deleted_while_two_servers_use_it_loses_no_acknowledged_event(serv
     servers = serve(), serve()
     with EventStream(servers[1], "/board/c") as stream:
         events = iter(stream)
-        wait_for_followers(servers[1], 1)
+        servers[1].wait_for_followers(1)
         ids = publish(servers[0], 0, 1)
         assert [next(events).id for _ in ids] == ids
         for file in (servers[0].base / "var").glob("streamlab.db*"):
@@ -755,7 +783,7 @@ def test_followers_get_a_gap_and_new_events_if_the_log_lost_its_data_and_its_clo
     with EventStream(server, "/board/c", after="1-0") as follower:
         events = iter(follower)
         assert [next(events).id for _ in range(2)] == [f"{epoch}-0.gap", f"{epoch}-1"]
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         valkey.kill()
         shutil.rmtree(valkey.folder / "appendonlydir")
         valkey.start()
@@ -798,7 +826,7 @@ def test_a_thousand_short_channels_leave_nothing_behind(serve: Callable[..., Run
         names = [f"finite{n}" for n in range(number, number + 50)]
         with ExitStack() as held:
             streams = [held.enter_context(EventStream(server, f"/board/{name}")) for name in names]
-            wait_for_followers(server, len(names))
+            server.wait_for_followers(len(names))
             for name in names:
                 publish(server, {"done": True}, channel=name, event="end")
             assert all([event.event for event in stream] == ["end"] for stream in streams)
@@ -823,7 +851,7 @@ def test_a_client_that_was_slow_gets_everything_once_it_reads(serve: Callable[..
     server = serve()
     text = "x" * 2000
     with stalled(server, "/board/c?limit=900") as connection:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         for number in range(0, 900, 30):
             publish(server, *({"n": n, "text": text} for n in range(number, number + 30)))
         body = read_all_chunks(connection)
@@ -845,7 +873,7 @@ def test_a_slow_client_that_retention_overtakes_gets_the_number_of_missed_events
     server = serve("[scenarios.board]\nkeep = 50")
     text = "x" * 10_000
     with stalled(server, "/board/c") as connection:
-        wait_for_followers(server, 1)
+        server.wait_for_followers(1)
         for number in range(0, 800, 20):
             publish(server, *({"n": n, "text": text} for n in range(number, number + 20)))
         received = read_until(connection, b'"n":799')
@@ -867,14 +895,14 @@ def test_stalled_clients_use_bounded_memory_and_are_disconnected(serve: Callable
     with ExitStack() as held:
         for _ in range(count):
             held.enter_context(stalled(server, "/board/c"))
-        wait_for_followers(server, count)
+        server.wait_for_followers(count)
         before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
         for _ in range(20):
             publish(server, *({"n": n, "text": text} for n in range(100)))
         after = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
         assert (after - before) / count < 256
         server.wait_for_log('outcome="client left"')
-        wait_for_followers(server, 0)
+        server.wait_for_open_streams(0)
 
 
 def test_a_large_event_arrives_completely_and_a_client_that_stalls_in_it_is_disconnected(

@@ -37,7 +37,7 @@ from tests.support.fake_upstream import (
     fake_upstream,
 )
 from tests.support.models import needs_model
-from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
+from tests.support.servers import REPOSITORY, Running, ended_at_exit, plugin_module, run_streamlab
 
 LOADED_PLUGINS = ("llm",)
 
@@ -1086,14 +1086,18 @@ def test_without_its_key_the_gateway_is_out_of_service_and_reports_why(start: St
 # -- streamlab chat
 
 
-def talk(url: str, *options: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+@contextlib.contextmanager
+def talk(url: str, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """Yield the command with its input open; it ends with the block."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "streamlab", "chat", "--url", url, *options],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         # A background job of a shell ignores it, and so would its child processes.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+    with ended_at_exit(process):
+        yield process
 
 
 def test_chat_sends_the_conversation_so_far(gateway: Callable[..., tuple[Running, FakeUpstream]]) -> None:

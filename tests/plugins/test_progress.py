@@ -26,7 +26,7 @@ from streamlab import Problem
 from streamlab.events.channel import Events, open_log
 from tests.support.connections import EventStream, Received
 from tests.support.fork_server import ForkedProcess
-from tests.support.servers import REPOSITORY, Running, begin, free_port, plugin_module, run_streamlab
+from tests.support.servers import REPOSITORY, Running, begin, ended_at_exit, free_port, plugin_module, run_streamlab
 from tests.support.valkey import Valkey
 
 LOADED_PLUGINS = ("comparison", "export", "file", "progress")
@@ -859,8 +859,10 @@ def test_a_kind_that_no_longer_exists_is_reported(start: Callable[..., Running])
 # -- the command line
 
 
-def streamlab(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+@contextlib.contextmanager
+def streamlab(*arguments: str, cwd: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Yield a command; it ends with the block."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "streamlab", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -868,6 +870,13 @@ def streamlab(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
         env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"},
         cwd=cwd,
     )
+    with ended_at_exit(process):
+        yield process
+
+
+def result(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    with streamlab(*arguments, cwd=cwd) as process:
+        return output_of(process)
 
 
 def output_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -880,7 +889,7 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     server = embedded(start)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        return output_of(streamlab("task", "run", *arguments, "--url", server.url, cwd=server.base))
+        return result("task", "run", *arguments, "--url", server.url, cwd=server.base)
 
     assert run("rehearsal", "-p", "steps=2", "-p", "delay=0.01") == (0, '{\n "steps": 2\n}\n', "rehearsing\n")
     failure = "streamlab: the task is failed: Step 1 failed, as requested.\n"
@@ -889,7 +898,7 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     status, out, err = run("nap")
     assert (status, out) == (2, "")
     assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: Invalid parameters: kind.")
-    status, out, err = output_of(streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base))
+    status, out, err = result("task", "watch", "f" * 32, "--url", server.url, cwd=server.base)
     assert (status, out) == (1, "")
     assert err.endswith("returned 404: There is no task with this id.\n")
 
@@ -927,13 +936,13 @@ def test_watching_continues_across_a_crash_of_the_server(start: Callable[..., Ru
     port = free_port()
     server = embedded(start, port=port)
     task = start_task(server, "count", until=10, hold_at=5, gate="go")
-    watching = streamlab("task", "watch", task["id"], "--url", f"127.0.0.1:{port}", cwd=server.base)
-    assert watching.stderr is not None
-    assert watching.stderr.readline() == "held at 5\n"
-    server.terminate(signal.SIGKILL)
-    (server.base / "go").touch()
-    embedded(start, port=port)
-    status, out, err = output_of(watching)
+    with streamlab("task", "watch", task["id"], "--url", f"127.0.0.1:{port}", cwd=server.base) as watching:
+        assert watching.stderr is not None
+        assert watching.stderr.readline() == "held at 5\n"
+        server.terminate(signal.SIGKILL)
+        (server.base / "go").touch()
+        embedded(start, port=port)
+        status, out, err = output_of(watching)
     assert (status, json.loads(out)) == (0, {"counted": 10})
     assert "retrying in" in err
 
@@ -942,19 +951,19 @@ def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]
     server = embedded(start)
     task = start_task(server, "hold", gate="never")
     wait_for(server, task, message="held")
-    watching = streamlab("task", "watch", task["id"], "--url", server.url, cwd=server.base)
-    assert watching.stderr is not None
-    assert watching.stderr.readline() == "held\n"
-    assert output_of(streamlab("task", "cancel", task["id"], "--url", server.url, cwd=server.base))[0] == 0
-    assert output_of(watching) == (1, "", "streamlab: the task is cancelled\n")
+    with streamlab("task", "watch", task["id"], "--url", server.url, cwd=server.base) as watching:
+        assert watching.stderr is not None
+        assert watching.stderr.readline() == "held\n"
+        assert result("task", "cancel", task["id"], "--url", server.url, cwd=server.base)[0] == 0
+        assert output_of(watching) == (1, "", "streamlab: the task is cancelled\n")
 
 
 def test_a_worker_without_work_does_not_start(tmp_path: Path) -> None:
     fault = 'defaults: Tasks run in the server; workers need [scenarios.progress] engine = "docket".\n'
-    status, out, err = output_of(streamlab("worker", cwd=tmp_path))
+    status, out, err = result("worker", cwd=tmp_path)
     assert (status, out, err) == (2, "", f"{fault}streamlab: 1 fault; nothing was started\n")
     (tmp_path / "config.toml").write_text('[scenarios.progress]\nengine = "docket"\n')
-    status, _, err = output_of(streamlab("worker", cwd=tmp_path))
+    status, _, err = result("worker", cwd=tmp_path)
     assert (status, err.splitlines()[0]) == (
         2,
         'config.toml: engine = "docket" needs a Redis server: [events] url = "redis://..."',

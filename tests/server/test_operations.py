@@ -23,7 +23,7 @@ from streamlab.config import Config, Server
 from streamlab.server.app import create_app
 from tests.support import postgres_server, proxies
 from tests.support.connections import EventStream, read_all, read_until
-from tests.support.servers import REPOSITORY, WITHOUT_MODEL, Running, free_port, plugin_module
+from tests.support.servers import REPOSITORY, WITHOUT_MODEL, Running, ended_at_exit, free_port, plugin_module
 from tests.support.valkey import Valkey
 
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
@@ -79,7 +79,7 @@ def running(command: list[str], folder: Path, variables: Mapping[str, str]) -> I
     log = folder.parent / f"{folder.name}-stderr"
     with log.open("w") as errors:
         process = subprocess.Popen(command, env=environ, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
-    with process:
+    with ended_at_exit(process):
         assert process.stdout is not None
         try:
             line = next((line for line in process.stdout if line.startswith("streamlab ")), None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.connections import read_until
-from tests.support.servers import Running, begin, disabled, write_plugins
+from tests.support.servers import Running, begin, disabled, ended_at_exit, write_plugins
 
 LOADED_PLUGINS: tuple[str, ...] = ()
 
@@ -121,14 +121,14 @@ def test_a_plugin_that_does_not_start_is_reported_and_the_others_serve(start: Ca
 def test_a_signal_during_the_start_ends_the_server(tmp_path: Path, number: int) -> None:
     write_plugins(tmp_path, {"hangs": HANGS, "serves": SERVES})
     (tmp_path / "config.toml").write_text(f"[server]\nport = 0\nstart_seconds = 3600\n{ALONE}")
-    with (tmp_path / "log").open("w") as log, begin(["run"], environ={}, cwd=tmp_path, stderr=log) as process:
+    with (
+        (tmp_path / "log").open("w") as log,
+        ended_at_exit(begin(["run"], environ={}, cwd=tmp_path, stderr=log)) as process,
+    ):
         assert process.stdout is not None
-        try:
-            assert any("the lifespan has begun" in line for line in process.stdout)
-            process.send_signal(number)
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
+        assert any("the lifespan has begun" in line for line in process.stdout)
+        process.send_signal(number)
+        assert process.wait(20) == 0
     lines = (tmp_path / "log").read_text()
     assert "stopped before the start was complete" in lines
     assert "Traceback" not in lines
@@ -270,9 +270,8 @@ def test_a_worker_that_stops_runs_no_garbage_collection_of_imports(tmp_path: Pat
     write_plugins(tmp_path, {"works": WORKS})
     (tmp_path / "config.toml").write_text("[scenarios.progress]\nenabled = false\n")
     before = cpu_seconds_of_children()
-    with subprocess.Popen(
-        [sys.executable, "-m", "streamlab", "worker"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as worker:
+    command = [sys.executable, "-m", "streamlab", "worker"]
+    with ended_at_exit(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)) as worker:
         assert worker.stdout is not None
         assert " runs tasks: " in worker.stdout.readline()
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers import Running, free_port
+from tests.support.servers import Running, ended_at_exit, free_port
 
 START_SECONDS = 20
 """Maximum time before a proxy accepts connections, in seconds; Varnish compiles its configuration by a C compiler."""
@@ -95,16 +95,13 @@ def _running(command: Sequence[str], folder: Path, port: int) -> Iterator[Runnin
             env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)},
         )
     proxy = Running(process, f"http://127.0.0.1:{port}", folder, log)
-    with process:
+    with ended_at_exit(process):
         try:
             _wait_until_it_listens(proxy)
             yield proxy
         finally:
             process.terminate()
-            try:
-                assert process.wait(10) in (0, -signal.SIGTERM), proxy.log
-            finally:
-                process.kill()
+            assert process.wait(10) in (0, -signal.SIGTERM), proxy.log
 
 
 def _wait_until_it_listens(proxy: Running) -> None:

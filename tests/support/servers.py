@@ -9,6 +9,7 @@ sleeps.
 import contextlib
 import http.client
 import importlib
+import json
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tests.support.fork_server import ForkedProcess, ForkServer
 
@@ -44,6 +45,8 @@ ENVIRONMENT = {
 
 
 FORK_SERVER = ForkServer()
+
+AnyProcess = TypeVar("AnyProcess", bound=subprocess.Popen[Any] | ForkedProcess)
 
 
 @dataclass
@@ -101,12 +104,30 @@ class Running:
             time.sleep(0.01)
         return log
 
+    def wait_for_followers(self, count: int) -> None:
+        """Wait until so many clients follow a channel live: each gets what is published from now on.
+
+        A stream is open earlier: without an id, its position is not known until the event log has been read.
+        """
+        live = f'streamlab_followers{{state="live"}} {count}.0'
+        _wait_until(lambda: live in self.get("/metrics")[2].decode().splitlines(), f"{count} followers")
+
+    def wait_for_open_streams(self, count: int) -> None:
+        _wait_until(lambda: json.loads(self.get("/health")[2])["open_streams"] == count, f"{count} open streams")
+
     def terminate(self, number: int = signal.SIGTERM, *, seconds: float = 20) -> tuple[int, float]:
         """Send a signal and wait for the end; return the exit status and the seconds until then."""
         started = time.monotonic()
         self.process.send_signal(number)
         status = self.process.wait(seconds)
         return status, time.monotonic() - started
+
+
+def _wait_until(reached: Callable[[], bool], what: str, *, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.005)
 
 
 def plugin_module(plugin: str, name: str) -> Any:
@@ -118,8 +139,18 @@ def plugin_module(plugin: str, name: str) -> Any:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port for servers of one test, one after the other; until this process ends, no other program gets it.
+
+    The system gives a bound port to nobody who asks for any port, as listener or as client. A server that asks for this
+    one gets it all the same: Linux lets sockets with SO_REUSEADDR share a port on which none listens.
+    """
+    with socket.socket() as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind(("127.0.0.1", 0))
+        port = int(reservation.getsockname()[1])
+        if sys.platform == "linux":
+            reservation.detach()  # it remains open
+    return port
 
 
 BUILT_IN = frozenset(path.parent.name for path in (REPOSITORY / "plugins").glob("*/__init__.py"))
@@ -155,15 +186,22 @@ def begin(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
 
 
+@contextlib.contextmanager
+def ended_at_exit(process: AnyProcess) -> Iterator[AnyProcess]:
+    """Yield a process; however the block ends, it has been killed if it still ran, and its pipes are closed."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def run_streamlab(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
     """Run a command to its end; return exit status, stdout and stderr."""
     with tempfile.TemporaryFile("w+") as errors:
-        with begin(arguments, environ=variables, cwd=cwd, stderr=errors) as process:
+        with ended_at_exit(begin(arguments, environ=variables, cwd=cwd, stderr=errors)) as process:
             assert process.stdout is not None
-            try:
-                out, status = process.stdout.read(), process.wait()
-            finally:
-                process.kill()  # it still runs if its test was aborted
+            out, status = process.stdout.read(), process.wait()
         errors.seek(0)
         return status, out, errors.read()
 
@@ -195,11 +233,11 @@ def starting_in(base: Path, shipped: Collection[str] | None = None) -> Iterator[
         without = {switch(name): "false" for name in unused if f"[scenarios.{name}" not in config}
         with stderr.open("w") as errors:
             process = begin(arguments, environ={**without, **(environ or {})}, cwd=base, stderr=errors, fresh=fresh)
+        server = Running(process, "", base, stderr)
+        servers.append((server, tracebacks))  # at once: its test may time out while the server starts
         assert process.stdout is not None
-        address = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), None)
-        server = Running(process, address or "", base, stderr)
-        servers.append((server, tracebacks))
-        assert address is not None, f"the server did not start:\n{server.log}"
+        server.url = next((line.rpartition(" ")[2].strip() for line in process.stdout if " serves http" in line), "")
+        assert server.url, f"the server did not start:\n{server.log}"
         return server
 
     try:
