@@ -52,8 +52,8 @@ def _split_at_commas(symbols: object) -> object:
 class TickerQuery(ResumeQuery):
     """Which prices to follow, and from which event on."""
 
-    symbols: Annotated[list[Symbol], BeforeValidator(_split_at_commas)] = Field(
-        [],
+    symbols: Annotated[tuple[Symbol, ...], BeforeValidator(_split_at_commas)] = Field(
+        (),
         max_length=100,
         description="Only these symbols, as `A,B` or repeated. Default: all.",
         examples=[["AAPL", "MSFT"]],

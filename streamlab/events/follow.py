@@ -2,15 +2,15 @@
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from aiohttp import web
 
-from streamlab.streaming.event_stream import EventStream, open_event_stream
+from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.resume import no_more_events, resume_id
 
 from .channel import Channel
-from .hub import Follower, Frame, FrameBatch, batch_frames, latest
+from .hub import Follower, Frame, FrameBatch, Hub, batch_frames, latest
 from .log import BATCH_BYTES, END, ORIGIN, Event, Position
 from .replay import CATCH_UP_BYTES, CatchUp
 from .views import EVERYTHING, View
@@ -44,28 +44,32 @@ async def follow(
 
     Source: WHATWG HTML 9.2 (Last-Event-ID, 204 against reconnection).
     """
-    last_event_id = resume_id(request, after)
-    position = channel.position(last_event_id) if last_event_id else None
+    after = resume_id(request, after)
+    position = channel.position(after) if after else None
     if channel.finite and position and await _has_ended(channel, position):
         return no_more_events()
     view = view or EVERYTHING
-    with channel.events.filters.admitted(channel.name, view):
+    channel.events.filters.admit(channel.name, view)
+    try:
         async with open_event_stream(request, headers=headers, heartbeat_seconds=None) as stream:
             follower = Follower(stream, view, position or ORIGIN, limit, channel.id_prefix)
-            stream.event_id = follower.event_id
-            channel.events.followers.add(follower)
+            session = _Session(channel, follower)
             try:
-                session = _Session(channel, follower)
-                if not last_event_id:
+                if not after:
                     # A client that sees the headers may publish at once and expect that event: find the position first.
                     stream.hold_headers(BEGIN_SECONDS)
                     await session.start(tail, since)
                     stream.send_headers()
                 elif position is None:
                     await session.start_from_oldest()
-                await session.run()
+                # An idle follower waits here, in no coroutine of the session: there may be thousands of them.
+                done = limit == 0 or await session.catch_up()
+                while not done:
+                    done = await session.join_hub() or await session.catch_up()
             finally:
-                channel.events.followers.discard(follower)
+                session.close()
+    finally:
+        channel.events.filters.leave(channel.name, view)
     return stream
 
 
@@ -79,14 +83,24 @@ async def _has_ended(channel: Channel, position: Position) -> bool:
 class _Session:
     """One request that follows a channel: it reads the log up to the position of the hub, which then pushes."""
 
-    __slots__ = ("_channel", "_expect_contiguous", "_follower", "_stream")
+    __slots__ = ("_channel", "_expect_contiguous", "_follower", "_hub")
 
     def __init__(self, channel: Channel, follower: Follower) -> None:
         self._channel = channel
         self._follower = follower
-        self._stream: EventStream = follower.stream
+        self._hub: Hub | None = None
+        """The hub of the channel, once the session has read the log."""
         self._expect_contiguous = True
         """Whether there is a gap unless the next event directly follows the position."""
+        channel.events.followers.add(follower)
+
+    def close(self) -> None:
+        """Leave the hub, and the followers of all channels."""
+        channel, follower = self._channel, self._follower
+        channel.events.followers.discard(follower)
+        if self._hub is not None:
+            self._hub.leave(follower)
+            channel.events.release_hub(channel)
 
     async def start(self, tail: int | None, since: Callable[[Event], bool] | None) -> None:
         """Find the start without an id."""
@@ -133,31 +147,29 @@ class _Session:
         await self.send_gap(None, start._replace(offset=max(0, start.offset - 1)) if first else start)
         self._expect_contiguous = False
 
-    async def run(self) -> None:
-        """Follow until the channel ends, or the client has `limit` events."""
-        follower = self._follower
-        done = follower.remaining == 0 or await self._catch_up()
-        if done:
-            return
-        hub = self._channel.events.acquire_hub(self._channel, follower.position)
-        try:
-            while not done:
-                if follower.position == hub.position:
-                    done = await hub.join(follower)
-                    hub.leave(follower)
-                elif follower.position > hub.position:
-                    await hub.wait_past(hub.position)  # the hub gets the events that were read from the log soon
-                done = done or await self._catch_up()
-        finally:
-            hub.leave(follower)
-            self._channel.events.release_hub(self._channel)
+    def join_hub(self) -> Awaitable[bool]:
+        """Return what to wait for before the log is read again, with True when the stream is complete."""
+        channel, follower = self._channel, self._follower
+        if self._hub is None:
+            self._hub = channel.events.acquire_hub(channel, follower.position)
+        if follower.position == self._hub.position:
+            return self._hub.join(follower)
+        return self._wait_for(self._hub)
 
-    async def _catch_up(self) -> bool:
+    async def _wait_for(self, hub: Hub) -> bool:
+        """Wait until the hub has the events that were read from the log."""
+        if self._follower.position > hub.position:
+            await hub.wait_past(hub.position)
+        return False
+
+    async def catch_up(self) -> bool:
         """Send the events of the log after the position of the follower; return True when the stream is complete."""
         follower, position, held = self._follower, self._follower.position, list[Frame]()
+        if self._hub is not None:
+            self._hub.leave(follower)
         while True:
             caught_up = None  # hold no events in memory while the client is slow
-            await self._stream.wait_writable()
+            await self._follower.stream.wait_writable()
             caught_up = await self._read(position)
             if caught_up.first is None:
                 break
@@ -213,8 +225,8 @@ class _Session:
             reason, missing = "the id is ahead of this stream", 0
         else:
             reason, missing = "the events after that id are no longer retained", after.offset - before.offset
-        self._stream.send_headers()
-        await self._stream.gap(
+        self._follower.stream.send_headers()
+        await self._follower.stream.gap(
             reason,
             missing=missing,
             id=f"{self._channel.id_prefix}{after}.gap",
@@ -225,6 +237,6 @@ class _Session:
 
     async def _write(self, body: bytes, after: Position) -> None:
         """Write whole events, after which the follower is at a position."""
-        self._stream.send_headers()
-        await self._stream.write(body)
+        self._follower.stream.send_headers()
+        await self._follower.stream.write(body)
         self._follower.position = after

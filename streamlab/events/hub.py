@@ -72,6 +72,7 @@ class Follower(FanoutWriter):
         super().__init__()
         self.id_prefix = id_prefix
         self.stream = stream
+        stream.fanout = self
         self.view = view
         self.position = position
         """Position of the last event that was sent to it or that its view excludes."""
@@ -247,7 +248,8 @@ class Hub:
 
         The future is done when its task must take over: True when it has everything, False when it lags.
         """
-        follower.transport, follower.chunked = follower.stream.attach_writer(follower)
+        follower.position = self.position  # one object for all, while they are idle
+        follower.transport, follower.chunked = follower.stream.attach_writer()
         key = follower.audience_key
         audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
         audience.followers.add(follower)

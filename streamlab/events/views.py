@@ -1,8 +1,7 @@
 """Views: which events of a channel a follower gets, decided in threads where a plugin's code decides."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -98,26 +97,26 @@ class Filters:
         await self._slow.__aexit__(kind, error, trace)
         await self._quick.__aexit__(kind, error, trace)
 
-    @contextmanager
-    def admitted(self, channel: str, view: View) -> Iterator[None]:
-        """Count the filter of a follower in the block; raises Problem 429 above the limit of its channel."""
+    def admit(self, channel: str, view: View) -> None:
+        """Count the filter of a follower until `leave`; raises Problem 429 above the limit of its channel."""
         if view.accepts is None:
-            yield
             return
         used = self._used.get(channel, {})
         if view not in used and len(used) >= self.max_filters:
             detail = f"The streams of this channel use {self.max_filters} different filters, the maximum; try again."
             raise Problem(429, detail, headers={"Retry-After": str(RETRY_SECONDS)})
-        use = self._used.setdefault(channel, used).setdefault(view, _Use())
-        use.followers += 1
-        try:
-            yield
-        finally:
-            use.followers -= 1
-            if not use.followers:
-                del used[view]
-            if not used:
-                del self._used[channel]
+        self._used.setdefault(channel, used).setdefault(view, _Use()).followers += 1
+
+    def leave(self, channel: str, view: View) -> None:
+        """Count the filter of an admitted follower no longer."""
+        if view.accepts is None:
+            return
+        used = self._used[channel]
+        used[view].followers -= 1
+        if not used[view].followers:
+            del used[view]
+        if not used:
+            del self._used[channel]
 
     async def chosen(self, channel: str, view: View, events: Sequence[Event]) -> list[Event]:
         """Return the events of a channel that belong to a view, in order; raises what its filter raises."""

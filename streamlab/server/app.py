@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, NoReturn
 
 from aiohttp import HttpVersion11, web
 
@@ -19,7 +20,7 @@ from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
 from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
-from streamlab.scenario import Endpoint, Handler, Route
+from streamlab.scenario import Endpoint, Route
 from streamlab.served_files import FILES, ServedFiles
 from streamlab.streaming.drain import STREAMS, Streams
 from streamlab.streaming.event_stream import open_event_stream
@@ -220,7 +221,7 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
                 faults.append(Fault(plugin.origin, "", f"{method} {path} already belongs to {owner}"))
                 continue
             owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
-            handler = _bind(route, plugin) if route else _out_of_service(plugin)
+            handler: Any = _bind(route, plugin) if route else _out_of_service(plugin)
             try:
                 for verb in (method, "HEAD") if method == "GET" else (method,):
                     app.router.add_route(verb, path, handler, expect_handler=_check_expect)
@@ -232,10 +233,15 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
     return routes
 
 
-def _bind(route: Route, plugin: Plugin) -> Handler:
-    async def handle(request: web.Request) -> web.StreamResponse:
+_Begin = Callable[[web.Request], Awaitable[Awaitable[web.StreamResponse]]]
+"""Checks a request and returns the coroutine of its handler, which the middleware awaits."""
+
+
+def _bind(route: Route, plugin: Plugin) -> _Begin:
+    # This ends before the handler begins: as its caller, it would live as long as the stream (256 bytes a follower).
+    async def begin(request: web.Request) -> Awaitable[web.StreamResponse]:
         if plugin.state == "failed":
-            return await _out_of_service(plugin)(request)
+            await _out_of_service(plugin)(request)  # raises
         endpoint = route.endpoint
         request[SCENARIO] = route.scenario
         if endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers:
@@ -244,12 +250,10 @@ def _bind(route: Route, plugin: Plugin) -> Handler:
         await _send_continue(request)
         parameters = await read_parameters(request, route)
         if endpoint.starts_work and request.method == "HEAD":
-            return await _send_headers_only(request, endpoint)
-        handling = route.handler(request, **parameters)
-        del parameters  # not held for as long as the stream is open: 220 bytes a follower
-        return await handling
+            return _send_headers_only(request, endpoint)
+        return route.handler(request, **parameters)
 
-    return handle
+    return begin
 
 
 async def _send_continue(request: web.Request) -> None:
@@ -283,8 +287,8 @@ def _opened(request: web.Request, media: str, headers: Mapping[str, str]) -> Abs
     return open_stream(request, media, headers=headers)
 
 
-def _out_of_service(plugin: Plugin) -> Handler:
-    async def reject(request: web.Request) -> web.StreamResponse:
+def _out_of_service(plugin: Plugin) -> _Begin:
+    async def reject(request: web.Request) -> NoReturn:
         raise Problem(503, f"The plugin {plugin.name} is out of service: {plugin.reason}")
 
     return reject
@@ -295,30 +299,39 @@ def _out_of_service(plugin: Plugin) -> Handler:
 
 @web.middleware
 async def _error_middleware(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]
 ) -> web.StreamResponse:
     """Check a request, turn whatever its handler raises into a response, and count and log it."""
     started = time.monotonic()
     response: web.StreamResponse | web.HTTPException
-    with request.config_dict[STREAMS].request():
-        try:
-            reject_unsupported(request)
-            reject_other_host(request)
-            response = await handler(request)
-            if not isinstance(response, web.StreamResponse):
-                raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
-        except HeadersOnly:
-            response = request[STREAM]
-        except Exception as error:
-            response = _error_response(error, request)
+    streams = request.config_dict[STREAMS]
+    task = streams.begin_request()
+    try:
+        reject_unsupported(request)
+        reject_other_host(request)
+        handling = await handler(request)  # see _bind
+        response = await handling
+        if not isinstance(response, web.StreamResponse):
+            raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
+    except HeadersOnly:
+        response = request[STREAM]
+    except Exception as error:
+        response = _error_response(error, request)
+    finally:
+        streams.end_request(task)
     if STREAM not in request:
-        resource = request.match_info.route.resource
-        route, seconds = resource.canonical if resource else "none", time.monotonic() - started
-        request.config_dict[METRICS].observe_request(route, response.status, seconds)
-        AccessLog.request(request, route, response.status, seconds)
+        _observe(request, response.status, time.monotonic() - started)
     if isinstance(response, web.HTTPException):
         raise response
     return response
+
+
+def _observe(request: web.Request, status: int, seconds: float) -> None:
+    """Count and log a request without a stream."""
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource else "none"
+    request.config_dict[METRICS].observe_request(route, status, seconds)
+    AccessLog.request(request, route, status, seconds)
 
 
 def _error_response(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:

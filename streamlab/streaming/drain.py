@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from aiohttp import web
@@ -76,17 +76,18 @@ class Streams:
     def __iter__(self) -> Iterator[OpenStream]:
         return iter(tuple(self._open))
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request in progress while the block runs: a drain waits for it, and cancels it at its limit."""
+    def begin_request(self) -> asyncio.Task[Any]:
+        """Return the current task, a request in progress until `end_request`: a drain waits for it, then cancels it."""
+        # Not a context manager: its generator would cost each open stream 400 bytes.
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
-        try:
-            yield
-        finally:
-            self._requests.discard(task)
-            self._changed.set()
+        return task
+
+    def end_request(self, task: asyncio.Task[Any]) -> None:
+        """Wait no longer for the task of a request."""
+        self._requests.discard(task)
+        self._changed.set()
 
     def register(self, request: web.Request, stream: OpenStream) -> None:
         """Add a stream; raises Problem 503 at the limit, and while the server drains."""

@@ -45,7 +45,6 @@ class EventStream(Stream, EventSourceResponse):
 
     __slots__ = (
         "_bytes_checked",
-        "_fanout",
         "_heartbeat_seconds",
         "_heartbeat_timer",
         "_ping_interval",
@@ -55,6 +54,7 @@ class EventStream(Stream, EventSourceResponse):
         "_tcp_sock",
         "_torn",
         "event_id",
+        "fanout",
         "position",
     )
 
@@ -78,7 +78,8 @@ class EventStream(Stream, EventSourceResponse):
         """Id of the last event sent: the events of the stream itself, as `stop`, have it in their ids."""
         self.event_id: Callable[[str], str] | None = None
         """Makes the id of an event of the stream itself from its name, where `position` is not the source."""
-        self._fanout: FanoutWriter | None = None
+        self.fanout: FanoutWriter | None = None
+        """The other writer on the connection, which then makes these ids."""
         self._torn = False
         """Whether a part of an event was written, so that nothing but its rest may follow."""
         self._heartbeat_seconds = heartbeat_seconds
@@ -146,7 +147,7 @@ class EventStream(Stream, EventSourceResponse):
             self._cancel_headers_timer()
             self._headers_timer = asyncio.get_running_loop().call_later(seconds, self.send_headers)
 
-    def attach_writer(self, fanout: FanoutWriter) -> tuple[Writer | None, bool]:
+    def attach_writer(self) -> tuple[Writer | None, bool]:
         """Send the headers, and let `fanout` write to the connection; return the writer, and whether it takes chunks.
 
         The caller ensures that nothing else writes meanwhile, writes until `fall_behind` is called, and counts the
@@ -154,8 +155,8 @@ class EventStream(Stream, EventSourceResponse):
         """
         self.send_headers()
         self.headers.clear()  # they are sent, and would take as much memory as everything else of a follower
-        self._fanout = fanout
-        protocol, transport = self._request.protocol, self._transport
+        protocol, transport, fanout = self._request.protocol, self._transport, self.fanout
+        assert fanout is not None
         if transport is None or protocol.writing_paused:
             return None, self._is_chunked
         if not isinstance(protocol, Connection):
@@ -166,7 +167,7 @@ class EventStream(Stream, EventSourceResponse):
     @property
     def bytes_sent(self) -> int:
         """Return the bytes of the body handed to the connection, by this stream or its fan-out writer."""
-        return self._bytes_sent + (self._fanout.bytes_written if self._fanout is not None else 0)
+        return self._bytes_sent + (self.fanout.bytes_written if self.fanout is not None else 0)
 
     def beat(self) -> None:
         """Send a comment, unless an event is half written or the client does not read."""
@@ -203,11 +204,13 @@ class EventStream(Stream, EventSourceResponse):
         finally:
             if self._heartbeat_timer is not None:
                 self._heartbeat_timer.cancel()
-            if self._fanout is not None and isinstance(self._request.protocol, Connection):
+            if self.fanout is not None and isinstance(self._request.protocol, Connection):
                 self._request.protocol.fanout = None
 
     def own_id(self, name: str) -> str:
         """Return the id of an event of the stream itself: the position that a client resumes from, and its name."""
+        if self.fanout is not None:
+            return self.fanout.event_id(name)
         if self.event_id is not None:
             return self.event_id(name)
         return f"{self.position}.{name}" if self.position else ""

@@ -322,6 +322,7 @@ class Stream(web.StreamResponse):
             self._streams.unregister(request, self)
             raise
         self._headers_timer = asyncio.get_running_loop().call_later(HEADERS_GRACE, self.send_headers)
+        request.protocol.keep_alive(True)  # cancels the timer of the idle connection, which starts again afterwards
         return self
 
     async def __aexit__(

@@ -905,6 +905,27 @@ def test_stalled_clients_use_bounded_memory_and_are_disconnected(serve: Callable
         server.wait_for_open_streams(0)
 
 
+def test_an_idle_follower_uses_little_memory(serve: Callable[..., Running]) -> None:
+    server, count = serve(fresh=True), 400
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("reads memory from /proc, which this system does not have")
+
+    def follow(number: int, held: ExitStack) -> int:
+        for _ in range(number):
+            connection = held.enter_context(server.send("GET /board/c HTTP/1.1\nHost: localhost"))
+            read_until(connection, b"\r\n\r\n")
+        server.wait_for_followers(number)
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+
+    publish(server, 1)
+    with ExitStack() as first:
+        before = follow(20, first)  # what is allocated once
+    server.wait_for_followers(0)
+    with ExitStack() as held:
+        assert (follow(count, held) - before) / count < 12.2  # 11, and what it varies by
+
+
 def test_a_large_event_arrives_completely_and_a_client_that_stalls_in_it_is_disconnected(
     serve: Callable[..., Running],
 ) -> None:

@@ -17,7 +17,7 @@ class RecordingStream:
     def __init__(self) -> None:
         self.written: list[bytes] = []
 
-    def attach_writer(self, fanout: object) -> tuple["RecordingStream", bool]:
+    def attach_writer(self) -> tuple["RecordingStream", bool]:
         return self, False
 
     def write(self, data: bytes) -> None:
