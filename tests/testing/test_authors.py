@@ -47,9 +47,10 @@ def pytest_in(folder: Path, *arguments: str, **environ: str) -> str:
     """Run pytest in a folder as an author does; return its output."""
     (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    without = [f"-pno:{plugin}" for plugin in ("xdist", "cacheprovider", "schemathesis")]
     path = os.pathsep.join([*filter(None, [environ.pop("site", "")]), str(REPOSITORY)])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", *without, *arguments],
         cwd=folder,
         env={**inherited, **environ, "PYTHONPATH": path, "SSL_CERT_FILE": os.devnull},
         capture_output=True,
