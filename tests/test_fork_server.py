@@ -89,6 +89,39 @@ def test_a_forked_server_equals_a_fresh_one(tmp_path: Path) -> None:
     assert seen[0] == seen[1]
 
 
+UNCLOSED = """
+import socket
+
+from streamlab import hookimpl
+
+never_closed = socket.socket()
+
+
+@hookimpl
+def register_scenarios():
+    return []
+"""
+
+
+def test_a_forked_server_reports_at_its_exit_what_a_fresh_one_does(tmp_path: Path) -> None:
+    logs = []
+    for fresh in (False, True):
+        base = tmp_path / str(fresh)
+        base.mkdir()
+        with starting_in(base) as start:
+            server = start(ALONE, fresh=fresh, unclosed=UNCLOSED)
+            assert server.terminate()[0] == 0
+            logs.append([line.partition(" fd=")[0] for line in server.log.splitlines() if "Warning" in line])
+    assert logs[0] == logs[1] == ["ResourceWarning: unclosed <socket.socket"]
+
+
+def test_a_process_is_forked_from_one_that_has_imported_what_it_will_import(start: Start) -> None:
+    for imports in ((), ("this",), ()):
+        server = start(ALONE, imports=imports, mirror=MIRROR)
+        assert isinstance(server.process, ForkedProcess)
+        assert ("this" in json.loads(server.get("/mirror")[2])["modules"]) == bool(imports)
+
+
 def test_interpreter_variables_require_a_fresh_server(start: Start) -> None:
     start(ALONE)
     server = start(ALONE, environ={"PYTHONUTF8": "1"}, mirror=MIRROR)

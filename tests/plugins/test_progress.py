@@ -26,7 +26,16 @@ from streamlab import Problem
 from streamlab.events.channel import Events, open_log
 from tests.support.connections import EventStream, Received
 from tests.support.fork_server import ForkedProcess
-from tests.support.servers import REPOSITORY, Running, begin, ended_at_exit, free_port, plugin_module, run_streamlab
+from tests.support.servers import (
+    REPOSITORY,
+    Running,
+    begin,
+    ended_at_exit,
+    free_port,
+    plugin_module,
+    run_streamlab,
+    without,
+)
 from tests.support.valkey import Valkey
 
 LOADED_PLUGINS = ("comparison", "export", "file", "progress")
@@ -204,8 +213,15 @@ class Workshop:
     workers: list[subprocess.Popen[str] | ForkedProcess] = field(default_factory=list)
     server: Running = field(init=False)
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """The modules that its processes import at their start."""
+        return ("docket",) if self.engine == "docket" else ()
+
     def open(self, **plugins: str) -> None:
-        self.server = self.start(self.config, port=self.port, tracebacks=True, toil=TOIL, **plugins)
+        self.server = self.start(
+            self.config, port=self.port, tracebacks=True, imports=self.imports, toil=TOIL, **plugins
+        )
         if self.engine == "docket":
             self.start_worker()
 
@@ -213,7 +229,8 @@ class Workshop:
         """Start a worker, and wait until it runs tasks."""
         with (self.base / f"worker-{len(self.workers)}.log").open("w") as errors:
             arguments = ("worker", "--config", str(self.base / "config.toml"))
-            worker = begin(arguments, environ={}, cwd=self.base, stderr=errors)
+            environ = without(self.config, LOADED_PLUGINS)
+            worker = begin(arguments, environ=environ, cwd=self.base, stderr=errors, imports=self.imports)
         self.workers.append(worker)
         assert worker.stdout is not None
         assert " runs tasks: " in worker.stdout.readline(), (
@@ -874,11 +891,6 @@ def streamlab(*arguments: str, cwd: Path) -> Iterator["subprocess.Popen[str]"]:
         yield process
 
 
-def result(*arguments: str, cwd: Path) -> tuple[int, str, str]:
-    with streamlab(*arguments, cwd=cwd) as process:
-        return output_of(process)
-
-
 def output_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     """Wait for the end of a command; return its exit status, stdout and stderr."""
     out, err = process.communicate(timeout=30)
@@ -889,7 +901,7 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     server = embedded(start)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        return result("task", "run", *arguments, "--url", server.url, cwd=server.base)
+        return run_streamlab("task", "run", *arguments, "--url", server.url, cwd=server.base)
 
     assert run("rehearsal", "-p", "steps=2", "-p", "delay=0.01") == (0, '{\n "steps": 2\n}\n', "rehearsing\n")
     failure = "streamlab: the task is failed: Step 1 failed, as requested.\n"
@@ -898,7 +910,7 @@ def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> N
     status, out, err = run("nap")
     assert (status, out) == (2, "")
     assert err.startswith(f"streamlab: {server.url}/process/tasks returned 422: Invalid parameters: kind.")
-    status, out, err = result("task", "watch", "f" * 32, "--url", server.url, cwd=server.base)
+    status, out, err = run_streamlab("task", "watch", "f" * 32, "--url", server.url, cwd=server.base)
     assert (status, out) == (1, "")
     assert err.endswith("returned 404: There is no task with this id.\n")
 
@@ -954,16 +966,16 @@ def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]
     with streamlab("task", "watch", task["id"], "--url", server.url, cwd=server.base) as watching:
         assert watching.stderr is not None
         assert watching.stderr.readline() == "held\n"
-        assert result("task", "cancel", task["id"], "--url", server.url, cwd=server.base)[0] == 0
+        assert run_streamlab("task", "cancel", task["id"], "--url", server.url, cwd=server.base)[0] == 0
         assert output_of(watching) == (1, "", "streamlab: the task is cancelled\n")
 
 
 def test_a_worker_without_work_does_not_start(tmp_path: Path) -> None:
     fault = 'defaults: Tasks run in the server; workers need [scenarios.progress] engine = "docket".\n'
-    status, out, err = result("worker", cwd=tmp_path)
+    status, out, err = run_streamlab("worker", cwd=tmp_path)
     assert (status, out, err) == (2, "", f"{fault}streamlab: 1 fault; nothing was started\n")
     (tmp_path / "config.toml").write_text('[scenarios.progress]\nengine = "docket"\n')
-    status, _, err = result("worker", cwd=tmp_path)
+    status, _, err = run_streamlab("worker", cwd=tmp_path)
     assert (status, err.splitlines()[0]) == (
         2,
         'config.toml: engine = "docket" needs a Redis server: [events] url = "redis://..."',

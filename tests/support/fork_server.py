@@ -4,6 +4,7 @@ A forked server is a process like any other, with its own sockets, signals, outp
 `streamlab/__main__.py` as `python -m streamlab` does, and exits as the interpreter exits.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -17,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -87,15 +88,26 @@ class ForkServer:
     possible = hasattr(os, "pidfd_open")
     """Whether this is Linux: on other systems, a system library may not survive a fork."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports: tuple[str, ...] = ()) -> None:
         self.environ: Mapping[str, str] = os.environ
         """The environment in which it starts."""
+        self._imports = imports
+        """The modules that it has imported, besides those that every server imports."""
+        self._others: dict[tuple[str, ...], ForkServer] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
     def is_suitable(self, environ: Mapping[str, str]) -> bool:
         """Return whether an interpreter in this environment starts like the fork server."""
         return self.possible and _outer(environ) == _outer(self.environ)
+
+    def importing(self, *modules: str) -> "ForkServer":
+        """Return the fork server for processes that also import these modules, at their start."""
+        if modules == self._imports:
+            return self
+        other = self._others.setdefault(modules, ForkServer(modules))
+        other.environ = self.environ
+        return other
 
     def start(
         self, arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str]
@@ -110,6 +122,8 @@ class ForkServer:
         return ForkedProcess(os.fdopen(stdout), own)
 
     def end(self) -> None:
+        for other in self._others.values():
+            other.end()
         if self._process is not None and self._control is not None:
             self._control.close()
             self._process.wait(10)
@@ -119,7 +133,10 @@ class ForkServer:
         self._control, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, __file__], stdin=other.fileno(), stdout=subprocess.DEVNULL, env=_outer(self.environ)
+                [sys.executable, __file__, *self._imports],
+                stdin=other.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=_outer(self.environ),
             )
         return self._control
 
@@ -198,10 +215,25 @@ def become(request: bytes, output: int, errors: int, status_socket: int) -> None
     runpy.run_module("streamlab", run_name="__main__", alter_sys=True)
 
 
+def hide(modules: Iterable[str]) -> None:
+    """Hide modules from the interpreter, which otherwise empties each of them when it exits."""
+    for name in modules:
+        sys.modules.pop(name, None)
+
+
 if __name__ == "__main__":
     # Ctrl-C is for the servers; the tests end this process when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    importlib.import_module("streamlab.cli")
+    # A process that exits would copy the memory of all that it shares to destroy it: a quarter of its cost. It
+    # destroys what it has imported and created itself, and reports as ever what it did not close.
+    shared: list[str] = []
+    atexit.register(hide, shared)  # registered first, so called last
+    own = set(sys.modules)
+    for module in ("streamlab.cli", *sys.argv[1:]):
+        importlib.import_module(module)
+    shared += sys.modules.keys() - own
+    forever: list[object] = [sys.modules[name] for name in shared]
+    forever.append(forever)  # a cycle, which is never collected once it is frozen
     # The garbage collector of a new process would touch, and so copy, the shared memory: most of its cost.
     gc.freeze()
     with socket.socket(fileno=sys.stdin.fileno()) as control:

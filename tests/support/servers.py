@@ -167,6 +167,12 @@ def disabled(*, but: str = "") -> dict[str, dict[str, Any]]:
     return {name: {"enabled": False} for name in BUILT_IN if name != but}
 
 
+def without(config: str, shipped: Collection[str] | None) -> dict[str, str]:
+    """Return the variables that disable all plugins but `shipped`, and those with a table in the configuration."""
+    unused = BUILT_IN - set(shipped) if shipped is not None else {"llm"}
+    return {switch(name): "false" for name in unused if f"[scenarios.{name}" not in config}
+
+
 def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
     """Write plugin files next to the configuration."""
     folder = base / "plugins"
@@ -176,12 +182,19 @@ def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
 
 
 def begin(
-    arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str], fresh: bool = False
+    arguments: Sequence[str],
+    *,
+    environ: Mapping[str, str],
+    cwd: Path,
+    stderr: IO[str],
+    fresh: bool = False,
+    imports: Sequence[str] = (),
 ) -> subprocess.Popen[str] | ForkedProcess:
-    """Start `python -m streamlab ARGUMENTS...`, with a pipe as its stdout."""
+    """Start `python -m streamlab ARGUMENTS...`, with a pipe as its stdout; it is known to import `imports` as well."""
     environ = {**os.environ, **ENVIRONMENT, **environ}
     if not fresh and FORK_SERVER.is_suitable(environ):
-        return FORK_SERVER.start(arguments, environ=environ, cwd=cwd, stderr=stderr)
+        server = FORK_SERVER.importing(*imports)
+        return server.start(arguments, environ=environ, cwd=cwd, stderr=stderr)
     command = [sys.executable, "-m", "streamlab", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
 
@@ -222,6 +235,7 @@ def starting_in(base: Path, shipped: Collection[str] | None = None) -> Iterator[
         environ: Mapping[str, str] | None = None,
         port: int = 0,
         fresh: bool = False,
+        imports: Sequence[str] = (),
         **plugins: str,
     ) -> Running:
         write_plugins(base, plugins)
@@ -229,10 +243,9 @@ def starting_in(base: Path, shipped: Collection[str] | None = None) -> Iterator[
         config_file.write_text(textwrap.dedent(config))
         stderr = base / f"stderr-{len(servers)}.log"
         arguments = ["run", "--config", str(config_file), "--port", str(port)]
-        unused = BUILT_IN - set(shipped) if shipped is not None else {"llm"}
-        without = {switch(name): "false" for name in unused if f"[scenarios.{name}" not in config}
+        variables = {**without(config, shipped), **(environ or {})}
         with stderr.open("w") as errors:
-            process = begin(arguments, environ={**without, **(environ or {})}, cwd=base, stderr=errors, fresh=fresh)
+            process = begin(arguments, environ=variables, cwd=base, stderr=errors, fresh=fresh, imports=imports)
         server = Running(process, "", base, stderr)
         servers.append((server, tracebacks))  # at once: its test may time out while the server starts
         assert process.stdout is not None
