@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab $(PLUGINS) bench docs/*.py examples tests tools
+	$(BIN)/mypy --strict streamlab $(PLUGINS) bench examples tests tools
 
 format: $(VENV)/dev.stamp  ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix
@@ -34,7 +34,7 @@ soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and monitor
 	@$(BIN)/python -m tests.soak $(ARGS)
 
 screenshot: $(VENV)/dev.stamp  ## retake docs/lab.png, the picture in README (needs port 8000)
-	@$(BIN)/python docs/screenshot.py
+	@$(BIN)/python -m tools.screenshot
 
 bench: $(VENV)/bench.stamp  ## run all benchmarks, at most 15 minutes (make bench ARGS="--quick")
 	@$(BIN)/python -m bench $(ARGS)

@@ -1,4 +1,4 @@
-"""How streamlab is operated: behind proxies, in containers, under systemd, with the files of docs/ unchanged."""
+"""How streamlab is operated: behind proxies, in containers, under systemd, with the files of deploy/ unchanged."""
 
 import configparser
 import contextlib
@@ -28,7 +28,7 @@ from tests.support.valkey import Valkey
 
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
 
-DOCS = REPOSITORY / "docs"
+DOCS, DEPLOY = REPOSITORY / "docs", REPOSITORY / "deploy"
 OPERATE = (DOCS / "operate.md").read_text()
 PATH = "/stream/stock-ticker"
 LAST_CHUNK = b"0\r\n\r\n"
@@ -120,7 +120,7 @@ def open_streams(server: Running) -> int:
 
 @pytest.fixture
 def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..., Front]]:
-    """Start two servers that share their log, and nginx with docs/nginx.conf in front of them."""
+    """Start two servers that share their log, and nginx with deploy/nginx.conf in front of them."""
     with contextlib.ExitStack() as stack:
 
         def starting(config: str = PUSH, *, environ: Mapping[str, str] | None = None, **plugins: str) -> Front:
@@ -136,7 +136,7 @@ def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..
             }
             # The surrounding settings are those of the most aggressive nginx.conf of a distribution.
             eager = "gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;\n"
-            site = replaced((DOCS / "nginx.conf").read_text(), changes)
+            site = replaced((DEPLOY / "nginx.conf").read_text(), changes)
             proxy = stack.enter_context(proxies.nginx(folder, eager + site, port=port))
             nginx = Front(proxy.process, proxy.url, proxy.base, proxy.stderr)
             nginx.servers = servers
@@ -471,7 +471,7 @@ def test_the_profile_postgres_exports_the_tables_of_its_reader(
     variables = variables_of("streamlab-postgres")
     database = variables_of("postgres")["POSTGRES_DB"]
     assert psql("postgres", "postgres", "-c", f"CREATE DATABASE {database}").returncode == 0
-    made = psql(database, "postgres", "-f", str(DOCS / "shop.sql"))
+    made = psql(database, "postgres", "-f", str(DEPLOY / "shop.sql"))
     assert (made.returncode, made.stderr) == (0, "")
     assert "permission denied" in psql(database, "reader", "-c", "DELETE FROM orders").stderr
     host = {"@postgres/shop": f"@/shop?host={postgres.folder}"}
@@ -492,7 +492,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     # The started program must exist.
-    unit = replaced((DOCS / UNIT).read_text(), {"/opt/streamlab/bin/streamlab": sys.executable})
+    unit = replaced((DEPLOY / UNIT).read_text(), {"/opt/streamlab/bin/streamlab": sys.executable})
     (tmp_path / UNIT).write_text(unit)
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", f"{tmp_path}/streamlab@8001.service"],
@@ -502,7 +502,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 
 def test_the_unit_starts_an_existing_command_and_gives_it_time_to_stop(tmp_path: Path) -> None:
-    unit = (DOCS / UNIT).read_text()
+    unit = (DEPLOY / UNIT).read_text()
     (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert int(seconds) > Server().drain_seconds + 1
     (files,) = re.findall(r"^LimitNOFILE=(\d+)$", unit, re.MULTILINE)
@@ -528,7 +528,7 @@ def test_configuration_of_operate_is_valid(tmp_path: Path, table: str) -> None:
 
 def test_files_named_in_operate_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", OPERATE)
-    assert "nginx.conf" in links
+    assert "../deploy/nginx.conf" in links
     for link in links:
         assert link.startswith("https://") or (DOCS / link).exists(), link
     assert "docs/operate.md" in (REPOSITORY / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Create docs/lab.png: the lab page after a cut. `python docs/screenshot.py`, with the extra `dev` and a Chromium."""
+"""Create docs/lab.png: the lab page after a cut. `python -m tools.screenshot`, with the extra `dev` and a Chromium."""
 
 import asyncio
 import base64
