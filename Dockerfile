@@ -1,6 +1,6 @@
 # An image with streamlab, the built-in plugins and the small model; constraints.txt locks every Python package.
 # Mount your config.toml and plugins/ into /srv/streamlab, and a volume at /srv/streamlab/var: only that and /tmp are
-# written, so the root file system can be read-only. See docs/operate.md.
+# written, so the root file system can be read-only. See docs/operating.md.
 
 FROM python:3.13.14-slim-trixie AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore

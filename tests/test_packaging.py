@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.readme import COUNTDOWN
+from tests.support.docs import COUNTDOWN
 from tests.support.servers import REPOSITORY, write_plugins
 
 

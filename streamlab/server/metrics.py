@@ -28,7 +28,7 @@ _LONG = (0.01, 0.1, 1, 10, 60, 300, 900, 3600, 14400, 86400)
 class Metrics(Collector):
     """The server's Prometheus metrics. The duration of streams is not part of the request latency.
 
-    Names and labels are in README, "operate". Source: Prometheus text format 0.0.4, OpenMetrics 1.0 by Accept.
+    Names and labels are in docs/metrics.md. Source: Prometheus text format 0.0.4, OpenMetrics 1.0 by Accept.
     """
 
     def __init__(self, streams: Streams, events: Events) -> None:

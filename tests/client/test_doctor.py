@@ -154,8 +154,8 @@ def ticker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def line_for(proxy: str) -> str:
-    """Return the line of the configuration of a proxy in docs/operate.md."""
-    (line,) = re.findall(rf"^\| {proxy} \| `([^`]+)`", (REPOSITORY / "docs/operate.md").read_text(), re.MULTILINE)
+    """Return the line of the configuration of a proxy in docs/operating.md."""
+    (line,) = re.findall(rf"^\| {proxy} \| `([^`]+)`", (REPOSITORY / "docs/operating.md").read_text(), re.MULTILINE)
     return str(line)
 
 

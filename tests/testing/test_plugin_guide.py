@@ -1,4 +1,4 @@
-"""docs/authors.md matches the code: its plugins pass the conformance suite, its hooks exist, its package installs."""
+"""docs/plugins.md matches the code: its plugins pass the conformance suite, its hooks exist, its package installs."""
 
 import ast
 import inspect
@@ -24,7 +24,7 @@ from streamlab.testing.plugin_test import PluginTest
 from tests.support.connections import EventStream
 from tests.support.servers import REPOSITORY, Running, write_plugins
 
-GUIDE = (REPOSITORY / "docs" / "authors.md").read_text()
+GUIDE = (REPOSITORY / "docs" / "plugins.md").read_text()
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)]
 PLUGINS = {
     found[1].lower(): block
@@ -90,7 +90,7 @@ def test_hooks_of_the_guide_are_those_of_the_code() -> None:
 @pytest.mark.parametrize(("name", "tested"), [("promises", Conformance), ("task promises", TaskConformance)])
 def test_promises_of_the_guide_are_those_of_the_suite(name: str, tested: type) -> None:
     table = GUIDE.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
-    assert table == table_of_promises(tested), f"docs/authors.md should have:\n\n{table_of_promises(tested)}"
+    assert table == table_of_promises(tested), f"docs/plugins.md should have:\n\n{table_of_promises(tested)}"
 
 
 def test_attributes_of_the_guide_are_those_of_the_class() -> None:
@@ -114,9 +114,9 @@ def test_plugins_of_the_guide_pass_the_conformance_suite(tmp_path: Path, name: s
 def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
     assert list(PLUGINS) == ["itself", "pulse", "relay"]
     for block in BLOCKS:
-        compile(block, "docs/authors.md", "exec")
+        compile(block, "docs/plugins.md", "exec")
     for block in BLOCKS[1 : BLOCKS.index(PLUGINS["itself"])]:
-        exec(compile(block, "docs/authors.md", "exec"), {"__name__": "guide"})
+        exec(compile(block, "docs/plugins.md", "exec"), {"__name__": "guide"})
     assert (REPOSITORY / "examples/streamlab-hello/tests/test_hello.py").read_text() in BLOCKS
 
 

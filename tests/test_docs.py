@@ -1,0 +1,208 @@
+"""The pages in docs/ match the code: their plugins, their configuration, their links and all their commands are run."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import streamlab
+from streamlab.config import Config
+from streamlab.server.app import create_app
+from streamlab.server.site import REGISTRY
+from tests.support.connections import EventStream
+from tests.support.docs import COUNTDOWN, PAGES, README, THUMBNAILS, VOTES, blocks
+from tests.support.servers import REPOSITORY, Running, disabled, starting_in, write_plugins
+
+# A page with commands that need a server of their own has its own tests: tests/test_quickstart.py.
+CURLS = {
+    page: lines
+    for page, text in PAGES.items()
+    if page != "docs/quickstart.md"
+    and (lines := [line.strip("`") for line in re.findall(r"^curl .*$|`curl [^`]*`", text, re.MULTILINE)])
+}
+"""The curl commands of each page: lines that begin with it, and those in backticks."""
+
+TOMLS = [(page, table) for page in PAGES for table in blocks(page, "toml")]
+
+PLUGINS = [(page, block) for page in PAGES for block in blocks(page, "python") if "def register_" in block]
+
+LINKS = re.compile(r"(?<!!)\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
+
+
+def numbered(items: list[tuple[str, str]]) -> list[str]:
+    """Return an identifier for each item: its page, and its number on all pages."""
+    return [f"{page}-{number}" for number, (page, _) in enumerate(items)]
+
+
+# -- commands
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Yield a server with everything that the curl commands request; its model is ready."""
+    folder = tmp_path_factory.mktemp("docs")
+    with starting_in(folder) as starting:
+        server = starting(
+            "[scenarios.countdown]\ninterval = 0.01\n[scenarios.file]\nsample_mb = 3\n"
+            "[scenarios.export]\nsample_rows = 2000\n[scenarios.llm]\n",
+            countdown=COUNTDOWN,
+        )
+        server.wait_for_log("is ready", seconds=60)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Yield a server whose ticker accepts prices."""
+    with starting_in(tmp_path_factory.mktemp("pushed"), ["ticker"]) as starting:
+        yield starting('[scenarios.ticker]\nsource = "push"')
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("page", CURLS)
+def test_every_curl_command_works(shared: Running, tmp_path: Path, request: pytest.FixtureRequest, page: str) -> None:
+    for line in CURLS[page]:
+        if "-C -" in line:
+            os.truncate(tmp_path / "large-file", 1_234_567)
+        pushes = "--json" in line and "ticker" in line
+        url = request.getfixturevalue("pushed").url if pushes else shared.url
+        command = line.replace("http://127.0.0.1:8000", url).replace("curl ", "curl -sS -f ", 1)
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), line
+        if "-C -" in line:
+            assert (tmp_path / "large-file").read_bytes() == (shared.base / "var/files/large-file.bin").read_bytes()
+        if "-r 0-99" in line:
+            assert [path.stat().st_size for path in tmp_path.iterdir() if path.stat().st_size == 100] == [100]
+
+
+def test_pages_with_curl_commands_are_found() -> None:
+    assert {"README.md", "docs/files.md", "docs/events.md", "docs/exports.md", "docs/llm.md"} <= CURLS.keys()
+    assert sum(map(len, CURLS.values())) > 30
+
+
+def test_follow_command_works(shared: Running) -> None:
+    (line,) = re.findall(r"^    \.venv/bin/streamlab (follow .*?)(?: +#.*)?$", PAGES["docs/events.md"], re.MULTILINE)
+    arguments = line.replace("http://127.0.0.1:8000", shared.url).split()
+    done = subprocess.run([sys.executable, "-m", "streamlab", *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 20)
+
+
+@pytest.mark.parametrize("command", ["check", "routes"])
+def test_commands_of_the_configuration_work(tmp_path: Path, command: str) -> None:
+    assert f".venv/bin/streamlab {command} " in PAGES["docs/configuration.md"]
+    done = subprocess.run(
+        [sys.executable, "-m", "streamlab", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# -- configuration and plugins
+
+
+@pytest.mark.parametrize(("page", "table"), TOMLS, ids=numbered(TOMLS))
+def test_configuration_is_valid(tmp_path: Path, page: str, table: str) -> None:
+    write_plugins(tmp_path, {"countdown": COUNTDOWN})
+    (tmp_path / "config.toml").write_text(table)
+    app = create_app(Config.read(tmp_path / "config.toml", {"STREAMLAB_SERVER__LOG_FILE": ""}))
+    assert app is not None
+
+
+@pytest.mark.parametrize(("page", "plugin"), PLUGINS, ids=numbered(PLUGINS))
+def test_plugin_is_loaded(tmp_path: Path, page: str, plugin: str) -> None:
+    write_plugins(tmp_path, {"shown": plugin})
+    app = create_app(Config.of({"scenarios": disabled()}, base=tmp_path))
+    (shown,) = (found for found in app[REGISTRY].plugins if found.name == "shown")
+    assert (shown.state, shown.reason) == ("ready", "")
+    assert shown.scenarios or shown.tasks
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_compiles(page: str) -> None:
+    for block in blocks(page, "python"):
+        compile(block, page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_votes_are_cast_and_watched_from_any_id(start: Callable[..., Running]) -> None:
+    server = start(votes=VOTES)
+    body = b'{"choice": "tea"}'
+    status, _, document = server.get("/votes", {"Content-Type": "application/json"}, method="POST", body=body)
+    first = json.loads(document)["id"]
+    assert status == 201
+    with EventStream(server, "/votes") as stream:
+        assert [(event.id, event.json) for event in stream.take(1)] == [(first, {"choice": "tea"})]
+        server.get("/votes", {"Content-Type": "application/json"}, method="POST", body=b'{"choice": "coffee"}')
+        (second,) = stream.take(1)
+    with EventStream(server, "/votes", after=first) as stream:
+        assert stream.take(1) == [second]
+
+
+def test_thumbnails_are_created_and_continue_after_a_crash(start: Callable[..., Running]) -> None:
+    server = start(thumbnails=THUMBNAILS)
+    with EventStream(server, "/process/long-task?kind=thumbnails&count=200") as stream:
+        first = next(event for event in stream if event.event == "progress" and event.json["done"] > 20)
+    server.terminate(signal.SIGKILL)
+    server = start(thumbnails=THUMBNAILS)
+    with EventStream(server, "/process/long-task", first.id) as stream:
+        end = list(stream)[-1].json
+    assert (end["state"], end["attempts"], end["result"]) == ("done", 2, {"made": 200})
+
+
+# -- links and names
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page: its headings, as code hosts derive them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "bench/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = REPOSITORY / page
+    text = path.read_text(encoding="utf-8")
+    links = LINKS.findall(re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if "://" in link:
+            continue
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_readme_links_to_every_page() -> None:
+    linked = {link.partition("#")[0] for link in LINKS.findall(README)}
+    reached = linked | {
+        f"docs/{link.partition('#')[0]}" for page in linked & PAGES.keys() for link in LINKS.findall(PAGES[page])
+    }
+    assert PAGES.keys() - reached == {"README.md"}
+
+
+def test_every_route_is_on_a_page() -> None:
+    app = create_app(Config.of({}))
+    text = "".join(PAGES.values())
+    paths = {route.endpoint.template for plugin in app[REGISTRY].plugins for route in plugin.routes}
+    assert len(paths) > 15
+    assert [path for path in sorted(paths) if not re.search(rf"{re.escape(path)}(?![\w/{{-])", text)] == []
+
+
+def test_every_public_name_is_in_the_guide() -> None:
+    assert [name for name in streamlab.__all__ if f"`{name}" not in PAGES["docs/plugins.md"]] == []
+
+
+def test_every_metric_is_on_its_page() -> None:
+    page = PAGES["docs/metrics.md"]
+    sources = [*(REPOSITORY / "streamlab").rglob("*.py"), *(REPOSITORY / "plugins").rglob("*.py")]
+    source = "".join(path.read_text() for path in sources)
+    metrics = re.findall(r'(?:Counter|Gauge|Histogram|Family)\(\s*"(streamlab_\w+)"', source)
+    assert len(metrics) == len(re.findall(r"^\| `streamlab_\w+` \|", page, re.MULTILINE))
+    for metric in metrics:
+        assert re.search(rf"`{metric}(_total)?`", page), metric
