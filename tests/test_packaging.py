@@ -1,5 +1,6 @@
 """The wheel serves from any folder, with the built-in plugins and those of that folder."""
 
+import email
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("streamlab", "plugins"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
@@ -41,6 +42,14 @@ def test_wheel_has_the_plugins_inside_the_package_and_no_other_top_level_name(wh
     assert {name for name in names if "dist-info" not in name} == {
         name for name in expected if name.endswith(suffixes) and "__pycache__" not in name
     }
+
+
+def test_wheel_states_its_license_and_contains_it(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert (metadata["License-Expression"], metadata.get_all("License-File")) == ("MIT", ["LICENSE"])
+    assert archive.read(name.replace("METADATA", "licenses/LICENSE")) == (REPOSITORY / "LICENSE").read_bytes()
 
 
 def test_wheel_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
