@@ -192,3 +192,25 @@ def test_the_pre_commit_hook_runs_what_make_lint_runs() -> None:
     checked = re.compile(hook["files"])
     assert all(checked.search(name) for name in ("streamlab/cli.py", "setup.cfg", "constraints.txt", "Makefile"))
     assert not any(checked.search(name) for name in ("README.md", "streamlab/web/lab.js", "docs/Makefile"))
+
+
+# -- pages for contributors
+
+
+GUIDES = ["CONTRIBUTING.md", "SECURITY.md", "THIRD_PARTY_LICENSES.md"]
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_links_of_the_guides_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)\)", (REPOSITORY / page).read_text())
+    assert links
+    assert [link for link in links if "://" not in link and not (REPOSITORY / link).exists()] == []
+
+
+def test_commands_of_the_guide_exist() -> None:
+    guide = (REPOSITORY / "CONTRIBUTING.md").read_text().partition("\n## Release\n")[0]
+    targets = set(re.findall(r"^([a-z-]+):.*##", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)(?=`|  |\n| ARGS| PYTHON)", guide))
+    assert {"run", "check", "test", "lint", "bench", "licenses"} <= named <= targets
+    for name in re.findall(r"\btests/[\w/]+\.py", guide):
+        assert (REPOSITORY / name).exists(), name

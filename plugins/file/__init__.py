@@ -359,7 +359,7 @@ def _list(request: web.Request, found: listing.Listing, *, as_json: bool) -> web
     if not request.rel_url.raw_path.endswith("/"):
         query = quote(request.rel_url.raw_query_string, safe=string.punctuation, errors="surrogateescape")
         return web.Response(status=308, headers={**headers, "Location": f"{found.url}{'?' if query else ''}{query}"})
-    policy = {"Content-Security-Policy": "default-src 'none'; style-src 'self'"}
+    policy = {"Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'"}
     return web.Response(text=found.page(), content_type="text/html", headers=headers | policy)
 
 

@@ -106,6 +106,11 @@ def test_a_listing_is_html_unless_json_is_preferred(server: Running, accept: str
     assert (status, headers["content-type"], headers["vary"]) == (200, f"{media_type}; charset=utf-8", "Accept")
 
 
+def test_a_page_of_names_runs_no_script_and_is_in_no_frame(server: Running) -> None:
+    policy = server.get("/files/")[1]["content-security-policy"]
+    assert policy == "default-src 'none'; style-src 'self'; frame-ancestors 'none'"
+
+
 @pytest.mark.parametrize(
     ("path", "target"),
     [

@@ -1,5 +1,6 @@
 """How streamlab is operated: behind proxies, in containers, under systemd, with the files of deploy/ unchanged."""
 
+import base64
 import configparser
 import contextlib
 import json
@@ -123,12 +124,18 @@ def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..
     """Start two servers that share their log, and nginx with deploy/nginx.conf in front of them."""
     with contextlib.ExitStack() as stack:
 
-        def starting(config: str = PUSH, *, environ: Mapping[str, str] | None = None, **plugins: str) -> Front:
+        def starting(
+            config: str = PUSH,
+            *,
+            environ: Mapping[str, str] | None = None,
+            changes: Mapping[str, str] | None = None,
+            **plugins: str,
+        ) -> Front:
             variables = {"STREAMLAB_SERVER__LOG_FILE": "", **(environ or {})}
             servers = [start(config, environ=variables, **plugins) for _ in range(2)]
             port, folder = free_port(), tmp_path / "nginx"
             folder.mkdir()
-            changes = {
+            places = {
                 "listen 80;": f"listen 127.0.0.1:{port};",
                 "127.0.0.1:8001": f"127.0.0.1:{servers[0].port}",
                 "127.0.0.1:8002": f"127.0.0.1:{servers[1].port}",
@@ -136,7 +143,7 @@ def front(start: Callable[..., Running], tmp_path: Path) -> Iterator[Callable[..
             }
             # The surrounding settings are those of the most aggressive nginx.conf of a distribution.
             eager = "gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;\n"
-            site = replaced((DEPLOY / "nginx.conf").read_text(), changes)
+            site = replaced((DEPLOY / "nginx.conf").read_text(), {**places, **(changes or {})})
             proxy = stack.enter_context(proxies.nginx(folder, eager + site, port=port))
             nginx = Front(proxy.process, proxy.url, proxy.base, proxy.stderr)
             nginx.servers = servers
@@ -233,6 +240,21 @@ def test_nginx_serves_allowed_hosts_and_reveals_no_query_and_no_metrics(front: C
     log = (nginx.stderr.parent / "access.log").read_text()
     assert '"GET /health" 422 ' in log
     assert "secret" not in log
+
+
+def test_nginx_requires_the_password_of_the_security_page(front: Callable[..., Front], tmp_path: Path) -> None:
+    (location,) = re.findall(r"```nginx\n(.*?)```", (REPOSITORY / "docs/security.md").read_text(), re.DOTALL)
+    passwords = tmp_path / "passwords"
+    passwords.write_text("reader:{PLAIN}sesame\n")
+    passwords.chmod(0o644)  # a worker of nginx has another user, if this is root
+    location = replaced(location, {"/etc/nginx/streamlab.htpasswd": str(passwords)})
+    nginx = front(changes={"location / {\n        proxy_pass http://streamlab;\n    }": location})
+    status, headers, _ = nginx.get("/health")
+    assert (status, headers["www-authenticate"]) == (401, 'Basic realm="streamlab"')
+    for password, expected in (("sesame", 200), ("other", 401)):
+        credentials = base64.b64encode(f"reader:{password}".encode()).decode()
+        assert nginx.get("/health", {"Authorization": f"Basic {credentials}"})[0] == expected
+        assert nginx.get("/openapi.json", {"Authorization": f"Basic {credentials}"})[0] == expected
 
 
 # -- as an image
