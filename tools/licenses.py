@@ -23,13 +23,23 @@ ALLOWED = {
 # Packages with any other licence, and why it is used.
 CONDITIONS = {
     "certifi": "A list of certificates, used unchanged by test and development tools.",
+    "docutils": "Public domain, some files BSD. Its only file under the GPL, a mode for Emacs, is not in the wheel.",
     "hypothesis": "A test tool, used unchanged; it is not distributed with streamlab.",
     "matplotlib": "Permissive, modelled on PSF-2.0. It draws the plots of the benchmarks.",
     "pathspec": "A library of mypy, used unchanged; it is not distributed with streamlab.",
 }
 
-# Where the metadata is misleading: matplotlib has its own licence, and names that of Python.
-REVIEWED = {"matplotlib": "LicenseRef-matplotlib"}
+# Licences that the metadata does not state: matplotlib names that of Python instead of its own, docutils lists those of
+# all its files, and the wheels of the others lack the text, which is in their source distributions.
+REVIEWED = {
+    "docutils": "LicenseRef-public-domain AND BSD-2-Clause AND BSD-3-Clause",
+    "matplotlib": "LicenseRef-matplotlib",
+    "sphinxcontrib-applehelp": "BSD-2-Clause",
+    "sphinxcontrib-devhelp": "BSD-2-Clause",
+    "sphinxcontrib-htmlhelp": "BSD-2-Clause",
+    "sphinxcontrib-qthelp": "BSD-2-Clause",
+    "sphinxcontrib-serializinghtml": "BSD-2-Clause",
+}
 
 # Versions for some platforms and versions of Python only, as the metadata in their wheels states them.
 ELSEWHERE = {
@@ -40,6 +50,8 @@ ELSEWHERE = {
     "httpx2-jsfetch==1.0": ("BSD-3-Clause", "SPDX"),
     "numpy==2.4.6": ("BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0", "SPDX"),
     "numpy==2.5.5": ("BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0", "SPDX"),
+    "soupsieve==2.10": ("MIT", "SPDX"),
+    "soupsieve==4.1.3": ("MIT", "SPDX"),
 }
 
 # The SPDX identifiers of other names of licences, in lower case.
