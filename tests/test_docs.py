@@ -19,6 +19,7 @@ from streamlab.server.site import REGISTRY
 from tests.support.connections import EventStream
 from tests.support.docs import COUNTDOWN, PAGES, README, THUMBNAILS, VOTES, blocks
 from tests.support.servers import REPOSITORY, Running, disabled, starting_in, write_plugins
+from tools.reference import Reference
 
 # A page with commands that need a server of their own has its own tests: tests/test_quickstart.py.
 CURLS = {
@@ -192,6 +193,25 @@ def test_every_route_is_on_a_page() -> None:
     paths = {route.endpoint.template for plugin in app[REGISTRY].plugins for route in plugin.routes}
     assert len(paths) > 15
     assert [path for path in sorted(paths) if not re.search(rf"{re.escape(path)}(?![\w/{{-])", text)] == []
+
+
+def test_tables_are_those_of_the_code() -> None:
+    reference = Reference()
+    outdated = [page for page, text in PAGES.items() if reference.filled(text) != text]
+    assert outdated == [], "run `python -m tools.reference`"
+
+
+def test_every_key_is_on_the_page_of_configuration() -> None:
+    """The keys of config.toml, which has all of them, have a row each, in the section of their table."""
+    sections = dict(re.findall(r"^### `\[([\w.]+)\]`\n(.*?)(?=^#|\Z)", PAGES["docs/configuration.md"], re.M | re.S))
+    table, keys = "", []
+    for line in (REPOSITORY / "config.toml").read_text().splitlines():
+        if found := re.match(r"\[([\w.]+)\]$", line):
+            table = found[1]
+        elif found := re.match(r"# (\w+) = ", line):
+            keys.append((table, found[1]))
+    assert len(keys) > 60
+    assert [key for key in keys if f"\n| `{key[1]}` |" not in sections[key[0]]] == []
 
 
 def test_every_public_name_is_in_the_guide() -> None:

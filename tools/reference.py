@@ -7,6 +7,7 @@ it. The tests fail while a page differs from the code.
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import textwrap
@@ -92,7 +93,7 @@ def documented(model: type[BaseModel]) -> dict[str, str]:
             continue
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = typing.cast(ast.ClassDef, tree).body
-        for item, following in zip(body, body[1:], strict=False):
+        for item, following in itertools.pairwise(body):
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 value = following.value if isinstance(following, ast.Expr) else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
