@@ -12,7 +12,7 @@ import json
 import re
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,20 @@ def toml(value: Any) -> str:
     return "" if value is None else f"`{json.dumps(value)}`"
 
 
-def type_of(shape: Mapping[str, Any]) -> str:
-    """Return the type of a JSON Schema, in words."""
+def alternatives(words: Iterable[str]) -> str:
+    """Return `a, b or c`."""
+    *others, last = dict.fromkeys(words)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def type_of(shape: Mapping[str, Any], shown: Callable[[Any], str] = toml) -> str:
+    """Return the type of a JSON Schema, in words; `shown` writes the values of an enumeration."""
     if "enum" in shape:
-        return " or ".join(f"`{json.dumps(value)}`" for value in shape["enum"])
+        return alternatives(map(shown, shape["enum"]))
     if several := [choice for choice in shape.get("anyOf", ()) if choice.get("type") != "null"]:
-        return " or ".join(dict.fromkeys(map(type_of, several)))
+        return alternatives(type_of(choice, shown) for choice in several)
     if shape.get("type") == "array":
-        items = type_of(shape["items"])
+        items = type_of(shape["items"], shown)
         return f"list of {items}" if "`" in items else f"list of {items}s"
     if shape.get("type") == "object" or "$ref" in shape:
         return "tables by name" if "patternProperties" in shape else "object"
@@ -67,6 +73,8 @@ def type_of(shape: Mapping[str, Any]) -> str:
 
 def bounds_of(shape: Mapping[str, Any]) -> str:
     """Return the bounds of a JSON Schema, in words; empty for none."""
+    if "enum" in shape:
+        return ""
     for choice in shape.get("anyOf", ()):
         if choice.get("type") != "null" and (bounds := bounds_of(choice)):
             return bounds
@@ -151,18 +159,19 @@ class Reference:
         """Return the parameters of a route, those in a JSON body included."""
         method, path = method_and_path.split()
         operation = self._document["paths"][path][method.lower()]
-        rows = []
-        for parameter in operation.get("parameters", ()):
-            shape, default = parameter["schema"], parameter["schema"].get("default")
-            shown = "required" if parameter["required"] else toml(default or None)
-            allowed = ", ".join(filter(None, [type_of(shape), bounds_of(shape)]))
-            rows.append([f"`{parameter['name']}`", allowed, shown, parameter.get("description", "")])
+        shapes = [
+            (parameter["name"], parameter["required"], parameter.get("description", ""), parameter["schema"])
+            for parameter in operation.get("parameters", ())
+        ]
         for content in operation.get("requestBody", {}).get("content", {}).values():
             model = self._document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
             for name, shape in model["properties"].items():
-                shown = "required" if name in model.get("required", ()) else toml(shape.get("default") or None)
-                allowed = ", ".join(filter(None, [type_of(shape), bounds_of(shape)]))
-                rows.append([f"`{name}`", allowed, shown, shape.get("description", "")])
+                shapes.append((name, name in model.get("required", ()), shape.get("description", ""), shape))
+        rows = []
+        for name, is_required, description, shape in shapes:
+            default = "required" if is_required else toml(shape.get("default") or None)
+            allowed = ", ".join(filter(None, [type_of(shape, lambda value: f"`{value}`"), bounds_of(shape)]))
+            rows.append([f"`{name}`", allowed, default, description])
         return table(("parameter", "allowed", "default", "meaning"), rows)
 
     def filled(self, page: str) -> str:
