@@ -4,15 +4,19 @@ import ast
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import streamlab
+from streamlab.cli import cli
 from streamlab.config import Config
 from streamlab.server.app import create_app
 from streamlab.server.site import REGISTRY
@@ -33,6 +37,15 @@ CURLS = {
 TOMLS = [(page, table) for page in PAGES for table in blocks(page, "toml")]
 
 PLUGINS = [(page, block) for page in PAGES for block in blocks(page, "python") if "def register_" in block]
+
+COMMANDS = [
+    (page, *found)
+    for page, text in PAGES.items()
+    for found in re.findall(
+        r"^ {4,8}((?:\w+=\S+ )*)(?:\S*/)?streamlab ([a-z].*?)(?: +#.*| >> .*)?$", text, re.MULTILINE
+    )
+]
+"""The commands of streamlab on each page: the page, the variables before the command, and its words."""
 
 LINKS = re.compile(r"(?<!!)\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
 
@@ -93,6 +106,34 @@ def test_follow_command_works(shared: Running) -> None:
     arguments = line.replace("http://127.0.0.1:8000", shared.url).split()
     done = subprocess.run([sys.executable, "-m", "streamlab", *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 20)
+
+
+@pytest.mark.parametrize(("page", "variables", "words"), COMMANDS)
+def test_command_has_its_options(tmp_path: Path, page: str, variables: str, words: str) -> None:
+    """A command that starts a server or needs one is parsed here, and run by the tests of that command."""
+    name, *arguments = shlex.split(words)
+    command: Any = typer.main.get_command(cli)
+    while hasattr(command, "get_command"):
+        group, command = command, command.get_command(command.context_class(command), name)
+        assert command is not None, f"{group.name} has no command {name}"
+        if hasattr(command, "get_command"):
+            name, *arguments = arguments
+    command.make_context(name, arguments)
+    environ = dict(variable.split("=", 1) for variable in shlex.split(variables))
+    if environ:
+        assert create_app(Config.of({}, base=tmp_path, environ=environ)) is not None
+
+
+def test_commands_are_found() -> None:
+    assert {words.split()[0] for _, _, words in COMMANDS} >= {
+        "check",
+        "client",
+        "doctor",
+        "follow",
+        "run",
+        "task",
+        "worker",
+    }
 
 
 @pytest.mark.parametrize("command", ["check", "routes"])

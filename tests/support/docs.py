@@ -1,6 +1,7 @@
 """The text of README and of the pages in docs/, and the plugins that they show."""
 
 import re
+import textwrap
 
 from tests.support.servers import REPOSITORY
 
@@ -13,8 +14,9 @@ PAGES = {"README.md": README} | {
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """Return the blocks of code in one language (the words after the three backticks) of a page."""
-    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+    """Return the blocks of code in one language (the words after the three backticks) of a page, also inside a list."""
+    fences = re.finditer(rf"^( *)```{re.escape(language)}\n(.*?)^\1```", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(fence[2]) for fence in fences]
 
 
 def shown_plugin(page: str, marker: str) -> str:
