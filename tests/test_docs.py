@@ -236,6 +236,21 @@ def test_every_route_is_on_a_page() -> None:
     assert [path for path in sorted(paths) if not re.search(rf"{re.escape(path)}(?![\w/{{-])", text)] == []
 
 
+def test_declared_statuses_are_on_the_page_of_their_route() -> None:
+    app = create_app(Config.of({}))
+    missing = [
+        (page, endpoint.path, status)
+        for plugin in app[REGISTRY].plugins
+        for route in plugin.routes
+        for page, text in PAGES.items()
+        if page != "README.md"
+        and re.search(rf"^\| .*`[A-Z, `]*{re.escape((endpoint := route.endpoint).template)}`", text, re.MULTILINE)
+        for status in endpoint.responses
+        if not re.search(rf"\b{status}\b", text)
+    ]
+    assert missing == []
+
+
 def test_tables_are_those_of_the_code() -> None:
     reference = Reference()
     outdated = [page for page, text in PAGES.items() if reference.filled(text) != text]
