@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -198,3 +199,40 @@ def test_architecture_names_every_module_and_what_it_owns() -> None:
     right = tables()
     if right not in page:
         pytest.fail(f"the tables of modules in docs/architecture.md are to be:\n\n{right}\n", pytrace=False)
+
+
+def defined(path: Path) -> set[str]:
+    """Return the functions and classes of a module, and the methods of its classes as `Class.method`."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = set()
+    for node in tree(path).body:
+        if isinstance(node, kinds):
+            names.add(node.name)
+            names |= {f"{node.name}.{item.name}" for item in getattr(node, "body", ()) if isinstance(item, kinds)}
+            names |= {  # attributes, as the function that loads a plugin
+                f"{node.name}.{item.target.id}"
+                for item in getattr(node, "body", ())
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            }
+    return names
+
+
+def test_every_hop_of_the_walks_is_in_the_module_that_is_named() -> None:
+    page = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    walks = page.partition("## Four walks")[2].partition("## Modules")[0]
+    hops = 0
+    for item in re.findall(r"^[0-9]+\. .*(?:\n   .*)*", walks, re.MULTILINE):
+        modules = [REPOSITORY / target for target in re.findall(r"\]\(\.\./([^)#]+)\)", item)]
+        for name, module in re.findall(r"`([\w.]+)`,?\s+\(?\[[^\]]+\]\(\.\./([^)#]+)\)", item):
+            assert name in defined(REPOSITORY / module), f"{name} is not in {module}"
+            hops += 1
+        for name in re.findall(r"`(_?[A-Z]\w+\.\w+)`", item):
+            assert any(name in defined(module) for module in modules), f"{name} is in none of {modules}"
+    assert hops > 60
+
+
+def test_the_table_of_layers_is_that_of_the_imports() -> None:
+    page = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z ]+) \| ([a-z, ]+) \| `", page, re.MULTILINE)
+    documented = {part: set(below.split(", ")) - {"nothing"} for part, below in rows}
+    assert documented == PARTS
