@@ -289,6 +289,7 @@ def _keys_at(model: Any, location: tuple[str, ...]) -> list[str]:
 
 
 CONFIG = web.AppKey("config", Config)
+"""Key of the application: the configuration as read, with `base`, the folder of config.toml."""
 
 
 def _without_none(annotation: Any) -> Any:

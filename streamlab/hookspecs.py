@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("streamlab")
 hookimpl = pluggy.HookimplMarker("streamlab")
+"""Decorator that marks a function of a plugin, or a method of a scenario, as the hook of its name."""
 
 
 @hookspec

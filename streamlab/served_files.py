@@ -32,3 +32,7 @@ class ServedFiles:
 
 
 FILES = web.AppKey("files", ServedFiles)
+"""Key of the application: the URLs of files on disk.
+
+`serving(folder, url)` publishes a folder during its block, `url(path)` returns the URL of a file in one, or None.
+"""

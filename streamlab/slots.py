@@ -14,6 +14,9 @@ class Slots:
     A request may need several slots and gets all of them at once, so that no two requests hold a part each. One for
     which neither slots nor the queue has capacity is rejected: `async with slots.held(): ...` raises Problem with
     `status` and a Retry-After of `retry_seconds`; 503 where the server is over its limits, 429 where the client is.
+
+    `limit` is the number of slots, `waiting` the maximum number of requests in the queue, and `wait_seconds` the
+    maximum wait of each; None is no limit. `what` names the requests in the detail of a rejection.
     """
 
     def __init__(

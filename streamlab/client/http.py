@@ -66,6 +66,7 @@ class ConnectionLost(ConnectionError):
     def __init__(self, url: URL, reason: str) -> None:
         super().__init__(f"{display_url(url)}: {reason}")
         self.reason = reason
+        """What failed, without the URL."""
 
 
 def retry_after_seconds(value: str | None) -> float | None:

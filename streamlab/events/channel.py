@@ -53,6 +53,9 @@ class Channel:
     A value: creating one costs nothing, and the channel exists from its first event on. A `finite` one ends with an
     event `end`, after which a client that reconnects gets 204. `id_prefix` precedes the ids of its events, always the
     same for a name: where one route serves many channels, the id of a client that reconnects names its channel.
+
+    Every method that uses the log raises EventLogError where it cannot be read or written; a handler that lets it
+    through sends 503.
     """
 
     def __init__(
@@ -313,3 +316,4 @@ def open_log(url: str) -> EventLog:
 
 
 EVENTS = web.AppKey("events", Events)
+"""Key of the application: the channels of this server, open while its lifespans are."""

@@ -21,7 +21,9 @@ class Position(NamedTuple):
     """
 
     epoch: int
+    """Milliseconds since 1970 when the history of the channel began."""
     offset: int
+    """Number of the event in its epoch, from 1 on; 0 before the first."""
 
     def __str__(self) -> str:
         return f"{self.epoch}-{self.offset}"
@@ -70,11 +72,15 @@ class Event(NamedTuple):
     """An event of the log."""
 
     position: Position
+    """Its position in the channel, which is its id without the prefix of the channel."""
     time: int
     """Time of the append, in milliseconds since 1970."""
     data: bytes
+    """UTF-8 text, JSON unless its publisher chose another format."""
     event: str
+    """Name; empty for a plain message."""
     key: str
+    """Subject, by which views choose; it is not sent to clients."""
 
 
 class Batch(NamedTuple):
@@ -89,7 +95,9 @@ class Retention:
     """How long a channel retains its events: until the first of these limits."""
 
     events: int = 10_000
+    """Maximum number of events."""
     seconds: float = 86_400
+    """Maximum age of an event, in seconds."""
     idle_seconds: float | None = None
     """Seconds without a new event after which the whole channel is deleted; None for never."""
 

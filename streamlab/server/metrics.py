@@ -122,3 +122,4 @@ class Metrics(Collector):
 
 
 METRICS = web.AppKey("metrics", Metrics)
+"""Key of the application: its metrics; those of a plugin are created with `registry=app[METRICS].registry`."""

@@ -11,9 +11,13 @@ class Outcome(StrEnum):
     """How a stream ended."""
 
     FINISHED = "finished"
+    """The body is complete, and handed to the kernel."""
     CLIENT_LEFT = "client left"
+    """The client disconnected, or did not read for `stall_seconds`."""
     SERVER_STOPPED = "server stopped"
+    """The server ended or cut it because it stops."""
     FAILED = "failed"
+    """Its source raised an exception, or sent a body of another length than declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +25,15 @@ class StreamSummary:
     """Summary of a stream that has ended; passed to the hook `on_stream_end`."""
 
     scenario: str
+    """Name of the scenario; empty for a route that has none."""
     route: str
     """Template of the route, as `/files/{path}`; never the requested path."""
     method: str
+    """Method of the request."""
     status: int
+    """Status that the client got."""
     outcome: Outcome
+    """How it ended."""
     seconds: float
     """Seconds from `open_stream` to the end."""
     first_byte_seconds: float | None

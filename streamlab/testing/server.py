@@ -32,10 +32,15 @@ class State:
     """What is open in a server, and the memory and processor time it has used."""
 
     streams: int
+    """Number of open streams."""
     tasks: list[str]
+    """Tasks of the event loop, each as its name."""
     files: list[str]
+    """Open files."""
     threads: list[str]
+    """Threads, each as its name."""
     children: list[str]
+    """Child processes."""
     memory: int
     """Resident bytes."""
     cpu: float
@@ -110,8 +115,11 @@ class Response:
     """A complete response: status, header fields (names in lower case), body."""
 
     status: int
+    """Status code."""
     headers: Mapping[str, str]
+    """Header fields, with their names in lower case."""
     body: bytes
+    """Body, without its framing, and still compressed where the request accepted that."""
 
     @property
     def text(self) -> str:
