@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock licenses clean
+.PHONY: help run test lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock licenses clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict streamlab $(PLUGINS) bench examples tests tools
+	$(BIN)/mypy --strict streamlab $(PLUGINS) bench docs/conf.py examples tests tools
 
 format: $(VENV)/dev.stamp  ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix
@@ -32,6 +32,10 @@ strangers: $(VENV)/dev.stamp $(VENV)/strangers.stamp  ## run third-party tools a
 
 soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and monitor one that keeps running (make soak ARGS="--minutes 2")
 	@$(BIN)/python -m tests.soak $(ARGS)
+
+docs: $(VENV)/docs.stamp  ## build the documentation into build/docs/, without a network; broken references are errors
+	@$(BIN)/sphinx-build -q -n -W -E --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 screenshot: $(VENV)/dev.stamp  ## retake docs/lab.png, the picture in README (needs port 8000)
 	@$(BIN)/python -m tools.screenshot
