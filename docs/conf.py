@@ -98,7 +98,8 @@ def constant(module: str, name: str) -> list[str]:
     """Return the docstring of a constant, which is in the module that defines it."""
     for node in ast.parse(inspect.getsource(importlib.import_module(module))).body:
         if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
-            return ModuleAnalyzer.for_module(f"{module}.{node.module}").find_attr_docs()["", name]
+            lines: list[str] = ModuleAnalyzer.for_module(f"{module}.{node.module}").find_attr_docs()["", name]
+            return lines
     raise SphinxError(f"{module}.{name} has no docstring")
 
 
