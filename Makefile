@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock licenses clean
+.PHONY: help run test lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock licenses dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -67,6 +67,9 @@ bench-scale: $(VENV)/bench.stamp  ## measure how cost grows with followers, byte
 lock: $(VENV)/dev.stamp  ## upgrade every dependency, and lock the versions
 	$(BIN)/pip install -q uv
 	$(BIN)/uv pip compile setup.cfg --all-extras --universal --python-version 3.11 --no-header --no-annotate -q -U -o constraints.txt
+
+dist: $(VENV)/dev.stamp  ## build the wheel and the source distribution in dist/, and try the wheel in an empty environment
+	@$(BIN)/python -m tools.dist
 
 licenses: $(VENV)/dev.stamp $(VENV)/bench.stamp $(VENV)/strangers.stamp  ## list the licences of all locked versions in THIRD_PARTY_LICENSES.md
 	@$(BIN)/python -m tools.licenses

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from aiohttp import web
@@ -20,12 +20,13 @@ from .client.doctor import examine
 from .client.follow import follow as follow_events
 from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, print_events, printable
 from .commands import DEFAULT_CONFIG, CommandGroup, plugin_views
-from .config import Config, ConfigError, Fault
+from .config import CONFIG, Config, ConfigError, Fault
 from .problems import Problem
 from .scaffold import write_plugin
 from .server import openapi, preflight
 from .server.app import create_app, serve
 from .server.app import work as serve_work
+from .server.edge import reachable
 from .server.logging import logging_to
 from .server.registry import find
 from .server.site import REGISTRY, ROUTES, version
@@ -33,21 +34,43 @@ from .tasks import TASKS
 
 cli = typer.Typer(
     cls=CommandGroup,
-    help="Streamlab: a streaming server for backends.",
+    help="Serve HTTP responses that take time, and read them: files, events, exports, tokens, long tasks.",
+    epilog="""Example: streamlab run --port 9000
+
+    Exit status: 0 success; 1 failure; 2 invalid arguments or configuration; 130 a client was stopped by Ctrl-C.
+    `streamlab COMMAND --help` has what they mean for a command.""",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
 )
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="Configuration file; default: ./config.toml, if it exists."),
+    typer.Option(
+        "--config", "-c", help="Read this file instead of ./config.toml, which need not exist.", metavar="FILE"
+    ),
 ]
+
+UsageError: Any = typer.BadParameter.__base__
+"""Raised for invalid arguments; typer does not export it."""
 
 
 def main() -> None:
-    """Run the command line."""
-    cli(prog_name="streamlab")
+    """Run the command line; invalid arguments are reported in one line, with status 2."""
+    try:
+        sys.exit(cli(prog_name="streamlab", standalone_mode=False))
+    except typer.Abort:
+        sys.exit(130)
+    except UsageError as error:
+        message = error.format_message()
+        command = error.ctx.command_path if error.ctx else "streamlab"
+        if message.startswith("Usage:"):  # the help, without arguments
+            typer.echo(message, err=True)
+        else:
+            message = message[:1].lower() + message[1:].rstrip(".").replace(". Did you", "; did you")
+            print_error(f"{command}: {message} (see {command} --help)")
+        sys.exit(2)
 
 
 def _print_version(value: bool) -> None:
@@ -59,7 +82,7 @@ def _print_version(value: bool) -> None:
 @cli.callback()
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Read the options before the command."""
@@ -85,18 +108,35 @@ def _read_config(path: Path | None) -> Config:
     return Config.read(path if path is not None else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
 
 
-@cli.command()
+@cli.command(
+    epilog="""Example: streamlab run --port 9000 --reload
+
+    Exit status: 0 after SIGTERM or Ctrl-C; 1 if code was still running when the process ended; 2 if nothing was
+    started, since the configuration is invalid, the address is in use, or the event log cannot be written."""
+)
 def run(
     config: ConfigOption = None,
-    host: Annotated[str | None, typer.Option(help="Listen on this address instead of server.host.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Listen on this address instead of `host` of [server].", metavar="ADDRESS")
+    ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Listen on this port instead of server.port.")
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Listen on this port instead of `port` of [server]; 0 takes any free one.",
+            metavar="PORT",
+        ),
     ] = None,
     reload: Annotated[
         bool, typer.Option("--reload", help="Restart when the configuration or a plugin changes.")
     ] = False,
 ) -> None:
-    """Run the server until SIGTERM or Ctrl-C."""
+    """Run the server until SIGTERM or Ctrl-C.
+
+    It needs no configuration, and writes only below the folder `var` next to its config.toml, or without one in the
+    working directory, unless keys of the configuration name other files.
+    """
     if reload:
         _run_reloading(config, host, port)
         return
@@ -108,6 +148,8 @@ def run(
             server=settings.server.model_copy(update=overrides),
             variables={**settings.variables, **{("server", name): f"--{name}" for name in overrides}},
         )
+        if found := list(preflight.event_log_faults(settings)):
+            raise ConfigError(found)  # before the log file is opened, which is usually in the same folder
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
             _raise_file_limit(server.max_streams)
@@ -145,6 +187,7 @@ def _raise_file_limit(streams: int) -> None:
 
 
 def _announce(app: web.Application, address: str) -> None:
+    """Print the plugins, and what a user needs next; the line that ends with the address is for programs, too."""
     table = Table(box=None, pad_edge=False)
     for title in ("plugin", "state", "routes"):
         table.add_column(title)
@@ -155,46 +198,29 @@ def _announce(app: web.Application, address: str) -> None:
         table.add_row(scenario, "degraded", reason)
     console = Console()
     console.print(table)
-    print(f"streamlab {version()} serves {address}", flush=True)
+    config = app[CONFIG]
+    source = "defaults (no config.toml)" if config.source == "defaults" else config.source
+    origins = ", ".join(dict.fromkeys([source, *config.variables.values()]))
+    written = ", ".join(map(str, preflight.written_paths(config)))
+    lines = (
+        f"streamlab {version()} serves {address}",
+        f"configuration: {origins}",
+        f"data: {written}",
+        f"lab page: {reachable(address, config.server)}/lab",
+    )
+    print("\n".join(lines), flush=True)  # at once: a program may stop reading after the first
 
 
-@cli.command()
-def worker(config: ConfigOption = None) -> None:
-    """Run queued tasks until SIGTERM or Ctrl-C; unfinished tasks are handed to another worker."""
-    with _exit_on_config_error():
-        settings = _read_config(config)
-        server = settings.server
-        with logging_to(style=server.log_format, level=server.log_level, file=None):
-            try:
-                asyncio.run(serve_work(settings, on_ready=_announce_worker))
-            except Problem as problem:
-                raise ConfigError([Fault(settings.source, "", problem.detail)]) from None
+@cli.command(
+    epilog="""Example: streamlab check --config /srv/streamlab/config.toml
 
-
-def _announce_worker(app: web.Application) -> None:
-    print(f"streamlab {version()} runs tasks: {', '.join(sorted(app[TASKS].keys()))}", flush=True)
-
-
-@cli.command()
-def routes(config: ConfigOption = None) -> None:
-    """List every route with an example curl command."""
-    with _exit_on_config_error():
-        settings = _read_config(config)
-        app = create_app(settings)
-        origin = f"http://{settings.server.host}:{settings.server.port}"
-        for route in app[ROUTES]:
-            typer.echo(
-                f"{route.endpoint.method:6} {route.endpoint.template:24} {route.scenario:12} {route.endpoint.summary}"
-            )
-            typer.echo(f"       {openapi.curl(route, origin)}")
-
-
-@cli.command()
+    Exit status: 0 if nothing is wrong; 2 otherwise."""
+)
 def check(config: ConfigOption = None) -> None:
-    """Report what cannot work: configuration, plugins, and files on this machine; exit with 2 if there is anything.
+    """Report what cannot work, a line each, and start nothing.
 
-    Nothing is started, written or connected to. A degraded scenario (its model is not installed, for example) is
-    reported and is not an error.
+    It examines the configuration, the plugins, and the files and addresses of this machine; it writes nothing, and
+    connects to nothing. A degraded scenario (its model is not installed, for example) is reported and is not an error.
     """
     with _exit_on_config_error():
         settings = _read_config(config)
@@ -220,13 +246,42 @@ def check(config: ConfigOption = None) -> None:
         raise typer.Exit(2)
 
 
-@cli.command()
+@cli.command(
+    epilog="""Example: streamlab routes | grep -A 1 POST
+
+    Exit status: 0; 2 if the configuration is invalid."""
+)
+def routes(config: ConfigOption = None) -> None:
+    """List every route with a curl command that tries it."""
+    with _exit_on_config_error():
+        settings = _read_config(config)
+        app = create_app(settings)
+        origin = f"http://{settings.server.host}:{settings.server.port}"
+        for route in app[ROUTES]:
+            typer.echo(
+                f"{route.endpoint.method:6} {route.endpoint.template:24} {route.scenario:12} {route.endpoint.summary}"
+            )
+            typer.echo(f"       {openapi.curl(route, origin)}")
+
+
+@cli.command(
+    epilog="""Example: streamlab new price_feed
+
+    Exit status: 0; 2 if nothing was written, since the name is invalid or in use, or a file exists or cannot be
+    written."""
+)
 def new(
-    name: str,
+    name: Annotated[
+        str, typer.Argument(help="The name of the plugin, in lower case, as `price_feed`.", metavar="NAME")
+    ],
     task: Annotated[bool, typer.Option("--task", help="Write a long task instead of a scenario.")] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Write a working plugin called NAME, and its conformance test."""
+    """Write a working plugin, and its conformance test.
+
+    The plugin is written into the first folder of `path` of [plugins], `plugins` by default, and its test into `tests`
+    beside that folder.
+    """
     with _exit_on_config_error():
         settings = _read_config(config)
     existing = next((plugin.origin for plugin in find(settings) if plugin.name == name), None)
@@ -246,8 +301,34 @@ def new(
     typer.echo(f"try it: streamlab run, then {run}\ntest it: pytest {paths[1]}")
 
 
+@cli.command(
+    epilog="""Example: STREAMLAB_SCENARIOS__PROGRESS__ENGINE=docket streamlab worker
+
+    Exit status: 0 after SIGTERM or Ctrl-C; 1 if code was still running when the process ended; 2 if nothing was
+    started, since the configuration is invalid, or has no work for workers."""
+)
+def worker(config: ConfigOption = None) -> None:
+    """Run queued tasks until SIGTERM or Ctrl-C.
+
+    Tasks that are unfinished by then are handed to another worker.
+    """
+    with _exit_on_config_error():
+        settings = _read_config(config)
+        server = settings.server
+        with logging_to(style=server.log_format, level=server.log_level, file=None):
+            try:
+                asyncio.run(serve_work(settings, on_ready=_announce_worker))
+            except Problem as problem:
+                raise ConfigError([Fault(settings.source, "", problem.detail)]) from None
+
+
+def _announce_worker(app: web.Application) -> None:
+    print(f"streamlab {version()} runs tasks: {', '.join(sorted(app[TASKS].keys()))}", flush=True)
+
+
 TargetArgument = Annotated[
-    str, typer.Argument(help="A URL (http:// is optional), or a path of the server at --url.", metavar="URL")
+    str,
+    typer.Argument(help="The URL of a stream (http:// is optional), or a path of the server at --url.", metavar="URL"),
 ]
 
 
@@ -256,7 +337,12 @@ def _absolute(target: str, server: str) -> str:
     return server.rstrip("/") + target if target.startswith("/") else target
 
 
-@cli.command()
+@cli.command(
+    epilog="""Example: streamlab follow /stream/stock-ticker --limit 10
+
+    Exit status: 0 at the end of the stream, or after N events; 1 if the server is unreachable or rejects the request;
+    2 for an invalid URL; 130 after Ctrl-C."""
+)
 def follow(
     target: TargetArgument,
     url: UrlOption = LOCAL_URL,
@@ -265,7 +351,10 @@ def follow(
     no_reconnect: Annotated[bool, typer.Option("--no-reconnect", help="Exit when the connection ends.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the id of each event before it.")] = False,
 ) -> None:
-    """Print an event stream, and resume after its last event when the connection is lost."""
+    """Print an event stream, and resume it when the connection is lost.
+
+    The data of an event is a line, after its name if it has one.
+    """
     # The reader of the pipe may exit first, as `head` does.
     with exit_on_error(), suppress(asyncio.CancelledError, BrokenPipeError):
         events = follow_events(
@@ -277,13 +366,23 @@ def follow(
         asyncio.run(print_events(events, limit, ids=verbose))
 
 
-@cli.command()
+@cli.command(
+    epilog="""Example: streamlab doctor https://stream.example.org/stream/stock-ticker
+
+    Exit status: 0 if it streams; 1 if it does not, or the server is unreachable; 2 for an invalid URL; 130 after
+    Ctrl-C."""
+)
 def doctor(
     target: TargetArgument,
     url: UrlOption = LOCAL_URL,
-    seconds: Annotated[float, typer.Option(min=0.5, max=600, help="How long to observe it.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.5, max=600, help="Observe it for this time, in seconds.", metavar="N")
+    ] = 5.0,
 ) -> None:
-    """Diagnose whether a URL of any server streams, through any proxy, and what prevents it; exit with 1 if not."""
+    """Diagnose whether a URL streams, and what prevents it.
+
+    Any server will do, through any proxy: the stream is received as a browser would receive it.
+    """
     with exit_on_error():
         report = asyncio.run(examine(_absolute(target, url), seconds=seconds))
     for line in report.lines():
@@ -292,15 +391,24 @@ def doctor(
         raise typer.Exit(1)
 
 
-@cli.command("client")
+@cli.command(
+    "client",
+    epilog="""Example: streamlab client download --url http://127.0.0.1:9000
+
+    Exit status: 0 after quit, or after the views; 1 if the server is unreachable, or a view failed; 2 for an invalid
+    URL or an unknown view; 130 after Ctrl-C outside of a view.""",
+)
 def open_menu(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Open these views, one after another, instead of the menu."),
+        typer.Argument(metavar="NAME", help="The views to open, one after another, instead of the menu."),
     ] = None,
     url: UrlOption = LOCAL_URL,
 ) -> None:
-    """Choose from a menu of live views of a server, for example downloads, prices, logs and exports."""
+    """Choose from a menu of live views: downloads, prices, logs, exports.
+
+    Ctrl-C ends a view.
+    """
     from .client import menu  # not imported by other commands
 
     raise typer.Exit(menu.run(url, plugin_views(), names or ()))

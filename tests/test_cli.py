@@ -18,6 +18,10 @@ from pathlib import Path
 import pytest
 import trustme
 
+from streamlab.cli import cli
+from streamlab.config import Config, Server
+from streamlab.server.edge import reachable
+from streamlab.server.preflight import written_paths
 from streamlab.server.site import version
 from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port, run_streamlab, write_plugins
 
@@ -131,7 +135,32 @@ def test_run_with_an_invalid_certificate_fails_with_status_2(tmp_path: Path) -> 
 def test_an_invalid_port_is_rejected_with_status_2(tmp_path: Path) -> None:
     status, _, errors = streamlab(tmp_path, "run", "--port", "65536")
     assert status == 2
-    assert "Invalid value for '--port'" in errors
+    assert "invalid value for '--port'" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [
+        ("nonsense", "streamlab: no such command 'nonsense' (see streamlab --help)"),
+        ("chekc", "streamlab: no such command 'chekc'; did you mean 'check'? (see streamlab --help)"),
+        ("task nonsense", "streamlab task: no such command 'nonsense' (see streamlab task --help)"),
+        ("run extra", "streamlab run: got unexpected extra argument(s) (extra) (see streamlab run --help)"),
+        ("new", "streamlab new: missing argument 'NAME' (see streamlab new --help)"),
+        ("follow", "streamlab follow: missing argument 'URL' (see streamlab follow --help)"),
+    ],
+)
+def test_invalid_arguments_are_one_line_with_status_2(words: str, reported: str, tmp_path: Path) -> None:
+    assert streamlab(tmp_path, *words.split()) == (2, "", f"{reported}\n")
+
+
+def test_run_where_it_cannot_write_is_one_fault(tmp_path: Path) -> None:
+    (tmp_path / "var").write_text("")
+    reason = f"cannot store events there: {tmp_path}/var/streamlab.db: {tmp_path}/var is not a folder"
+    assert streamlab(tmp_path, "run", "--port", "0") == (
+        2,
+        "",
+        f"defaults: events.url - {reason}; sqlite:// stores them in memory\nstreamlab: 1 fault; nothing was started\n",
+    )
 
 
 # -- check and routes
@@ -231,7 +260,8 @@ CANNOT_WORK = {
     "an event log and a log file below what is not a folder": (
         '[events]\nurl = "sqlite:///garbage/events.db"\n[server]\nlog_file = "garbage/server.log"\n',
         [
-            "events.url - cannot store events there: {base}/garbage/events.db: {base}/garbage is not a folder",
+            "events.url - cannot store events there: {base}/garbage/events.db: {base}/garbage is not a folder; "
+            "sqlite:// stores them in memory",
             "server.log_file - cannot be written: {base}/garbage/server.log: {base}/garbage is not a folder",
         ],
     ),
@@ -356,6 +386,71 @@ def test_routes_lists_every_route_with_a_command(tmp_path: Path) -> None:
     assert lines[place].endswith(" Say a word.")
     assert lines[place + 1] == "       curl -N http://127.0.0.1:9000/hello"
     assert sum(line.startswith("       curl ") for line in lines) * 2 == len(lines)
+
+
+COMMAND_NAMES = ("run", "check", "routes", "new", "worker", "follow", "doctor", "client", "chat", "task")
+TASK_NAMES = ("list", "kinds", "run", "watch", "cancel")
+
+VERBS = {
+    "Begin", "Exit", "Limit", "List", "Listen", "Observe", "Print", "Read", "Request", "Restart", "Set", "Show",
+    "Start", "Use", "Write",
+}  # fmt: skip
+"""What options begin with, as commands do."""
+
+
+@pytest.fixture
+def help_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    """Return a function that returns the help of a command, in a terminal of 100 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def showing(command: str) -> str:
+        assert cli([*command.split(), "--help"], prog_name="streamlab", standalone_mode=False) == 0
+        return capsys.readouterr().out
+
+    return showing
+
+
+def parameters_of(text: str, section: str) -> dict[str, str]:
+    """Return the words of help of each parameter in a section of a help text."""
+    lines = re.search(rf"^{section}:\n((?:  .*\n)+)", text, re.MULTILINE)
+    joined = re.sub(r"\n {10,}", " ", lines[1]) if lines else ""
+    found = re.findall(r"^  (\S.*?)  +(.*)$", joined, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in found}
+
+
+@pytest.mark.parametrize("command", ["", *COMMAND_NAMES, *(f"task {name}" for name in TASK_NAMES)])
+def test_help_is_of_one_form(command: str, help_of: Callable[[str], str]) -> None:
+    text, whole = help_of(command), f"streamlab {command}".strip()
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    assert text.startswith(f"Usage: {whole} [OPTIONS]")
+    assert re.search(r"^  [A-Z][a-z]+,? .{10,90}[.]$", text.splitlines()[2]), "a sentence on a line"
+    assert "..." not in text.partition("\n\n")[2], "no sentence is shortened in a list of commands"
+    (example,) = re.findall(r"^  Example: .*?(streamlab .*)$", text, re.MULTILINE)
+    assert example.startswith(whole)
+    assert [word for word in example.split() if word.startswith("--") and word not in help_of(command or "run")] == []
+    assert re.fullmatch(r"[0t].*[.]\n", text.partition("\n\n  Exit status: ")[2], re.DOTALL)
+    options, arguments = parameters_of(text, "Options"), parameters_of(text, "Arguments")
+    assert "--help" in options
+    for name, words in options.items():
+        assert words.split()[0] in VERBS, name
+    for name, words in (options | arguments).items():
+        assert re.match(r"[A-Z].+?[.]( \[[^\]]+\])?$", words), name
+        assert re.match(r"(-\w, )?--[a-z-]+( [A-Z]+(=[A-Z]+)?)?$|[A-Z]+ <", name) or name.startswith("[NAME]"), name
+
+
+def test_options_of_the_same_name_have_the_same_help(help_of: Callable[[str], str]) -> None:
+    texts = [help_of(command) for command in (*COMMAND_NAMES, *(f"task {name}" for name in TASK_NAMES))]
+    for option, count in (("--url URL", 9), ("-c, --config FILE", 5)):
+        shown = [found[option] for text in texts if option in (found := parameters_of(text, "Options"))]
+        assert (len(shown), len(set(shown))) == (count, 1), option
+
+
+def test_help_lists_commands_in_the_order_of_their_use(help_of: Callable[[str], str]) -> None:
+    assert tuple(parameters_of(help_of(""), "Commands")) == COMMAND_NAMES
+    assert tuple(parameters_of(help_of("task"), "Commands")) == TASK_NAMES
 
 
 def test_help_names_every_command_and_no_command_is_an_error(tmp_path: Path) -> None:
@@ -565,18 +660,55 @@ def test_run_announces_its_plugins_and_its_address(tmp_path: Path) -> None:
         shown = []
         for line in process.stdout:
             shown.append(line)
-            if " serves http" in line:
+            if line.startswith("lab page: "):
                 break
         process.terminate()
         assert process.wait(10) == 0
     text = "".join(shown)
-    assert shown[-1].startswith(f"streamlab {version()} serves http://127.0.0.1:")
+    assert shown[-4].startswith(f"streamlab {version()} serves http://127.0.0.1:")
+    assert [line.rstrip("\n") for line in shown[-3:]] == [
+        "configuration: defaults (no config.toml), --port",
+        f"data: {tmp_path}/var",
+        f"lab page: {shown[-4].split()[-1]}/lab",
+    ]
     assert [line.split()[:3] for line in shown if line.startswith("hello")] == [
         ["hello", "ready", "/hello"],
         ["hello", "degraded", "the"],
     ]
     assert "'no_such_module_at_all'" in text
     assert "failed" in text
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "allowed", "expected"),
+    [
+        ("http://127.0.0.1:8000", "127.0.0.1", (), "http://127.0.0.1:8000"),
+        ("https://127.0.0.1:8443", "127.0.0.1", (), "https://127.0.0.1:8443"),
+        ("http://0.0.0.0:8000", "0.0.0.0", (), "http://127.0.0.1:8000"),
+        ("http://[::]:8000", "::", (), "http://[::1]:8000"),
+        ("http://[::1]:8000", "::1", (), "http://[::1]:8000"),
+        ("http://127.0.0.1:8000", "localhost", ("a.example",), "http://127.0.0.1:8000"),
+        ("http://0.0.0.0:8000", "0.0.0.0", ("*.example", "a.example"), "http://a.example:8000"),
+        ("http://0.0.0.0:8000", "0.0.0.0", ("*.example",), "http://127.0.0.1:8000"),
+    ],
+)
+def test_lab_page_has_an_address_that_a_browser_reaches(
+    address: str, host: str, allowed: tuple[str, ...], expected: str
+) -> None:
+    assert reachable(address, Server(host=host, allowed_hosts=allowed)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tables", "written"),
+    [
+        ({}, ["/srv/var"]),
+        ({"events": {"url": "redis://a/0"}, "server": {"log_file": ""}}, ["/srv/var"]),
+        ({"events": {"url": "sqlite://"}, "server": {"log_file": "/var/log/a.log"}}, ["/srv/var", "/var/log/a.log"]),
+        ({"events": {"url": "sqlite:///events.db"}}, ["/srv/var", "/srv/events.db"]),
+    ],
+)
+def test_paths_that_run_writes_are_announced(tables: dict[str, dict[str, str]], written: list[str]) -> None:
+    assert [str(path) for path in written_paths(Config.of(tables, base=Path("/srv")))] == written
 
 
 def test_run_writes_its_log_to_a_file_as_json_lines(start: Callable[..., Running]) -> None:

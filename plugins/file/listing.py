@@ -76,10 +76,9 @@ class Listing:
     def page(self) -> str:
         """Return it as HTML."""
         title = escape(shown("/".join(["/files", *self.parts, ""])))
-        links = ['<a href="../">Parent folder</a>'] if self.parts else []
+        links = [f'<a href="../">{"Parent folder" if self.parts else "All routes"}</a>']
         if self.after:
             links.append('<a href="./">First names</a>')
-        back = f"<p>{' · '.join(links)}</p>" if links else ""
         rows = "".join(
             f'<tr><td><a href="{escape(entry.link)}">{escape(shown(entry.name))}{"/" * entry.is_folder}</a></td>'
             f"<td>{'folder' if entry.is_folder else f'{entry.size:,}'}</td>"
@@ -96,7 +95,7 @@ class Listing:
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{title}</title>\n<link rel="stylesheet" href="/assets/site.css">\n</head>\n'
             f'<body class="listing">\n<main>\n<h1>{title}</h1>\n'
-            f"{back}\n{table}\n{more}</main>\n</body>\n</html>\n"
+            f"<p>{' · '.join(links)}</p>\n{table}\n{more}</main>\n</body>\n</html>\n"
         )
 
 

@@ -136,13 +136,26 @@ def _error_message(document: str) -> str:
         return ""
 
 
+CHAT_EPILOG = """Example: echo Hello | streamlab chat --max-tokens 50
+
+Exit status: 0 at the end of the input; from a pipe, 1 if a response is missing or incomplete, and 2 for an invalid URL;
+130 after Ctrl-C at the prompt."""
+
+
 def chat(
     url: UrlOption = LOCAL_URL,
-    model: Annotated[str, typer.Option(help="The model, if the server has several.", show_default=False)] = "",
-    system: Annotated[str, typer.Option(help="The system prompt.", show_default=False)] = "",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a response.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Use this model, if the server has several.", metavar="NAME", show_default=False)
+    ] = "",
+    system: Annotated[
+        str, typer.Option(help="Begin the conversation with this system prompt.", metavar="TEXT", show_default=False)
+    ] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit each response to N tokens.", metavar="N")] = None,
 ) -> None:
-    """Chat with the model of any server with /v1/chat/completions. Ctrl-C stops a response, Ctrl-D ends the chat."""
+    """Chat with the model of any OpenAI-compatible server.
+
+    Ctrl-C stops a response, Ctrl-D ends the chat. From a pipe, each line is a message.
+    """
     interactive = sys.stdin.isatty()
     conversation = Conversation(url, model=model, system=system, max_tokens=max_tokens)
     while (line := _read_line("> " if interactive else "")) is not None:
@@ -153,7 +166,7 @@ def chat(
         except (ChatError, ValueError) as error:
             print_error(f"streamlab: {error}")
             if not interactive:
-                raise typer.Exit(1) from None
+                raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
 def _read_line(text: str) -> str | None:
@@ -177,7 +190,7 @@ def show_chat(terminal: Terminal) -> None:
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the command `chat`."""
-    cli.command()(chat)
+    cli.command(epilog=CHAT_EPILOG)(chat)
 
 
 @hookimpl

@@ -29,16 +29,26 @@ from streamlab.client import (
 
 T = TypeVar("T")
 
-Id = Annotated[str, typer.Argument(help="The id of the task.")]
+Id = Annotated[str, typer.Argument(help="The id of the task; `task list` prints them.", metavar="ID")]
+
+FAILURES = "the server is unreachable or rejects the request; 2 for invalid arguments; 130 after Ctrl-C."
+LISTED = f"Exit status: 0; 1 if {FAILURES}"
+WATCHED = f"Exit status: 0 if the task is done; 1 if it is not, or {FAILURES}"
+CANCELLED = f"Exit status: 0 if the task was cancelled; 1 if it had ended before, or {FAILURES}"
 
 commands = typer.Typer(
-    help="List, start, watch and cancel long tasks of a server.", no_args_is_help=True, rich_markup_mode=None
+    help="List, start, watch and cancel long tasks.",
+    epilog="""Example: streamlab task run report --param steps=10
+
+    Exit status: that of the command; `streamlab task COMMAND --help` has it.""",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
-@commands.command("list")
+@commands.command("list", epilog=f"Example: streamlab task list --limit 10\n\n{LISTED}")
 def list_tasks(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of tasks.", metavar="N")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="List at most N tasks.", metavar="N")] = 100,
     url: UrlOption = LOCAL_URL,
 ) -> None:
     """List the stored tasks, newest first."""
@@ -49,36 +59,45 @@ def list_tasks(
         print_error(f"streamlab: there are more; these are the newest {limit}")
 
 
-@commands.command("kinds")
+@commands.command("kinds", epilog=f"Example: streamlab task kinds\n\n{LISTED}")
 def list_kinds(url: UrlOption = LOCAL_URL) -> None:
-    """List the kinds of tasks, with their parameters; those in brackets are optional."""
+    """List the kinds of tasks, with their parameters.
+
+    Those in brackets are optional, with their default, or else their type.
+    """
     kinds = _complete(request_json("GET", f"{url.rstrip('/')}/process/kinds"))["kinds"]
     rows = [(kind["kind"], _signature(kind["parameters"]), kind["description"].partition("\n")[0]) for kind in kinds]
     _print_table(("kind", "parameters", "description"), rows)
 
 
-@commands.command()
+@commands.command(epilog=f"Example: streamlab task run report --param steps=10\n\n{WATCHED}")
 def run(
-    kind: Annotated[str, typer.Argument(help="The kind of task; `task kinds` lists them.")],
+    kind: Annotated[str, typer.Argument(help="The kind of task; `task kinds` prints them.", metavar="KIND")],
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", "-p", help="A parameter, for example steps=10.", metavar="NAME=VALUE"),
+        typer.Option("--param", "-p", help="Set a parameter, as steps=10; may be repeated.", metavar="NAME=VALUE"),
     ] = None,
     url: UrlOption = LOCAL_URL,
 ) -> None:
-    """Start a task, watch it to its end, and print its result as JSON. Ctrl-C leaves it running."""
+    """Start a task, watch it, and print its result as JSON.
+
+    Ctrl-C leaves it running.
+    """
     body = {"kind": kind, "parameters": _parameters(param or ())}
     task = _complete(request_json("POST", _task_url(url), body))
     _complete(_watch(_task_url(url, task["id"])))
 
 
-@commands.command()
+@commands.command(epilog=f"Example: streamlab task watch ID\n\n{WATCHED}")
 def watch(id: Id, url: UrlOption = LOCAL_URL) -> None:  # noqa: A002
-    """Watch a task to its end, and print its result as JSON. Ctrl-C leaves it running."""
+    """Watch a task to its end, and print its result as JSON.
+
+    Ctrl-C leaves it running.
+    """
     _complete(_watch(_task_url(url, id)))
 
 
-@commands.command()
+@commands.command(epilog=f"Example: streamlab task cancel ID\n\n{CANCELLED}")
 def cancel(id: Id, url: UrlOption = LOCAL_URL) -> None:  # noqa: A002
     """Cancel a task, and watch it end."""
     _complete(request_json("DELETE", _task_url(url, id)))

@@ -21,7 +21,7 @@ LOCAL_URL = "http://127.0.0.1:8000"
 """Address of a server with the default configuration on this machine."""
 
 UrlOption = Annotated[
-    str, typer.Option("--url", envvar=URL_VARIABLE, help="The server; http:// is optional.", metavar="URL")
+    str, typer.Option("--url", envvar=URL_VARIABLE, help="Request this server; http:// is optional.", metavar="URL")
 ]
 """The option `--url` of a command that requests a server; its default is in STREAMLAB_URL, else it is `LOCAL_URL`."""
 

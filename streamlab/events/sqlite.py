@@ -139,7 +139,7 @@ class SqliteLog:
             try:
                 await self._writing.run(self._open, discard=self._undo_open)
             except (OSError, sqlite3.Error) as error:
-                reason = f"{self._path}: {_reason(error)} (`url` of [events] names the file)"
+                reason = f"{self._path}: {_reason(error)} (`url` of [events] names the file; sqlite:// is memory)"
                 raise EventLogError(f"cannot store events there: {reason}") from None
             try:
                 async with asyncio.TaskGroup() as group:

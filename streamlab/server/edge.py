@@ -251,6 +251,16 @@ def _is_allowed(name: str, server: Server) -> bool:
     return any(fnmatchcase(name, allowed.lower()) for allowed in server.allowed_hosts)
 
 
+def reachable(address: str, server: Server) -> str:
+    """Return the address for a browser on this machine: 0.0.0.0, :: and names that are not allowed are replaced."""
+    scheme, _, authority = address.partition("://")
+    host, _, port = authority.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104
+    if not _is_allowed(host.strip("[]"), server):
+        host = next((name for name in server.allowed_hosts if not re.search("[*?:]", name)), host)
+    return f"{scheme}://{host}:{port}"
+
+
 def _is_local(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True

@@ -89,7 +89,7 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
                 logging.handlers.RotatingFileHandler(file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
             )
         except OSError as error:
-            warning = f"{file} cannot be written ({error.strerror}): log lines go only to stderr"
+            warning = f"server.log_file - cannot be written: {file}: {error.strerror}; log lines go only to stderr"
     queue_handler = BoundedQueueHandler(queue.Queue(10_000))
     queue_handler.setFormatter(LineFormatter(style))
     listener = logging.handlers.QueueListener(queue_handler.queue, *handlers)

@@ -18,7 +18,8 @@ def faults(config: Config) -> list[Fault]:
         *address_faults(config),
         *_tls(config)[1],
         *folder_faults(config),
-        *_log_faults(config),
+        *event_log_faults(config),
+        *_log_file_faults(config),
     ]
 
 
@@ -108,10 +109,26 @@ def folder_faults(config: Config) -> Iterator[Fault]:
             yield config.fault(("plugins", "path"), f"{folder}: {reason}")
 
 
-def _log_faults(config: Config) -> Iterator[Fault]:
+def written_paths(config: Config) -> list[Path]:
+    """Return what the server writes: the folder `var` beside the configuration, and other files that it names."""
+    folder, files = config.base / "var", (_event_file(config), config.server.log_file)
+    return [folder, *(file for file in files if file is not None and not file.is_relative_to(folder))]
+
+
+def _event_file(config: Config) -> Path | None:
     scheme, _, path = config.events.url.partition(":///")
-    if scheme == "sqlite" and path and (reason := _unwritable(Path(path), with_folder=True)):
-        yield config.fault(("events", "url"), f"cannot store events there: {path}: {reason}")
+    return Path(path) if scheme == "sqlite" and path else None
+
+
+def event_log_faults(config: Config) -> Iterator[Fault]:
+    """Yield a fault if the file of the event log can be neither written nor created."""
+    file = _event_file(config)
+    if file is not None and (reason := _unwritable(file, with_folder=True)):
+        reason = f"cannot store events there: {file}: {reason}; sqlite:// stores them in memory"
+        yield config.fault(("events", "url"), reason)
+
+
+def _log_file_faults(config: Config) -> Iterator[Fault]:
     file = config.server.log_file
     if file is not None and (reason := _unwritable(file)):
         yield config.fault(("server", "log_file"), f"cannot be written: {file}: {reason}")

@@ -66,9 +66,14 @@ class Site(Scenario):
         if "text/html" in request.headers.get("Accept", ""):
             return self._lab(request, vary)
         serving, failed = self._routes_in_service(request)
-        blocks = [f"{r.endpoint.method:4} {r.endpoint.template}  {r.endpoint.summary}\n     {c}\n" for r, c in serving]
-        blocks += [f"503  {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
-        text = f"streamlab {version()}: a streaming server for backends\n\n" + "\n".join(blocks)
+        title = f"streamlab {version()}: a streaming server for backends"
+        browser = f"Each route with a command that tries it; in a browser: {request.url.origin()}/lab"
+        blocks = [
+            f"{route.endpoint.method:6} {route.endpoint.template}  {route.endpoint.summary}\n       {command}\n"
+            for route, command in serving
+        ]
+        blocks += [f"503    {path}  out of service: {p.reason}\n" for p in failed for _, path in p.lost_routes]
+        text = f"{title}\n\n{browser}\n\n" + "\n".join(blocks)
         return _revalidated(request, text, "text/plain", vary)
 
     @endpoint("GET", "/lab", sends="text/html", curl="{url}")

@@ -375,7 +375,8 @@ async def test_sqlite_retains_epochs_when_the_machine_was_restarted_after_a_clea
 
 async def test_sqlite_names_the_file_in_which_it_cannot_store_events(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    names = rf"cannot store events there: {tmp_path}/file/events\.db: .+ \(`url` of \[events\] names the file\)"
+    hint = r"\(`url` of \[events\] names the file; sqlite:// is memory\)"
+    names = rf"cannot store events there: {tmp_path}/file/events\.db: .+ {hint}"
     with pytest.raises(EventLogError, match=names):
         async with opened(f"sqlite:///{tmp_path}/file/events.db"):
             pass

@@ -412,6 +412,7 @@ async def test_folder_is_html_for_a_browser_and_names_cannot_inject(client: Clie
     assert response.content_type == "text/html"
     assert b"<script>alert" not in body
     assert b"&lt;script&gt;" in body
+    assert b'<a href="../">All routes</a>' in body
     response, body = await get(client, {"Accept": "text/html"}, path="/files/sub")
     assert (response.status, b'<a href="../">Parent folder</a>' in body) == (200, True)
 

@@ -158,10 +158,11 @@ async def test_the_index_lists_every_route_with_a_line_and_a_command(lab: Lab) -
         text = await response.text()
     assert text.startswith(f"streamlab {version()}: a streaming server for backends\n\n")
     origin = f"http://127.0.0.1:{client.port}"
-    assert f"GET  /lab/stream  Send five bytes & <stop>.\n     curl -N {origin}/lab/stream\n" in text
+    assert text.splitlines()[2].endswith(f" {origin}/lab")
+    assert f"GET    /lab/stream  Send five bytes & <stop>.\n       curl -N {origin}/lab/stream\n" in text
     for route in client.app[ROUTES]:
-        assert f"{route.endpoint.method:4} {route.endpoint.template}  {route.endpoint.summary}\n" in text
-    assert len(re.findall(rf"^     curl .*{re.escape(origin)}/", text, re.MULTILINE)) == len(client.app[ROUTES])
+        assert f"{route.endpoint.method:6} {route.endpoint.template}  {route.endpoint.summary}\n" in text
+    assert len(re.findall(rf"^       curl .*{re.escape(origin)}/", text, re.MULTILINE)) == len(client.app[ROUTES])
 
 
 async def test_the_index_is_html_for_a_browser(lab: Lab) -> None:
@@ -868,5 +869,7 @@ async def test_a_log_file_that_cannot_be_written_is_reported_and_not_fatal(
     with logging_to(style="text", level="INFO", file=tmp_path / "taken" / "streamlab.log"):
         pass
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith(f"{tmp_path / 'taken' / 'streamlab.log'} cannot be written (")
-    assert message.endswith("): log lines go only to stderr")
+    file = tmp_path / "taken" / "streamlab.log"
+    assert re.fullmatch(
+        rf"server\.log_file - cannot be written: {re.escape(str(file))}: .+; log lines go only to stderr", message
+    )

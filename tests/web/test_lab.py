@@ -1098,7 +1098,7 @@ async def test_without_javascript_the_page_lists_every_route_with_its_command(
     assert names[0] == "GET /stream/stock-ticker"
     assert names[-1] == "GET /assets/{name}"
     commands = [
-        line.strip() for line in shared_server.get("/")[2].decode().splitlines() if line.startswith("     curl")
+        line.strip() for line in shared_server.get("/")[2].decode().splitlines() if line.startswith("       curl")
     ]
     shown = page.locator("#list pre")
     assert [await one.inner_text() for one in await shown.all() if await one.is_visible()] == commands
