@@ -228,7 +228,10 @@ class File(Scenario):
     def _look_up(self, parts: tuple[str, ...], after: str, limit: int) -> BinaryIO | listing.Listing:
         """Open the file that `parts` name, or list the folder; runs in a thread."""
         if not parts:
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Problem(503, f"The served folder cannot be created: {error.strerror}.") from None
         try:
             descriptor = representation.open_beneath(self.root, parts)
         except ValueError as error:  # it leads out of the root, or cannot be the name of a file

@@ -417,6 +417,13 @@ async def test_folder_is_html_for_a_browser_and_names_cannot_inject(client: Clie
     assert (response.status, b'<a href="../">Parent folder</a>' in body) == (200, True)
 
 
+async def test_served_folder_that_cannot_be_created_is_503(client: Client, root: Path) -> None:
+    root.rmdir()
+    root.write_text("")
+    response, body = await get(client, path="/files/")
+    assert (response.status, json.loads(body)["detail"]) == (503, "The served folder cannot be created: File exists.")
+
+
 async def test_file_with_a_slash_after_it_is_a_file(client: Client, root: Path) -> None:
     (root / "a.txt").write_text("x")
     assert (await get(client, path="/files/a.txt/"))[0].status == 200

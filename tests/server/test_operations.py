@@ -24,7 +24,15 @@ from streamlab.config import Config, Server
 from streamlab.server.app import create_app
 from tests.support import postgres_server, proxies
 from tests.support.connections import EventStream, read_all, read_until
-from tests.support.servers import REPOSITORY, WITHOUT_MODEL, Running, ended_at_exit, free_port, plugin_module
+from tests.support.servers import (
+    ENVIRONMENT,
+    REPOSITORY,
+    WITHOUT_MODEL,
+    Running,
+    ended_at_exit,
+    free_port,
+    plugin_module,
+)
 from tests.support.valkey import Valkey
 
 postgres, postgres_cluster = postgres_server.postgres, postgres_server.postgres_cluster
@@ -366,6 +374,34 @@ def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: 
             assert server.get(path)[0] == 200, server.log
         assert json.loads(server.get("/health")[2])["status"] == "ok"
     assert sorted(path.name for path in base.iterdir()) == ["config.toml", "var"]
+
+
+def test_a_folder_that_is_read_only_is_rejected_unless_events_are_in_memory(tmp_path: Path) -> None:
+    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
+    try:
+        tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare(1) is not installed")
+    if tried.returncode:
+        pytest.skip(f"a mount namespace cannot be had here: {tried.stderr}")
+    command = [*namespace, sys.executable, "-m", "streamlab", "run", "--port", "0"]
+    environ = {**os.environ, **ENVIRONMENT, **WITHOUT_MODEL}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=50, check=False)
+    reason = f"this user may not write into {tmp_path}; sqlite:// stores them in memory"
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"defaults: events.url - cannot store events there: {tmp_path}/var/streamlab.db: {reason}\n"
+        "streamlab: 1 fault; nothing was started\n",
+    )
+    in_memory = {**WITHOUT_MODEL, "STREAMLAB_EVENTS__URL": "sqlite://"}
+    with running(command, tmp_path, in_memory) as server:
+        assert server.get("/stream/stock-ticker?limit=1")[0] == 200
+        for path in ("/files/", "/download/large-file", "/export/users/csv"):
+            status, _, body = server.get(path)
+            assert (status, b"cannot be created: Read-only file system." in body) == (503, True), server.log
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- in compose.yaml
