@@ -712,7 +712,7 @@ def test_the_command_exits_at_its_limit(lab: Running) -> None:
     )
     status, output, message = run(f"{lab.url}/held", "--limit", "0")
     assert (status, output) == (2, b"")
-    assert "Invalid value for '--limit'" in message
+    assert message.startswith("streamlab follow: invalid value for '--limit': ")
 
 
 def test_the_command_without_reconnects_exits_with_0_at_a_regular_end_and_with_1_at_a_break(lab: Running) -> None:
