@@ -13,7 +13,9 @@ function complete() {
   for (const button of root.querySelectorAll(".copy-to-clipboard button:not([aria-label])"))
     button.setAttribute("aria-label", "Copy");
   for (const code of root.querySelectorAll("pre.microlight:not([tabindex])")) code.tabIndex = 0;
-  root.querySelector("h2.title:not([aria-level])")?.setAttribute("aria-level", "1");
+  // The title is an h2: each heading is one level higher than its element says.
+  for (const heading of root.querySelectorAll(":is(h2, h3, h4, h5, h6):not([aria-level])"))
+    heading.setAttribute("aria-level", heading.tagName[1] - 1);
 }
 
 new MutationObserver(complete).observe(root, { childList: true, subtree: true });

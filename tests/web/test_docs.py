@@ -1,6 +1,7 @@
 """/docs in a real browser: the routes can be tried, and values that the server knows are drop-downs."""
 
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 
 import pytest
 import pytest_asyncio
@@ -94,6 +95,11 @@ CONTRAST = """elements => elements.map(element => {
 async def test_the_page_can_be_used_with_a_screen_reader(page: Page, server: Running) -> None:
     block = await opened(page, server, "ticker/ticker_prices")
     await expect(page.get_by_role("main").locator("h2.title")).to_have_attribute("aria-level", "1")
+    headings = page.get_by_role("main").get_by_role("heading")
+    levels = await headings.evaluate_all("all => all.map(one => Number(one.ariaLevel ?? one.tagName[1]))")
+    assert levels[0] == 1
+    assert len(levels) > 10
+    assert [pair for pair in pairwise(levels) if pair[1] > pair[0] + 1] == []
     await expect(block.get_by_role("listbox", name="symbols")).to_have_count(1)
     await expect(block.locator("select:not([aria-label])")).to_have_count(0)
     await expect(page.locator("button a[href]")).to_have_count(0)
