@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak lock licenses dist clean
+.PHONY: help run test lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak image lock licenses dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -32,6 +32,9 @@ strangers: $(VENV)/dev.stamp $(VENV)/strangers.stamp  ## run third-party tools a
 
 soak: $(VENV)/dev.stamp  ## kill servers under load for ten minutes, and monitor one that keeps running (make soak ARGS="--minutes 2")
 	@$(BIN)/python -m tests.soak $(ARGS)
+
+image: $(VENV)/dev.stamp  ## build both targets of the Dockerfile with buildah, run them, and print their sizes (as root)
+	@$(BIN)/pytest -m image -n 0 -rs tests/test_image.py $(ARGS)
 
 docs: $(VENV)/docs.stamp  ## build the documentation into build/docs/, without a network; broken references are errors
 	@$(BIN)/sphinx-build -q -n -W -E --keep-going -d build/doctrees docs build/docs

