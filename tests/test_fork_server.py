@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fork_server import ForkedProcess, ForkServer
-from tests.support.servers import REPOSITORY, Running, disabled, ended_at_exit, free_port, starting_in
+from tests.support.servers import REPOSITORY, Running, command, disabled, ended_at_exit, free_port, starting_in
 
 pytestmark = pytest.mark.skipif(not ForkServer.possible, reason="servers are not forked on this system")
 
@@ -116,10 +116,10 @@ def test_a_forked_server_reports_at_its_exit_what_a_fresh_one_does(tmp_path: Pat
 
 
 def test_a_process_is_forked_from_one_that_has_imported_what_it_will_import(start: Start) -> None:
-    for imports in ((), ("this",), ()):
+    for imports in ((), ("plistlib",), ()):
         server = start(ALONE, imports=imports, mirror=MIRROR)
         assert isinstance(server.process, ForkedProcess)
-        assert ("this" in json.loads(server.get("/mirror")[2])["modules"]) == bool(imports)
+        assert ("plistlib" in json.loads(server.get("/mirror")[2])["modules"]) == bool(imports)
 
 
 def test_interpreter_variables_require_a_fresh_server(start: Start) -> None:
@@ -247,3 +247,20 @@ def lives(stat: Path) -> bool:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_command_is_forked_with_three_pipes(start: Start, tmp_path: Path) -> None:
+    with command("client", "--url", start(ALONE).url, cwd=tmp_path) as process:
+        assert isinstance(process, ForkedProcess)
+        out, err = process.communicate("nothing\nquit\n", timeout=20)
+    assert (process.returncode, out.splitlines()[-2:]) == (0, ["view: nothing", "view: quit"])
+    assert err == "'nothing' is not in the menu\n"
+
+
+def test_a_command_that_does_not_end_in_time_is_killed_with_its_block(tmp_path: Path) -> None:
+    with (
+        command("follow", f"127.0.0.1:{free_port()}/", cwd=tmp_path) as process,
+        pytest.raises(subprocess.TimeoutExpired),
+    ):
+        process.communicate(timeout=0.1)
+    assert process.returncode == -signal.SIGKILL

@@ -22,7 +22,7 @@ import pytest
 from streamlab.client.follow import MAX_RETRY_SECONDS, Pause, backoff, follow
 from streamlab.client.http import ConnectionLost, RequestRejected, retry_after_seconds
 from streamlab.client.sse import MAX_BYTES, Event, Parser
-from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port, write_plugins
+from tests.support.servers import REPOSITORY, Running, command, ended_at_exit, free_port, write_plugins
 
 
 def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002
@@ -625,9 +625,9 @@ FOLLOW = [sys.executable, "-m", "streamlab", "follow"]
 
 def run(*words: str, **variables: str) -> tuple[int, bytes, str]:
     """Follow to the end; return exit status, stdout and stderr."""
-    environ = {**ENVIRONMENT, **variables}
-    done = subprocess.run([*FOLLOW, *words], capture_output=True, timeout=30, env=environ, check=False)
-    return done.returncode, done.stdout, done.stderr.decode()
+    with command("follow", *words, cwd=Path.cwd(), **variables) as process:
+        out, err = process.communicate(timeout=30)
+    return process.wait(), out.encode(), err
 
 
 @contextlib.contextmanager

@@ -300,9 +300,8 @@ def test_varnish_needs_its_line_for_several_ranges_only(ticker: Running, tmp_pat
 
 def test_a_url_that_cannot_be_examined_is_reported(other: int) -> None:
     def run(url: str) -> tuple[int, str]:
-        words = [sys.executable, "-m", "streamlab", "doctor", url]
-        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=50, check=False)
-        return done.returncode, done.stderr
+        status, _, errors = run_streamlab("doctor", url, cwd=Path.cwd())
+        return status, errors
 
     assert run("ftp://x") == (2, "streamlab: 'ftp://x' is not an http(s) URL\n")
     assert run(f"127.0.0.1:{other}/nothing") == (

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_upstream import DONE, FINISH, MODEL, USED, Exchange, event, fake_upstream
-from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port
+from tests.support.servers import REPOSITORY, Command, Running, command, free_port
 
 Start = Callable[..., Running]
 
@@ -102,32 +102,23 @@ ODD = '''
 
 
 @contextmanager
-def begin(server: str, *names: str, cwd: Path, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+def begin(server: str, *names: str, cwd: Path, **variables: str) -> Iterator[Command]:
     """Yield the command with its input open; it ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamlab", "client", "--url", server, *names],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**ENVIRONMENT, "PYTHONWARNINGS": "error", "COLUMNS": "120", **variables},
-        cwd=cwd,
-    )
-    with ended_at_exit(process):
+    with command("client", "--url", server, *names, cwd=cwd, COLUMNS="120", **variables) as process:
         yield process
 
 
-def reply(process: "subprocess.Popen[str]", *lines: str) -> None:
+def reply(process: Command, *lines: str) -> None:
     assert process.stdin is not None
     process.stdin.write("".join(f"{line}\n" for line in lines))
     process.stdin.flush()
 
 
-def end(process: "subprocess.Popen[str]", *lines: str) -> Result:
+def end(process: Command, *lines: str) -> Result:
     """Send the last replies, and return the result."""
     out, err = process.communicate("".join(f"{line}\n" for line in lines), timeout=40)
     assert "Traceback" not in err, err
-    return process.returncode, out.splitlines(), err.splitlines()
+    return process.wait(), out.splitlines(), err.splitlines()
 
 
 def result(server: str, *names: str, cwd: Path, replies: Sequence[str] = (), **variables: str) -> Result:

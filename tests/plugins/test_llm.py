@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from tests.support.fake_upstream import (
     fake_upstream,
 )
 from tests.support.models import needs_model
-from tests.support.servers import REPOSITORY, Running, ended_at_exit, plugin_module, run_streamlab
+from tests.support.servers import REPOSITORY, Command, Running, command, plugin_module, run_streamlab
 
 LOADED_PLUGINS = ("llm",)
 
@@ -1087,16 +1086,9 @@ def test_without_its_key_the_gateway_is_out_of_service_and_reports_why(start: St
 
 
 @contextlib.contextmanager
-def talk(url: str, *options: str) -> Iterator["subprocess.Popen[str]"]:
+def talk(url: str, *options: str) -> Iterator[Command]:
     """Yield the command with its input open; it ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamlab", "chat", "--url", url, *options],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        # A background job of a shell ignores it, and so would its child processes.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    with ended_at_exit(process):
+    with command("chat", "--url", url, *options, cwd=REPOSITORY) as process:
         yield process
 
 

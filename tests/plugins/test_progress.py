@@ -6,12 +6,10 @@ import hashlib
 import http.client
 import itertools
 import json
-import os
 import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,10 +25,10 @@ from streamlab.events.channel import Events, open_log
 from tests.support.connections import EventStream, Received
 from tests.support.fork_server import ForkedProcess
 from tests.support.servers import (
-    REPOSITORY,
+    Command,
     Running,
     begin,
-    ended_at_exit,
+    command,
     free_port,
     plugin_module,
     run_streamlab,
@@ -876,25 +874,10 @@ def test_a_kind_that_no_longer_exists_is_reported(start: Callable[..., Running])
 # -- the command line
 
 
-@contextlib.contextmanager
-def streamlab(*arguments: str, cwd: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Yield a command; it ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamlab", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"},
-        cwd=cwd,
-    )
-    with ended_at_exit(process):
-        yield process
-
-
-def output_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+def output_of(process: Command) -> tuple[int, str, str]:
     """Wait for the end of a command; return its exit status, stdout and stderr."""
     out, err = process.communicate(timeout=30)
-    return process.returncode, out, err
+    return process.wait(), out, err
 
 
 def test_a_task_is_run_from_the_command_line(start: Callable[..., Running]) -> None:
@@ -948,7 +931,7 @@ def test_watching_continues_across_a_crash_of_the_server(start: Callable[..., Ru
     port = free_port()
     server = embedded(start, port=port)
     task = start_task(server, "count", until=10, hold_at=5, gate="go")
-    with streamlab("task", "watch", task["id"], "--url", f"127.0.0.1:{port}", cwd=server.base) as watching:
+    with command("task", "watch", task["id"], "--url", f"127.0.0.1:{port}", cwd=server.base) as watching:
         assert watching.stderr is not None
         assert watching.stderr.readline() == "held at 5\n"
         server.terminate(signal.SIGKILL)
@@ -963,7 +946,7 @@ def test_a_task_is_cancelled_from_the_command_line(start: Callable[..., Running]
     server = embedded(start)
     task = start_task(server, "hold", gate="never")
     wait_for(server, task, message="held")
-    with streamlab("task", "watch", task["id"], "--url", server.url, cwd=server.base) as watching:
+    with command("task", "watch", task["id"], "--url", server.url, cwd=server.base) as watching:
         assert watching.stderr is not None
         assert watching.stderr.readline() == "held\n"
         assert run_streamlab("task", "cancel", task["id"], "--url", server.url, cwd=server.base)[0] == 0

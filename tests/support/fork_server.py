@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +33,10 @@ NUMBER = struct.Struct("i")
 class ForkedProcess:
     """The part of `subprocess.Popen` that tests need, for a process whose parent is the fork server."""
 
-    def __init__(self, stdout: IO[str], status_socket: socket.socket) -> None:
-        self.stdout = stdout
+    def __init__(
+        self, stdin: IO[str] | None, stdout: IO[str], stderr: IO[str] | None, status_socket: socket.socket
+    ) -> None:
+        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
         self.returncode: int | None = None
         self._status = status_socket
         pid = status_socket.recv(NUMBER.size)
@@ -48,8 +51,42 @@ class ForkedProcess:
     ) -> None:
         """Wait for its end, as `Popen` does, and close its resources."""
         self.stdout.close()
+        if self.stderr is not None:
+            self.stderr.close()
+        self._close_stdin()
         self.wait()
         self._status.close()
+
+    def _close_stdin(self) -> None:
+        if self.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it reads no more
+                self.stdin.close()
+
+    def communicate(self, text: str = "", timeout: float | None = None) -> tuple[str, str]:
+        """Write `text` to its stdin, close that, and return what it writes to stdout and stderr until its end."""
+        assert self.stdin is not None
+        assert self.stderr is not None
+        outputs = {"stdout": "", "stderr": ""}
+
+        def read(name: str, stream: IO[str]) -> None:
+            outputs[name] = stream.read()
+
+        readers = [
+            threading.Thread(target=read, args=(name, stream), daemon=True)
+            for name, stream in (("stdout", self.stdout), ("stderr", self.stderr))
+        ]
+        for reader in readers:
+            reader.start()
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.write(text)
+        self._close_stdin()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for reader in readers:
+            reader.join(deadline and max(0, deadline - time.monotonic()))
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired("streamlab", timeout or 0)
+        self.wait(deadline and max(0, deadline - time.monotonic()))
+        return outputs["stdout"], outputs["stderr"]
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
@@ -110,16 +147,33 @@ class ForkServer:
         return other
 
     def start(
-        self, arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str]
+        self, arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, stderr: IO[str] | None = None
     ) -> ForkedProcess:
-        """Start `python -m streamlab ARGUMENTS...` in a suitable environment; its stdout is a pipe."""
+        """Start `python -m streamlab ARGUMENTS...` in a suitable environment.
+
+        Its stdout is a pipe. Without a file for its stderr, that and its stdin are pipes, too; otherwise its stdin is
+        empty.
+        """
         control = self._control or self._begin()
         own, other = socket.socketpair()
-        stdout, output = os.pipe()
-        with other, os.fdopen(output):
-            request = json.dumps({"arguments": list(arguments), "environ": dict(environ), "cwd": str(cwd)})
-            socket.send_fds(control, [request.encode()], [output, stderr.fileno(), other.fileno()])
-        return ForkedProcess(os.fdopen(stdout), own)
+        request = json.dumps({"arguments": list(arguments), "environ": dict(environ), "cwd": str(cwd)})
+        with contextlib.ExitStack() as theirs:
+            theirs.enter_context(other)
+            out, output = os.pipe()
+            theirs.callback(os.close, output)
+            if stderr is None:
+                (given, into), (err, errors) = os.pipe(), os.pipe()
+                theirs.callback(os.close, errors)
+            else:
+                given, into, err, errors = os.open(os.devnull, os.O_RDONLY), None, None, stderr.fileno()
+            theirs.callback(os.close, given)
+            socket.send_fds(control, [request.encode()], [given, output, errors, other.fileno()])
+        return ForkedProcess(
+            None if into is None else os.fdopen(into, "w", encoding="utf-8"),
+            os.fdopen(out, encoding="utf-8", newline=""),
+            None if err is None else os.fdopen(err, encoding="utf-8"),
+            own,
+        )
 
     def end(self) -> None:
         for other in self._others.values():
@@ -135,18 +189,20 @@ class ForkServer:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, *self._imports],
                 stdin=other.fileno(),
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,  # as that of its processes: no position, which their `sys.stdout` inherits
                 env=_outer(self.environ),
             )
+            assert self._process.stdout is not None
+            self._process.stdout.close()
         return self._control
 
 
 def _outer(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that the interpreter or a library may have read before the first line of streamlab runs.
 
-    Those are all except its configuration, and the API keys that it names.
+    Those are all except its configuration, the API keys that it names, and the width of the terminal.
     """
-    later = ("STREAMLAB_", "UPSTREAM_", "PYTEST_")
+    later = ("STREAMLAB_", "UPSTREAM_", "PYTEST_", "COLUMNS")
     return {name: value for name, value in environ.items() if not name.startswith(later)}
 
 
@@ -171,7 +227,7 @@ def fork_for_each(control: socket.socket) -> tuple[bytes, list[int]] | None:
                 _report(status_socket, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 os.close(status_socket)
                 continue
-            request, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
+            request, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 4)
             if not request:
                 for pid, _ in living.values():
                     os.kill(pid, signal.SIGKILL)
@@ -196,10 +252,9 @@ def _report(status_socket: int, number: int) -> None:
         os.write(status_socket, NUMBER.pack(number))
 
 
-def become(request: bytes, output: int, errors: int, status_socket: int) -> None:
+def become(request: bytes, given: int, output: int, errors: int, status_socket: int) -> None:
     """Give this process the state of `python -m streamlab` at its first line, and run that."""
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for standard, stream in enumerate((nothing, output, errors)):
+    for standard, stream in enumerate((given, output, errors)):
         os.dup2(stream, standard)
         if stream != standard:
             os.close(stream)

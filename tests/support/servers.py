@@ -199,6 +199,32 @@ def begin(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environ, cwd=cwd)
 
 
+Command = subprocess.Popen[str] | ForkedProcess
+"""A process of `python -m streamlab` whose stdin, stdout and stderr are pipes."""
+
+
+@contextlib.contextmanager
+def command(*arguments: str, cwd: Path, **variables: str) -> Iterator[Command]:
+    """Yield `python -m streamlab ARGUMENTS...`, to talk with; it ends with the block."""
+    environ = {**os.environ, **ENVIRONMENT, **variables}
+    process: Command
+    if FORK_SERVER.is_suitable(environ):
+        process = FORK_SERVER.start(arguments, environ=environ, cwd=cwd)
+    else:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamlab", *arguments],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=environ,
+            cwd=cwd,
+        )
+    with ended_at_exit(process):
+        yield process
+
+
 @contextlib.contextmanager
 def ended_at_exit(process: AnyProcess) -> Iterator[AnyProcess]:
     """Yield a process; however the block ends, it has been killed if it still ran, and its pipes are closed."""
