@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import pytest
+import pytest_asyncio
 from xdist.remote import Producer
 
-from tests.support.browsers import launched_browser
+from tests.support.browsers import SharedBrowser
 from tests.support.fork_server import ForkedProcess
 from tests.support.scheduler import ByServer, begin_with_long_tests
 from tests.support.servers import ENVIRONMENT, FORK_SERVER, Running, starting_in
@@ -47,8 +48,11 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take long."""
+    """Begin with the tests that take long, and run those with a browser on the event loop of the browser."""
     begin_with_long_tests(items)
+    for item in items:
+        if "shared_browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -103,8 +107,20 @@ def valkey() -> Iterator[Valkey]:
         server.kill()
 
 
-@pytest.fixture
-async def browser() -> "AsyncIterator[Browser]":
-    """Run a real browser; the test is skipped where none is installed."""
-    async with launched_browser() as browser:
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared_browser() -> AsyncIterator[SharedBrowser]:
+    """Share one browser, which is launched for the first test that needs it."""
+    shared = SharedBrowser()
+    yield shared
+    await shared.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def browser(shared_browser: SharedBrowser) -> "AsyncIterator[Browser]":
+    """Run a real browser; the test is skipped where none is installed.
+
+    The browser is shared, but has no profile, page or cookie of another test. It belongs to the event loop of the
+    session: the test runs there, and so do async fixtures that use it, by `loop_scope="session"`.
+    """
+    async with shared_browser.lent() as browser:
         yield browser

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
-from tests.support.browsers import launched_browser
 from tests.support.servers import Running, starting_in
 
 JSON = {"Accept": "application/json"}
@@ -261,20 +260,11 @@ def test_fsspec_finds_and_reads_every_file(server: Running, address: str) -> Non
 # -- the page in a browser
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with launched_browser() as running:
-        yield running
+@pytest_asyncio.fixture(loop_scope="session")
+async def page(browser: Browser) -> Page:
+    return await browser.new_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser) -> AsyncIterator[Page]:
-    context = await browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
-    yield await context.new_page()
-    await context.close()
-
-
-@pytest.mark.asyncio(loop_scope="module")
 async def test_the_page_fits_a_phone_and_leads_back(page: Page, server: Running) -> None:
     await page.goto(f"{server.url}/files/")
     assert await page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
@@ -288,7 +278,6 @@ async def test_the_page_fits_a_phone_and_leads_back(page: Page, server: Running)
     await expect(page).to_have_url(f"{server.url}/files/sub/")
 
 
-@pytest.mark.asyncio(loop_scope="module")
 async def test_an_empty_folder_is_described(page: Page, server: Running) -> None:
     await page.goto(f"{server.url}/files/empty/")
     main = page.get_by_role("main")

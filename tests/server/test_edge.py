@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+from playwright.async_api import Browser
 
-from tests.support.browsers import launched_browser
 from tests.support.servers import Running, starting_in
 
 COUNTER = '''
@@ -216,32 +216,33 @@ class OtherSite(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "127.0.0.1"])
-async def test_a_page_of_another_site_or_port_starts_nothing_in_a_real_browser(server: Running, host: str) -> None:
+async def test_a_page_of_another_site_or_port_starts_nothing_in_a_real_browser(
+    server: Running, host: str, browser: Browser
+) -> None:
     before = started(server)
     with ThreadingHTTPServer((host, 0), OtherSite) as site:
         Thread(target=site.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            async with launched_browser() as browser:
-                page = await browser.new_page()
-                await page.goto(f"http://{host}:{site.server_port}/")
-                await page.evaluate(TRIES, server.url)
-                assert started(server) == before
-                # The same from a page of the server, to verify that the requests work.
-                await page.goto(f"{server.url}/started")
-                script = """async () => {
-                    const image = new Image();
-                    const over = new Promise(done => { image.onload = image.onerror = done; });
-                    image.src = "/start";
-                    await over;
-                    const headers = {"Content-Type": "application/json"};
-                    await fetch("/start", {method: "POST", body: "{}", headers});
-                    await fetch("/start", {method: "DELETE"});
-                    const source = new EventSource("/start");
-                    await new Promise(done => { source.onerror = done; });
-                    const socket = new WebSocket(`ws://${location.host}/socket`);
-                    await new Promise(done => { socket.onclose = done; });
-                }"""
-                await page.evaluate(script)
+            page = await browser.new_page()
+            await page.goto(f"http://{host}:{site.server_port}/")
+            await page.evaluate(TRIES, server.url)
+            assert started(server) == before
+            # The same from a page of the server, to verify that the requests work.
+            await page.goto(f"{server.url}/started")
+            script = """async () => {
+                const image = new Image();
+                const over = new Promise(done => { image.onload = image.onerror = done; });
+                image.src = "/start";
+                await over;
+                const headers = {"Content-Type": "application/json"};
+                await fetch("/start", {method: "POST", body: "{}", headers});
+                await fetch("/start", {method: "DELETE"});
+                const source = new EventSource("/start");
+                await new Promise(done => { source.onerror = done; });
+                const socket = new WebSocket(`ws://${location.host}/socket`);
+                await new Promise(done => { socket.onclose = done; });
+            }"""
+            await page.evaluate(script)
         finally:
             site.shutdown()
     assert started(server) == [*before, "GET", "POST", "DELETE", "GET", "socket"]

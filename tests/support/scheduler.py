@@ -1,5 +1,6 @@
-"""Which worker runs which tests: those that share a server stay together, and long ones begin first."""
+"""Which worker runs which tests: those that share a server or browser stay together, and long ones begin first."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,6 +16,12 @@ LONG = ("testing/", "web/", "plugins/test_progress.py", "test_")
 CHUNK = 3
 """Number of tests of a module that one worker runs in a row, if they share nothing."""
 
+IN_BROWSER = re.compile(r"^async def (test_\w+)\([^)]*(?:browser: \w*Browser|page: Page)\b", re.MULTILINE)
+"""The name of a test that uses the shared browser."""
+
+LONGEST = "tests/web/test_lab.py"
+"""The module that needs a browser for as long as all others together: another worker runs it."""
+
 
 def begin_with_long_tests(items: list[pytest.Item]) -> None:
     """Sort tests so that no long one is left for the end, when other workers would wait for it."""
@@ -27,7 +34,7 @@ def begin_with_long_tests(items: list[pytest.Item]) -> None:
 
 
 class ByServer(LoadScopeScheduling):  # type: ignore[misc]
-    """Assign work in units of what is shared, so that a shared server is not started by several workers."""
+    """Assign work in units of what is shared, so that what is shared is not started by several workers."""
 
     def __init__(self, config: pytest.Config, log: Producer) -> None:
         super().__init__(config, log)
@@ -40,16 +47,23 @@ class ByServer(LoadScopeScheduling):  # type: ignore[misc]
 
 
 def units(collected: Sequence[str]) -> dict[str, str]:
-    """Return the name of the unit of each test: its class, its module if that has a fixture, or a few tests of it."""
-    has_fixture: dict[str, bool] = {}
+    """Return the name of the unit of each test: what it shares with others, or a few tests of its module.
+
+    A test shares a browser, its class, or the fixtures of its module.
+    """
+    sources: dict[str, str] = {}
+    in_browser: dict[str, set[str]] = {}
     counts: Counter[str] = Counter()
     found = {}
     for nodeid in collected:
-        parent = nodeid.partition("[")[0].rpartition("::")[0]
+        parent, _, name = nodeid.partition("[")[0].rpartition("::")
         module = nodeid.partition("::")[0]
-        if module not in has_fixture:
-            has_fixture[module] = 'scope="module"' in (REPOSITORY / module).read_text(encoding="utf-8")
-        if parent == module and not has_fixture[module]:
+        if module not in sources:
+            sources[module] = (REPOSITORY / module).read_text(encoding="utf-8")
+            in_browser[module] = set() if module == LONGEST else set(IN_BROWSER.findall(sources[module]))
+        if name in in_browser[module]:
+            parent = "browser"
+        elif parent == module and 'scope="module"' not in sources[module]:
             parent = f"{module} {counts[module] // CHUNK}"
             counts[module] += 1
         found[nodeid] = parent

@@ -7,10 +7,8 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, expect
 
-from tests.support.browsers import launched_browser
+from tests.support.browsers import SharedBrowser
 from tests.support.servers import Running, starting_in
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 expect.set_options(timeout=20_000)  # for machines that have other things to do
 
@@ -21,22 +19,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield start("[scenarios.ticker]\ninterval = 0.01")
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with launched_browser() as running:
-        yield running
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def tabs() -> AsyncIterator[dict[Browser, Page]]:
+    """Keep one page for all tests: each page has its own process, which would compile the scripts again."""
+    opened: dict[Browser, Page] = {}
+    yield opened
+    for page in opened.values():
+        await page.close()
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def tab(browser: Browser) -> Page:
-    """Open one page for all tests: each page has its own process, which would compile the scripts again."""
-    return await browser.new_page()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def page(tab: Page) -> Page:
-    await tab.goto("about:blank")  # without it, another operation would be the same document
-    return tab
+@pytest_asyncio.fixture(loop_scope="session")
+async def page(shared_browser: SharedBrowser, tabs: dict[Browser, Page]) -> Page:
+    browser = await shared_browser.running()
+    if browser not in tabs:
+        tabs[browser] = await browser.new_page()
+    await tabs[browser].goto("about:blank")  # without it, another operation would be the same document
+    return tabs[browser]
 
 
 async def opened(page: Page, server: Running, operation: str) -> Locator:

@@ -14,12 +14,9 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, Response, expect
 
-from tests.support.browsers import launched_browser
 from tests.support.connections import EventStream
 from tests.support.fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
 from tests.support.servers import REPOSITORY, Running, free_port, starting_in
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 expect.set_options(timeout=20_000)  # for busy machines
 
@@ -238,14 +235,7 @@ class Lab:
         return await self.page.locator(".panel:not([hidden]) pre").inner_text()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """Share one browser, since it takes a second to start; each test has its own page and profile."""
-    async with launched_browser() as browser:
-        yield browser
-
-
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def open_lab(browser: Browser) -> AsyncIterator[OpenLab]:
     """Open the lab of a server. At the end its policy must have blocked nothing, and no other server got a request."""
     labs: list[tuple[Lab, str]] = []
