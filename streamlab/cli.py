@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import resource
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -167,6 +168,9 @@ def _run_reloading(config: Path | None, host: str | None, port: int | None) -> N
     for option, value in (("--config", config), ("--host", host), ("--port", port)):
         arguments += [] if value is None else [option, str(value)]
     packages = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
+    # A script may have started this in the background with SIGINT ignored. The child would inherit that, and miss the
+    # SIGINT that restarts it while it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_process(
         *{folder for folder in (watched.parent, *folders, *packages) if folder.is_dir()},
         target=shlex.join(arguments),

@@ -761,7 +761,7 @@ def wait_for(reached: Callable[[], bool], what: str, *, seconds: float = 15) -> 
 
 @contextlib.contextmanager
 def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a server that restarts itself; its children end with the block."""
+    """Yield a server that restarts itself, as a background job of a script; its children end with the block."""
     with (folder / "reload.log").open("wb") as output:
         process = subprocess.Popen(
             [*STREAMLAB, "run", "--reload", "--port", str(port)],
@@ -770,6 +770,7 @@ def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
     try:
         yield process
@@ -812,6 +813,17 @@ def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path
         wait_for(lambda: not is_running(last), "the child has exited")
     with socket.socket() as free:
         assert free.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_reload_as_a_background_job_does_not_let_the_server_ignore_its_restart(tmp_path: Path) -> None:
+    reports = (
+        "import signal\nfrom pathlib import Path\n\nPath('handler').write_text(str(signal.getsignal(signal.SIGINT)))\n"
+    )
+    write_plugins(tmp_path, {"hello": HELLO, "reports": reports})
+    port = free_port()
+    with reloading(tmp_path, port):
+        wait_for(serves(port, "/hello", "hello 1"), "the server serves")
+    assert "SIG_IGN" not in (tmp_path / "handler").read_text()
 
 
 def test_reload_survives_an_invalid_configuration_until_it_is_fixed(tmp_path: Path) -> None:
