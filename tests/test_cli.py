@@ -816,9 +816,12 @@ def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path
 
 
 def test_reload_as_a_background_job_does_not_let_the_server_ignore_its_restart(tmp_path: Path) -> None:
-    reports = (
-        "import signal\nfrom pathlib import Path\n\nPath('handler').write_text(str(signal.getsignal(signal.SIGINT)))\n"
-    )
+    reports = """
+        import signal
+        from pathlib import Path
+
+        Path("handler").write_text(repr(signal.getsignal(signal.SIGINT)))
+    """
     write_plugins(tmp_path, {"hello": HELLO, "reports": reports})
     port = free_port()
     with reloading(tmp_path, port):
