@@ -139,7 +139,7 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
             _shorten_pauses()
             on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
             await watchdog.stopping.wait()
-            listener.close()
+            await _stop_accepting(listener)
             log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
             await streams.drain(server.drain_seconds)
         except Stopped:
@@ -170,6 +170,18 @@ async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -
                 await watchdog.stopping.wait()
         except Stopped:
             log.info("stopped before the start was complete")
+
+
+async def _stop_accepting(listener: asyncio.Server) -> None:
+    """Close the listening sockets, after what was accepted has become a connection that ends as all do.
+
+    asyncio accepts in one iteration of the loop and attaches the connection to the listener in the next, which fails in
+    silence if the listener was closed in between.
+    """
+    for listening in listener.sockets:
+        asyncio.get_running_loop().remove_reader(listening)
+    await asyncio.sleep(0)
+    listener.close()
 
 
 def _shorten_pauses() -> None:

@@ -134,6 +134,35 @@ def test_a_signal_during_the_start_ends_the_server(tmp_path: Path, number: int) 
     assert "Traceback" not in lines
 
 
+STOPS = """
+    import os
+    import signal
+    import socket
+    from streamlab import Scenario, endpoint, hookimpl
+    from aiohttp import web
+
+    class Stops(Scenario):
+        name = "stops"
+
+        @endpoint("GET", "/stop", sends="text/plain")
+        async def stop(self, request):
+            with socket.create_connection(request.transport.get_extra_info("sockname")):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return web.Response(text="stopping")
+
+    @hookimpl
+    def register_scenarios():
+        return [Stops]
+"""
+
+
+def test_a_connection_that_is_accepted_while_the_server_stops_is_closed(start: Callable[..., Running]) -> None:
+    server = start(ALONE, stops=STOPS)
+    assert server.get("/stop")[2] == b"stopping"
+    assert server.process.wait(10) == 0
+    assert "unclosed" not in server.log
+
+
 def test_sigterm_waits_once_for_a_handler_without_a_stream(start: Callable[..., Running]) -> None:
     server = start(f"[server]\ndrain_seconds = 1\n{ALONE}", serves=SERVES)
     with server.send("GET /slow HTTP/1.1\nHost: localhost"):
