@@ -212,7 +212,8 @@ def _announce(app: web.Application, address: str) -> None:
         f"data: {written}",
         f"lab page: {reachable(address, config.server)}/lab",
     )
-    print("\n".join(lines), flush=True)  # at once: a program may stop reading after the first
+    # In one write: a program may stop reading after the first line, and a signal handler may print in between.
+    print("".join(f"{line}\n" for line in lines), end="", flush=True)
 
 
 @cli.command(

@@ -212,6 +212,7 @@ def test_sigterm_ends_the_process_whatever_runs(start: Callable[..., Running], w
 
 LISTENS = """
     import asyncio
+    import os
     import signal
     from contextlib import asynccontextmanager
     from streamlab import Scenario, endpoint, hookimpl
@@ -223,7 +224,8 @@ LISTENS = """
         @hookimpl
         @asynccontextmanager
         async def lifespan(self, app):
-            signal.signal(signal.SIGUSR1, lambda number, frame: print("SIGUSR1", flush=True))
+            # Not by `print`: it may be called in the middle of that of the address, and the line would be in another.
+            signal.signal(signal.SIGUSR1, lambda number, frame: os.write(1, b"SIGUSR1\\n"))
             if self.config.by_loop:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: print("SIGUSR2", flush=True))
             yield
