@@ -28,7 +28,7 @@ from streamlab import (
 )
 
 from . import memory, modes
-from .measure import Failed, measure
+from .measure import Failed, measuring
 from .report import TABLE_HEADER, End, Update, measure_all, table_line
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,7 @@ class Comparison(Scenario):
         try:
             async with (
                 asyncio.timeout(self.max_seconds),
+                measuring() as measure,
                 aclosing(measure_all(query.rows, query.repeats, measure)) as updates,
             ):
                 yield updates

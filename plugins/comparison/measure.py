@@ -6,9 +6,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -48,22 +49,29 @@ class Run:
     usage: Usage
 
 
-async def measure(mode: Mode, rows: int) -> Run:
-    """Measure a response with `rows` rows in one mode, sent by a new process; raises Failed.
+Measure = Callable[[Mode, int], Awaitable[Run]]
+"""A function that measures a response with so many rows in one mode, sent by a new process; it raises Failed."""
 
-    When this is cancelled, the process is killed and has ended when this returns.
-    """
-    async with _serving(mode) as child:
-        try:
-            async with aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(child.socket), timeout=aiohttp.ClientTimeout()
-            ) as client:
-                await _fetch(client, WARM_ROWS)
-                await child.line()
-                size, first_byte_seconds, seconds = await _fetch(client, rows)
-                return Run(size, first_byte_seconds, seconds, Usage(**json.loads(await child.line())))
-        except aiohttp.ClientError as error:
-            raise Failed(f"{type(error).__name__}: {await child.failure()}") from error
+
+@asynccontextmanager
+async def measuring() -> AsyncIterator[Measure]:
+    """Yield a function that measures one response after the other; its processes have ended when this returns."""
+    async with _worker() as worker:
+        yield partial(_measure, worker)
+
+
+async def _measure(worker: "_Worker", mode: Mode, rows: int) -> Run:
+    await worker.begin(mode)
+    try:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(worker.socket), timeout=aiohttp.ClientTimeout()
+        ) as client:
+            await _fetch(client, WARM_ROWS)
+            await worker.line()
+            size, first_byte_seconds, seconds = await _fetch(client, rows)
+            return Run(size, first_byte_seconds, seconds, Usage(**json.loads(await worker.line())))
+    except aiohttp.ClientError as error:
+        raise Failed(f"{type(error).__name__}: {await worker.failure()}") from error
 
 
 async def _fetch(client: aiohttp.ClientSession, rows: int) -> tuple[int, float, float]:
@@ -78,12 +86,22 @@ async def _fetch(client: aiohttp.ClientSession, rows: int) -> tuple[int, float, 
 
 
 @dataclass(frozen=True, slots=True)
-class _Child:
-    """A process that serves one mode."""
+class _Worker:
+    """A process that serves one mode after the other, each in a process that it forks."""
 
     process: asyncio.subprocess.Process
     socket: str
     errors: IO[bytes]
+
+    async def begin(self, mode: Mode) -> None:
+        """Let a new process serve one mode; raises Failed if it does not."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{mode}\n".encode())
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await self.line()
+        except TimeoutError:
+            raise Failed(f"it did not start within {START_SECONDS:g} s: {await self.failure()}") from None
 
     async def line(self) -> bytes:
         """Return the next line that it prints; raises Failed if it has ended."""
@@ -106,28 +124,31 @@ class _Child:
         output = self.errors.read().decode(errors="replace").splitlines()
         return f"exit status {status}; {' | '.join(output) or 'no error output'}"
 
+    async def end(self) -> None:
+        """Kill it, and wait until the process that it forked has ended, too: that closes the output that they share."""
+        assert self.process.stdout is not None
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DYING_SECONDS):
+                await self.process.stdout.read()
+
 
 @asynccontextmanager
-async def _serving(mode: Mode) -> AsyncIterator[_Child]:
-    """Run a process that serves one mode during the block."""
+async def _worker() -> AsyncIterator[_Worker]:
+    """Run a worker during the block."""
     with tempfile.TemporaryDirectory(prefix="streamlab-comparison-") as folder, tempfile.TemporaryFile() as errors:
         socket = f"{folder}/mode.sock"  # in a folder of mode 0700
         # It ends when its standard input does, which this process holds open, so it never outlives this process. It
         # needs no certificates, which aiohttp would read when it is imported: a tenth of a second, and 2 MB.
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(WORKER), mode, socket,
+            sys.executable, "-P", str(WORKER), socket,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors,
             env={**os.environ, "SSL_CERT_FILE": os.devnull},
         )  # fmt: skip
-        child = _Child(process, socket, errors)
+        worker = _Worker(process, socket, errors)
         try:
-            try:
-                async with asyncio.timeout(START_SECONDS):
-                    await child.line()
-            except TimeoutError:
-                raise Failed(f"it did not start within {START_SECONDS:g} s: {await child.failure()}") from None
-            yield child
+            yield worker
         finally:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            await worker.end()

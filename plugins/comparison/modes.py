@@ -1,23 +1,30 @@
 """The two modes of sending the same rows: buffered in memory first, or streamed as they are generated.
 
-Run as a program, `python modes.py MODE SOCKET`, it serves one mode on a unix socket, so that its cost can be measured
-apart from everything else: the response to `GET /ROWS` has that many rows. It prints a line `ready` once it serves, and
-after each response a line of JSON with the resources used. It exits, and deletes its socket and the folder around it,
-as soon as its standard input ends: its parent holds the other end, so it never outlives its parent, even a killed one.
+Run as a program, `python modes.py SOCKET`, it serves one mode after the other on a unix socket, so that their cost can
+be measured apart from everything else. For each line on its standard input, the name of a mode, it ends the process
+that it forked before, and forks another, whose response to `GET /ROWS` has that many rows. The forked process prints a
+line `ready` once it serves, and after each response a line of JSON with the resources used. It is forked because the
+imports of a new interpreter take a third of a second of processor time.
+
+If a forked process dies, the program exits with the same status. All its processes end, and delete the socket and the
+folder around it, as soon as its standard input ends: its parent holds the other end, so they never outlive the parent,
+even a killed one.
 """
 
 import asyncio
 import gc
 import json
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from aiohttp import web
 
@@ -105,7 +112,7 @@ async def send_streamed(body: Iterable[bytes], write: Write) -> None:
         await asyncio.sleep(0)
 
 
-# -- one mode in its own process
+# -- each mode in its own process
 
 
 class Usage(NamedTuple):
@@ -168,31 +175,61 @@ def _handler(mode: Mode) -> Callable[[web.BaseRequest], Awaitable[web.StreamResp
     return handle
 
 
-async def serve(mode: Mode, socket: str) -> None:
+async def serve(mode: Mode, path: str) -> None:
     """Serve one mode until the process is ended."""
     runner = web.ServerRunner(web.Server(_handler(mode)))
     await runner.setup()
-    await web.UnixSite(runner, socket).start()
+    await web.UnixSite(runner, path).start()
     print("ready", flush=True)
     await asyncio.Event().wait()
 
 
-def _exit_with_parent(socket: Path) -> None:
-    """Wait for the end of standard input, then delete the socket and exit at once."""
-    while os.read(0, 4096):
-        pass
+def _delete(path: Path) -> None:
+    """Delete the socket, and the folder around it."""
     with suppress(OSError):
-        socket.unlink(missing_ok=True)
-        socket.parent.rmdir()
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+
+
+def _exit_with_parent(parent: socket.socket, path: str) -> None:
+    """Wait for the end of the parent, then delete the socket and exit at once."""
+    parent.recv(1)
+    _delete(Path(path))
     os._exit(0)
 
 
-def main(mode: str, socket: str) -> None:
-    """Serve until the parent has ended."""
+def _fork(mode: Mode, path: str) -> tuple[int, socket.socket]:
+    """Fork a process that serves one mode; return its pid, and a socket that ends with it."""
+    own, other = socket.socketpair()
+    if pid := os.fork():
+        other.close()
+        return pid, own
+    own.close()
+    threading.Thread(target=_exit_with_parent, args=(other, path), daemon=True).start()
+    asyncio.run(serve(mode, path))
+    raise AssertionError("it serves until it is killed")
+
+
+def _exit_like(status: int) -> NoReturn:
+    """Exit with the status of a process that has ended."""
+    if (code := os.waitstatus_to_exitcode(status)) < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code or 1)
+
+
+def main(path: str) -> None:
+    """Serve the modes that standard input names, each in its own process, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    threading.Thread(target=_exit_with_parent, args=(Path(socket),), daemon=True).start()
-    asyncio.run(serve("buffered" if mode == "buffered" else "streamed", socket))
+    gc.freeze()  # what was imported remains shared by the forked processes
+    while line := os.read(0, 100):
+        pid, child = _fork("buffered" if line == b"buffered\n" else "streamed", path)
+        with child:
+            if child.fileno() in select.select([0, child.fileno()], [], [])[0]:
+                _exit_like(os.waitpid(pid, 0)[1])
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    _delete(Path(path))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1])

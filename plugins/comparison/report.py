@@ -1,10 +1,10 @@
 """The report on both modes at growing sizes: its measurements, its verdict, and its output as a table or events."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .measure import Run
+from .measure import Measure, Run
 from .modes import Mode
 
 MODES: tuple[Mode, Mode] = ("buffered", "streamed")
@@ -84,9 +84,7 @@ def sizes(rows: int) -> list[int]:
     return [rows // 100, rows // 10, rows]
 
 
-async def measure_all(
-    rows: int, repeats: int, measure: Callable[[Mode, int], Awaitable[Run]]
-) -> AsyncGenerator[Update, None]:
+async def measure_all(rows: int, repeats: int, measure: Measure) -> AsyncGenerator[Update, None]:
     """Measure both modes at every size, in turns, and yield each step; the last is the verdict."""
     measured: list[Measurement] = []
     done, total = 0, len(sizes(rows)) * len(MODES) * repeats

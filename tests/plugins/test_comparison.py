@@ -74,25 +74,37 @@ def resident(server: Running) -> int:
     return int(status_of(server.process.pid)["VmRSS"].split()[0]) * 1024
 
 
-def child_of(server: Running, *, serving: bool = False) -> tuple[int, Path]:
-    """Return the pid of the process that a report measures, once it serves, and the folder of its socket."""
-    parent = str(server.process.pid)
+def children(parent: int) -> list[int]:
+    """Return the pids of the child processes of a process."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
+    return [pid for pid in pids if status_of(pid).get("PPid", "").strip() == str(parent)]
 
-    def found() -> tuple[int, Path] | None:
-        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
-            if status_of(pid).get("PPid", "").strip() == parent:
-                with contextlib.suppress(OSError):
-                    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                    if words[2:3] and words[2].endswith("modes.py") and (not serving or Path(words[4]).exists()):
-                        return pid, Path(words[4]).parent
+
+def processes_of(server: Running, *, serving: bool = False) -> tuple[list[int], Path]:
+    """Return the pids of the processes of a report, and the folder of their socket.
+
+    The last process is the one that is measured: it has been forked by the first, if the report is already `serving`.
+    """
+
+    def found() -> tuple[list[int], Path] | None:
+        for pid in children(server.process.pid):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                if words[2:3] and words[2].endswith("modes.py") and (not serving or Path(words[3]).exists()):
+                    return [pid, *children(pid)], Path(words[3]).parent
         return None
 
     return until(found)  # type: ignore[no-any-return]
 
 
-def assert_ended(pid: int, folder: Path, *, orphan: bool = False) -> None:
-    """Assert that neither the process nor its folder remains; an orphan may still be a zombie."""
-    until(lambda: not (status := status_of(pid)) or (orphan and status["State"].strip().startswith("Z")))
+def assert_ended(pids: list[int], folder: Path, *, orphans: bool = False) -> None:
+    """Assert that neither the processes nor their folder remain; an orphan may still be a zombie."""
+
+    def has_ended(pid: int) -> bool:
+        status = status_of(pid)
+        return not status or (orphans and status["State"].strip().startswith("Z"))
+
+    until(lambda: all(map(has_ended, pids)))
     until(lambda: not folder.exists())
 
 
@@ -319,7 +331,7 @@ def test_a_report_for_curl_is_a_table_that_arrives_line_by_line(serve: Serve) ->
         response = connection.getresponse()
         assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
         head = response.readline().decode()
-        child_of(server)  # the head arrives before the first measurement
+        processes_of(server)  # the head arrives before the first measurement
         body = response.read().decode().splitlines()
     names = ["rows", "mode", "bytes", "first byte", "total", "peak memory", "CPU", "throughput"]
     assert re.split(r"\s{2,}", head.strip()) == names
@@ -343,25 +355,27 @@ def test_a_report_stops_when_its_client_disconnects_and_a_reconnect_gets_a_gap_a
         status, headers, body = server.get(REPORT)
         assert (status, headers["retry-after"]) == (503, "5")
         assert json.loads(body)["detail"] == "Too many reports: 1 of 1 in progress."
-        pid, folder = child_of(server, serving=True)
-    assert_ended(pid, folder)
+        pids, folder = processes_of(server, serving=True)
+        assert len(pids) == 2
+    assert_ended(pids, folder)
     server.wait_for_log('outcome="client left"')
     with EventStream(server, LONG, first.id) as stream:
         gap, second = stream.take(2)
         assert (gap.event, gap.json["missing"]) == ("gap", None)
         assert (second.event, second.json["done"]) == ("progress", 0)
         assert len({first.id, gap.id, second.id}) == 3
-        pid, folder = child_of(server)
-    assert_ended(pid, folder)
+        pids, folder = processes_of(server)
+    assert_ended(pids, folder)
 
 
 def test_no_process_outlives_a_server_that_is_killed(serve: Serve) -> None:
     server = serve()
     with EventStream(server, LONG) as stream:
         stream.take(1)
-        pid, folder = child_of(server, serving=True)
+        pids, folder = processes_of(server, serving=True)
+        assert len(pids) == 2
         server.terminate(signal.SIGKILL)
-        assert_ended(pid, folder, orphan=True)
+        assert_ended(pids, folder, orphans=True)
 
 
 def test_sigterm_ends_a_report_of_events_at_once_and_aborts_a_table(serve: Serve) -> None:
@@ -372,11 +386,11 @@ def test_sigterm_ends_a_report_of_events_at_once_and_aborts_a_table(serve: Serve
     ):
         stream.take(1)
         read_until(table, b"throughput")
-        pid, folder = child_of(server)
+        pids, folder = processes_of(server)
         assert server.terminate()[0] == 0
         assert [event.event for event in stream][-1] == "stop"
         broken_off(table)
-    assert_ended(pid, folder, orphan=True)
+    assert_ended(pids, folder, orphans=True)
 
 
 def broken_off(report: Any) -> bytes:
@@ -398,14 +412,16 @@ def test_a_report_that_takes_too_long_fails_visibly(serve: Serve) -> None:
 
 def test_a_process_that_dies_fails_its_report_and_the_log_has_the_reason(serve: Serve) -> None:
     server = serve()
-    with server.send(f"{AS_EVENTS}\nHost: localhost") as report:
-        read_until(report, b"event: progress")
-        pid, folder = child_of(server)
-        os.kill(pid, signal.SIGKILL)
-        assert b'\nevent: error\ndata: {"type":"about:blank","title":"Internal Server Error"' in broken_off(report)
-    assert_ended(pid, folder)
-    server.wait_for_log("a measured process failed: exit status -9; no error output")
-    until(lambda: server.get(REPORT, method="HEAD")[0] == 200)
+    for which in (-1, 0):  # the process that is measured, and the one that forks it
+        with server.send(f"{AS_EVENTS}\nHost: localhost") as report:
+            read_until(report, b"event: progress")
+            pids, folder = processes_of(server, serving=True)
+            assert len(pids) == 2
+            os.kill(pids[which], signal.SIGKILL)
+            assert b'\nevent: error\ndata: {"type":"about:blank","title":"Internal Server Error"' in broken_off(report)
+        assert_ended(pids, folder)
+        until(lambda: server.get(REPORT, method="HEAD")[0] == 200)
+    assert len(re.findall(r"a measured process failed: .*exit status -9; no error output", server.log)) == 2
 
 
 # -- the verdict
@@ -483,7 +499,11 @@ async def test_a_client_gets_heartbeats_during_a_long_measurement(
     async def measure(mode: str, rows: int) -> Any:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(module, "measure", measure)
+    @contextlib.asynccontextmanager
+    async def measuring() -> AsyncIterator[Any]:
+        yield measure
+
+    monkeypatch.setattr(module, "measuring", measuring)
     monkeypatch.setattr(module, "open_event_stream", partial(module.open_event_stream, heartbeat_seconds=1))
     async with http_client.get(REPORT, headers={"Accept": "text/event-stream"}) as response:
         await response.content.readuntil(b"\n\n")
