@@ -86,7 +86,25 @@ def test_a_forked_server_equals_a_fresh_one(tmp_path: Path) -> None:
             assert isinstance(server.process, subprocess.Popen if fresh else ForkedProcess)
             seen.append(json.loads(server.get("/mirror")[2]))
         base.rename(tmp_path / f"seen-{fresh}")
+    forked, interpreter = seen
+    # It has also imported what the plugins that ship need; they themselves are not to be seen.
+    more = set(forked.pop("modules")) - set(interpreter.pop("modules"))
+    assert not [name for name in more if name.startswith("streamlab.plugins")]
+    assert forked == interpreter
+
+
+def test_a_forked_server_loads_the_plugins_that_a_fresh_one_does(tmp_path: Path) -> None:
+    seen = []
+    for fresh in (False, True):
+        base = tmp_path / str(fresh)
+        base.mkdir()
+        with starting_in(base) as start:
+            server = start("[scenarios.export]\nenabled = false", fresh=fresh, mirror=MIRROR)
+            modules = json.loads(server.get("/mirror")[2])["modules"]
+            seen.append([name for name in modules if name.startswith("streamlab.")])
     assert seen[0] == seen[1]
+    assert "streamlab.plugins.ticker.prices" in seen[0]
+    assert "streamlab.plugins.export" not in seen[0]
 
 
 UNCLOSED = """

@@ -322,35 +322,28 @@ def _switches(config: Config) -> tuple[dict[str, bool], list[Fault]]:
 
 def find(config: Config) -> Iterator[Found]:
     """Find plugins without importing any: built-in files, files of the drop-in folders, entry points `streamlab`."""
-    folders = dict.fromkeys(folder.resolve() for folder in (_builtin_folder(), *config.plugins.path))
+    folders = dict.fromkeys(folder.resolve() for folder in (builtin_folder(), *config.plugins.path))
     for folder in folders:
         if folder.is_dir():
-            for path in sorted(folder.iterdir()):
-                if (source := _source_of(path)) is not None:
-                    yield _file_plugin(path, source)
+            yield from filter(None, map(found_in, sorted(folder.iterdir())))
     for entry in importlib.metadata.entry_points(group=PROJECT):
         distribution = entry.dist.name if entry.dist else entry.value
         yield Found(entry.name, distribution, entry.load, lambda entry=entry: _installed_sources(entry.module))  # type: ignore[misc]
 
 
-def _builtin_folder() -> Path:
+def builtin_folder() -> Path:
     """Return the folder of the built-in plugins: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "plugins"
     return installed if installed.is_dir() else package.parent / "plugins"
 
 
-def _source_of(path: Path) -> Path | None:
-    """Return the file to execute for an entry of a plugin folder; None where it is not a plugin."""
-    if path.name.startswith((".", "_")):
+def found_in(path: Path) -> Found | None:
+    """Return the plugin that an entry of a plugin folder is; None where it is not a plugin."""
+    source = _source_of(path)
+    if source is None:
         return None
-    if path.suffix == ".py" and path.stem.isidentifier():
-        return path
-    package = path / "__init__.py"
-    return package if path.name.isidentifier() and package.is_file() else None
 
-
-def _file_plugin(path: Path, source: Path) -> Found:
     def load() -> ModuleType:
         # A new module at each load, so that two applications of one process share nothing. It is put into sys.modules
         # before it runs: dataclasses look up their annotations there.
@@ -371,6 +364,16 @@ def _file_plugin(path: Path, source: Path) -> Found:
         return module
 
     return Found(path.stem, str(path), load, lambda: path.rglob("*.py") if path.is_dir() else [path])
+
+
+def _source_of(path: Path) -> Path | None:
+    """Return the file to execute for an entry of a plugin folder; None where it is not a plugin."""
+    if path.name.startswith((".", "_")):
+        return None
+    if path.suffix == ".py" and path.stem.isidentifier():
+        return path
+    package = path / "__init__.py"
+    return package if path.name.isidentifier() and package.is_file() else None
 
 
 def _installed_sources(module: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Starts servers by forking a process that has already imported their common modules, which saves most of a start.
+"""Starts servers by forking a process that has already executed their modules, which saves most of a start.
 
 A forked server is a process like any other, with its own sockets, signals, output and exit status. It runs
 `streamlab/__main__.py` as `python -m streamlab` does, and exits as the interpreter exits.
@@ -6,6 +6,7 @@ A forked server is a process like any other, with its own sockets, signals, outp
 
 import atexit
 import contextlib
+import dataclasses
 import gc
 import importlib
 import json
@@ -21,8 +22,11 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from types import ModuleType, TracebackType
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streamlab.server.registry import Found
 
 NUMBER = struct.Struct("i")
 
@@ -208,6 +212,9 @@ def _outer(environ: Mapping[str, str]) -> dict[str, str]:
 
 # -- in the fork server
 
+COMMON_MODULES = ("streamlab.cli", "anyio._backends._asyncio", "encodings.idna", "rich._emoji_codes")
+"""The modules that every server imports while it starts, unless it has no plugin."""
+
 
 def fork_for_each(control: socket.socket) -> tuple[bytes, list[int]] | None:
     """Fork for each request; return it, with its descriptors, in the new process, and None when the tests have ended.
@@ -270,6 +277,43 @@ def become(request: bytes, given: int, output: int, errors: int, status_socket: 
     runpy.run_module("streamlab", run_name="__main__", alter_sys=True)
 
 
+def execute_plugins() -> list[str]:
+    """Execute the modules of all built-in plugins, which then are not executed at each start; return their names.
+
+    That would be half of the cost of a start. Scenarios are built by each process, with its own configuration.
+    """
+    from streamlab.server import registry
+
+    find_in = registry.found_in
+    executed: dict[Path, dict[str, ModuleType]] = {}
+    for path in sorted(registry.builtin_folder().iterdir()):
+        if found := find_in(path):
+            executed[path] = _modules_of(found.load())
+    names = [name for modules in executed.values() for name in modules]
+    hide(names)
+
+    def found_in(path: Path) -> "Found | None":
+        found = find_in(path)
+        if found is None or path not in executed:
+            return found
+
+        def load() -> ModuleType:
+            modules = executed[path]
+            sys.modules.update(modules)
+            return modules[min(modules)]
+
+        return dataclasses.replace(found, load=load)
+
+    registry.found_in = found_in
+    return names
+
+
+def _modules_of(plugin: ModuleType) -> dict[str, ModuleType]:
+    """Return the modules of a plugin that was just loaded, by name."""
+    name = plugin.__name__
+    return {known: module for known, module in sys.modules.items() if known == name or known.startswith(f"{name}.")}
+
+
 def hide(modules: Iterable[str]) -> None:
     """Hide modules from the interpreter, which otherwise empties each of them when it exits."""
     for name in modules:
@@ -284,10 +328,11 @@ if __name__ == "__main__":
     shared: list[str] = []
     atexit.register(hide, shared)  # registered first, so called last
     own = set(sys.modules)
-    for module in ("streamlab.cli", *sys.argv[1:]):
+    for module in (*COMMON_MODULES, *sys.argv[1:]):
         importlib.import_module(module)
+    shared += execute_plugins()
     shared += sys.modules.keys() - own
-    forever: list[object] = [sys.modules[name] for name in shared]
+    forever: list[object] = [*sys.modules.values()]
     forever.append(forever)  # a cycle, which is never collected once it is frozen
     # The garbage collector of a new process would touch, and so copy, the shared memory: most of its cost.
     gc.freeze()
