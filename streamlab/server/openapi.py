@@ -5,6 +5,7 @@ import logging
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -174,7 +175,7 @@ def _example(endpoint: Endpoint) -> dict[str, Any]:
 
 def body_example(model: type[BaseModel]) -> dict[str, Any]:
     """Return an example of a body: the model's first example, or the first examples of its fields combined."""
-    schema = model.model_json_schema()
+    schema = _schema(model)
     fields = {name: shape["examples"][0] for name, shape in schema.get("properties", {}).items() if "examples" in shape}
     return dict(next(iter(schema.get("examples", ())), fields))
 
@@ -202,7 +203,7 @@ def _parameters(
 ) -> Iterator[dict[str, Any]]:
     if model is None:
         return
-    schema = _inlined(model.model_json_schema())
+    schema = _inlined(model)
     for name, described in schema.get("properties", {}).items():
         parameter = {"name": name, "in": where, "required": name in schema.get("required", ())}
         shape = _without_null(described)
@@ -234,8 +235,16 @@ def _fitting(example: Any, shape: Mapping[str, Any], choices: list[str] | None) 
     return example if choices is None or example in choices else choices[0]
 
 
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema with its `$defs` (enumerations) inlined: the schema of a parameter cannot have any."""
+@lru_cache(maxsize=1024)
+def _schema(model: type[BaseModel]) -> Mapping[str, Any]:
+    """Return the schema of a model, which pydantic would compute again at each call."""
+    return model.model_json_schema()
+
+
+@lru_cache(maxsize=1024)
+def _inlined(model: type[BaseModel]) -> Mapping[str, Any]:
+    """Return the schema of a model, its `$defs` (enumerations) inlined: that of a parameter cannot have any."""
+    schema = dict(_schema(model))
     definitions = schema.pop("$defs", {})
 
     def resolve(value: Any) -> Any:
