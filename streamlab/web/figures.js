@@ -65,12 +65,12 @@ export class Figures {
     const run = this.#run;
     if (!run) return;
     this.#sample(performance.now());
-    if (run.firstByte !== null) byId("ttfb").textContent = duration(run.firstByte);
-    byId("bytes").textContent = size(run.bytes);
-    byId("count").textContent = number.format(this.#counted());
+    if (run.firstByte !== null) write("ttfb", duration(run.firstByte));
+    write("bytes", size(run.bytes));
+    write("count", number.format(this.#counted()));
     if (run.gaps.length) {
       const sorted = Float64Array.from(run.gaps).sort();
-      byId("gaps").textContent = [sorted[0], sorted[sorted.length >> 1], sorted.at(-1)].map(duration).join(" · ");
+      write("gaps", [sorted[0], sorted[sorted.length >> 1], sorted.at(-1)].map(duration).join(" · "));
     }
     for (const chart of [this.#bytes, this.#items, this.#memory]) chart.draw();
   }
@@ -125,6 +125,12 @@ function round(bytes) {
 
 function short(value) {
   return value >= 1e6 ? `${rounded(value / 1e6)} M` : value >= 1e3 ? `${rounded(value / 1e3)} k` : rounded(value);
+}
+
+/** Write a figure; one that has not changed would be laid out and painted again. */
+function write(id, text) {
+  const figure = byId(id);
+  if (figure.textContent !== text) figure.textContent = text;
 }
 
 function byId(id) {

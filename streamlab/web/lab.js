@@ -8,7 +8,7 @@ import { curl, itemsOf, load, matching, request } from "./routes.js";
 import { Run } from "./run.js";
 import { Output, element, prose } from "./views.js";
 
-/** Minimum interval between two drawings, in milliseconds: independent of the rate of events. */
+/** Interval between two drawings, in milliseconds: independent of the rate of events, and of that of the screen. */
 const DRAW_INTERVAL = 80;
 /** Time without input after which the address is updated, in milliseconds: browsers limit how often it may change. */
 const ADDRESS_INTERVAL = 200;
@@ -46,7 +46,8 @@ history.scrollRestoration = "manual";
 let operation = null;
 let form = null;
 let run = null;
-let drawn = 0;
+let drawTimer = 0;
+let drawFrame = 0;
 let addressTimer = 0;
 
 // -- the selected route
@@ -180,7 +181,7 @@ at("form").addEventListener("submit", (submit) => {
   figures.reset(run);
   run.start();
   scrollToOutput();
-  requestAnimationFrame(draw);
+  drawNext(0);
 });
 
 /** Scroll to the received data if little of it is visible, as on a phone. */
@@ -197,7 +198,7 @@ function listener(current, record) {
       record();
       if (!current()) return;
       form.markInvalid(run.errors);
-      if (run.over) draw(performance.now()); // draws the complete data of a run that has ended
+      if (run.over) draw(); // draws the complete data of a run that has ended
       buttons();
     },
     response: (response, continues) => current() && respond(response, continues),
@@ -286,16 +287,20 @@ function verdictOf() {
   return run.proof?.verdict() ?? { mark: "", text: "" };
 }
 
-function draw(now) {
-  if (!run) return;
-  const over = run.over;
-  if (over || now - drawn >= DRAW_INTERVAL) {
-    drawn = now;
-    output.draw(over);
-    figures.draw();
-    verdict();
-  }
-  if (!over) requestAnimationFrame(draw);
+/** Draw now, and regularly until the run is over; a hidden page draws when it is visible again. */
+function draw() {
+  output.draw(run.over);
+  figures.draw();
+  verdict();
+  drawNext(DRAW_INTERVAL);
+}
+
+function drawNext(wait) {
+  clearTimeout(drawTimer);
+  cancelAnimationFrame(drawFrame);
+  if (run.over) return;
+  const drawn = run;
+  drawTimer = setTimeout(() => (drawFrame = requestAnimationFrame(() => run === drawn && draw())), wait);
 }
 
 // The first of the list is what a newcomer tries first; routes that are out of service have no link.
