@@ -132,10 +132,10 @@ class Generations:
         generation = Generation(id, self.channel(id), asyncio.get_running_loop().create_future())
         self._running[id] = generation
         generation.task = self._group.create_task(self._run(generation, body))
-        self._abandon_later(generation)
         try:
-            async with asyncio.timeout(BEGIN_SECONDS):
-                await generation.begun  # a timeout cancels it: later failures are events
+            with self._followed(generation):
+                async with asyncio.timeout(BEGIN_SECONDS):
+                    await generation.begun  # a timeout cancels it: later failures are events
         except TimeoutError:
             pass
         except asyncio.CancelledError:
