@@ -23,6 +23,12 @@ WATCH_SECONDS = 3.0
 MAX_BYTES = 1 << 20
 """Maximum body of a response that is stored, in bytes."""
 
+SHORT_SECONDS = 0.25
+"""Maximum duration of a response that is complete at once, in seconds."""
+
+SHORT_BYTES = 64 * 1024
+"""Maximum body of a response that is complete at once, in bytes."""
+
 FULL = (429, 503)
 """Statuses of a server that is over its limits."""
 
@@ -36,6 +42,7 @@ class Cache:
     responses: dict[bytes, StreamedResponse] = field(default_factory=dict)
     """By request."""
     is_stable: dict[bytes, bool] = field(default_factory=dict)
+    is_short: dict[bytes, bool] = field(default_factory=dict)
     idle_cpu: float | None = None
 
 
@@ -91,11 +98,11 @@ class Subject:
                 return watched
         return await watch(self)
 
-    async def response(self, *, long: bool = False) -> StreamedResponse:
+    async def response(self) -> StreamedResponse:
         """Return the response to the valid request, read for WATCH_SECONDS; it is requested once."""
-        key = self._key(long=long)
+        key = self._key()
         if key not in self.cache.responses:
-            async with self.request(long=long) as response:
+            async with self.request() as response:
                 await response.read(seconds=WATCH_SECONDS, max_bytes=MAX_BYTES)
             self.cache.responses[key] = response
         return self.cache.responses[key]
@@ -125,8 +132,13 @@ class Subject:
         """Return whether even the longest response is short and complete at once: no client can disconnect or stall."""
         if (await self.response()).ending is None:
             return False  # nor does a longer one end
-        response = await self.response(long=True)
-        return response.ending is not None and len(response.body) < 64 * 1024 and response.ended_after < 0.25
+        key = self._key(long=True)
+        if key not in self.cache.is_short:
+            async with self.request(long=True) as response:
+                await response.read(seconds=SHORT_SECONDS, max_bytes=SHORT_BYTES)
+            size, ended_after = len(response.body), response.ended_after
+            self.cache.is_short[key] = bool(response.ending) and size < SHORT_BYTES and ended_after < SHORT_SECONDS
+        return self.cache.is_short[key]
 
     @asynccontextmanager
     async def events(
