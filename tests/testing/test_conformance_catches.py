@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from streamlab.testing.samples import MISSING, EndpointForm
+from streamlab.testing import EndpointForm
+from streamlab.testing.samples import MISSING
+from tests.support.pytest_runs import OPTIONS
 from tests.support.servers import write_plugins
 
 LINES = r'''
@@ -421,9 +423,6 @@ class TestIt(Conformance):
 pytestmark = pytest.mark.usefixtures("forked_servers")
 
 
-OPTIONS = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests"]
-
-
 def write(folder: Path, source: str) -> None:
     """Write a plugin and its conformance test."""
     write_plugins(folder, {"it": source})
@@ -437,7 +436,7 @@ def write(folder: Path, source: str) -> None:
 @pytest.mark.parametrize("source", [LINES, EVENTS, DOWNLOAD], ids=["lines", "events", "download"])
 def test_valid_plugin_passes(pytester: pytest.Pytester, source: str) -> None:
     write(pytester.path, source)
-    done = pytester.runpytest_inprocess(*OPTIONS)
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests")
     assert done.ret == 0
     assert "skipped" not in done.parseoutcomes()
 
@@ -448,7 +447,7 @@ def failed_cases(pytester: pytest.Pytester, name: str, *cases: str) -> set[str]:
     assert valid.count(old) == 1, "the defect does not apply"
     header, imports, body = valid.partition("from streamlab import")
     write(pytester.path, header + IMPORTS + imports + body.replace(old, new) if old in body else "")
-    done = pytester.runpytest_inprocess(*OPTIONS, "-k", " or ".join(cases))
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests", "-k", " or ".join(cases))
     assert done.ret == 1
     return {line.split("::test_")[1].partition("[")[0] for line in done.outlines if line.startswith("FAILED")}
 
@@ -472,7 +471,7 @@ def test_errors_of_fixtures_count_as_broken_promises(pytester: pytest.Pytester) 
         TEST + "\n    @classmethod\n    def prepare(cls, server, form):\n"
         "        if form.method == 'POST':\n            raise RuntimeError('no such thing')\n        return {}\n"
     )
-    done = pytester.runpytest_inprocess(*OPTIONS, "-k", "numbers_have_bounds")
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests", "-k", "numbers_have_bounds")
     done.stdout.fnmatch_lines(["TestIt: 1 of 2 promises *; broken: numbers_have_bounds"])
     assert (done.parseoutcomes()["passed"], done.parseoutcomes()["errors"]) == (1, 1)
 

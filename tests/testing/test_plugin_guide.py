@@ -22,6 +22,7 @@ from streamlab.server.registry import HOOKS
 from streamlab.testing import Conformance, TaskConformance
 from streamlab.testing.plugin_test import PluginTest
 from tests.support.connections import EventStream
+from tests.support.pytest_runs import OPTIONS
 from tests.support.servers import REPOSITORY, Running, write_plugins
 
 GUIDE = (REPOSITORY / "docs" / "plugins.md").read_text()
@@ -47,10 +48,9 @@ def pytest_in(folder: Path, *arguments: str, **environ: str) -> str:
     """Run pytest in a folder as an author does; return its output."""
     (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    without = [f"-pno:{plugin}" for plugin in ("xdist", "cacheprovider", "schemathesis")]
     path = os.pathsep.join([*filter(None, [environ.pop("site", "")]), str(REPOSITORY)])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *without, *arguments],
+        [sys.executable, "-m", "pytest", *OPTIONS, *arguments],
         cwd=folder,
         env={**inherited, **environ, "PYTHONPATH": path, "SSL_CERT_FILE": os.devnull},
         capture_output=True,
@@ -159,7 +159,7 @@ def test_upstream_of_the_guide_is_relayed_and_tested_without_another_machine(pyt
     (pytester.path / "tests" / "test_relay.py").write_text(test)
     (pytester.path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     cases = "relays or events_are_complete or resumes"
-    done = pytester.runpytest_inprocess("-p", "no:xdist", "-p", "no:cacheprovider", "tests", "-k", cases)
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests", "-k", cases)
     done.stdout.fnmatch_lines(["TestRelay: 3 of 3 promises *"])
     assert done.parseoutcomes()["passed"] == 4
 

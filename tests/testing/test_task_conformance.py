@@ -11,6 +11,7 @@ from streamlab.scaffold import write_plugin
 from streamlab.server.app import create_app
 from streamlab.testing.samples import MISSING
 from streamlab.testing.task_form import form_of
+from tests.support.pytest_runs import OPTIONS
 from tests.support.servers import write_plugins
 
 pytestmark = pytest.mark.usefixtures("forked_servers")
@@ -105,8 +106,6 @@ class TestIt(TaskConformance):
     large = {"count": 150}
 """
 
-OPTIONS = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests"]
-
 
 def write_ini(pytester: pytest.Pytester) -> None:
     (pytester.path / "config.toml").touch()
@@ -132,7 +131,7 @@ def test_tasks_of_the_plugins_that_ship_have_bounds_and_reject_what_exceeds_them
 def test_task_that_new_writes_passes(pytester: pytest.Pytester) -> None:
     write_plugin("squares", folder=pytester.path / "plugins", tests=pytester.path / "tests", task=True)
     write_ini(pytester)
-    done = pytester.runpytest_inprocess(*OPTIONS, "--promises")
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests", "--promises")
     done.stdout.fnmatch_lines(["*with the result of one", "TestSquares: 8 of 8 promises verified on 1 kind of task"])
 
 
@@ -142,7 +141,7 @@ def test_each_defect_is_caught(pytester: pytest.Pytester) -> None:
     (pytester.path / "tests").mkdir()
     (pytester.path / "tests" / "test_it.py").write_text(TEST)
     write_ini(pytester)
-    done = pytester.runpytest_inprocess(*OPTIONS)
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests")
     failed = [line for line in done.outlines if line.startswith("FAILED")]
     found = {match.groups() for line in failed if (match := re.search(r"::test_(\w+)\[(?:task )?(\w+)\]", line))}
     at_once = {"runs_to_its_end_and_reports_progress", "cancelled_task_ends", "crash_of_the_server_is_survived"}
