@@ -53,7 +53,14 @@ OPENAI = "the OpenAI API is another protocol: its events have no ids, it ends wi
 
 class TestLlm(Conformance):
     plugin = "llm"
-    settings = "[scenarios.llm]\nmax_waiting = 4\nwait_seconds = 5\nabandon_seconds = 1"
+    settings = """
+        [scenarios.llm]
+        max_generations = 6
+        max_waiting = 2
+        max_prompt_tokens = 200
+        wait_seconds = 5
+        abandon_seconds = 0.1
+    """
     values = {"max_tokens": 8}
     large = {"max_tokens": 500}
     # Concurrent generations are computed in one batch, with another order of additions than a single one: tokens may
