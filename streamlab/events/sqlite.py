@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +38,15 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.02
 """Interval at which a process checks for commits of other processes of the machine, in seconds."""
+
+SETTLE_SECONDS = 0.1
+"""Time for which commits are looked for after a file was seen to change, in seconds.
+
+The clock of files has steps of some milliseconds, and a commit is visible shortly after it was written.
+"""
+
+CERTAIN_SECONDS = 1.0
+"""Interval at which commits are looked for although no file was seen to change, in seconds."""
 
 HOUSEKEEPING_SECONDS = 2.0
 """Interval at which the write-ahead log is moved into the file, and expired events are deleted, in seconds."""
@@ -120,6 +130,8 @@ class SqliteLog:
         self._watches: dict[str, _Watch] = {}
         self._watched = asyncio.Event()
         self._behind = asyncio.Event()
+        self._last_state: list[tuple[int, int, int] | None] = []
+        self._settled_at = self._checked_at = -inf
         # One thread writes and one reads, each with its connection; in memory they are the same.
         self._writing = Threads("eventlog-write", 1)
         self._reading = self._writing if path is None else Threads("eventlog-read", 1)
@@ -489,10 +501,7 @@ class SqliteLog:
             if not self._watches:
                 self._watched.clear()
                 await self._watched.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None if self._path is None else POLL_SECONDS):
-                    await self._behind.wait()
-            self._behind.clear()
+            await self._wait_for_commits()
             try:
                 version = await self._writing.run(self._check_version)
                 if version != self._version:
@@ -507,6 +516,36 @@ class SqliteLog:
             except (OSError, sqlite3.Error) as error:
                 self._mark_failed(error)
                 await asyncio.sleep(1)
+
+    async def _wait_for_commits(self) -> None:
+        """Return when a watch is behind, or when another process may have committed."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+
+        def poll() -> None:
+            nonlocal timer
+            timer = loop.call_later(POLL_SECONDS, poll)
+            if self._may_have_changed(loop.time()):
+                self._behind.set()
+
+        if self._path is not None:
+            timer = loop.call_later(POLL_SECONDS, poll)
+        try:
+            await self._behind.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._behind.clear()
+
+    def _may_have_changed(self, now: float) -> bool:
+        """Return whether to read the version, in the thread that writes: seldom, while nobody commits."""
+        state = [_state(file) for file in self._files[:2]]  # two system calls of a microsecond each
+        if state != self._last_state:
+            self._last_state, self._settled_at = state, now + SETTLE_SECONDS
+        elif self._settled_at <= now < self._checked_at + CERTAIN_SECONDS:
+            return False
+        self._checked_at = now
+        return True
 
     def _check_version(self) -> int:
         """Return the data version of the file at the path."""
@@ -717,6 +756,14 @@ def _identity(path: Path) -> _Identity:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _inode(path: Path | None) -> str:

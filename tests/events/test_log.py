@@ -395,6 +395,36 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_sqlite_uses_no_thread_while_nobody_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eventlog_sqlite, "CERTAIN_SECONDS", 3600)
+    monkeypatch.setattr(eventlog_sqlite, "HOUSEKEEPING_SECONDS", 3600)
+    found: list[bool] = []
+    may_have_changed = eventlog_sqlite.SqliteLog._may_have_changed
+
+    def recorded(log: eventlog_sqlite.SqliteLog, now: float) -> bool:
+        found.append(may_have_changed(log, now))
+        return found[-1]
+
+    monkeypatch.setattr(eventlog_sqlite.SqliteLog, "_may_have_changed", recorded)
+    url, watcher = f"sqlite:///{tmp_path / 'events.db'}", Watcher()
+    async with opened(url) as one, opened(url) as two:
+        one.watch("c", ORIGIN, watcher)
+        for text in "abc":
+            await publish(two, text)
+            assert texts(await watcher.until(ord(text) - ord("a") + 1))[-1] == text
+            await until(lambda: len(found) > 20 and not any(found[-20:]))
+
+
+async def test_sqlite_finds_a_commit_that_no_file_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eventlog_sqlite, "CERTAIN_SECONDS", 0.05)
+    monkeypatch.setattr(eventlog_sqlite, "_state", lambda file: None)
+    url, watcher = f"sqlite:///{tmp_path / 'events.db'}", Watcher()
+    async with opened(url) as one, opened(url) as two:
+        one.watch("c", ORIGIN, watcher)
+        await publish(two, "a")
+        assert texts(await watcher.until(1)) == ["a"]
+
+
 @pytest.mark.parametrize("what", FILES)
 async def test_sqlite_files_deleted_while_in_use_lose_no_acknowledged_event(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
