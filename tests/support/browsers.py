@@ -26,7 +26,8 @@ FEATURES = (
 
 SWITCHES = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    f"--disable-component-update --disable-sync --disable-features={FEATURES}"
+    # Pages of one site and one profile share a process, which has compiled their scripts.
+    f"--renderer-process-limit=1 --disable-component-update --disable-sync --disable-features={FEATURES}"
 )
 
 

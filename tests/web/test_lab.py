@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Locator, Page, Response, expect
+from playwright.async_api import Browser, BrowserContext, Locator, Page, Response, expect
 
+from tests.support.browsers import SharedBrowser
 from tests.support.connections import EventStream
 from tests.support.fake_upstream import DONE, FINISH, USED, Exchange, FakeUpstream, event, fake_upstream
 from tests.support.servers import REPOSITORY, Running, free_port, starting_in
@@ -187,7 +188,7 @@ BROKEN = """
 
 LINES = "2026-01-01T00:00:00Z INFO up\n2026-01-01T00:00:01Z ERROR <b>down</b>\n2026-01-01T00:00:02Z WARNING slow\n"
 QUICK = "[scenarios.ticker]\ninterval = 0.05\n[scenarios.file]\nsample_mb = 3\n[scenarios.export]\nsample_rows = 2000\n"
-LOG = '[scenarios.logs.sources.app]\npath = "app.log"\n'
+LOG = '[scenarios.logs]\ndemo = false\n[scenarios.logs.sources.app]\npath = "app.log"\n'
 
 
 CELLS = "rows => rows.map(row => [...row.querySelectorAll('th, td')].map(cell => cell.textContent))"
@@ -235,13 +236,38 @@ class Lab:
         return await self.page.locator(".panel:not([hidden]) pre").inner_text()
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def profiles() -> AsyncIterator[dict[Browser, BrowserContext]]:
+    opened: dict[Browser, BrowserContext] = {}
+    yield opened
+    for profile in opened.values():
+        await profile.close()
+
+
 @pytest_asyncio.fixture(loop_scope="session")
-async def open_lab(browser: Browser) -> AsyncIterator[OpenLab]:
-    """Open the lab of a server. At the end its policy must have blocked nothing, and no other server got a request."""
+async def profile(
+    shared_browser: SharedBrowser, shared_server: Running, profiles: dict[Browser, BrowserContext]
+) -> BrowserContext:
+    """Return the profile whose cache and process the pages of this module share; each page has its own session."""
+    browser = await shared_browser.running()
+    if browser not in profiles:
+        profiles[browser] = await browser.new_context()
+        tab = await profiles[browser].new_page()  # it stays open, and with it the process
+        await tab.goto(f"{shared_server.url}/assets/icon.svg")
+    return profiles[browser]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def open_lab(profile: BrowserContext, browser: Browser) -> AsyncIterator[OpenLab]:
+    """Open the lab of a server in a new tab; with options for a profile, in one of its own.
+
+    At the end its policy must have blocked nothing, and no other server got a request. The profile must be open when
+    the test gets the browser, which closes what has been opened since.
+    """
     labs: list[tuple[Lab, str]] = []
 
     async def opening(server: Running, address: str = "/", **options: Any) -> Lab:
-        page = await browser.new_page(**options)
+        page = await (browser.new_page(**options) if options else profile.new_page())
         lab = Lab(page)
         labs.append((lab, server.url))
         page.on("request", lambda request: lab.requests.append(request.url))
@@ -252,8 +278,9 @@ async def open_lab(browser: Browser) -> AsyncIterator[OpenLab]:
         return lab
 
     yield opening
-    for lab, url in labs:
+    for lab, _ in labs:
         await lab.page.close()
+    for lab, url in labs:
         assert [request for request in lab.requests if not request.startswith((url + "/", "data:"))] == []
         assert lab.messages == []
 
@@ -667,14 +694,13 @@ async def test_form_follows_the_models_of_the_plugin(shared_server: Running, ope
 
 
 async def test_curl_command_sends_the_request_of_the_page(shared_server: Running, open_lab: OpenLab) -> None:
-    lab = await open_lab(shared_server)
+    lab = await open_lab(shared_server, permissions=["clipboard-read", "clipboard-write"])
     await lab.select("POST /third-party/orders")
     await expect(lab.body).to_have_value('{"item":"tea"}')
     await lab.body.fill('{"item": "it\'s $HOME"}')
     await lab.run.click()
     await expect(lab.status).to_have_text("201")
     shown = await lab.text()
-    await lab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     await lab.copy.click()
     await expect(lab.copy).to_have_text("Copied")
     assert await lab.page.evaluate("navigator.clipboard.readText()") == await lab.curl.text_content()
