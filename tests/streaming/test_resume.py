@@ -95,7 +95,7 @@ async def test_clients_of_a_killed_server_continue_where_they_were(start: Callab
     async with crowd.following():
         for _ in range(3):
             async with asyncio.TaskGroup() as group:
-                publishing = group.create_task(crowd.publish(150))
+                publishing = group.create_task(crowd.publish(60))
                 while len(crowd.clients[-1].events) < len(crowd.acknowledged) - 20 or not crowd.clients[-1].events:
                     await asyncio.sleep(0.001)
                 await killed(server)
@@ -112,7 +112,7 @@ async def test_clients_of_a_stopped_server_continue_where_they_were(start: Calla
     crowd = Crowd(lambda: server.url)
     async with crowd.following():
         async with asyncio.TaskGroup() as group:
-            publishing = group.create_task(crowd.publish(300))
+            publishing = group.create_task(crowd.publish(120))
             while len(crowd.clients[-1].events) < 50:
                 await asyncio.sleep(0.001)
             await asyncio.to_thread(server.terminate)
@@ -132,7 +132,7 @@ async def test_clients_move_between_two_servers_of_one_log_that_are_killed_alter
     async with crowd.following():
         for number in (0, 1, 0):
             async with asyncio.TaskGroup() as group:
-                publishing = group.create_task(crowd.publish(150))
+                publishing = group.create_task(crowd.publish(60))
                 while len(crowd.clients[-1].events) < len(crowd.acknowledged) - 20 or not crowd.clients[-1].events:
                     await asyncio.sleep(0.001)
                 await killed(servers[number])
@@ -151,7 +151,7 @@ async def test_the_server_of_the_log_is_killed_in_mid_stream(start: Callable[...
     async with crowd.following():
         for _ in range(3):
             async with asyncio.TaskGroup() as group:
-                publishing = group.create_task(crowd.publish(150))
+                publishing = group.create_task(crowd.publish(60))
                 while len(crowd.clients[-1].events) < len(crowd.acknowledged) - 20 or not crowd.clients[-1].events:
                     await asyncio.sleep(0.001)
                 await asyncio.to_thread(valkey.kill)
