@@ -155,20 +155,24 @@ def test_the_files_of_200_exports_started_at_once_are_each_its_own(start: Callab
     server = start(config(export="sample_rows = 300", progress="max_running = 8"))
     count = 200
 
-    async def run(client: Client, number: int) -> dict[str, Any]:
+    async def run(client: Client, number: int) -> str:
         body = task("export", name="users", format="jsonl", limit=number + 1, columns=["id"])
         status, response = await client.request("POST", TASKS, body)
         assert status == 202, response
-        found = await over(client, json.loads(response))
-        assert found["state"] == "done", found
-        return dict(found["result"])
+        return str(json.loads(response)["id"])
 
     async def load() -> list[dict[str, Any]]:
         clients = [await Client.connect(server) for _ in range(count)]
-        results = await asyncio.gather(*(run(client, number) for number, client in enumerate(clients)))
+        ids = await asyncio.gather(*(run(client, number) for number, client in enumerate(clients)))
+        found: dict[str, Any] = {}
+        while not found or any(is_unfinished(task) for task in found.values()):
+            await asyncio.sleep(0.2)
+            _, response = await clients[0].request("GET", f"{TASKS}?limit=1000")
+            found = {task["id"]: task for task in json.loads(response)["tasks"]}
         for client in clients:
             client.close()
-        return results
+        assert {task["state"] for task in found.values()} == {"done"}, found
+        return [dict(found[task_id]["result"]) for task_id in ids]
 
     server.get("/export/users/csv?limit=1")
     results = asyncio.run(load())
@@ -199,8 +203,12 @@ def run_task(server: Running, **parameters: Any) -> dict[str, Any]:
     return asyncio.run(load())
 
 
+def is_unfinished(found: dict[str, Any]) -> bool:
+    return found["state"] in ("queued", "running")
+
+
 async def over(client: Client, found: dict[str, Any]) -> dict[str, Any]:
-    while found["state"] in ("queued", "running"):
+    while is_unfinished(found):
         await asyncio.sleep(0.2)
         found = json.loads((await client.request("GET", found["url"]))[1])
     return found
