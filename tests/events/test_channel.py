@@ -128,6 +128,20 @@ BOARD = '''
             await self.channel(request, path.name).delete()
             return web.Response(status=204)
 
+        @endpoint("POST", "/ends", takes="application/json")
+        async def end(self, request):
+            """Publish the end of each channel of a list."""
+            for name in await request.json():
+                await self.channel(request, name).publish({"done": True}, "end")
+            return web.Response(status=204)
+
+        @endpoint("POST", "/deletions", takes="application/json")
+        async def forget_all(self, request):
+            """Delete each channel of a list."""
+            for name in await request.json():
+                await self.channel(request, name).delete()
+            return web.Response(status=204)
+
 
     @hookimpl
     def register_scenarios():
@@ -822,16 +836,16 @@ def test_a_producer_that_was_stopped_publishes_nothing_after_another_took_over(
 @pytest.mark.timeout(120)
 def test_a_thousand_short_channels_leave_nothing_behind(serve: Callable[..., Running]) -> None:
     server = serve()
+    json_type = {"Content-Type": "application/json"}
     for number in range(0, 1000, 50):
         names = [f"finite{n}" for n in range(number, number + 50)]
+        body = json.dumps(names).encode()
         with ExitStack() as held:
             streams = [held.enter_context(EventStream(server, f"/board/{name}")) for name in names]
             server.wait_for_followers(len(names))
-            for name in names:
-                publish(server, {"done": True}, channel=name, event="end")
+            assert server.get("/ends", json_type, method="POST", body=body)[0] == 204
             assert all([event.event for event in stream] == ["end"] for stream in streams)
-        for name in names:
-            server.get(f"/board/{name}", method="DELETE")
+        assert server.get("/deletions", json_type, method="POST", body=body)[0] == 204
     assert server.terminate()[0] == 0
     with closing(sqlite3.connect(server.base / "var/streamlab.db")) as database:
         for table in ("channels", "events", "checkpoints"):
