@@ -17,6 +17,12 @@ from typing import IO, Any
 from streamlab.config import Config, nearest
 from streamlab.server.registry import find
 
+MIN_PAUSE_SECONDS = 0.01
+"""Pause after the first look at the state of a server, in seconds; each pause is twice as long as the one before."""
+
+MAX_PAUSE_SECONDS = 0.1
+"""Maximum pause between two looks, in seconds."""
+
 START_SECONDS = 30.0
 """Maximum time for the start of a server, in seconds."""
 
@@ -94,9 +100,10 @@ class Server:
 
     def wait_for_state(self, accept: Callable[[State], bool], *, seconds: float) -> State:
         """Poll its state until `accept` returns True, for at most `seconds`; return the last one."""
-        deadline = time.monotonic() + seconds
+        deadline, pause = time.monotonic() + seconds, MIN_PAUSE_SECONDS
         while not accept(state := self.state()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
         return state
 
     def stop(self, number: int = signal.SIGTERM, *, seconds: float = 30.0) -> int | None:
