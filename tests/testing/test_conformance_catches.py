@@ -420,6 +420,12 @@ class TestIt(Conformance):
 """
 
 
+TIMEOUT_SECONDS = 5.0
+"""Maximum time for a first byte that does not arrive because of a defect, in seconds."""
+
+STALL_INTERVALS = 2
+"""Maximum number of seconds for which a defect may occupy a processor while clients are stalled."""
+
 pytestmark = pytest.mark.usefixtures("forked_servers")
 
 
@@ -454,7 +460,9 @@ def failed_cases(pytester: pytest.Pytester, name: str, *cases: str) -> set[str]:
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_caught(pytester: pytest.Pytester, name: str) -> None:
+def test_defect_is_caught(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("streamlab.testing.streams.TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    monkeypatch.setattr("streamlab.testing.streams.STALL_INTERVALS", STALL_INTERVALS)
     case = DEFECTS[name].case
     assert failed_cases(pytester, name, "responds_as_described", case) == {case}
 
