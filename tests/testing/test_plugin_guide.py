@@ -44,9 +44,20 @@ def table_of_promises(tested: type) -> str:
     return "\n".join(rows)
 
 
+INI = "[pytest]\nasyncio_default_fixture_loop_scope = function\n"
+
+
+def write_test(folder: Path, test: str, **plugins: str) -> None:
+    """Write plugins, their test, and the configuration of pytest."""
+    write_plugins(folder, plugins)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_it.py").write_text(test)
+    (folder / "pytest.ini").write_text(INI)
+
+
 def pytest_in(folder: Path, *arguments: str, **environ: str) -> str:
     """Run pytest in a folder as an author does; return its output."""
-    (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    (folder / "pytest.ini").write_text(INI)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     path = os.pathsep.join([*filter(None, [environ.pop("site", "")]), str(REPOSITORY)])
     done = subprocess.run(
@@ -102,13 +113,14 @@ def test_attributes_of_the_guide_are_those_of_the_class() -> None:
 
 
 @pytest.mark.timeout(150)
+@pytest.mark.usefixtures("forked_servers")
 @pytest.mark.parametrize("name", ["itself", "pulse"])
-def test_plugins_of_the_guide_pass_the_conformance_suite(tmp_path: Path, name: str) -> None:
-    write_plugins(tmp_path, {"mine": PLUGINS[name]})
-    (tmp_path / "tests").mkdir()
+def test_plugins_of_the_guide_pass_the_conformance_suite(pytester: pytest.Pytester, name: str) -> None:
     test = BLOCKS[0].replace('"greeter"', '"mine"').replace("TestGreeter", "TestMine")
-    (tmp_path / "tests" / "test_mine.py").write_text(test)
-    assert re.search(r"^TestMine: (\d+) of \1 promises", pytest_in(tmp_path, "tests"), re.MULTILINE)
+    write_test(pytester.path, test, mine=PLUGINS[name])
+    done = pytester.runpytest_inprocess(*OPTIONS, "tests")
+    assert done.ret == 0
+    assert re.search(r"^TestMine: (\d+) of \1 promises", done.stdout.str(), re.MULTILINE)
 
 
 def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
@@ -153,11 +165,8 @@ def test_channel_of_the_guide_is_filtered_conflated_and_continues_after_a_crash(
 @pytest.mark.timeout(150)
 @pytest.mark.usefixtures("forked_servers")
 def test_upstream_of_the_guide_is_relayed_and_tested_without_another_machine(pytester: pytest.Pytester) -> None:
-    write_plugins(pytester.path, {"relay": PLUGINS["relay"]})
-    (pytester.path / "tests").mkdir()
     (test,) = (block for block in BLOCKS if "serve_upstreams" in block)
-    (pytester.path / "tests" / "test_relay.py").write_text(test)
-    (pytester.path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    write_test(pytester.path, test, relay=PLUGINS["relay"])
     cases = "relays or events_are_complete or resumes"
     done = pytester.runpytest_inprocess(*OPTIONS, "tests", "-k", cases)
     done.stdout.fnmatch_lines(["TestRelay: 3 of 3 promises *"])
