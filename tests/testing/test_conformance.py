@@ -61,7 +61,7 @@ class TestLlm(Conformance):
         wait_seconds = 5
         abandon_seconds = 0.1
     """
-    values = {"max_tokens": 8}
+    values = {"max_tokens": 5}
     large = {"max_tokens": 500}
     # Concurrent generations are computed in one batch, with another order of additions than a single one: tokens may
     # differ. tests/plugins/test_llm_limits.py tests them.
@@ -107,7 +107,7 @@ class TestLlm(Conformance):
             return {"stream": form.carries_events}
         if not form.template.startswith("/ai/generations/"):
             return {}
-        started = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=6")
+        started = server.request("/ai/chat-stream-sse?prompt=Hello&max_tokens=5")
         return {"id": started.headers["location"].rpartition("/")[2]}
 
 
