@@ -31,10 +31,15 @@ SWITCHES = (
 )
 
 
+def installed_browser() -> str | None:
+    """Return the path of the browser that is used, if one is installed."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
 @contextlib.asynccontextmanager
 async def launched_browser() -> "AsyncIterator[Browser]":
     """Run the installed browser; skip the test if there is none."""
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    executable = installed_browser()
     if executable is None:
         pytest.skip(f"needs one of the browsers {', '.join(BROWSERS)}")
     from playwright.async_api import async_playwright
