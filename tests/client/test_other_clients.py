@@ -247,7 +247,7 @@ FOLLOW = """
 
 async def follow_in(page: Page, url: str, path: str) -> None:
     """Open a page of the server and follow a stream there."""
-    await page.goto(f"{url}/", wait_until="domcontentloaded")
+    await page.goto(f"{url}/health", wait_until="domcontentloaded")
     await page.evaluate(FOLLOW, path)
 
 
