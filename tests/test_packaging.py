@@ -19,7 +19,7 @@ from tools import dist
 EPOCH = 1_800_000_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Build the wheel and the source distribution, with EPOCH as the time of the last commit."""
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def wheel(distributions: tuple[Path, Path]) -> Path:
     return distributions[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the wheel, without what it needs, into an empty folder."""
     site = tmp_path_factory.mktemp("installed") / "site"
