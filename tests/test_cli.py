@@ -23,7 +23,16 @@ from streamlab.config import Config, Server
 from streamlab.server.edge import reachable
 from streamlab.server.preflight import written_paths
 from streamlab.server.site import version
-from tests.support.servers import REPOSITORY, Running, ended_at_exit, free_port, run_streamlab, write_plugins
+from tests.support.servers import (
+    ENVIRONMENT,
+    REPOSITORY,
+    Running,
+    ended_at_exit,
+    free_port,
+    run_streamlab,
+    without,
+    write_plugins,
+)
 
 STREAMLAB = [sys.executable, "-m", "streamlab"]
 
@@ -49,7 +58,7 @@ HELLO = """
 
 def environment(**variables: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLAB_")}
-    return {**inherited, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", **variables}
+    return {**inherited, **ENVIRONMENT, **variables}
 
 
 def streamlab(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:
@@ -761,14 +770,17 @@ def wait_for(reached: Callable[[], bool], what: str, *, seconds: float = 15) -> 
 
 @contextlib.contextmanager
 def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a server that restarts itself, as a background job of a script; its children end with the block."""
+    """Yield a server that restarts itself, as a background job of a script; its children end with the block.
+
+    It loads none of the plugins that ship: each restart would import them, and load the model.
+    """
     with (folder / "reload.log").open("wb") as output:
         process = subprocess.Popen(
             [*STREAMLAB, "run", "--reload", "--port", str(port)],
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env=environment(**without("", ())),
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
