@@ -31,7 +31,7 @@ from tests.support.fake_upstream import (
     fake_upstream,
 )
 from tests.support.models import needs_model
-from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab
+from tests.support.servers import REPOSITORY, Running, plugin_module, run_streamlab, starting_in
 
 LOADED_PLUGINS = ("llm",)
 
@@ -312,11 +312,18 @@ def test_fifty_concurrent_generations_are_complete_and_not_mixed(gateway: Gatewa
         assert check_whole(events, 5) == "".join(f"{prompt} {number};" for number in range(5))
 
 
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Yield a server whose embedded model is ready; its responses have at most 24 tokens."""
+    with starting_in(tmp_path_factory.mktemp("embedded"), LOADED_PLUGINS) as starting:
+        server = starting(f"{OTHERS}[scenarios.llm]\nmax_tokens = 24\n")
+        server.wait_for_log("is ready", seconds=60)
+        yield server
+
+
 @needs_model
-def test_concurrent_generations_of_the_embedded_model_are_complete(start: Start) -> None:
-    server = start(f"{OTHERS}[scenarios.llm]\n")
-    server.wait_for_log("is ready", seconds=60)
-    found = generations(server, ["Tell a story."] * 12, 8)  # three times as many as run at once
+def test_concurrent_generations_of_the_embedded_model_are_complete(embedded: Running) -> None:
+    found = generations(embedded, ["Tell a story."] * 12, 8)  # three times as many as run at once
     for events in found:
         assert check_whole(events, 8)
     assert len({events[0].json["id"] for events in found}) == 12
@@ -326,9 +333,8 @@ def test_concurrent_generations_of_the_embedded_model_are_complete(start: Start)
 
 
 @needs_model
-def test_the_embedded_model_receives_nothing_that_exceeds_its_limits(start: Start) -> None:
-    server = start(f"{OTHERS}[scenarios.llm]\nmax_tokens = 24\n")
-    server.wait_for_log("is ready", seconds=60)
+def test_the_embedded_model_receives_nothing_that_exceeds_its_limits(embedded: Running) -> None:
+    server = embedded
     for name, value in LIMITS_OF_SERVERS.items():
         assert rejected(server, **{name: value}) == (name, "unknown_parameter")
     # Unsupported features are rejected, not ignored.
@@ -711,13 +717,13 @@ def test_health_and_check_report_a_model_that_is_not_installed(start: Start, tmp
     status_, out, _ = run_streamlab("check", cwd=tmp_path)
     assert status_ == 0
     assert "llm: degraded - The embedded model is not installed: pip install" in out
-    table = '[scenarios.llm]\nurl = "http://127.0.0.1:9/v1"\nmodel = "m"\napi_key_env = "NO_SUCH_VARIABLE"\n'
+    table = '[scenarios.llm]\nurl = "http://127.0.0.1:9/v1"\nmodel = "m"\napi_key_env = "UPSTREAM_NO_KEY"\n'
     (tmp_path / "config.toml").write_text(table)
     status_, out, err = run_streamlab("check", cwd=tmp_path)
-    reason = "the environment variable NO_SUCH_VARIABLE does not hold the upstream's key"
+    reason = "the environment variable UPSTREAM_NO_KEY does not hold the upstream's key"
     assert (status_, "llm: 1 fault" in out.splitlines()) == (2, True)
     assert f"config.toml: scenarios.llm.api_key_env - {reason}" in err.splitlines()
-    status_, out, err = run_streamlab("check", cwd=tmp_path, NO_SUCH_VARIABLE="secret")
+    status_, out, err = run_streamlab("check", cwd=tmp_path, UPSTREAM_NO_KEY="secret")
     assert (status_, err) == (0, "")
 
 
