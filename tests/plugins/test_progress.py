@@ -178,7 +178,7 @@ def wait_for(server: Running, task: dict[str, Any], seconds: float = 30, **wante
     deadline = time.monotonic() + seconds
     while any((found := look(server, task))[name] != value for name, value in wanted.items()):
         assert time.monotonic() < deadline, f"not {wanted} within {seconds} s: {found}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
 
 
@@ -518,7 +518,7 @@ def test_a_deadline_counts_the_time_of_all_runs(start_workshop: Callable[..., Wo
     deadline = time.monotonic() + 30
     while look(workshop.server, task)["done"] < 40:  # two seconds
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
     workshop.end(number)
     workshop.restart()
     end = ended(workshop.server, task)
@@ -574,7 +574,7 @@ def test_finished_tasks_are_retained_for_a_while(start_workshop: Callable[..., W
     deadline = time.monotonic() + 15
     while (response := send(workshop.server, "GET", task["url"]))[0] == 200:
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.2)
     expired = (410, "This task has ended and expired: results are stored for 1 seconds.")
     assert (response[0], response[2]["detail"]) == expired
     assert [
