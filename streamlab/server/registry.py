@@ -326,9 +326,21 @@ def find(config: Config) -> Iterator[Found]:
     for folder in folders:
         if folder.is_dir():
             yield from filter(None, map(found_in, sorted(folder.iterdir())))
-    for entry in importlib.metadata.entry_points(group=PROJECT):
+    for entry in _entry_points():
         distribution = entry.dist.name if entry.dist else entry.value
         yield Found(entry.name, distribution, entry.load, lambda entry=entry: _installed_sources(entry.module))  # type: ignore[misc]
+
+
+def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    """Yield the entry points `streamlab`; parsing those of every installed package would take three times as long."""
+    names = [
+        found.name
+        for found in importlib.metadata.distributions()
+        if f"[{PROJECT}]" in (found.read_text("entry_points.txt") or "")
+    ]
+    # Of several distributions of one name, the first on the path counts; the rest of a deleted one has no name.
+    for name in dict.fromkeys(filter(None, names)):
+        yield from importlib.metadata.distribution(name).entry_points.select(group=PROJECT)
 
 
 def builtin_folder() -> Path:
