@@ -21,6 +21,8 @@ from tests.support.servers import REPOSITORY, Running, free_port, starting_in
 
 expect.set_options(timeout=20_000)  # for busy machines
 
+LOADED_PLUGINS: tuple[str, ...] = ()  # besides those with a table; `shared_server` loads all
+
 Start = Callable[..., Running]
 OpenLab = Callable[..., Awaitable["Lab"]]
 
@@ -298,7 +300,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, FakeUpstream]]:
     """A server whose model sends three words, or only one and then stalls if the prompt is `stall`."""
     base = tmp_path_factory.mktemp("llm")
-    with fake_upstream({"default": send_words, "stall": stall}) as upstream, starting_in(base) as start:
+    with fake_upstream({"default": send_words, "stall": stall}) as upstream, starting_in(base, ()) as start:
         yield start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "fake-1"\n'), upstream
 
 
