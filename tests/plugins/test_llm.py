@@ -126,7 +126,7 @@ def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     server = start(EMBEDDED)  # without waiting: the first request waits
     curl = shutil.which("curl")
     assert curl, "curl is not installed"
-    command = [curl, "-sN", f"{server.url}{text_path('Who are you?', max_tokens=24, temperature=0)}"]
+    command = [curl, "-sN", f"{server.url}{text_path('Who are you?', max_tokens=12, temperature=0)}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         parts = []
@@ -138,7 +138,7 @@ def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     assert re.search(r"[a-z]{3}", text)
 
     # The same, as events and through the official client.
-    with EventStream(server, events_path("Who are you?", max_tokens=24, temperature=0)) as stream:
+    with EventStream(server, events_path("Who are you?", max_tokens=12, temperature=0)) as stream:
         first, *tokens, end = list(stream)
         assert stream.headers["location"] == f"/ai/generations/{first.json['id']}"
         assert stream.headers["incremental"] == "?1"
@@ -148,31 +148,31 @@ def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     assert "".join(token.json["text"] for token in tokens) == text
     assert end.event == "end"
     usage = end.json["usage"]
-    assert usage["completion_tokens"] == 24
+    assert usage["completion_tokens"] == 12
     assert end.json["finish_reason"] == "length"
     assert end.json["ttft_ms"] > 0
     assert end.json["tokens_per_second"] > 0
 
     with client(server) as official:
         whole = official.chat.completions.create(
-            model="SmolLM2-135M-Instruct", messages=messages_of("Who are you?"), max_tokens=24, temperature=0
+            model="SmolLM2-135M-Instruct", messages=messages_of("Who are you?"), max_tokens=12, temperature=0
         )
         assert whole.choices[0].message.content == text
         assert whole.usage is not None
         assert whole.usage.prompt_tokens == usage["prompt_tokens"]
         chunks = list(
             official.chat.completions.create(
-                model="SmolLM2-135M-Instruct", messages=messages_of("Who are you?"), max_tokens=24, temperature=0,
+                model="SmolLM2-135M-Instruct", messages=messages_of("Who are you?"), max_tokens=12, temperature=0,
                 stream=True, stream_options={"include_usage": True},
             )
         )  # fmt: skip
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
         assert chunks[-1].usage is not None
-        assert chunks[-1].usage.completion_tokens == 24
+        assert chunks[-1].usage.completion_tokens == 12
         assert [model.id for model in official.models.list()] == ["SmolLM2-135M-Instruct"]
 
     # The response does not contain the stop text; the same seed gives the same response.
-    stopped = server.get(text_path("Who are you?", max_tokens=24, temperature=0, stop=text[:12].split()[1]))[2]
+    stopped = server.get(text_path("Who are you?", max_tokens=12, temperature=0, stop=text[:12].split()[1]))[2]
     assert text.startswith(stopped.decode())
     assert len(stopped) < len(text)
     twice = [server.get(text_path("Tell a story.", max_tokens=12, temperature=1.5, seed=7))[2] for _ in range(2)]
