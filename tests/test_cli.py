@@ -23,6 +23,7 @@ from streamlab.config import Config, Server
 from streamlab.server.edge import reachable
 from streamlab.server.preflight import written_paths
 from streamlab.server.site import version
+from tests.support.pytest_runs import OPTIONS
 from tests.support.servers import (
     ENVIRONMENT,
     REPOSITORY,
@@ -563,7 +564,7 @@ def test_new_writes_a_plugin_that_serves_and_a_test_that_passes(start: Callable[
         "try it: streamlab run, then curl -N http://127.0.0.1:8000/stream/price_feed\n"
         f"test it: pytest {tmp_path}/tests/test_price_feed.py\n"
     )
-    quietly = ["-q", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function"]
+    quietly = [*OPTIONS, "-o", "asyncio_default_fixture_loop_scope=function"]
     tested = subprocess.run(
         [sys.executable, "-m", "pytest", *quietly, "-W", "error", "tests/test_price_feed.py"],
         cwd=tmp_path,

@@ -280,15 +280,15 @@ def become(request: bytes, given: int, output: int, errors: int, status_socket: 
 def execute_plugins() -> list[str]:
     """Execute the modules of all built-in plugins, which then are not executed at each start; return their names.
 
-    That would be half of the cost of a start. Scenarios are built by each process, with its own configuration.
+    That would be half of the cost of a start. Scenarios are built at each start, with its own configuration.
     """
     from streamlab.server import registry
 
     find_in = registry.found_in
     executed: dict[Path, dict[str, ModuleType]] = {}
-    for path in sorted(registry.builtin_folder().iterdir()):
-        if found := find_in(path):
-            executed[path] = _modules_of(found.load())
+    for found in filter(None, map(find_in, sorted(registry.builtin_folder().iterdir()))):
+        with contextlib.suppress(Exception):  # it fails in each process as well, which reports it
+            executed[Path(found.origin)] = _modules_of(found.load())
     names = [name for modules in executed.values() for name in modules]
     hide(names)
 
@@ -334,8 +334,10 @@ if __name__ == "__main__":
     shared += sys.modules.keys() - own
     forever: list[object] = [*sys.modules.values()]
     forever.append(forever)  # a cycle, which is never collected once it is frozen
-    # The garbage collector of a new process would touch, and so copy, the shared memory: most of its cost.
+    # The garbage collector of a new process would touch, and so copy, the shared memory: most of its cost. A server
+    # lets it run as seldom once it serves.
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     with socket.socket(fileno=sys.stdin.fileno()) as control:
         request = fork_for_each(control)
     if request is not None:

@@ -11,7 +11,7 @@ from xdist.workermanage import WorkerController
 
 from tests.support.servers import REPOSITORY
 
-LONG = ("testing/", "web/", "plugins/test_progress.py", "client/test_doctor.py", "test_")
+LONG = ("testing/", "web/", "streaming/", "plugins/test_progress.py", "client/test_doctor.py", "test_")
 """Beginnings of the paths, below tests/, of tests that take long, in the order in which they begin."""
 
 WAITING = (
