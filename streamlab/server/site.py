@@ -40,6 +40,7 @@ DOCS_POLICY = CONTENT_SECURITY_POLICY.replace("style-src 'self'", "style-src 'se
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png", ".svg": "image/svg+xml"}
 
 
+@cache
 def version() -> str:
     """Return the installed version of streamlab; `0` in a checkout that is run without being installed."""
     try:
