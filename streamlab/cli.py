@@ -60,7 +60,7 @@ UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Run the command line; invalid arguments are reported in one line, with status 2."""
     try:
-        sys.exit(cli(prog_name="streamlab", standalone_mode=False))
+        sys.exit(COMMAND(prog_name="streamlab", standalone_mode=False))
     except typer.Abort:
         sys.exit(130)
     except UsageError as error:
@@ -417,3 +417,7 @@ def open_menu(
     from .client import menu  # not imported by other commands
 
     raise typer.Exit(menu.run(url, plugin_views(), names or ()))
+
+
+COMMAND: Any = typer.main.get_command(cli)
+"""The command line with all commands of the core."""

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -117,7 +117,7 @@ class Registry:
             module = found.load()
             if misspelt := list(_misspelt_hooks(module)):
                 return [Fault(plugin.origin, "", reason) for reason in misspelt]
-            self._hooks.register(module, name=plugin.name)
+            self._hooks.register(_Hooks(module, _marked(module)), name=plugin.name)
             classes = self._scenario_classes(plugin.name)
             faults = [fault for item in classes for fault in self._build(plugin, item, config, switches)]
         except pluggy.PluginValidationError as error:
@@ -157,7 +157,9 @@ class Registry:
             scenario, faults = config.decode(scenario_class, table, "scenarios", name)
             if scenario is not None:
                 plugin.scenarios.append(scenario)
-                self._hooks.register(_ScenarioHooks(scenario), name=f"{plugin.name}:{name}")
+                names = [name for base in type(scenario).__mro__ for name in _marked(base)]
+                hooks = _Hooks(scenario, {name: getattr(scenario, name) for name in names})
+                self._hooks.register(hooks, name=f"{plugin.name}:{name}")
             else:
                 plugin.disabled.append(name)
         return faults
@@ -333,14 +335,20 @@ def find(config: Config) -> Iterator[Found]:
 
 def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
     """Yield the entry points `streamlab`; parsing those of every installed package would take three times as long."""
-    names = [
-        found.name
-        for found in importlib.metadata.distributions()
-        if f"[{PROJECT}]" in (found.read_text("entry_points.txt") or "")
-    ]
+    names = [name for folder in sys.path for name in _distributions_in(folder)]
     # Of several distributions of one name, the first on the path counts; the rest of a deleted one has no name.
     for name in dict.fromkeys(filter(None, names)):
         yield from importlib.metadata.distribution(name).entry_points.select(group=PROJECT)
+
+
+@lru_cache
+def _distributions_in(folder: str) -> list[str]:
+    """Return the names of the distributions of a folder of sys.path that have entry points `streamlab`."""
+    return [
+        found.name
+        for found in importlib.metadata.distributions(path=[folder])
+        if f"[{PROJECT}]" in (found.read_text("entry_points.txt") or "")
+    ]
 
 
 def builtin_folder() -> Path:
@@ -418,12 +426,15 @@ def _misspelt_hooks(module: Any) -> Iterator[str]:
         yield f"{name} is not a hook; {nearest(name, HOOKS)}"
 
 
-class _ScenarioHooks:
-    """The hooks among a scenario's methods: pluggy registers this instead of the scenario."""
+class _Hooks:
+    """The hooks of a module or a scenario: pluggy registers this instead, and so examines no other attribute."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        names = {name for base in type(scenario).__mro__ for name in _marked(base)}
-        self.__dict__.update({name: getattr(scenario, name) for name in names})
+    def __init__(self, owner: Any, functions: Mapping[str, Any]) -> None:
+        self.__dict__.update(functions)
+        self._owner = owner  # it lives as long as its hooks are registered
+
+    def __dir__(self) -> list[str]:
+        return [name for name in self.__dict__ if name != "_owner"]
 
 
 def _extras() -> list[str]:

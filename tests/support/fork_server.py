@@ -212,7 +212,14 @@ def _outer(environ: Mapping[str, str]) -> dict[str, str]:
 
 # -- in the fork server
 
-COMMON_MODULES = ("streamlab.cli", "anyio._backends._asyncio", "encodings.idna", "rich._emoji_codes")
+COMMON_MODULES = (
+    "streamlab.cli",
+    "anyio._backends._asyncio",
+    "encodings.idna",
+    "rich._emoji_codes",
+    "typer._adapters",
+    "typer._click.decorators",
+)
 """The modules that every server imports while it starts, unless it has no plugin."""
 
 
@@ -282,11 +289,13 @@ def execute_plugins() -> list[str]:
 
     That would be half of the cost of a start. Scenarios are built at each start, with its own configuration.
     """
-    from streamlab.server import registry
+    from streamlab.config import Config
+    from streamlab.server import registry, site
 
+    site.version()  # which it reads from disk once
     find_in = registry.found_in
     executed: dict[Path, dict[str, ModuleType]] = {}
-    for found in filter(None, map(find_in, sorted(registry.builtin_folder().iterdir()))):
+    for found in registry.find(Config.of({"plugins": {"path": []}})):
         with contextlib.suppress(Exception):  # it fails in each process as well, which reports it
             executed[Path(found.origin)] = _modules_of(found.load())
     names = [name for modules in executed.values() for name in modules]
