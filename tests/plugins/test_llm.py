@@ -918,6 +918,19 @@ def test_a_generation_without_followers_is_stopped(gateway: Callable[..., tuple[
     assert end.json["finish_reason"] == "abandoned"
 
 
+def test_a_client_that_waits_for_its_generation_to_begin_follows_it(
+    gateway: Callable[..., tuple[Running, FakeUpstream]],
+) -> None:
+    def late(exchange: Exchange) -> None:
+        if not exchange.wait_until_closed(0.6):
+            exchange.respond(event("late"), FINISH, USED, DONE)
+
+    server, _ = gateway({"default": late}, "abandon_seconds = 0.2")
+    with EventStream(server, events_path("x")) as stream:
+        *_, token, end = list(stream)
+    assert (token.json["text"], end.json["finish_reason"]) == ("late", "stop")
+
+
 def test_a_client_that_disconnects_before_it_knows_its_generation_stops_it(
     gateway: Callable[..., tuple[Running, FakeUpstream]],
 ) -> None:
