@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +363,16 @@ def test_the_health_check_of_the_image_requests_health(start: Callable[..., Runn
         assert subprocess.run(check, check=False, capture_output=True).returncode == 1
 
 
+def skip_unless_it_can_enter(namespace: Sequence[str]) -> None:
+    """Skip a test where a command cannot run in a mount namespace, which needs user namespaces."""
+    try:
+        tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare(1) is not installed")
+    if tried.returncode:
+        pytest.skip(f"a mount namespace cannot be had here: {tried.stderr}")
+
+
 def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: Path) -> None:
     base = tmp_path / "base"
     (base / "var").mkdir(parents=True)
@@ -373,12 +383,7 @@ def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: 
         'mount -o remount,bind,ro "$0" && mount -o remount,bind,ro / && cd "$0" && shift && exec "$@"'
     )
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(base), str(short_folder)]
-    try:
-        tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("unshare(1) is not installed")
-    if tried.returncode:
-        pytest.skip(f"a mount namespace cannot be had here: {tried.stderr}")
+    skip_unless_it_can_enter(namespace)
     rejected = subprocess.run([*namespace, "touch", "x"], capture_output=True, text=True, check=False)
     assert "Read-only file system" in rejected.stderr
     variables = {"TMPDIR": str(short_folder), **WITHOUT_MODEL}
@@ -400,12 +405,7 @@ def test_only_var_and_temporary_files_are_written(tmp_path: Path, short_folder: 
 def test_a_folder_that_is_read_only_is_rejected_unless_events_are_in_memory(tmp_path: Path) -> None:
     script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
-    try:
-        tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("unshare(1) is not installed")
-    if tried.returncode:
-        pytest.skip(f"a mount namespace cannot be had here: {tried.stderr}")
+    skip_unless_it_can_enter(namespace)
     command = [*namespace, sys.executable, "-m", "streamlab", "run", "--port", "0"]
     environ = {**os.environ, **ENVIRONMENT, **WITHOUT_MODEL}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=50, check=False)
