@@ -50,7 +50,7 @@ class Run:
 
 
 Measure = Callable[[Mode, int], Awaitable[Run]]
-"""A function that measures a response with so many rows in one mode, sent by a new process; it raises Failed."""
+"""A function that measures a response of a mode with this number of rows, sent by a new process; it raises Failed."""
 
 
 @asynccontextmanager
