@@ -1,5 +1,6 @@
 """The names a plugin author needs, and no others."""
 
+from .auth import PRINCIPAL, Action, Principal, Scope, client_of, require
 from .config import CONFIG, ConfigPath
 from .events.channel import EVENTS, Channel, Events, encode_event
 from .events.follow import follow
@@ -10,7 +11,7 @@ from .hookspecs import hookimpl
 from .negotiation import wants_events, weights
 from .problems import ErrorFormat, Problem
 from .request_body import read_body, read_json
-from .scenario import Scenario, endpoint
+from .scenario import ANY, Scenario, endpoint
 from .served_files import FILES
 from .server.metrics import METRICS
 from .slots import Slots
@@ -23,13 +24,16 @@ from .tasks import TASKS, Progress, Task
 from .threads import Threads, shielded
 
 __all__ = [
+    "ANY",
     "CONFIG",
     "END",
     "EVENTS",
     "FILES",
     "METRICS",
     "ORIGIN",
+    "PRINCIPAL",
     "TASKS",
+    "Action",
     "Channel",
     "ConfigPath",
     "EncodedEvent",
@@ -42,17 +46,20 @@ __all__ = [
     "Outcome",
     "Ownership",
     "Position",
+    "Principal",
     "Problem",
     "Progress",
     "ResumeQuery",
     "Retention",
     "Scenario",
+    "Scope",
     "Slots",
     "Stream",
     "StreamSummary",
     "Task",
     "Threads",
     "View",
+    "client_of",
     "encode_event",
     "endpoint",
     "follow",
@@ -62,6 +69,7 @@ __all__ = [
     "open_stream",
     "read_body",
     "read_json",
+    "require",
     "resume_id",
     "shielded",
     "sse_event",

@@ -6,8 +6,11 @@ import resource
 import shlex
 import signal
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from watchfiles import PythonFilter, run_process
 
+from .auth import new_token
 from .client.doctor import examine
 from .client.follow import follow as follow_events
 from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, print_events, printable
@@ -142,19 +146,25 @@ def run(
         _run_reloading(config, host, port)
         return
     with _exit_on_config_error():
-        settings = _read_config(config)
-        overrides = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-        settings = dataclasses.replace(
-            settings,
-            server=settings.server.model_copy(update=overrides),
-            variables={**settings.variables, **{("server", name): f"--{name}" for name in overrides}},
-        )
+        read = partial(_read_with_options, config, host=host, port=port)
+        settings = read()
         if found := list(preflight.event_log_faults(settings)):
             raise ConfigError(found)  # before the log file is opened, which is usually in the same folder
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
             _raise_file_limit(server.max_streams)
-            asyncio.run(serve(settings, on_ready=_announce))
+            asyncio.run(serve(settings, on_ready=_announce, read_again=read))
+
+
+def _read_with_options(path: Path | None, **options: Any) -> Config:
+    """Read the configuration, with the options of the command line that are not None in place of its keys."""
+    settings = _read_config(path)
+    overrides = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(
+        settings,
+        server=settings.server.model_copy(update=overrides),
+        variables={**settings.variables, **{("server", name): f"--{name}" for name in overrides}},
+    )
 
 
 def _run_reloading(config: Path | None, host: str | None, port: int | None) -> None:
@@ -329,6 +339,36 @@ def worker(config: ConfigOption = None) -> None:
 
 def _announce_worker(app: web.Application) -> None:
     print(f"streamlab {version()} runs tasks: {', '.join(sorted(app[TASKS].keys()))}", flush=True)
+
+
+@cli.command(
+    epilog="""Example: streamlab token alice --allow export:read:orders --allow logs:read --days 90
+
+    Exit status: 0; 2 for an invalid name or scope."""
+)
+def token(
+    name: Annotated[str, typer.Argument(help="The name of who has the token, for the log.", metavar="NAME")],
+    allow: Annotated[
+        list[str],
+        typer.Option(help="Allow SCENARIO:ACTION or SCENARIO:ACTION:RESOURCE, once or more often.", metavar="SCOPE"),
+    ],
+    days: Annotated[
+        float | None, typer.Option(min=0.001, help="Let it expire after N days.", metavar="N", show_default=False)
+    ] = None,
+) -> None:
+    """Print a new token, and the lines for config.toml that let it in.
+
+    The token is printed this once: the lines have its SHA-256 only. Send it as `Authorization: Bearer TOKEN`.
+    """
+    expires = None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
+    secret, lines = new_token(name, allow, expires)
+    settings = Config.of(tomllib.loads(lines))
+    if settings.faults:
+        for fault in settings.faults:
+            print_error(f"streamlab: {fault.value} - {fault.reason}" if fault.value else f"streamlab: {fault.reason}")
+        raise typer.Exit(2)
+    typer.echo(f"{secret}\n")
+    typer.echo(lines, nl=False)
 
 
 TargetArgument = Annotated[

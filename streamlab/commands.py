@@ -6,15 +6,16 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import pluggy
 import typer
 from typer.core import TyperGroup
 
 from . import hookspecs
+from .client.credentials import use_token
 from .client.terminal import print_error
-from .config import Config, ConfigError
+from .config import TOKEN_VARIABLE, Config, ConfigError
 from .server.registry import PROJECT, Found, find
 
 DEFAULT_CONFIG = Path("config.toml")
@@ -31,8 +32,50 @@ class CommandGroup(TyperGroup):
         return [*super().list_commands(ctx), *sorted(plugin_commands().keys() - self.commands.keys())]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command of the core, else of a plugin, or None."""
-        return super().get_command(ctx, cmd_name) or plugin_commands().get(cmd_name)
+        """Return a command of the core, else of a plugin, or None; those that have --url have --token, too."""
+        command = super().get_command(ctx, cmd_name) or plugin_commands().get(cmd_name)
+        if command is not None:
+            _add_token(command)
+        return command
+
+
+def _add_token(command: Any) -> None:
+    """Add the option --token to a command, or to those of a group, that requests a server."""
+    for one in getattr(command, "commands", {}).values():
+        _add_token(one)
+    names = {parameter.name for parameter in command.params}
+    if "url" in names and "token" not in names:
+        command.params.append(_token_option())
+
+
+@cache
+def _token_option() -> Any:
+    # Typer makes options of the parameters of a function only; this one is not passed to that of the command.
+    template = typer.Typer()
+
+    @template.command()
+    def _(
+        token: Annotated[
+            str | None,
+            typer.Option(
+                help=f"Send this token, or that in @FILE; without it, {TOKEN_VARIABLE} to the server at --url.",
+                metavar="TOKEN",
+                callback=_use_token,
+            ),
+        ] = None,
+    ) -> None: ...
+
+    (option,) = [one for one in typer.main.get_command(template).params if one.name == "token"]
+    option.expose_value = False
+    return option
+
+
+def _use_token(token: str | None) -> None:
+    try:
+        if token is not None:
+            use_token(token)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @cache

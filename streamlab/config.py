@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -22,13 +23,19 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
+
+from .auth import Scope
 
 PREFIX = "STREAMLAB_"
 
 URL_VARIABLE = "STREAMLAB_URL"
 """The variable with the default of `--url`: it is read by clients, and is no part of the configuration."""
+
+TOKEN_VARIABLE = "STREAMLAB_TOKEN"  # noqa: S105 - is a name
+"""The variable with the token that clients send to the server at `--url`; no part of the configuration either."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -61,6 +68,11 @@ def _host_pattern(text: str) -> str:
     raise ValueError(f"must be a host name, without a scheme, a port or a path{hint}")
 
 
+def _network(text: str) -> str:
+    """Reject what is not a network, such as a host name."""
+    return str(ipaddress.ip_network(text))
+
+
 class Server(Table):
     """`[server]`: address, TLS, timeouts, limits and logs."""
 
@@ -78,6 +90,8 @@ class Server(Table):
     """Maximum number of open streams; one more gets 503 with Retry-After."""
     allowed_hosts: tuple[Annotated[str, AfterValidator(_host_pattern)], ...] = ()
     """Allowed names in Host (`*.example.org` too). Empty: local names on loopback, any name on other addresses."""
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
+    """Networks of reverse proxies whose X-Forwarded-For, -Proto, -Host and -Prefix are believed, as 127.0.0.1/32."""
     tls_certificate: ConfigPath | None = None
     """A PEM file with the certificate chain; with `tls_key`, the server uses HTTPS."""
     tls_key: ConfigPath | None = None
@@ -94,6 +108,93 @@ class Server(Table):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both tls_certificate and tls_key")
         return self
+
+
+def _scope(text: str) -> str:
+    Scope.parse(text)
+    return text
+
+
+AllowedScope = Annotated[str, AfterValidator(_scope)]
+"""A scope `SCENARIO:ACTION[:RESOURCE]`."""
+
+
+def _aware(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise ValueError("must have a time zone, as 2027-01-31T00:00:00Z")
+    return moment
+
+
+class TokenSettings(Table):
+    """`[auth.tokens.NAME]`: a token, by its hash; `streamlab token NAME` prints a new one with its lines."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """The SHA-256 of the token, 64 hexadecimal digits."""
+    allow: tuple[AllowedScope, ...]
+    """The scopes of the token."""
+    expires: Annotated[datetime, AfterValidator(_aware)] | None = None
+    """The time from which it is invalid, as 2027-01-31T00:00:00Z; by default it is valid until it is removed."""
+
+
+class Auth(Table):
+    """`[auth]`: who may do what."""
+
+    open: bool | None = None
+    """Whether everybody may do everything. By default that is so only without tokens, on a loopback address."""
+    anonymous: tuple[AllowedScope, ...] = ()
+    """The scopes of requests without credentials."""
+    tokens: Mapping[str, TokenSettings] = {}
+    """The tokens by name, which is the name of the principal."""
+
+    @field_validator("tokens", mode="after")
+    @classmethod
+    def _names(cls, tokens: Mapping[str, TokenSettings]) -> Mapping[str, TokenSettings]:
+        for name in tokens:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name):
+                raise ValueError(f"{name!r} is no name: 1 to 64 letters, digits and . _ @ -")
+        return tokens
+
+    @model_validator(mode="after")
+    def _open_needs_no_tokens(self) -> "Auth":
+        if self.open and self.restricts:
+            raise ValueError("open = true lets everybody do everything: remove it, or the tokens and anonymous")
+        return self
+
+    @property
+    def restricts(self) -> bool:
+        """Return whether there is anything that says who may do what."""
+        return bool(self.tokens or self.anonymous) or self.open is False
+
+
+def _origin(text: str) -> str:
+    """Reject what no browser sends as Origin: a path, a name without a scheme."""
+    if text == "*" or re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?", text):
+        return text.lower()
+    raise ValueError("must be an origin, as https://app.example.org, without a path; or *")
+
+
+class Cors(Table):
+    """`[cors]`: which pages of other origins may use the server."""
+
+    origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    """Origins of pages that may read responses, as https://app.example.org; "*" is every origin."""
+    credentials: bool = False
+    """Whether these pages may send cookies; not together with "*"."""
+
+    @model_validator(mode="after")
+    def _credentials_need_origins(self) -> "Cors":
+        if self.credentials and "*" in self.origins:
+            raise ValueError('credentials = true needs origins by name: "*" would let every page act for its user')
+        return self
+
+
+class Limits(Table):
+    """`[limits]`: what one client may use; one with credentials is counted by its name, others by their address."""
+
+    streams_per_client: int = Field(100, ge=0)
+    """Maximum number of open streams of one client; one more gets 429 with Retry-After. 0: no limit."""
+    requests_per_minute: int = Field(0, ge=0)
+    """Maximum number of requests of one client in a minute; one more gets 429 with Retry-After. 0: no limit."""
 
 
 class Plugins(Table):
@@ -169,6 +270,9 @@ class Config:
     """
 
     server: Server
+    auth: Auth
+    cors: Cors
+    limits: Limits
     events: EventSettings
     plugins: Plugins
     scenarios: Mapping[str, Mapping[str, Any]]
@@ -212,13 +316,16 @@ class Config:
         context = {"base": base}
         default_events = EventSettings.model_validate({}, context=context)
         default_plugins = Plugins.model_validate({}, context=context)
-        defaults = cls(Server(), default_events, default_plugins, {}, base, source, variables)
-        known = ("server", "events", "plugins", "scenarios")
+        defaults = cls(Server(), Auth(), Cors(), Limits(), default_events, default_plugins, {}, base, source, variables)
+        known = ("server", "auth", "cors", "limits", "events", "plugins", "scenarios")
         unknown = set(merged) - set(known)
         faults += [
             defaults.fault((name,), f"unknown table; {nearest(name, known)}", merged[name]) for name in sorted(unknown)
         ]
         server, server_faults = defaults.decode(Server, merged.get("server", {}), "server")
+        auth, auth_faults = defaults.decode(Auth, merged.get("auth", {}), "auth")
+        cors, cors_faults = defaults.decode(Cors, merged.get("cors", {}), "cors")
+        limits, limits_faults = defaults.decode(Limits, merged.get("limits", {}), "limits")
         events, events_faults = defaults.decode(EventSettings, merged.get("events", {}), "events")
         plugins, plugins_faults = defaults.decode(Plugins, merged.get("plugins", {}), "plugins")
         scenarios = merged.get("scenarios", {})
@@ -229,13 +336,24 @@ class Config:
             faults.append(defaults.fault(("scenarios", name), "must be a table", scenarios.pop(name)))
         return cls(
             server=server or defaults.server,
+            auth=auth or Auth(open=False),
+            cors=cors or defaults.cors,
+            limits=limits or defaults.limits,
             events=events or defaults.events,
             plugins=plugins or defaults.plugins,
             scenarios=scenarios,
             base=base,
             source=source,
             variables=variables,
-            faults=(*faults, *server_faults, *events_faults, *plugins_faults),
+            faults=(
+                *faults,
+                *server_faults,
+                *auth_faults,
+                *cors_faults,
+                *limits_faults,
+                *events_faults,
+                *plugins_faults,
+            ),
         )
 
     def decode(self, model: type[_Model], table: Any, *key: str) -> tuple[_Model | None, list[Fault]]:
@@ -305,7 +423,7 @@ def _apply_variables(
     variables: dict[tuple[str, ...], str] = {}
     faults: list[Fault] = []
     for variable in sorted(environ):
-        if not variable.startswith(PREFIX) or variable == URL_VARIABLE:
+        if not variable.startswith(PREFIX) or variable in (URL_VARIABLE, TOKEN_VARIABLE):
             continue
         *parents, last = key = tuple(variable.removeprefix(PREFIX).lower().split("__"))
         value: Any = environ[variable]

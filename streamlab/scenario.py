@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
+from .auth import Action
 from .problems import ErrorFormat, error_format_of
 
 Handler = Callable[..., Awaitable[web.StreamResponse]]
@@ -16,6 +17,9 @@ Handler = Callable[..., Awaitable[web.StreamResponse]]
 
 Choices = Callable[[Any], Collection[str] | None]
 """A function of a scenario that returns the allowed values of a parameter; None while any value is allowed."""
+
+ANY = "*"
+"""The `resource` of an endpoint that returns what its principal may read, as a list of exports."""
 
 _HandlerT = TypeVar("_HandlerT", bound=Handler)
 
@@ -36,6 +40,12 @@ class Endpoint:
     """Media types of a body that the handler reads itself."""
     starts_work: bool
     """Whether a GET starts work, so that it is not safe in the sense of RFC 9110 (9.2.1)."""
+    action: Action
+    """What a principal needs a scope for."""
+    resource: str
+    """The name of the parameter that names what is read or changed; "" for the scenario as a whole, or ANY."""
+    public: bool
+    """Whether everybody may use it, also without credentials."""
     sends: tuple[str, ...]
     responses: Mapping[int, str]
     """Documented status codes other than 200, each with its meaning."""
@@ -70,6 +80,9 @@ def endpoint(
     body_limit: int | None = None,
     takes: str | tuple[str, ...] = (),
     starts_work: bool = False,
+    action: Action | None = None,
+    resource: str = "",
+    public: bool = False,
     sends: str | tuple[str, ...] = "text/plain",
     responses: Mapping[int, str] | None = None,
     choices: Mapping[str, Choices] | None = None,
@@ -85,6 +98,13 @@ def endpoint(
     `starts_work` declares that a GET starts work, as a task or a generation: HEAD validates the parameters and sends
     the headers without the handler, and pages of another origin are rejected with 403, as they are with every method
     that is not safe.
+
+    `action` is what a principal needs a scope for, `SCENARIO:ACTION[:RESOURCE]`: by default `read` for GET, and `write`
+    for other methods and for a GET that starts work. `resource` is the name of the parameter whose value is the
+    RESOURCE of that scope, as the name of an export; without one, a scope that names a RESOURCE does not suffice. With
+    `resource=ANY` every scope of the action does, and the handler restricts what it returns by `request[PRINCIPAL]`.
+    The server decides before the handler runs: 401 without credentials, 403 with such as do not suffice. Endpoints that
+    are `public` are open to everybody.
 
     `takes` lists the media types of a body that the handler reads itself (see `read_json`), instead of `body`. Either
     has at most `body_limit` bytes (default: 1 MiB), however the handler reads it. `sends` lists the media types of a
@@ -110,6 +130,9 @@ def endpoint(
             body_limit=body_limit,
             takes=(takes,) if isinstance(takes, str) else takes,
             starts_work=starts_work,
+            action=action or ("write" if starts_work or method.upper() not in ("GET", "HEAD") else "read"),
+            resource=resource,
+            public=public,
             sends=(sends,) if isinstance(sends, str) else sends,
             responses=responses or {},
             choices=choices or {},
@@ -119,6 +142,8 @@ def endpoint(
             name=handler.__name__,
         )
         known = {label for model in declared.models.values() for label in labels(model)}
+        if resource not in ("", ANY, *known):
+            raise TypeError(f"resource {resource}: {method} {path} has no such parameter")
         if unknown := sorted(set(declared.choices) - known):
             raise TypeError(f"choices of {', '.join(unknown)}: {method} {path} has no such parameter")
         handler.__dict__.setdefault("__endpoints__", []).append(declared)

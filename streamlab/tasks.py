@@ -5,7 +5,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 import msgspec
@@ -131,6 +131,9 @@ class Task:
     again. `unit` is the unit of progress. A task that has run longer than `max_seconds`, over all its runs, is
     cancelled and fails; the server has a limit for all kinds, and the smaller one applies. Raises TypeError for a
     function of another form, and ValueError for a limit that is not a positive number.
+
+    `needs` returns the scopes that a principal needs, besides that for starting the task, from its validated
+    parameters: a task that reads an export needs `export:read:NAME`, or it would be a way around that.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Task:
         unit: str = "",
         resumable: bool = False,
         max_seconds: float | None = None,
+        needs: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
     ) -> None:
         if max_seconds is not None and not 0 < max_seconds < math.inf:
             raise ValueError(f"max_seconds: {max_seconds!r} is not a positive number of seconds")
@@ -149,6 +153,7 @@ class Task:
         self.resumable = resumable
         self.max_seconds = max_seconds
         """Maximum time of a task of this kind, in seconds; None where only the server's limit applies."""
+        self.needs = needs or (lambda parameters: ())
         self.description = inspect.cleandoc(function.__doc__ or "")
         self.parameters = _parameters(self.name, function)
         """The model of the parameters that a client may give."""

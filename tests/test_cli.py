@@ -398,7 +398,7 @@ def test_routes_lists_every_route_with_a_command(tmp_path: Path) -> None:
     assert sum(line.startswith("       curl ") for line in lines) * 2 == len(lines)
 
 
-COMMAND_NAMES = ("run", "check", "routes", "new", "worker", "follow", "doctor", "client", "chat", "task")
+COMMAND_NAMES = ("run", "check", "routes", "new", "worker", "token", "follow", "doctor", "client", "chat", "task")
 TASK_NAMES = ("list", "kinds", "run", "watch", "cancel")
 
 VERBS = {

@@ -28,12 +28,15 @@ from pydantic import (
 )
 
 from streamlab import (
+    ANY,
     CONFIG,
     FILES,
+    PRINCIPAL,
     ConfigPath,
     Problem,
     ResumeQuery,
     Scenario,
+    Scope,
     Slots,
     Task,
     Threads,
@@ -42,6 +45,7 @@ from streamlab import (
     no_more_events,
     open_event_stream,
     open_stream,
+    require,
     resume_id,
     wants_events,
     weights,
@@ -323,7 +327,8 @@ class Exports(Scenario):
         """Register the report on the sample, and exports to files."""
         jobs = Jobs(self)
         report = [Task(jobs.report, unit="users", resumable=True)] if self.has_sample else []
-        return [*report, Task(jobs.export, unit="rows", resumable=True)]
+        export = Task(jobs.export, unit="rows", resumable=True, needs=lambda given: [f"export:read:{given['name']}"])
+        return [*report, export]
 
     # -- routes
 
@@ -331,10 +336,11 @@ class Exports(Scenario):
         """Return the names of the exports."""
         return sorted(self.exports)
 
-    @endpoint("GET", "/export", sends="application/json", curl="{url}")
+    @endpoint("GET", "/export", resource=ANY, sends="application/json", curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
-        """List every export with its columns, their types, its parameters and the formats that are installed."""
-        listed = [await self._listed(name, query) for name, query in sorted(self.exports.items())]
+        """List every export that the client may read: columns, their types, parameters, and the installed formats."""
+        names = request[PRINCIPAL].visible(self.name, self._names())
+        listed = [await self._listed(name, self.exports[name]) for name in names]
         missing = {form: reason for form, kind in FORMATS.items() if (reason := unavailable(kind))}
         text = json.dumps({"exports": listed, "unavailable_formats": missing}, ensure_ascii=False, indent=1) + "\n"
         return web.Response(text=text, content_type="application/json")
@@ -356,6 +362,7 @@ class Exports(Scenario):
         "GET",
         "/export/{name}",
         path_model=ExportPath,
+        resource="name",
         choices={"name": _names},
         query=ExportQuery,
         sends=tuple(form.media_type for form in FORMATS.values()),
@@ -371,6 +378,7 @@ class Exports(Scenario):
         "GET",
         "/export/{name}/{format}",
         path_model=ExportFormatPath,
+        resource="name",
         choices={"name": _names},
         query=ExportQuery,
         sends=tuple(form.media_type for form in FORMATS.values()),
@@ -385,12 +393,14 @@ class Exports(Scenario):
         "GET",
         "/stream/database-results",
         query=ResultsQuery,
+        resource=ANY,
         sends=("application/jsonl", "text/event-stream"),
         responses={204: "The client has received the end of the stream."},
         curl="-N {url}",
     )
     async def results(self, request: web.Request, query: ResultsQuery) -> web.StreamResponse:
         """Stream the rows of the export `results` as JSON lines, or as events of a batch each that resume by row."""
+        require(request, Scope(self.name, "read", "results"))
         if wants_events(request):
             return await self._send_events(request, "results", query)
         return await self._send(request, "results", "jsonl", query, {"Vary": "Accept"})

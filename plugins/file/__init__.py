@@ -21,7 +21,23 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, Field, PrivateAttr
 
-from streamlab import FILES, ConfigPath, Problem, Progress, Scenario, Task, Threads, endpoint, hookimpl, open_stream
+from streamlab import (
+    ANY,
+    FILES,
+    PRINCIPAL,
+    ConfigPath,
+    Principal,
+    Problem,
+    Progress,
+    Scenario,
+    Scope,
+    Task,
+    Threads,
+    endpoint,
+    hookimpl,
+    open_stream,
+    require,
+)
 
 from . import listing, representation
 from .conditions import precondition, range_applies
@@ -156,6 +172,7 @@ class File(Scenario):
         "GET",
         "/files",
         query=FilesQuery,
+        resource=ANY,
         sends=("text/html", "application/json"),
         responses=WITH_SLASH,
         curl="-L -H 'Accept: application/json' {url}",
@@ -168,6 +185,7 @@ class File(Scenario):
         "GET",
         "/files/{path:(?s:.*)}",
         query=FilesQuery,
+        resource=ANY,
         sends=("application/octet-stream", "text/html", "application/json"),
         responses={**CONDITIONAL_RESPONSES, **WITH_SLASH},
         curl="-L -H 'Accept: application/json' {url}",
@@ -177,20 +195,33 @@ class File(Scenario):
         return await self._serve(request, self._parts(_path(request)), query)
 
     async def _serve(self, request: web.Request, parts: tuple[str, ...], query: FilesQuery) -> web.StreamResponse:
+        path, principal = "/".join(parts), request[PRINCIPAL]
+        folder = f"{path}/" if path else ""
+        if not (principal.may(self.name, "read", path) or principal.may_below(self.name, "read", folder)):
+            require(request, Scope(self.name, "read", path))
         as_json = listing.prefers_json(", ".join(request.headers.getall("Accept", ())))
         limit = query.limit or (listing.JSON_NAMES if as_json else listing.PAGE_NAMES)
         found = await self._open(partial(self._look_up, parts, _after(request), limit))
         if isinstance(found, listing.Listing):
+            found.entries[:] = [entry for entry in found.entries if self._may_see(principal, folder, entry)]
             return _list(request, found, as_json=as_json)
+        require(request, Scope(self.name, "read", path))
         async with representation.held(found, parts[-1], self._reading) as file:
             return await self._send(request, file, query.rate)
+
+    def _may_see(self, principal: Principal, folder: str, entry: listing.Entry) -> bool:
+        """Return whether a principal may read a file, or a file below a folder."""
+        path = f"{folder}{entry.name}"
+        return principal.may(self.name, "read", path) or (
+            entry.is_folder and principal.may_below(self.name, "read", f"{path}/")
+        )
 
     # -- tasks
 
     @hookimpl
     def register_tasks(self) -> list[Task]:
         """Register the checksum of a file."""
-        return [Task(self.checksum, unit="bytes", resumable=True)]
+        return [Task(self.checksum, unit="bytes", resumable=True, needs=lambda given: [f"file:read:{given['path']}"])]
 
     async def checksum(
         self,

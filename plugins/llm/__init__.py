@@ -19,8 +19,10 @@ from pydantic import (
 )
 
 from streamlab import (
+    ANY,
     EVENTS,
     METRICS,
+    PRINCIPAL,
     ErrorFormat,
     Problem,
     ResumeQuery,
@@ -284,6 +286,7 @@ class Llm(Scenario):
         "GET",
         "/ai/chat-stream-sse",
         query=ChatEventsQuery,
+        resource=ANY,
         starts_work=True,
         sends="text/event-stream",
         responses={204: "The client already has the end of the response."},
@@ -311,7 +314,7 @@ class Llm(Scenario):
     async def _events(self, request: web.Request, body: Mapping[str, Any], after: str) -> web.StreamResponse:
         id = generation_of(resume_id(request, after))  # noqa: A001
         if id is None:
-            id = (await self._generations.start(body)).id  # noqa: A001
+            id = (await self._generations.start(body, request[PRINCIPAL].name)).id  # noqa: A001
         headers = {"Location": f"/ai/generations/{id}"}
         return await self._generations.follow(request, id, after, headers, gap_if_unknown=True)
 
@@ -319,6 +322,7 @@ class Llm(Scenario):
         "GET",
         "/ai/generations/{id}",
         path_model=GenerationPath,
+        resource=ANY,
         query=ResumeQuery,
         sends="text/event-stream",
         responses={204: "The client already has the end of the response.", 404: "The generation does not exist."},
@@ -331,6 +335,7 @@ class Llm(Scenario):
         "DELETE",
         "/ai/generations/{id}",
         path_model=GenerationPath,
+        resource=ANY,
         sends=(),
         responses={
             202: "Another server on this event log has been requested to stop it.",
@@ -341,7 +346,7 @@ class Llm(Scenario):
     )
     async def stop(self, request: web.Request, path: GenerationPath) -> web.StreamResponse:
         """Stop a generation for all its followers."""
-        stopped = await self._generations.stop(path.id)
+        stopped = await self._generations.stop(path.id, request[PRINCIPAL])
         return web.Response(status=204 if stopped else 202)
 
     # -- the OpenAI API

@@ -9,16 +9,20 @@ from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
 from aiohttp import web
 
 from streamlab import (
     END,
     ORIGIN,
+    PRINCIPAL,
+    Action,
     Channel,
     EncodedEvent,
     EventLogError,
     Events,
     Ownership,
+    Principal,
     Problem,
     Retention,
     encode_event,
@@ -56,11 +60,20 @@ def generation_of(event_id: str) -> str | None:
     return match[1] if match else None
 
 
+class _Origin(msgspec.Struct, frozen=True):
+    """Where a generation runs, and for whom."""
+
+    process: str = ""
+    principal: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """A generation that runs in this process."""
 
     id: str
+    principal: str
+    """The name of the principal that started it."""
     channel: Channel
     begun: "asyncio.Future[None]"
     """Done when the upstream has begun to respond, or has failed while the client waited for that."""
@@ -125,11 +138,14 @@ class Generations:
 
     # -- running
 
-    async def start(self, body: Mapping[str, Any]) -> Generation:
-        """Start a generation; return once it has begun, or after BEGIN_SECONDS. Raises Problem for an early failure."""
+    async def start(self, body: Mapping[str, Any], principal: str) -> Generation:
+        """Start a generation of a principal; return once it has begun, or after BEGIN_SECONDS.
+
+        Raises Problem for an early failure.
+        """
         assert self._group is not None, "the server has not started, or has stopped"
         id = uuid.uuid4().hex  # noqa: A001 - knowing it is enough to follow and stop it, so it cannot be guessed
-        generation = Generation(id, self.channel(id), asyncio.get_running_loop().create_future())
+        generation = Generation(id, principal, self.channel(id), asyncio.get_running_loop().create_future())
         self._running[id] = generation
         generation.task = self._group.create_task(self._run(generation, body))
         try:
@@ -148,7 +164,9 @@ class Generations:
         rejected = False
         try:
             first = encode_event({"id": generation.id, "model": body["model"]}, "generation")
-            await generation.channel.publish_all([first], checkpoint=("process", self._ownership.process))
+            origin = _Origin(self._ownership.process, generation.principal)
+            text = msgspec.json.encode(origin).decode()
+            await generation.channel.publish_all([first], checkpoint=("origin", text))
             async with self.gateway.complete(body) as completion, aclosing(completion.texts()) as batches:
                 generation.begin()
                 index = 0
@@ -197,10 +215,11 @@ class Generations:
         Nothing is written for it: clients that invent ids must not fill the event log.
         """
         channel = self.channel(id)
-        if generation := self._running.get(id):
+        allowed = await self._may(request[PRINCIPAL], "read", id)
+        if allowed and (generation := self._running.get(id)):
             with self._followed(generation):
                 return await follow(request, channel, after=after, headers=headers)
-        state = await self.state(id)
+        state = await self.state(id) if allowed else "unknown"
         if state == "unknown" and not gap_if_unknown:
             raise Problem(404, UNKNOWN)
         if state == "unknown":
@@ -233,6 +252,16 @@ class Generations:
             loop = asyncio.get_running_loop()
             generation.timer = loop.call_later(self.abandon_seconds, generation.stop, "abandoned")
 
+    async def _may(self, principal: Principal, action: Action, id: str) -> bool:  # noqa: A002
+        """Return whether a principal may use a generation: its own, or one that a scope names."""
+        generation = self._running.get(id)
+        owner = generation.principal if generation else (await self._origin(id)).principal
+        return principal.may_use_of(owner, "llm", action, id)
+
+    async def _origin(self, id: str) -> _Origin:  # noqa: A002
+        text = await self.channel(id).checkpoint("origin")
+        return _Origin() if text is None else msgspec.json.decode(text, type=_Origin)
+
     async def state(self, id: str) -> State:  # noqa: A002
         """Return whether a generation runs in any process, has ended, or is unknown."""
         channel = self.channel(id)
@@ -246,11 +275,13 @@ class Generations:
 
     # -- stopping
 
-    async def stop(self, id: str) -> bool:  # noqa: A002
+    async def stop(self, id: str, principal: Principal) -> bool:  # noqa: A002
         """Stop a generation for all its followers; return False where another process has been requested to.
 
-        Raises Problem 404 for an unknown generation.
+        Raises Problem 404 for an unknown generation, and for one of another principal.
         """
+        if not await self._may(principal, "write", id):
+            raise Problem(404, UNKNOWN)
         generation = self._running.get(id)
         if generation is None:
             state = await self.state(id)
@@ -276,11 +307,11 @@ class Generations:
 
     async def _watch_remote(self, id: str) -> None:  # noqa: A002
         """Keep a generation of another process alive while it is followed here; end it if that process has died."""
-        process = await self.channel(id).checkpoint("process")
+        origin = await self._origin(id)
         try:
             async with asyncio.TaskGroup() as group:
                 keepalive = group.create_task(self._send_keepalives(id))
-                await self._ownership.take_over(process or id, lambda: self._fail_orphan(id))
+                await self._ownership.take_over(origin.process or id, lambda: self._fail_orphan(id))
                 keepalive.cancel()
         except* EventLogError as errors:
             log.warning("cannot keep a generation of another process alive: %s", errors.exceptions[0])

@@ -17,6 +17,7 @@ from aiohttp import web
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
 
 from streamlab import (
+    ANY,
     CONFIG,
     EVENTS,
     Channel,
@@ -27,6 +28,7 @@ from streamlab import (
     ResumeQuery,
     Retention,
     Scenario,
+    Scope,
     Threads,
     View,
     encode_event,
@@ -34,6 +36,7 @@ from streamlab import (
     follow,
     hookimpl,
     open_stream,
+    require,
 )
 
 from . import command, demo, disk
@@ -191,6 +194,7 @@ class Logs(Scenario):
         "GET",
         "/stream/live-logs",
         query=FollowQuery,
+        resource=ANY,
         choices={"source": _names},
         sends="text/event-stream",
         responses={
@@ -202,6 +206,7 @@ class Logs(Scenario):
     async def live(self, request: web.Request, query: FollowQuery) -> web.StreamResponse:
         """Follow a log: its last lines, then every line as it is written, across rotation and restarts."""
         name = self._name(query)
+        require(request, Scope(self.name, "read", name))
         if name in self._faults:
             fault = await self._check(name)
             if fault is not None and fault.status != 404 and not fault.partly:  # followers wait for a missing file
@@ -221,6 +226,7 @@ class Logs(Scenario):
         "GET",
         "/logs/download",
         query=LogQuery,
+        resource=ANY,
         choices={"source": _names},
         sends="text/plain",
         responses={
@@ -232,7 +238,9 @@ class Logs(Scenario):
     )
     async def download(self, request: web.Request, query: LogQuery) -> web.StreamResponse:
         """Download the lines of a log as text, rotated files included."""
-        name, (lines, since) = self._name(query), await self._compiling.run(_selection, query)
+        name = self._name(query)
+        require(request, Scope(self.name, "read", name))
+        lines, since = await self._compiling.run(_selection, query)
         path = self._served[name].path
         fault = await (self._check(name) if path is None else self._threads.run(disk.fault_of_history, path))
         if fault is not None:

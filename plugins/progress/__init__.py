@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.util
-import ipaddress
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -12,19 +11,25 @@ from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from streamlab import (
+    ANY,
     CONFIG,
     EVENTS,
     METRICS,
+    PRINCIPAL,
     TASKS,
+    Action,
     Problem,
     Progress,
     ResumeQuery,
     Scenario,
+    Scope,
     Task,
+    client_of,
     endpoint,
     follow,
     hookimpl,
     no_more_events,
+    require,
     resume_id,
     wants_events,
 )
@@ -32,10 +37,13 @@ from streamlab import (
 from .embedded import EmbeddedEngine
 from .engine import Engine, QueueLimits
 from .runner import Runner
-from .store import ID, Record, Store, new_id, now, task_of
+from .store import ID, UNKNOWN_TASK, Record, Store, new_id, now, task_of
 
 BODY_BYTES = 64 * 1024
 """Maximum request body, in bytes."""
+
+UNKNOWN_EVENT = "There is no task with an event of this id."
+"""The detail of a 404 of a client that reconnects, also to a task of another principal."""
 
 REHEARSAL_SECONDS = 900
 """Maximum duration of the task `rehearsal`, in seconds."""
@@ -165,10 +173,11 @@ class Tasks(Scenario):
         ]
         return _json({"kinds": kinds, "default": self.kind})
 
-    @endpoint("GET", "/process/tasks", query=TaskListQuery, sends="application/json", curl="{url}")
+    @endpoint("GET", "/process/tasks", query=TaskListQuery, resource=ANY, sends="application/json", curl="{url}")
     async def list_tasks(self, request: web.Request, query: TaskListQuery) -> web.Response:
-        """List the stored tasks, newest first."""
-        records = [record for record in reversed(await self._store.all()) if record.id < query.before]
+        """List the stored tasks that the client may read, newest first."""
+        stored = [record for record in reversed(await self._store.all()) if record.id < query.before]
+        records = [record for record in stored if self._may(request, "read", record)]
         page = records[: query.limit]
         more = f"/process/tasks?limit={query.limit}&before={page[-1].id}" if len(records) > len(page) else None
         return _json({"tasks": [record.document() for record in page], "next": more})
@@ -177,6 +186,7 @@ class Tasks(Scenario):
         "POST",
         "/process/tasks",
         body=NewTask,
+        resource="kind",
         choices={"kind": _kind_names},
         body_limit=BODY_BYTES,
         sends="application/json",
@@ -195,15 +205,17 @@ class Tasks(Scenario):
             raise Problem(400, "An Idempotency-Key must have 1 to 255 characters.")
         id = new_id()  # noqa: A001
         if key is not None:
+            key = f"{request[PRINCIPAL].name}\0{key}"  # keys of two principals are two keys
             holder = await self._store.claim(key, {"kind": body.kind, "parameters": parameters}, id)
             if holder is not None:
-                return _response(await self._store.get(holder), status=202)
+                return _response(await self._get(request, "read", holder), status=202)
         return _response(await self._submit(request, id, body.kind, parameters), status=202)
 
     @endpoint(
         "GET",
         "/process/tasks/{id}",
         path_model=TaskPath,
+        resource=ANY,
         query=ResumeQuery,
         sends=("application/json", "text/event-stream"),
         responses={
@@ -215,7 +227,7 @@ class Tasks(Scenario):
     )
     async def task(self, request: web.Request, path: TaskPath, query: ResumeQuery) -> web.StreamResponse:
         """Return the state of a task, or follow it: events `progress` and `message`, then `end`."""
-        record = await self._store.get(path.id)
+        record = await self._get(request, "read", path.id)
         if wants_events(request):
             channel = self._store.channel(path.id)
             return await follow(request, channel, after=query.last_event_id, headers={"Vary": "Accept"})
@@ -225,6 +237,7 @@ class Tasks(Scenario):
         "DELETE",
         "/process/tasks/{id}",
         path_model=TaskPath,
+        resource=ANY,
         sends="application/json",
         responses={
             202: "The task is being cancelled; its last event confirms it.",
@@ -236,12 +249,14 @@ class Tasks(Scenario):
     )
     async def cancel(self, request: web.Request, path: TaskPath) -> web.Response:
         """Cancel a task, wherever it waits or runs."""
+        await self._get(request, "write", path.id)
         return _response(await self._engine.cancel(path.id), status=202)
 
     @endpoint(
         "GET",
         "/process/long-task",
         query=LongTaskQuery,
+        resource=ANY,
         choices={"kind": _kind_names},
         starts_work=True,
         sends="text/event-stream",
@@ -262,12 +277,27 @@ class Tasks(Scenario):
             own = {name: values[0] for name, values in (query.model_extra or {}).items()}
             parameters = self._read(kind, {**own, **given}, "query", "")
             id = (await self._submit(request, new_id(), kind, parameters)).id  # noqa: A001
-        elif await self._store.find(id) is None:
+        elif (record := await self._store.find(id)) is not None and not self._may(request, "read", record):
+            raise Problem(404, UNKNOWN_EVENT)
+        elif record is None:
             if self._store.is_expired(id):  # it had ended before it expired
                 return no_more_events()
-            raise Problem(404, "There is no task with an event of this id.")
+            raise Problem(404, UNKNOWN_EVENT)
         headers = {"Location": f"/process/tasks/{id}"}
         return await follow(request, self._store.channel(id), after=query.last_event_id, headers=headers)
+
+    # -- the tasks of a principal
+
+    def _may(self, request: web.Request, action: Action, record: Record) -> bool:
+        """Return whether the client may use a task: its own, or one that a scope names."""
+        return request[PRINCIPAL].may_use_of(record.principal, self.name, action, record.id)
+
+    async def _get(self, request: web.Request, action: Action, id: str) -> Record:  # noqa: A002
+        """Return a task; raises Problem 404 also where it is of another client, since an id is no credential."""
+        record = await self._store.get(id)
+        if not self._may(request, action, record):
+            raise Problem(404, UNKNOWN_TASK)
+        return record
 
     # -- new tasks
 
@@ -286,25 +316,15 @@ class Tasks(Scenario):
         kind: str,
         parameters: Mapping[str, Any],
     ) -> Record:
+        require(request, Scope(self.name, "write", kind))
+        for scope in map(Scope.parse, self._kinds[kind].needs(parameters)):
+            require(request, scope)
         unit, time = self._kinds[kind].unit, now()
         record = Record(id=id, kind=kind, parameters=dict(parameters), unit=unit, created=time, heartbeat=time)
+        record.principal = request[PRINCIPAL].name
         record.client = client_of(request)
         await self._engine.submit(record)
         return record
-
-
-def client_of(request: web.Request) -> str:
-    """Return the client that a task counts for when slots are shared: its address, or its 64-bit network for IPv6.
-
-    One host has all addresses of such a network. Behind a reverse proxy, all clients count as one.
-    """
-    try:
-        address = ipaddress.ip_address(request.remote or "")
-    except ValueError:  # a Unix socket has no address
-        return ""
-    if address.version == 6 and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((int(address), 64), strict=False))
-    return str(address)
 
 
 def _response(record: Record, *, status: int = 200) -> web.Response:

@@ -28,6 +28,9 @@ CLAIM_SECONDS = 10.0
 MAX_CLAIMS = 10_000
 """Maximum claims stored of an Idempotency-Key: the most requests that may find it free at the same moment."""
 
+UNKNOWN_TASK = "There is no task with this id."
+"""The detail of a 404, also for a task of another principal."""
+
 ID = r"^[0-9a-f]{32}$"
 """Pattern of an id: 12 digits for the time of creation in milliseconds, and 80 random bits."""
 
@@ -45,6 +48,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     state: State = "queued"
     owner: str = ""
     """The process that queues or runs it; empty where tasks wait for any worker."""
+    principal: str = ""
+    """The name of the principal that started it."""
     client: str = ""
     """The client that it counts for when slots are shared."""
     ran_seconds: float = 0
@@ -161,7 +166,7 @@ class Store:
             raise Problem(
                 410, f"This task has ended and expired: results are stored for {self._keep_seconds:g} seconds."
             )
-        raise Problem(404, "There is no task with this id.")
+        raise Problem(404, UNKNOWN_TASK)
 
     def is_expired(self, id: str) -> bool:  # noqa: A002
         """Return whether an unknown id may be of an expired task: it is older than any stored result."""

@@ -3,6 +3,7 @@
 `follow`, `download` and `request_json` need no terminal: `async for event in follow(url)`.
 """
 
+from .credentials import authorization
 from .follow import Pause, follow
 from .http import ConnectionLost, RequestRejected, request_json, stream_response
 from .sse import Event, Parser
@@ -33,6 +34,7 @@ __all__ = [
     "TransferProgress",
     "UrlOption",
     "ViewError",
+    "authorization",
     "describe_event",
     "download",
     "exit_on_error",

@@ -18,6 +18,8 @@ from yarl import URL
 from streamlab.problems import MEDIA_TYPE as PROBLEM
 from streamlab.sse import MEDIA_TYPE
 
+from .credentials import authorization
+
 MAX_RETRY_AFTER_SECONDS = 3600.0
 """Longest pause that a `Retry-After` can request, in seconds."""
 
@@ -128,7 +130,9 @@ async def stream_response(
         connector=aiohttp.TCPConnector(force_close=True), timeout=timeout, read_bufsize=1024 * 1024
     ) as session:
         try:
-            response = await session.request(method, target, json=document, headers=headers)
+            response = await session.request(
+                method, target, json=document, headers={**authorization(target), **(headers or {})}
+            )
         except aiohttp.InvalidURL as error:
             raise ValueError(f"{display_url(target)!r} is not an http(s) URL: {error}") from None
         except (aiohttp.ClientError, OSError) as error:

@@ -14,14 +14,28 @@ import typer
 
 from streamlab.config import URL_VARIABLE
 
+from .credentials import use_server
 from .http import RequestRejected
 from .sse import Event
 
 LOCAL_URL = "http://127.0.0.1:8000"
 """Address of a server with the default configuration on this machine."""
 
+
+def _use_server(url: str) -> str:
+    use_server(url)
+    return url
+
+
 UrlOption = Annotated[
-    str, typer.Option("--url", envvar=URL_VARIABLE, help="Request this server; http:// is optional.", metavar="URL")
+    str,
+    typer.Option(
+        "--url",
+        envvar=URL_VARIABLE,
+        help="Request this server; http:// is optional.",
+        metavar="URL",
+        callback=_use_server,
+    ),
 ]
 """The option `--url` of a command that requests a server; its default is in STREAMLAB_URL, else it is `LOCAL_URL`."""
 

@@ -5,10 +5,17 @@ import logging.handlers
 
 from aiohttp import web
 
+from streamlab.auth import PRINCIPAL
 from streamlab.hookspecs import hookimpl
 from streamlab.streaming.outcome import StreamSummary
 
 access_log = logging.getLogger("streamlab.access")
+
+
+def _client(request: web.Request) -> dict[str, str | None]:
+    """Return the address of a client, and its name if it has credentials."""
+    name = request[PRINCIPAL].name if PRINCIPAL in request else ""
+    return {"client": request.remote, **({"principal": name} if name else {})}
 
 
 class AccessLog:
@@ -28,7 +35,7 @@ class AccessLog:
             "seconds": round(summary.seconds, 3),
             "first_byte_ms": None if first_byte is None else round(first_byte * 1000, 1),
             "bytes": summary.bytes,
-            "client": request.remote,
+            **_client(request),
         }
         access_log.info("stream", extra={"fields": fields})
 
@@ -41,6 +48,6 @@ class AccessLog:
             "path": request.path,
             "status": status,
             "seconds": round(seconds, 4),
-            "client": request.remote,
+            **_client(request),
         }
         access_log.log(level, "request", extra={"fields": fields})

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import gc
+import ipaddress
 import logging
 import os
 import re
@@ -11,11 +12,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from aiohttp import HttpVersion11, web
 
 from streamlab import sse
+from streamlab.auth import PRINCIPAL, client_of
 from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
@@ -30,6 +33,8 @@ from streamlab.threads import Threads
 
 from . import preflight
 from .access_log import AccessLog
+from .authorization import AUTHORIZATION, Authorization, authenticate, authorize, authorize_resources, end_unauthorized
+from .cors import CORS, Cors
 from .edge import (
     BODY_LIMIT,
     SAFE_METHODS,
@@ -40,9 +45,12 @@ from .edge import (
     reject_unsupported,
     set_common_headers,
 )
+from .forwarded import PREFIX, Network, take_forwarded
 from .lifespans import lifespans
+from .limits import RequestRate
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
+from .reload import reloading_at_sighup
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
 from .validation import read_parameters
 from .watchdog import Stopped, Watchdog
@@ -76,6 +84,7 @@ def create_app(config: Config) -> web.Application:
     registry = Registry.load(config)
     streams = Streams(
         limit=config.server.max_streams,
+        limit_per_client=config.limits.streams_per_client,
         stall_seconds=config.server.stall_seconds,
         on_end=registry.on_stream_end,
     )
@@ -87,25 +96,35 @@ def create_app(config: Config) -> web.Application:
     app = web.Application(middlewares=[_error_middleware], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
     app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
+    app[TRUSTED] = tuple(map(ipaddress.ip_network, config.server.trusted_proxies))
+    app[RATE] = RequestRate(config.limits.requests_per_minute)
+    app[AUTHORIZATION], app[CORS] = Authorization(config), Cors(config)
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
     app.on_response_prepare.append(_complete_headers)
     app.cleanup_ctx.append(_compression_threads)
+    app.cleanup_ctx.append(_check_credentials)
     app.cleanup_ctx.append(_event_log)
     app.cleanup_ctx.append(_plugin_lifespans)
     app.on_shutdown.append(_drain)
     return app
 
 
-async def serve(config: Config, *, on_ready: Callable[[web.Application, str], None]) -> None:
+async def serve(
+    config: Config,
+    *,
+    on_ready: Callable[[web.Application, str], None],
+    read_again: Callable[[], Config] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the streams that are still open.
 
-    `on_ready` is called with the application and the address once connections are accepted. Raises ConfigError, also
-    for an address that cannot be bound. The process is expected to exit afterwards: if it hangs for STOP_SECONDS
-    longer than it may drain, it is killed (see Watchdog).
+    `on_ready` is called with the application and the address once connections are accepted. `read_again` returns the
+    configuration at a SIGHUP, and what can change in a running server is taken from it (see `reload`). Raises
+    ConfigError, also for an address that cannot be bound. The process is expected to exit afterwards: if it
+    hangs for STOP_SECONDS longer than it may drain, it is killed (see Watchdog).
     """
-    if found := list(preflight.address_faults(config)):
+    if found := [*preflight.address_faults(config), *preflight.exposure_faults(config)]:
         raise ConfigError(found)
     tls = preflight.tls_context(config)
     server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
@@ -138,7 +157,8 @@ async def serve(config: Config, *, on_ready: Callable[[web.Application, str], No
             host = f"[{address}]" if ":" in address else address
             _shorten_pauses()
             on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
-            await watchdog.stopping.wait()
+            async with reloading_at_sighup(app, tls, read_again):
+                await watchdog.stopping.wait()
             await _stop_accepting(listener)
             log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
             await streams.drain(server.drain_seconds)
@@ -245,6 +265,10 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
     return routes
 
 
+TRUSTED = web.AppKey("trusted", tuple[Network, ...])
+
+RATE = web.AppKey("rate", RequestRate)
+
 _Begin = Callable[[web.Request], Awaitable[Awaitable[web.StreamResponse]]]
 """Checks a request and returns the coroutine of its handler, which the middleware awaits."""
 
@@ -256,11 +280,23 @@ def _bind(route: Route, plugin: Plugin) -> _Begin:
             await _out_of_service(plugin)(request)  # raises
         endpoint = route.endpoint
         request[SCENARIO] = route.scenario
-        if endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers:
+        rate = request.config_dict[RATE]
+        try:
+            has_token = authenticate(request)
+        finally:  # also wrong tokens are counted, by address
+            rate.admit(client_of(request))
+        changes = endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers
+        if changes and not has_token and not request.config_dict[CORS].trusts(request.headers.get("Origin", "")):
             reject_other_origin(request)
+        authorize(request, route)
         accept_body(request, endpoint.body_limit or BODY_LIMIT)
         await _send_continue(request)
-        parameters = await read_parameters(request, route)
+        parameters = await read_parameters(
+            request,
+            route,
+            authorize=partial(authorize_resources, request, route),
+            may=partial(request[PRINCIPAL].may, route.scenario, endpoint.action),
+        )
         if endpoint.starts_work and request.method == "HEAD":
             return _send_headers_only(request, endpoint)
         return route.handler(request, **parameters)
@@ -320,7 +356,10 @@ async def _error_middleware(
     task = streams.begin_request()
     try:
         reject_unsupported(request)
+        take_forwarded(request, request.config_dict[TRUSTED])
         reject_other_host(request)
+        if (answer := request.config_dict[CORS].preflight(request)) is not None:
+            return answer
         handling = await handler(request)  # see _bind
         response = await handling
         if not isinstance(response, web.StreamResponse):
@@ -342,7 +381,7 @@ def _observe(request: web.Request, status: int, seconds: float) -> None:
     """Count and log a request without a stream."""
     resource = request.match_info.route.resource
     route = resource.canonical if resource else "none"
-    request.config_dict[METRICS].observe_request(route, status, seconds)
+    request.config_dict[METRICS].observe_request(request.get(SCENARIO, "none"), route, status, seconds)
     AccessLog.request(request, route, status, seconds)
 
 
@@ -367,6 +406,9 @@ def _error_response(error: Exception, request: web.Request) -> web.StreamRespons
 async def _complete_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Complete the header fields of a response, and close its connection afterwards where they say so."""
     set_common_headers(response.headers)
+    request.config_dict[CORS].complete(request, response.headers)
+    if PREFIX in request and response.headers.get("Location", "").startswith("/"):
+        response.headers["Location"] = request[PREFIX] + response.headers["Location"]
     # Only the end of the connection ends a body of unknown length on HTTP/1.0 (RFC 9112, 6.3).
     ends_by_close = request.version < HttpVersion11 and response.content_length is None
     if ends_by_close or request.config_dict[STREAMS].draining:
@@ -390,6 +432,14 @@ async def _compression_threads(app: web.Application) -> AsyncIterator[None]:
     """Run the threads that compress streams while anything may stream."""
     async with app[STREAMS].compressing:
         yield
+
+
+async def _check_credentials(app: web.Application) -> AsyncIterator[None]:
+    """End streams whose credentials expire or are removed, while anything may stream."""
+    async with asyncio.TaskGroup() as group:
+        checking = group.create_task(end_unauthorized(app[STREAMS], app[AUTHORIZATION]))
+        yield
+        checking.cancel()
 
 
 async def _event_log(app: web.Application) -> AsyncIterator[None]:

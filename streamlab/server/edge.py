@@ -243,8 +243,8 @@ def _is_from_own_origin(request: web.Request) -> bool:
 
 
 def _is_allowed(name: str, server: Server) -> bool:
-    listens_locally = _is_local(server.host)
-    if listens_locally and _is_local(name):
+    listens_locally = is_loopback(server.host)
+    if listens_locally and is_loopback(name):
         return True
     if not server.allowed_hosts:
         return not listens_locally
@@ -261,7 +261,8 @@ def reachable(address: str, server: Server) -> str:
     return f"{scheme}://{host}:{port}"
 
 
-def _is_local(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Return whether a name or an address is only for clients of this machine."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     with suppress(ValueError):

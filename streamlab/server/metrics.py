@@ -61,6 +61,12 @@ class Metrics(Collector):
             buckets=_FAST,
             registry=registry,
         )
+        self._rejected = prometheus_client.Counter(
+            "streamlab_rejected_requests",
+            "Requests that their client may not make, or not now: 401, 403, 429.",
+            ["scenario", "status"],
+            registry=registry,
+        )
         self._lag = prometheus_client.Histogram(
             "streamlab_event_loop_lag_seconds", "How late the event loop woke up.", buckets=_FAST, registry=registry
         )
@@ -91,9 +97,11 @@ class Metrics(Collector):
             await asyncio.sleep(LAG_INTERVAL)
             self._lag.observe(max(0.0, time.monotonic() - due))
 
-    def observe_request(self, route: str, status: int, seconds: float) -> None:
+    def observe_request(self, scenario: str, route: str, status: int, seconds: float) -> None:
         """Count a request whose response was not a stream."""
         self._latency.labels(route, str(status)).observe(seconds)
+        if status in (401, 403, 429):
+            self._rejected.labels(scenario, str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of what is open now; called by the registry at each scrape."""

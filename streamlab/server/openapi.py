@@ -4,7 +4,8 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -50,12 +51,28 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 }
 
 
-def document(routes: Iterable[Route], *, version: str, described: Mapping[str, str]) -> dict[str, Any]:
+SECURITY_SCHEMES: dict[str, Any] = {
+    "token": {"type": "http", "scheme": "bearer", "description": "A token, as `streamlab token NAME` prints one."}
+}
+"""The credentials of a request, by which pages offer to enter them."""
+
+
+def document(
+    routes: Iterable[Route],
+    *,
+    version: str,
+    described: Mapping[str, str],
+    is_open: bool = True,
+    may: Callable[[Route, str], bool] = lambda route, resource: True,
+) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of all routes; `described` has a sentence for each scenario.
+
+    Unless the server `is_open`, routes that are not public need credentials. `may` returns whether the client may use a
+    resource of a route: no others are listed as choices.
 
     Parameters and their bounds come from the models that validate them. Source: OpenAPI Specification 3.1.1.
     """
-    listed = list(routes)
+    listed = [_restricted_to(route, may) for route in routes]
     models = [model for r in listed for model in (r.endpoint.body, r.error_format and r.error_format.model) if model]
     bodies = list(dict.fromkeys(models))
     named, definitions = models_json_schema([(body, "validation") for body in bodies], ref_template=_REFERENCE)
@@ -66,7 +83,10 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
     _restrict_bodies(listed, schemas, definitions.get("$defs", {}))
     paths: dict[str, dict[str, Any]] = {}
     for route in listed:
-        paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = _operation(route, schemas)
+        operation = _operation(route, schemas)
+        if not (is_open or route.endpoint.public):
+            operation["security"] = [{name: []} for name in SECURITY_SCHEMES]
+        paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {
@@ -76,8 +96,24 @@ def document(routes: Iterable[Route], *, version: str, described: Mapping[str, s
         },
         "tags": [{"name": name, "description": sentence} for name, sentence in described.items()],
         "paths": paths,
-        "components": {"schemas": {"Problem": PROBLEM_SCHEMA, **definitions.get("$defs", {})}},
+        "components": {
+            "schemas": {"Problem": PROBLEM_SCHEMA, **definitions.get("$defs", {})},
+            **({} if is_open else {"securitySchemes": SECURITY_SCHEMES}),
+        },
     }
+
+
+def _restricted_to(route: Route, may: Callable[[Route, str], bool]) -> Route:
+    """Return a route whose choices of a resource are those that the client may use."""
+    name = route.endpoint.resource
+    if name not in route.choices:
+        return route
+
+    def choices() -> Collection[str] | None:
+        allowed = route.choices[name]()
+        return None if allowed is None else [choice for choice in allowed if may(route, choice)]
+
+    return replace(route, choices={**route.choices, name: choices})
 
 
 def _close(schema: Mapping[str, Any], definitions: Mapping[str, dict[str, Any]]) -> None:

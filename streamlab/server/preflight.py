@@ -11,11 +11,14 @@ from pathlib import Path
 
 from streamlab.config import Config, ConfigError, Fault
 
+from .edge import is_loopback
+
 
 def faults(config: Config) -> list[Fault]:
     """Return what the server itself cannot use on this machine; nothing is created. Blocks."""
     return [
         *address_faults(config),
+        *exposure_faults(config),
         *_tls(config)[1],
         *folder_faults(config),
         *event_log_faults(config),
@@ -39,6 +42,17 @@ def address_faults(config: Config) -> Iterator[Fault]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "is not a valid host name"
     yield config.fault(("server", "host"), f"cannot listen on it: {reason}", host)
+
+
+def exposure_faults(config: Config) -> Iterator[Fault]:
+    """Yield a fault if others can connect and the configuration does not say who may do what."""
+    host, auth = config.server.host, config.auth
+    if auth.open is None and not auth.restricts and not is_loopback(host):
+        reason = (
+            "others can connect to this address, and nothing says what they may do: add a token to [auth.tokens] "
+            "(`streamlab token NAME` prints one), or set open = true in [auth] to let everybody do everything"
+        )
+        yield config.fault(("server", "host"), reason, host)
 
 
 # -- TLS

@@ -15,12 +15,15 @@ from typing import Any
 from aiohttp import web
 from pydantic import BaseModel, Field
 
+from streamlab.auth import PRINCIPAL
 from streamlab.events.channel import EVENTS
 from streamlab.problems import Problem
 from streamlab.scenario import Route, Scenario, endpoint
 from streamlab.streaming.drain import STREAMS
 
 from . import openapi
+from .authorization import AUTHORIZATION, may_use
+from .forwarded import PREFIX
 from .metrics import METRICS
 from .registry import Plugin, Registry
 
@@ -60,7 +63,7 @@ class AssetPath(BaseModel):
 class Site(Scenario):
     """The server itself: its routes, its state, and its metrics."""
 
-    @endpoint("GET", "/", sends=("text/plain", "text/html"), curl="{url}")
+    @endpoint("GET", "/", public=True, sends=("text/plain", "text/html"), curl="{url}")
     async def index(self, request: web.Request) -> web.Response:
         """List every route with one line and a curl command that tries it; the lab page for a browser."""
         vary = {"Vary": "Accept"}
@@ -68,7 +71,7 @@ class Site(Scenario):
             return self._lab(request, vary)
         serving, failed = self._routes_in_service(request)
         title = f"streamlab {version()}: a streaming server for backends"
-        browser = f"Each route with a command that tries it; in a browser: {request.url.origin()}/lab"
+        browser = f"Each route with a command that tries it; in a browser: {_base(request)}/lab"
         blocks = [
             f"{route.endpoint.method:6} {route.endpoint.template}  {route.endpoint.summary}\n       {command}\n"
             for route, command in serving
@@ -77,34 +80,43 @@ class Site(Scenario):
         text = f"{title}\n\n{browser}\n\n" + "\n".join(blocks)
         return _revalidated(request, text, "text/plain", vary)
 
-    @endpoint("GET", "/lab", sends="text/html", curl="{url}")
+    @endpoint("GET", "/lab", public=True, sends="text/html", curl="{url}")
     async def lab(self, request: web.Request) -> web.Response:
         """Run every route in a browser: watch what arrives, disconnect, resume."""
         return self._lab(request)
 
-    @endpoint("GET", "/health", sends="application/json", responses={503: "The server is stopping."}, curl="{url}")
+    @endpoint(
+        "GET",
+        "/health",
+        public=True,
+        sends="application/json",
+        responses={503: "The server is stopping."},
+        curl="{url}",
+    )
     async def health(self, request: web.Request) -> web.Response:
         """Report the state of the server: its scenarios and its event log with reasons, open streams, uptime.
 
         `status` is `ok`, `degraded` (a plugin is out of service, or a scenario or the event log works only in part)
-        or, with 503, `draining`. The states of a scenario are `ready`, `degraded`, `failed` and `disabled`.
+        or, with 503, `draining`. The states of a scenario are `ready`, `degraded`, `failed` and `disabled`. Without the
+        scope `site:read`, the report has the status only.
         """
         streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
         events, reasons = request.app[EVENTS].state(), request.app[REGISTRY].degraded()
         degraded = events["state"] != "ok" or bool(reasons) or any(plugin.state == "failed" for plugin in plugins)
         status = "draining" if streams.draining else "degraded" if degraded else "ok"
-        report = {
-            "status": status,
-            "version": version(),
-            "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
-            "open_streams": len(streams),
-            "events": events,
-            "scenarios": {
-                name: _state(plugin, name, reasons.get(name, ""))
-                for plugin in plugins
-                for name in (plugin.scenario_names or [plugin.name])
-            },
-        }
+        report: dict[str, Any] = {"status": status}
+        if request[PRINCIPAL].may(self.name, "read"):
+            report |= {
+                "version": version(),
+                "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
+                "open_streams": len(streams),
+                "events": events,
+                "scenarios": {
+                    name: _state(plugin, name, reasons.get(name, ""))
+                    for plugin in plugins
+                    for name in (plugin.scenario_names or [plugin.name])
+                },
+            }
         return web.json_response(report, status=503 if streams.draining else 200, headers={"Cache-Control": "no-store"})
 
     @endpoint("GET", "/metrics", sends=("text/plain", "application/openmetrics-text"), curl="{url}")
@@ -113,14 +125,21 @@ class Site(Scenario):
         body, content_type = request.app[METRICS].exposition(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
-    @endpoint("GET", "/openapi.json", sends="application/json", curl="{url}")
+    @endpoint("GET", "/openapi.json", public=True, sends="application/json", curl="{url}")
     async def openapi(self, request: web.Request) -> web.Response:
-        """Describe every route as an OpenAPI 3.1 document."""
-        routes = request.app[ROUTES]
-        document = openapi.document(routes, version=version(), described=self._described(request))
+        """Describe every route that the client may use as an OpenAPI 3.1 document."""
+        routes = [route for route in request.app[ROUTES] if may_use(request, route)]
+        principal = request[PRINCIPAL]
+        document = openapi.document(
+            routes,
+            version=version(),
+            described=self._described(request, routes),
+            is_open=request.app[AUTHORIZATION].is_open,
+            may=lambda route, resource: principal.may(route.scenario, route.endpoint.action, resource),
+        )
         return _revalidated(request, json.dumps(document), "application/json", {})
 
-    @endpoint("GET", "/docs", sends="text/html", curl="{url}")
+    @endpoint("GET", "/docs", public=True, sends="text/html", curl="{url}")
     async def docs(self, request: web.Request) -> web.Response:
         """Try every route in a browser (Swagger UI, served from this machine)."""
         return _page(request, _template("docs.html"), {"Content-Security-Policy": DOCS_POLICY})
@@ -129,6 +148,7 @@ class Site(Scenario):
         "GET",
         "/assets/{name}",
         path_model=AssetPath,
+        public=True,
         sends=tuple(MEDIA_TYPES.values()),
         curl="{url}",
     )
@@ -141,11 +161,17 @@ class Site(Scenario):
         raise Problem(404, "There is no asset of this name.")
 
     def _routes_in_service(self, request: web.Request) -> tuple[list[tuple[Route, str]], list[Plugin]]:
-        """Return the routes in service, each with a curl command, and the plugins that are out of service."""
-        failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed"]
-        lost = {name for plugin in failed for name in plugin.scenario_names}
-        origin = str(request.url.origin())
-        serving = [route for route in request.app[ROUTES] if route.scenario not in lost]
+        """Return the routes in service that the client may use, each with a curl command, and failed plugins."""
+        knows_state = request[PRINCIPAL].may(self.name, "read")
+        failed = [plugin for plugin in request.app[REGISTRY].plugins if plugin.state == "failed" and knows_state]
+        lost = {
+            name
+            for plugin in request.app[REGISTRY].plugins
+            if plugin.state == "failed"
+            for name in plugin.scenario_names
+        }
+        origin = _base(request)
+        serving = [route for route in request.app[ROUTES] if route.scenario not in lost and may_use(request, route)]
         serving.sort(key=_effort)
         first = {route.scenario: _effort(route) for route in reversed(serving)}
         # The routes of a scenario stay together; those of the server come last.
@@ -155,7 +181,7 @@ class Site(Scenario):
     def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
         """Return the lab page. Its list of routes is complete without JavaScript; web/lab.js adds what runs them."""
         serving, failed = self._routes_in_service(request)
-        described = self._described(request)
+        described = self._described(request, [route for route, _ in serving])
         sections = [
             _section(scenario, described.get(scenario, ""), (_item(route, command) for route, command in listed))
             for scenario, listed in groupby(serving, key=lambda pair: pair[0].scenario)
@@ -172,10 +198,11 @@ class Site(Scenario):
         page = _template("lab.html").replace("{{version}}", escape(version()))
         return _page(request, page.replace("{{routes}}", "\n".join(sections)), headers)
 
-    def _described(self, request: web.Request) -> dict[str, str]:
-        """Return one sentence about each scenario."""
+    def _described(self, request: web.Request, routes: Iterable[Route]) -> dict[str, str]:
+        """Return one sentence about each scenario of these routes."""
         scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
-        return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios)}
+        listed = {route.scenario for route in routes}
+        return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios) if scenario.name in listed}
 
 
 def _effort(route: Route) -> tuple[Any, ...]:
@@ -240,6 +267,11 @@ def _swagger_ui() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent / "static"
+
+
+def _base(request: web.Request) -> str:
+    """Return the address of the server for its client, without a slash at its end."""
+    return f"{request.url.origin()}{request[PREFIX] if PREFIX in request else ''}"
 
 
 def _page(request: web.Request, text: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -1,6 +1,6 @@
 """Validation of a request by the models that its endpoint declares; one error response names every fault."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
@@ -14,11 +14,18 @@ MAX_LISTED = 100
 """Maximum number of allowed values that an error response lists."""
 
 
-async def read_parameters(request: web.Request, route: Route) -> dict[str, BaseModel]:
+async def read_parameters(
+    request: web.Request,
+    route: Route,
+    *,
+    authorize: Callable[[dict[str, BaseModel]], None] = lambda found: None,
+    may: Callable[[str], bool] = lambda resource: True,
+) -> dict[str, BaseModel]:
     """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
 
     Raises Problem 422 listing every bad or unknown parameter, 404 where only a choice in the path is wrong, and 400,
-    408, 413 or 415 for a body (see `read_json`).
+    408, 413 or 415 for a body (see `read_json`). `authorize` is called with what is valid, before any error is reported.
+    `may` returns whether the client may use a resource: an error lists no others.
     """
     endpoint = route.endpoint
     errors: list[dict[str, Any]] = []
@@ -32,7 +39,8 @@ async def read_parameters(request: web.Request, route: Route) -> dict[str, BaseM
         _decode("query", endpoint.query, query, found, errors)
     if endpoint.body is not None:
         _decode("body", endpoint.body, await read_json(request), found, errors)
-    wrong = list(_wrong_choices(route, found))
+    authorize(found)
+    wrong = list(_wrong_choices(route, found, may))
     missing = [error for error in wrong if error["in"] == "path"]
     if missing and not errors:
         raise Problem(404, f"{missing[0]['name']}: {missing[0]['detail']}.", errors=wrong)
@@ -41,13 +49,17 @@ async def read_parameters(request: web.Request, route: Route) -> dict[str, BaseM
     return found
 
 
-def _wrong_choices(route: Route, found: dict[str, BaseModel]) -> Iterator[dict[str, Any]]:
+def _wrong_choices(
+    route: Route, found: dict[str, BaseModel], may: Callable[[str], bool]
+) -> Iterator[dict[str, Any]]:
     """Yield what is wrong with parameters whose values are not among the choices of the route."""
     for name, choices in route.choices.items():
         for where, model in found.items():
             field = labels(type(model)).get(name)
             if field is None or (allowed := choices()) is None:
                 continue
+            if name == route.endpoint.resource:
+                allowed = [choice for choice in allowed if may(choice)]
             given = getattr(model, field)
             default = type(model).model_fields[field].get_default(call_default_factory=True)
             values = set(given) if isinstance(given, Collection) and not isinstance(given, str) else {given}

@@ -2,16 +2,18 @@
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from aiohttp import web
 
+from streamlab.auth import client_of
 from streamlab.problems import Problem
 from streamlab.threads import Threads
 
-from .outcome import OnStop, Outcome, StreamSummary
+from .outcome import OnStop, Outcome, Stop, StreamSummary
 
 FAREWELL_SECONDS = 0.5
 """Seconds in which event streams send their end at shutdown; a client that does not read it is cut then."""
@@ -31,6 +33,10 @@ class OpenStream(Protocol):
     scenario: str
 
     @property
+    def request(self) -> web.Request:
+        """The request that it responds to."""
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes of the body handed to the connection."""
 
@@ -38,8 +44,8 @@ class OpenStream(Protocol):
     def task(self) -> asyncio.Task[Any] | None:
         """The task that writes to it."""
 
-    def stop(self, how: Literal["end", "cut"]) -> None:
-        """Interrupt it: `end` with a last chunk, `cut` without one."""
+    def stop(self, how: Stop) -> None:
+        """Interrupt it."""
 
     def summary(self) -> StreamSummary:
         """Return its summary so far."""
@@ -55,6 +61,7 @@ class Streams:
         self,
         *,
         limit: int,
+        limit_per_client: int = 0,
         stall_seconds: float,
         on_end: Callable[[web.Request, StreamSummary], None],
     ) -> None:
@@ -64,6 +71,9 @@ class Streams:
         self.compressing = Threads("compress", COMPRESSING_THREADS)
         """Threads that compress large chunks; opened by the owner of the streams."""
         self._limit = limit
+        self._limit_per_client = limit_per_client
+        self._clients: Counter[str] = Counter()
+        """The number of streams of each client, where there is a limit."""
         self._stall_milliseconds = int(stall_seconds * 1000)
         self._on_end = on_end
         self._open: set[OpenStream] = set()
@@ -97,11 +107,20 @@ class Streams:
             raise Problem(
                 503, f"This server has {self._limit} streams open, its maximum.", headers={"Retry-After": "5"}
             )
+        if self._limit_per_client and (client := client_of(request)):
+            if self._clients[client] >= self._limit_per_client:
+                detail = f"This client has {self._limit_per_client} streams open, its maximum."
+                raise Problem(429, detail, headers={"Retry-After": "5"})
+            self._clients[client] += 1
         self._open.add(stream)
         self._bound(request)
 
     def unregister(self, request: web.Request, stream: OpenStream) -> None:
         """Remove a stream that has ended, and report how."""
+        if stream in self._open and self._limit_per_client and (client := client_of(request)):
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
         self._open.discard(stream)
         self._changed.set()
         if stream.outcome is not None:
@@ -117,6 +136,12 @@ class Streams:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_milliseconds)
+
+    def end_unauthorized(self, may_continue: Callable[[web.Request], bool]) -> None:
+        """Interrupt every stream whose client may not have it any more."""
+        for stream in self:
+            if not may_continue(stream.request):
+                stream.stop("unauthorized")
 
     async def drain(self, seconds: float) -> None:
         """End every stream and request: event streams now, with a farewell, the others within `seconds`.

@@ -31,6 +31,10 @@ _HEARTBEAT = Chunk(sse.HEARTBEAT)
 _CACHE = "no-store, no-transform"
 
 
+UNAUTHORIZED = "The credentials of this stream have expired, were removed, or do not suffice any more."
+"""The reason in the last event of a stream that its client may not have any more."""
+
+
 class EventStream(Stream, EventSourceResponse):
     """An event stream being written, made by `open_event_stream`. One task writes to it.
 
@@ -225,7 +229,10 @@ class EventStream(Stream, EventSourceResponse):
             await self.write(sse.sse_event(problem.document(), "error", id=self.own_id("error")))
 
     async def _send_farewell(self) -> None:
-        await self.write(sse.farewell(self.own_id("stop")))
+        if self._stop_mode == "unauthorized":
+            await self.write(sse.sse_event({"reason": UNAUTHORIZED}, "unauthorized", id=self.own_id("unauthorized")))
+        else:
+            await self.write(sse.farewell(self.own_id("stop")))
 
     # -- the rest of aiohttp-sse, which works on its ping task
 

@@ -6,6 +6,12 @@ from typing import Literal
 
 OnStop = Literal["end", "finish"]
 
+Stop = Literal["end", "cut", "unauthorized"]
+"""How a stream is interrupted: `end` with a last chunk, `cut` without one; `unauthorized` for its own reason.
+
+An event stream that is `unauthorized` ends with an event that says so; others are cut.
+"""
+
 
 class Outcome(StrEnum):
     """How a stream ended."""
@@ -16,6 +22,8 @@ class Outcome(StrEnum):
     """The client disconnected, or did not read for `stall_seconds`."""
     SERVER_STOPPED = "server stopped"
     """The server ended or cut it because it stops."""
+    UNAUTHORIZED = "unauthorized"
+    """The server ended or cut it because its credentials expired, were removed, or do not suffice any more."""
     FAILED = "failed"
     """Its source raised an exception, or sent a body of another length than declared."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Self
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -20,7 +20,7 @@ from streamlab.problems import Problem
 from .compression import Encoder, choose_encoder
 from .connection import HIGH_WATER, Chunk
 from .drain import STREAMS, Streams
-from .outcome import OnStop, Outcome, StreamSummary
+from .outcome import OnStop, Outcome, Stop, StreamSummary
 
 
 class HeadersOnly(BaseException):
@@ -119,7 +119,7 @@ class Stream(web.StreamResponse):
         self._writer: AbstractStreamWriter | None = None
         self.headers_sent = False
         self._headers_timer: asyncio.TimerHandle | None = None
-        self._stop_mode: Literal["end", "cut"] | None = None
+        self._stop_mode: Stop | None = None
         self._stop_count = 0
         self._eof_begun = False
         self._encoder = encoder
@@ -170,6 +170,11 @@ class Stream(web.StreamResponse):
         """Record that the body has begun."""
         if self.first_byte_at is None:
             self.first_byte_at = time.monotonic()
+
+    @property
+    def request(self) -> web.Request:
+        """The request that it responds to."""
+        return self._request
 
     @property
     def bytes_sent(self) -> int:
@@ -280,8 +285,8 @@ class Stream(web.StreamResponse):
         transport = self._request.transport
         return transport is not None and transport.get_write_buffer_size() > 0
 
-    def stop(self, how: Literal["end", "cut"]) -> None:
-        """Cancel the handler because the server stops: `end` with a last chunk, `cut` without one."""
+    def stop(self, how: Stop) -> None:
+        """Cancel the handler because the server stops, or the client may not have this stream any more."""
         if self._task is not None and self.outcome is None and self._stop_mode != how:
             self._stop_mode = how
             self._stop_count += 1
@@ -332,7 +337,8 @@ class Stream(web.StreamResponse):
         try:
             if error is not None:
                 return await self._end_after_error(error)
-            if self._stop_mode == "cut":  # the block suppressed its cancellation: what it sent is incomplete
+            # The block suppressed its cancellation: what it sent is incomplete.
+            if self._stop_mode == "cut" or not self._can_end:
                 return await self._end_after_stop()
             try:
                 await self._finish()
@@ -386,7 +392,7 @@ class Stream(web.StreamResponse):
 
     async def _end_after_stop(self) -> bool:
         """End a stream that the server interrupted; return True to suppress the cancellation."""
-        ended = self._stop_mode == "end" and not self.is_disconnected and self._can_end
+        ended = self._stop_mode != "cut" and not self.is_disconnected and self._can_end
         if ended:
             try:
                 await self._send_farewell()
@@ -394,7 +400,7 @@ class Stream(web.StreamResponse):
                 await self._flush()
             except (ConnectionError, asyncio.CancelledError):
                 ended = False
-        self.outcome = Outcome.SERVER_STOPPED
+        self.outcome = Outcome.UNAUTHORIZED if self._stop_mode == "unauthorized" else Outcome.SERVER_STOPPED
         if not ended:
             self.cut()
         assert self._task is not None
@@ -404,14 +410,14 @@ class Stream(web.StreamResponse):
 
     @property
     def _can_end(self) -> bool:
-        """Whether a last chunk may follow what has been written."""
-        return True
+        """Whether a last chunk may follow what has been written: not if it would make a part look complete."""
+        return self._stop_mode != "unauthorized"
 
     async def _send_error(self, error: BaseException) -> None:
         """Report a failure in the body, in formats that have a way to: this one has none."""
 
     async def _send_farewell(self) -> None:
-        """Report in the body that the server stops, in formats that have a way to: this one has none."""
+        """Report in the body why the server ends it, in formats that have a way to: this one has none."""
 
     def _discard_headers(self) -> None:
         """Discard headers that have not been sent, so that the response can have the status of the error."""
@@ -468,6 +474,7 @@ def open_stream(
     - `finished`: the block ended, and the last chunk is sent
     - `client left`: the client disconnected; the block is cancelled, or its write raises ConnectionError
     - `server stopped`: the block is cancelled, and the handler continues after it
+    - `unauthorized`: the same, because the credentials of the client have expired or were removed
     - `failed`: the block raised. Before the first byte the error becomes the status of the response (raise Problem to
       choose it); after it the connection is cut without the last chunk, in event streams after an event `error`
 

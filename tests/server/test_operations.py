@@ -355,6 +355,7 @@ def test_the_health_check_of_the_image_requests_health(start: Callable[..., Runn
     _, code, source = words = json.loads(rest.partition(" CMD ")[2])
     assert words[:2] == ["python", "-c"]
     environ = {"STREAMLAB_SERVER__HOST": "0.0.0.0", "STREAMLAB_SERVER__ALLOWED_HOSTS": hosts}
+    environ["STREAMLAB_AUTH__OPEN"] = "true"
     server = start(environ=environ)
     check = [sys.executable, code, replaced(source, {"8000": str(server.port)})]
     assert subprocess.run(check, check=False).returncode == status

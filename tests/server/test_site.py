@@ -102,7 +102,7 @@ def lab(tmp_path: Path, aiohttp_client: Callable[..., Awaitable[Client]]) -> Cal
 
     async def making(*, shipped: bool = False, **server: Any) -> Client:
         write_plugins(tmp_path, {"lab": PLUGIN})
-        tables = {"server": server, "scenarios": {} if shipped else disabled(but="file")}
+        tables = {"server": server, "auth": {"open": True}, "scenarios": {} if shipped else disabled(but="file")}
         return await aiohttp_client(create_app(Config.of(tables, base=tmp_path)))
 
     return making

@@ -5,7 +5,7 @@ import itertools
 import json
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,18 @@ class Received:
 class EventStream:
     """An event stream being read; `status` and `headers` (names in lower case) of its response."""
 
-    def __init__(self, server: Running, path: str, after: str | None = None, *, timeout: float = 20) -> None:
+    def __init__(
+        self,
+        server: Running,
+        path: str,
+        after: str | None = None,
+        *,
+        timeout: float = 20,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
-        headers = {"Accept": "text/event-stream"} | ({} if after is None else {"Last-Event-ID": after})
-        self._connection.request("GET", path, headers=headers)
+        position = {} if after is None else {"Last-Event-ID": after}
+        self._connection.request("GET", path, headers={"Accept": "text/event-stream", **position, **(headers or {})})
         self._response = self._connection.getresponse()
         self.status = self._response.status
         self.headers = {name.lower(): value for name, value in self._response.getheaders()}

@@ -1,0 +1,201 @@
+"""Who sent a request, and what they may do: principals, and the scopes that they have."""
+
+import hashlib
+import ipaddress
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from typing import Literal, Self
+
+from aiohttp import web
+
+from .problems import Problem
+
+Action = Literal["read", "write"]
+"""What an endpoint does: `read` returns what exists, `write` starts or changes something."""
+
+ACTIONS = ("read", "write")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A permission `SCENARIO:ACTION[:RESOURCE]`, as `export:read:orders`, `progress:*` or `file:read:reports/*`.
+
+    Scenario and action are names or `*`; a resource, as the name of an export, may end with `*`. Without a resource it
+    is for all resources, except those that belong to the principal that created them: a task of another is named by
+    `progress:read:*` only. `*` alone is for everything.
+    """
+
+    scenario: str
+    action: str
+    resource: str | None = None
+    """None: the scope names no resource."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the scope of a text; raises ValueError with what is wrong with it."""
+        if text == "*":
+            return cls("*", "*", "*")
+        scenario, separator, rest = text.partition(":")
+        action, with_resource, resource = rest.partition(":")
+        if not scenario or not separator:
+            raise ValueError(f"{text!r} must be SCENARIO:ACTION, SCENARIO:ACTION:RESOURCE or *")
+        if action not in (*ACTIONS, "*"):
+            raise ValueError(f"the action of {text!r} must be read, write or *")
+        if with_resource and not resource:
+            raise ValueError(f"the resource of {text!r} is empty; leave out the last colon for all resources")
+        for part in (scenario, resource):
+            if "*" in part[:-1]:
+                raise ValueError(f"{text!r} has a * that is not at the end of a part")
+        return cls(scenario, action, resource if with_resource else None)
+
+    def __str__(self) -> str:
+        text = f"{self.scenario}:{self.action}"
+        return text if self.resource is None else f"{text}:{self.resource}"
+
+    def covers(self, scenario: str, action: str) -> bool:
+        """Return whether it is for an action of a scenario, on some resource at least."""
+        return self.action in ("*", action) and _matches(self.scenario, scenario)
+
+    def allows(self, scenario: str, action: str, resource: str) -> bool:
+        """Return whether it is for an action on a resource; "" for the scenario as a whole, as all its resources."""
+        return self.covers(scenario, action) and (self.resource is None or _matches(self.resource, resource))
+
+    def names(self, scenario: str, action: str, resource: str) -> bool:
+        """Return whether it is for an action on a resource that belongs to another principal."""
+        return self.resource is not None and self.allows(scenario, action, resource)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who sent a request; `request[PRINCIPAL]` in a handler."""
+
+    name: str
+    """Name of the token, or subject of the JWT; "" for a request without credentials."""
+    scopes: tuple[Scope, ...] = ()
+    expires: float | None = None
+    """Unix time at which its credentials expire, in seconds; None for never."""
+    credential: str = field(default="", repr=False)
+    """What tells its credentials from others of the same name, as the hash of a token: see `Tokens.is_valid`."""
+
+    def may_use(self, scenario: str, action: Action) -> bool:
+        """Return whether it may do an action on at least one resource of a scenario."""
+        return any(scope.covers(scenario, action) for scope in self.scopes)
+
+    def has(self, scope: Scope) -> bool:
+        """Return whether its scopes include another."""
+        return any(own.allows(scope.scenario, scope.action, scope.resource or "") for own in self.scopes)
+
+    def may(self, scenario: str, action: Action, resource: str = "") -> bool:
+        """Return whether it may do an action on a resource; on all of them, without one."""
+        return self.has(Scope(scenario, action, resource or None))
+
+    def may_below(self, scenario: str, action: Action, prefix: str) -> bool:
+        """Return whether it may do an action on a resource whose name begins with a prefix, as that of a folder."""
+        return any(
+            scope.covers(scenario, action) and (scope.resource or "").startswith(prefix) for scope in self.scopes
+        ) or self.may(scenario, action, prefix)
+
+    def may_use_of(self, owner: str, scenario: str, action: Action, resource: str) -> bool:
+        """Return whether it may do an action on a resource that a principal created, as a task.
+
+        That is its own, or one that a scope names: an id is no credential.
+        """
+        if owner == self.name:
+            return self.may_use(scenario, action)
+        return any(scope.names(scenario, action, resource) for scope in self.scopes)
+
+    def visible(self, scenario: str, resources: Iterable[str]) -> list[str]:
+        """Return the resources of a scenario that it may read, in their order, for a list of them."""
+        return [resource for resource in resources if self.may(scenario, "read", resource)]
+
+
+EVERYBODY = Principal("", (Scope.parse("*"),))
+"""The principal of every request to an open server, who may do everything."""
+
+PRINCIPAL = web.RequestKey("principal", Principal)
+"""Key of the request: who sent it."""
+
+SCOPES = web.RequestKey("scopes", tuple[Scope, ...])
+"""Key of the request: the scopes that it needed, of which its principal must not lose one while it is served."""
+
+
+def client_of(request: web.Request) -> str:
+    """Return what a client counts as when limits are applied: its name, or its address, for IPv6 its 64-bit network.
+
+    One host has all addresses of such a network. It is "" for a client of this machine without credentials, which may
+    be a reverse proxy: its clients are told apart where `trusted_proxies` of [server] lists it.
+    """
+    if PRINCIPAL in request and (name := request[PRINCIPAL].name):
+        return name
+    try:
+        address = ipaddress.ip_address(request.remote or "")
+    except ValueError:  # a Unix socket has no address
+        return ""
+    if address.is_loopback:
+        return ""
+    if address.version == 6 and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((int(address), 64), strict=False))
+    return str(address)
+
+
+REALM = 'Bearer realm="streamlab"'
+"""The challenge of a response that needs credentials (RFC 6750, section 3)."""
+
+
+def require(request: web.Request, scope: Scope) -> None:
+    """Raise Problem 401 or 403 unless the principal of a request has a scope.
+
+    For what the server cannot decide before the handler runs: a resource that only the handler knows, or one of another
+    scenario.
+    """
+    principal = request[PRINCIPAL]
+    if not principal.has(scope):
+        raise denied(principal, scope)
+    if principal is not EVERYBODY:
+        request[SCOPES] = (*request.get(SCOPES, ()), _shared(scope))
+
+
+@lru_cache(maxsize=1000)
+def _shared(scope: Scope) -> Scope:
+    """Return the same object for equal scopes: each open stream has some."""
+    return scope
+
+
+def unauthorized(detail: str, *, error: str = "") -> Problem:
+    """Return the Problem 401, with the challenge that names what credentials there are (RFC 6750, section 3)."""
+    challenge = f'{REALM}, error="{error}"' if error else REALM
+    return Problem(401, detail, headers={"WWW-Authenticate": challenge})
+
+
+def denied(principal: Principal, scope: Scope) -> Problem:
+    """Return the Problem of a request that needs a scope: 401 without credentials, 403 with them."""
+    if not principal.name:
+        return unauthorized(f"This needs a token with the scope {scope}: Authorization: Bearer TOKEN.")
+    quotable = re.sub(r"[^!#-\[\]-~]", "?", str(scope))  # in a quoted string of a header field
+    headers = {"WWW-Authenticate": f'{REALM}, error="insufficient_scope", scope="{quotable}"'}
+    return Problem(403, f"{principal.name} needs the scope {scope} for this.", headers=headers)
+
+
+def new_token(name: str, allow: Iterable[str], expires: datetime | None) -> tuple[str, str]:
+    """Return a new token of 256 random bits, and the table of config.toml that lets it in, with its SHA-256 only."""
+    secret = f"{TOKEN_PREFIX}{secrets.token_urlsafe(32)}"
+    lines = [
+        f"[auth.tokens.{json.dumps(name) if not re.fullmatch('[A-Za-z0-9_-]+', name) else name}]",
+        f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"',
+        f"allow = {json.dumps(list(allow))}",
+        *([] if expires is None else [f"expires = {expires:%Y-%m-%dT%H:%M:%SZ}"]),
+    ]
+    return secret, "\n".join(lines) + "\n"
+
+
+TOKEN_PREFIX = "slt_"  # noqa: S105 - is no secret
+"""The beginning of every token, by which tools find those that were published by mistake."""

@@ -1,0 +1,150 @@
+"""Who may come in: credentials become a principal, and a principal may use an endpoint or gets 401 or 403."""
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Collection, Mapping
+from typing import NoReturn
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from streamlab.auth import EVERYBODY, PRINCIPAL, SCOPES, Principal, Scope, denied, require, unauthorized
+from streamlab.config import Config
+from streamlab.scenario import ANY, Endpoint, Route, labels
+from streamlab.streaming.drain import Streams
+
+from .edge import is_loopback
+
+CHECK_SECONDS = 0.5
+"""Interval at which the credentials of open streams are checked, in seconds."""
+
+MAX_TOKEN = 4096
+"""Maximum length of a credential, in characters; a JWT has some hundreds."""
+
+
+class Authorization:
+    """Decides which principal a request has, and whether an open stream may go on."""
+
+    def __init__(self, config: Config) -> None:
+        self.is_open = False
+        """Whether everybody may do everything."""
+        self._anonymous = Principal("")
+        self._tokens: dict[bytes, Principal] = {}
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take the tokens of a configuration in place of those that are in force."""
+        self.is_open = is_open(config)
+        self._anonymous = Principal("", tuple(map(Scope.parse, config.auth.anonymous)))
+        self._tokens = {
+            bytes.fromhex(token.sha256): Principal(
+                name,
+                (*map(Scope.parse, token.allow), *self._anonymous.scopes),
+                None if token.expires is None else token.expires.timestamp(),
+                token.sha256,
+            )
+            for name, token in config.auth.tokens.items()
+        }
+
+    def authenticate(self, request: web.Request) -> Principal:
+        """Return the principal of a request; raises Problem 401 for credentials that are unknown or have expired."""
+        if self.is_open:
+            return EVERYBODY
+        given = request.headers.getall("Authorization", ())
+        if not given:
+            return self._anonymous
+        scheme, _, token = given[0].partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
+            raise unauthorized("The field Authorization must be: Bearer TOKEN.", error="invalid_request")
+        principal = self._of_token(token.strip(" "))
+        if principal is None:
+            raise unauthorized("This token is not known here.", error="invalid_token")
+        if principal.expires is not None and principal.expires <= time.time():
+            raise unauthorized("This token has expired.", error="invalid_token")
+        return principal
+
+    def _of_token(self, token: str) -> Principal | None:
+        """Return the principal of a token; the time that this takes does not tell how much of a hash is right."""
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for known, principal in self._tokens.items():
+            if hmac.compare_digest(known, digest):
+                found = principal
+        return found
+
+    def current(self, principal: Principal) -> Principal | None:
+        """Return what a principal is in this configuration; None if its credentials are not valid any more."""
+        if self.is_open:
+            return EVERYBODY
+        if not principal.credential:
+            return self._anonymous
+        found = self._tokens.get(bytes.fromhex(principal.credential))
+        return None if found is None or (found.expires is not None and found.expires <= time.time()) else found
+
+    def may_continue(self, request: web.Request) -> bool:
+        """Return whether the client of an open stream may still have it."""
+        before = request.get(PRINCIPAL)
+        if self.is_open or before is None:
+            return True
+        principal = self.current(before)
+        return principal is not None and all(map(principal.has, request.get(SCOPES, ())))
+
+
+async def end_unauthorized(streams: Streams, authorization: Authorization) -> NoReturn:
+    """End streams whose credentials expire, or do not suffice after a change of the configuration, within a second."""
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        if len(streams):
+            streams.end_unauthorized(authorization.may_continue)
+
+
+AUTHORIZATION = web.AppKey("authorization", Authorization)
+
+
+def is_open(config: Config) -> bool:
+    """Return whether everybody may do everything: so it is configured, or nothing is on a loopback address."""
+    if config.auth.open is not None:
+        return config.auth.open
+    return not config.auth.restricts and is_loopback(config.server.host)
+
+
+def authenticate(request: web.Request) -> bool:
+    """Set the principal of a request; return whether its credentials are in a header that no page can send unasked.
+
+    Raises Problem 401 for credentials that are unknown or have expired.
+    """
+    authorization = request.config_dict[AUTHORIZATION]
+    request[PRINCIPAL] = authorization.authenticate(request)
+    return not authorization.is_open and "Authorization" in request.headers
+
+
+def may_use(request: web.Request, route: Route) -> bool:
+    """Return whether a scope of the principal is for an endpoint, as far as the route alone tells."""
+    endpoint, principal = route.endpoint, request[PRINCIPAL]
+    return endpoint.public or principal.may_use(route.scenario, endpoint.action)
+
+
+def authorize(request: web.Request, route: Route) -> None:
+    """Raise Problem 401 or 403 where no scope of the principal is for the endpoint."""
+    if not may_use(request, route):
+        raise denied(request[PRINCIPAL], Scope(route.scenario, route.endpoint.action))
+
+
+def authorize_resources(request: web.Request, route: Route, parameters: Mapping[str, BaseModel]) -> None:
+    """Raise Problem 401 or 403 where the principal may not use the endpoint for every resource that a request names."""
+    endpoint = route.endpoint
+    if not (endpoint.public or endpoint.resource == ANY):
+        for resource in _resources(endpoint, parameters):
+            require(request, Scope(route.scenario, endpoint.action, resource or None))
+
+
+def _resources(endpoint: Endpoint, parameters: Mapping[str, BaseModel]) -> list[str]:
+    """Return the resources that a request names; [""], the scenario as a whole, where it names none."""
+    for model in parameters.values():
+        if (field := labels(type(model)).get(endpoint.resource)) is not None:
+            value = getattr(model, field)
+            several = isinstance(value, Collection) and not isinstance(value, str)
+            return [str(one) for one in (value if several else [value]) if one is not None] or [""]
+    return [""]

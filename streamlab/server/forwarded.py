@@ -1,0 +1,65 @@
+"""What a trusted reverse proxy reports of a request: the client's address, the scheme and host, and a path prefix."""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+from aiohttp import web
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+PREFIX = web.RequestKey("prefix", str)
+"""Key of the request: the path at which the proxy serves this server, as `/stream`."""
+
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+
+
+def take_forwarded(request: web.Request, trusted: Sequence[Network]) -> None:
+    """Take the fields X-Forwarded-For, -Proto, -Host and -Prefix of a request from a trusted proxy; ignore others.
+
+    The client is the last address of the list that is not a trusted proxy: what is before that, anybody may have
+    written.
+    """
+    if not trusted or not _is_trusted(request.remote or "", trusted):
+        return
+    # aiohttp keeps these attributes of a request here, as those that `clone` is given.
+    attributes = request._cache
+    for hop in reversed(_values(request, "X-Forwarded-For")):
+        address = _address(hop)
+        if address is None:
+            break
+        attributes["remote"] = address
+        if not _is_trusted(address, trusted):
+            break
+    for name, field, pattern in (("scheme", "Proto", "https?"), ("host", "Host", _HOST)):
+        values = _values(request, f"X-Forwarded-{field}")
+        if values and re.fullmatch(pattern, values[-1]):
+            attributes[name] = values[-1]
+    prefixes = _values(request, "X-Forwarded-Prefix")
+    if prefixes and _PREFIX.fullmatch(prefixes[-1]):
+        request[PREFIX] = prefixes[-1]
+
+
+def _values(request: web.Request, field: str) -> list[str]:
+    joined = ",".join(request.headers.getall(field, ()))
+    return [value.strip() for value in joined.split(",") if value.strip()]
+
+
+def _address(hop: str) -> str | None:
+    """Return the address of an entry, which may have a port."""
+    match = re.fullmatch(r"\[(?P<six>[^\]]+)\](:[0-9]+)?|(?P<four>[0-9.]+)(:[0-9]+)?|(?P<plain>[0-9A-Fa-f:.]+)", hop)
+    try:
+        return str(ipaddress.ip_address(next(filter(None, match.groupdict().values())))) if match else None
+    except ValueError:
+        return None
+
+
+def _is_trusted(address: str, trusted: Sequence[Network]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return any(parsed in network for network in trusted)
