@@ -235,7 +235,8 @@ def check(config: ConfigOption = None) -> None:
     """Report what cannot work, a line each, and start nothing.
 
     It examines the configuration, the plugins, and the files and addresses of this machine; it writes nothing, and
-    connects to nothing. A degraded scenario (its model is not installed, for example) is reported and is not an error.
+    connects to nothing. A degraded scenario (its model is not installed, for example) is reported and is not an error,
+    nor is a token that may use every scenario and never expires.
     """
     with _exit_on_config_error():
         settings = _read_config(config)
@@ -255,6 +256,8 @@ def check(config: ConfigOption = None) -> None:
             )
         for scenario, reason in registry.degraded().items():
             typer.echo(f"{scenario}: degraded - {reason}")
+        for warning in preflight.scope_warnings(settings):
+            typer.echo(f"warning: {warning}", err=True)
         if all_found := [*found, *(fault for faults in by_plugin.values() for fault in faults)]:
             raise ConfigError(all_found)
     if any(plugin.state == "failed" for plugin in registry.plugins):

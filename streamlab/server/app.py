@@ -222,7 +222,7 @@ async def _warn_of_faults(app: web.Application) -> None:
     config, registry = app[CONFIG], app[REGISTRY]
     async with Threads("check", 1) as threads:
         found = await threads.run(lambda: [fault for _, fault in registry.check(config)])
-    for fault in (*preflight.folder_faults(config), *found):
+    for fault in (*preflight.folder_faults(config), *preflight.scope_warnings(config), *found):
         log.warning("%s", fault)
 
 

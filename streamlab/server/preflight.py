@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from streamlab.auth import Scope
 from streamlab.config import Config, ConfigError, Fault
 
 from .edge import is_loopback
@@ -53,6 +54,15 @@ def exposure_faults(config: Config) -> Iterator[Fault]:
             "(`streamlab token NAME` prints one), or set open = true in [auth] to let everybody do everything"
         )
         yield config.fault(("server", "host"), reason, host)
+
+
+def scope_warnings(config: Config) -> Iterator[Fault]:
+    """Yield the tokens that may do something with every scenario and never expire: whoever finds one has it for good."""
+    for name, token in config.auth.tokens.items():
+        wide = [text for text in token.allow if Scope.parse(text).scenario == "*"]
+        if wide and token.expires is None:
+            reason = "is for every scenario, and the token never expires: name the scenarios, or set expires"
+            yield config.fault(("auth", "tokens", name, "allow"), reason, wide)
 
 
 # -- TLS

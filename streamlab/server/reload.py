@@ -85,6 +85,8 @@ async def reload(
     app[CORS].configure(config)
     app[STREAMS].end_unauthorized(app[AUTHORIZATION].may_continue)
     log.info("reloaded %s: tokens, origins and certificates", config.source)
+    for warning in preflight.scope_warnings(config):
+        log.warning("%s", warning)
     changed = [
         name
         for name in ("server", "limits", "events", "plugins", "scenarios")

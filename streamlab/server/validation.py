@@ -49,9 +49,7 @@ async def read_parameters(
     return found
 
 
-def _wrong_choices(
-    route: Route, found: dict[str, BaseModel], may: Callable[[str], bool]
-) -> Iterator[dict[str, Any]]:
+def _wrong_choices(route: Route, found: dict[str, BaseModel], may: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Yield what is wrong with parameters whose values are not among the choices of the route."""
     for name, choices in route.choices.items():
         for where, model in found.items():

@@ -97,9 +97,12 @@ def test_what_belongs_to_another_needs_a_scope_that_names_it() -> None:
 @pytest.mark.parametrize(
     ("tables", "fault"),
     [
-        ({"tokens": {"a": {"sha256": "1234", "allow": []}}}, "auth.tokens.a.sha256 = \"1234\" - String should match"),
+        ({"tokens": {"a": {"sha256": "1234", "allow": []}}}, 'auth.tokens.a.sha256 = "1234" - String should match'),
         ({"tokens": {"a": {"sha256": "0" * 64}}}, "auth.tokens.a.allow - is required"),
-        ({"tokens": {"a": {"sha256": "0" * 64, "allow": ["x"]}}}, "auth.tokens.a.allow.0 = \"x\" - 'x' must be SCENARIO"),
+        (
+            {"tokens": {"a": {"sha256": "0" * 64, "allow": ["x"]}}},
+            "auth.tokens.a.allow.0 = \"x\" - 'x' must be SCENARIO",
+        ),
         ({"tokens": {"a b": {"sha256": "0" * 64, "allow": []}}}, "'a b' is no name: 1 to 64 letters"),
         (
             {"tokens": {"a": {"sha256": "0" * 64, "allow": [], "expires": datetime(2027, 1, 1)}}},  # noqa: DTZ001
@@ -120,12 +123,28 @@ def test_others_cannot_connect_before_it_says_what_they_may_do(start: Start, tmp
         config.write_text('[server]\nhost = "0.0.0.0"\nport = 0\n')
         status, _, errors = run_streamlab(command, cwd=tmp_path, **WITHOUT_MODEL)
         assert status == 2
-        assert 'server.host = "0.0.0.0" - others can connect to this address, and nothing says what they may do' in errors
+        assert (
+            'server.host = "0.0.0.0" - others can connect to this address, and nothing says what they may do' in errors
+        )
         assert "streamlab token NAME" in errors
         assert "open = true" in errors
     for auth in ("[auth]\nopen = true\n", table("alice", "logs:read"), "[auth]\nanonymous = []\nopen = false\n"):
         server = start(f'{auth}[server]\nhost = "0.0.0.0"\n')
         assert server.get("/health")[0] == 200
+
+
+def test_a_token_for_every_scenario_that_never_expires_is_warned_of(start: Start, tmp_path: Path) -> None:
+    later = datetime.now(UTC) + timedelta(days=1)
+    tables = table("all", "*") + table("reader", "ticker:read", "*:read") + table("short", "*", expires=later)
+    server = start(tables + table("narrow", "ticker:*"))
+    reason = "is for every scenario, and the token never expires: name the scenarios, or set expires"
+    expected = [
+        f'{tmp_path}/config.toml: auth.tokens.all.allow = ["*"] - {reason}',
+        f'{tmp_path}/config.toml: auth.tokens.reader.allow = ["*:read"] - {reason}',
+    ]
+    assert re.findall(r"WARNING streamlab.server.app (.*expires.*)", server.log) == expected
+    status, _, errors = run_streamlab("check", "--config", str(tmp_path / "config.toml"), cwd=tmp_path, **WITHOUT_MODEL)
+    assert (status, errors.splitlines()) == (0, [f"warning: {line}" for line in expected])
 
 
 # -- requests
@@ -340,7 +359,7 @@ def test_a_stream_ends_when_its_token_expires_and_loses_nothing(start: Start) ->
     offsets = [int(event.id.partition("-")[2]) for event in [*prices, *following]]
     assert offsets == sorted(set(offsets))
     assert not [event for event in following if event.event == "gap"]
-    assert 'outcome=unauthorized' in server.wait_for_log("outcome=unauthorized")
+    assert "outcome=unauthorized" in server.wait_for_log("outcome=unauthorized")
 
 
 SLOW = """
@@ -373,7 +392,9 @@ def test_a_reload_ends_the_streams_that_lost_their_scope_and_no_others(start: St
     with (
         EventStream(server, "/stream/stock-ticker", headers=bearer("alice")) as lost,
         EventStream(server, "/stream/stock-ticker", headers=bearer("bob")) as kept,
-        server.send(f"GET /slow HTTP/1.1\nHost: localhost:{{port}}\nAuthorization: {bearer('alice')['Authorization']}") as cut,
+        server.send(
+            f"GET /slow HTTP/1.1\nHost: localhost:{{port}}\nAuthorization: {bearer('alice')['Authorization']}"
+        ) as cut,
     ):
         kept.take(1)
         while b"\r\n1\r\nx\r\n" not in (received := cut.recv(65536)):
@@ -415,7 +436,10 @@ ORIGIN = "https://app.example.org"
 
 def test_a_page_of_a_listed_origin_may_use_the_server_and_no_other_may(start: Start) -> None:
     server = start(f'[cors]\norigins = ["{ORIGIN}"]\n' + table("alice", "ticker:read"), hello=HELLO)
-    preflight = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization,last-event-id"}
+    preflight = {
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "authorization,last-event-id",
+    }
     status, headers, _ = server.get("/stream/stock-ticker", {"Origin": ORIGIN, **preflight}, method="OPTIONS")
     assert status == 204
     assert headers["access-control-allow-origin"] == ORIGIN
@@ -438,7 +462,7 @@ def test_a_page_of_a_listed_origin_may_use_the_server_and_no_other_may(start: St
 
 def test_every_origin_and_cookies_exclude_each_other() -> None:
     (fault,) = Config.of({"cors": {"origins": ["*"], "credentials": True}}).faults
-    assert 'credentials = true needs origins by name' in str(fault)
+    assert "credentials = true needs origins by name" in str(fault)
     (fault,) = Config.of({"cors": {"origins": ["https://a.example/path"]}}).faults
     assert "must be an origin, as https://app.example.org, without a path" in str(fault)
 

@@ -237,7 +237,12 @@ class Image:
         port, var = free_port(), base / "var"
         var.mkdir()
         os.chown(var, *map(int, self.user))
-        variables = {**self.environ, "STREAMLAB_SERVER__PORT": str(port), "STREAMLAB_AUTH__OPEN": "true", **(environ or {})}
+        variables = {
+            **self.environ,
+            "STREAMLAB_SERVER__PORT": str(port),
+            "STREAMLAB_AUTH__OPEN": "true",
+            **(environ or {}),
+        }
         work = f"{self.root}{self.config['WorkingDir']}"
         script = f"""
             set -e
