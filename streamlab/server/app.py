@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -265,7 +265,7 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
     return routes
 
 
-TRUSTED = web.AppKey("trusted", tuple[Network, ...])
+TRUSTED = web.AppKey("trusted", Sequence[Network])
 
 RATE = web.AppKey("rate", RequestRate)
 

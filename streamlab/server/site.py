@@ -271,7 +271,7 @@ def _swagger_ui() -> Path:
 
 def _base(request: web.Request) -> str:
     """Return the address of the server for its client, without a slash at its end."""
-    return f"{request.url.origin()}{request[PREFIX] if PREFIX in request else ''}"
+    return f"{request.url.origin()}{request.get(PREFIX, '')}"
 
 
 def _page(request: web.Request, text: str, headers: dict[str, str] | None = None) -> web.Response:

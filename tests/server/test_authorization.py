@@ -105,7 +105,7 @@ def test_what_belongs_to_another_needs_a_scope_that_names_it() -> None:
         ),
         ({"tokens": {"a b": {"sha256": "0" * 64, "allow": []}}}, "'a b' is no name: 1 to 64 letters"),
         (
-            {"tokens": {"a": {"sha256": "0" * 64, "allow": [], "expires": datetime(2027, 1, 1)}}},  # noqa: DTZ001
+            {"tokens": {"a": {"sha256": "0" * 64, "allow": [], "expires": datetime(2027, 1, 1)}}},
             "must have a time zone, as 2027-01-31T00:00:00Z",
         ),
         ({"open": True, "anonymous": ["ticker:read"]}, "open = true lets everybody do everything: remove it, or"),
@@ -296,9 +296,11 @@ def test_a_refused_request_is_rejected_before_its_parameters_are_read(server: Ru
 # -- what belongs to whom
 
 
-def submitted(server: Running, name: str, kind: str = "rehearsal", **parameters: Any) -> tuple[int, dict[str, Any]]:
+def submitted(
+    server: Running, client: str, /, kind: str = "rehearsal", **parameters: Any
+) -> tuple[int, dict[str, Any]]:
     body = json.dumps({"kind": kind, "parameters": parameters}).encode()
-    headers = {"Content-Type": "application/json", **bearer(name)}
+    headers = {"Content-Type": "application/json", **bearer(client)}
     status, _, answer = server.get("/process/tasks", headers, method="POST", body=body)
     return status, json.loads(answer)
 
@@ -492,6 +494,6 @@ def test_the_token_of_the_variable_goes_to_the_server_at_url_only(start: Start, 
     server = start(table("alice", "ticker:read"))
     stream = f"{server.url}/stream/stock-ticker"
     follow = ("follow", stream, "--limit", "1", "--no-reconnect")
-    assert run_streamlab(*follow, cwd=tmp_path, STREAMLAB_TOKEN="alice-secret")[0] == 1  # noqa: S106
-    assert run_streamlab(*follow, "--url", server.url, cwd=tmp_path, STREAMLAB_TOKEN="alice-secret")[0] == 0  # noqa: S106
+    assert run_streamlab(*follow, cwd=tmp_path, STREAMLAB_TOKEN="alice-secret")[0] == 1
+    assert run_streamlab(*follow, "--url", server.url, cwd=tmp_path, STREAMLAB_TOKEN="alice-secret")[0] == 0
     assert run_streamlab(*follow, "--token", "alice-secret", cwd=tmp_path)[0] == 0
