@@ -84,7 +84,10 @@ class Principal:
     expires: float | None = None
     """Unix time at which its credentials expire, in seconds; None for never."""
     credential: str = field(default="", repr=False)
-    """What tells its credentials from others of the same name, as the hash of a token: see `Tokens.is_valid`."""
+    """Which credentials it has, without their secret: the SHA-256 of a token; "" without credentials.
+
+    `Authorization.current` returns whether they are still valid. Other kinds begin with a word and a colon.
+    """
 
     def may_use(self, scenario: str, action: Action) -> bool:
         """Return whether it may do an action on at least one resource of a scenario."""

@@ -282,7 +282,7 @@ def _bind(route: Route, plugin: Plugin) -> _Begin:
         request[SCENARIO] = route.scenario
         rate = request.config_dict[RATE]
         try:
-            has_token = authenticate(request)
+            has_token = await authenticate(request)
         finally:  # also wrong tokens are counted, by address
             rate.admit(client_of(request))
         changes = endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers

@@ -31,7 +31,8 @@ class Authorization:
         self.is_open = False
         """Whether everybody may do everything."""
         self._anonymous = Principal("")
-        self._tokens: dict[bytes, Principal] = {}
+        self._tokens: dict[str, Principal] = {}
+        """The principal of each token, by the SHA-256 of the token, which is the principal's credential."""
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -39,7 +40,7 @@ class Authorization:
         self.is_open = is_open(config)
         self._anonymous = Principal("", tuple(map(Scope.parse, config.auth.anonymous)))
         self._tokens = {
-            bytes.fromhex(token.sha256): Principal(
+            token.sha256: Principal(
                 name,
                 (*map(Scope.parse, token.allow), *self._anonymous.scopes),
                 None if token.expires is None else token.expires.timestamp(),
@@ -48,7 +49,7 @@ class Authorization:
             for name, token in config.auth.tokens.items()
         }
 
-    def authenticate(self, request: web.Request) -> Principal:
+    async def authenticate(self, request: web.Request) -> Principal:
         """Return the principal of a request; raises Problem 401 for credentials that are unknown or have expired."""
         if self.is_open:
             return EVERYBODY
@@ -67,7 +68,7 @@ class Authorization:
 
     def _of_token(self, token: str) -> Principal | None:
         """Return the principal of a token; the time that this takes does not tell how much of a hash is right."""
-        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for known, principal in self._tokens.items():
             if hmac.compare_digest(known, digest):
@@ -75,12 +76,16 @@ class Authorization:
         return found
 
     def current(self, principal: Principal) -> Principal | None:
-        """Return what a principal is in this configuration; None if its credentials are not valid any more."""
+        """Return what a principal is in this configuration; None if its credentials are not valid any more.
+
+        Name, `expires` and credential decide, so that one which was stored comes back as `Principal(name, (), expires,
+        credential)`, also in another process: the scopes are found again.
+        """
         if self.is_open:
             return EVERYBODY
         if not principal.credential:
             return self._anonymous
-        found = self._tokens.get(bytes.fromhex(principal.credential))
+        found = self._tokens.get(principal.credential)
         return None if found is None or (found.expires is not None and found.expires <= time.time()) else found
 
     def may_continue(self, request: web.Request) -> bool:
@@ -110,13 +115,13 @@ def is_open(config: Config) -> bool:
     return not config.auth.restricts and is_loopback(config.server.host)
 
 
-def authenticate(request: web.Request) -> bool:
+async def authenticate(request: web.Request) -> bool:
     """Set the principal of a request; return whether its credentials are in a header that no page can send unasked.
 
     Raises Problem 401 for credentials that are unknown or have expired.
     """
     authorization = request.config_dict[AUTHORIZATION]
-    request[PRINCIPAL] = authorization.authenticate(request)
+    request[PRINCIPAL] = await authorization.authenticate(request)
     return not authorization.is_open and "Authorization" in request.headers
 
 
