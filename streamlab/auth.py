@@ -110,10 +110,11 @@ class Principal:
     def may_use_of(self, owner: str, scenario: str, action: Action, resource: str) -> bool:
         """Return whether it may do an action on a resource that a principal created, as a task.
 
-        That is its own, or one that a scope names: an id is no credential.
+        That is its own, which whoever may create one may follow as well, or one that a scope names: an id is no
+        credential.
         """
         if owner == self.name:
-            return self.may_use(scenario, action)
+            return self.may_use(scenario, action) or (action == "read" and self.may_use(scenario, "write"))
         return any(scope.names(scenario, action, resource) for scope in self.scopes)
 
     def visible(self, scenario: str, resources: Iterable[str]) -> list[str]:

@@ -63,6 +63,10 @@ class Endpoint:
         """Return the path in OpenAPI's syntax: `/files/{path}`."""
         return re.sub(r"\{(\w+):[^{}]*(?:\{[^{}]*\}[^{}]*)*\}", r"{\1}", self.path)
 
+    def names_resource(self, parameter: str) -> bool:
+        """Return whether a parameter has resources as values: that of `resource`, or with ANY one with `choices`."""
+        return parameter in self.choices if self.resource == ANY else parameter == self.resource
+
     @property
     def models(self) -> dict[str, type[BaseModel]]:
         """Return the models of its parameters by where these are: `path`, `query` and `body`."""
@@ -102,9 +106,9 @@ def endpoint(
     `action` is what a principal needs a scope for, `SCENARIO:ACTION[:RESOURCE]`: by default `read` for GET, and `write`
     for other methods and for a GET that starts work. `resource` is the name of the parameter whose value is the
     RESOURCE of that scope, as the name of an export; without one, a scope that names a RESOURCE does not suffice. With
-    `resource=ANY` every scope of the action does, and the handler restricts what it returns by `request[PRINCIPAL]`.
-    The server decides before the handler runs: 401 without credentials, 403 with such as do not suffice. Endpoints that
-    are `public` are open to everybody.
+    `resource=ANY` every scope of the action does, and the handler restricts what it returns by `request[PRINCIPAL]`;
+    values of parameters with `choices` are resources then, which need a scope. The server decides before the handler
+    runs: 401 without credentials, 403 with such as do not suffice. Endpoints that are `public` are open to everybody.
 
     `takes` lists the media types of a body that the handler reads itself (see `read_json`), instead of `body`. Either
     has at most `body_limit` bytes (default: 1 MiB), however the handler reads it. `sends` lists the media types of a

@@ -27,10 +27,12 @@ from streamlab import (
     Problem,
     ResumeQuery,
     Scenario,
+    Scope,
     endpoint,
     hookimpl,
     open_event_stream,
     open_stream,
+    require,
     resume_id,
 )
 
@@ -254,7 +256,11 @@ class Llm(Scenario):
 
     # -- text
 
-    @endpoint("GET", "/ai/chat-stream", query=ChatQuery, starts_work=True, sends="text/plain")
+    def _require_model(self, request: web.Request) -> None:
+        """Raise Problem 401 or 403 unless the client may use the model, which is the resource of its scopes."""
+        require(request, Scope(self.name, "write", self.model_name))
+
+    @endpoint("GET", "/ai/chat-stream", query=ChatQuery, resource=ANY, starts_work=True, sends="text/plain")
     async def text(self, request: web.Request, query: ChatQuery) -> web.StreamResponse:
         """Stream the response to a prompt as plain text, token by token; disconnecting stops the work."""
         return await self._text(request, self._body(query, [{"role": "user", "content": query.prompt}]))
@@ -263,6 +269,7 @@ class Llm(Scenario):
         "POST",
         "/ai/chat-stream",
         body=ChatBody,
+        resource=ANY,
         body_limit=BODY_BYTES,
         sends="text/plain",
     )
@@ -271,6 +278,7 @@ class Llm(Scenario):
         return await self._text(request, self._body(body, _messages(body)))
 
     async def _text(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
+        self._require_model(request)
         async with (
             self._complete(body) as completion,
             open_stream(request, "text/plain; charset=utf-8") as stream,
@@ -303,6 +311,7 @@ class Llm(Scenario):
         "POST",
         "/ai/chat-stream-sse",
         body=ChatBody,
+        resource=ANY,
         body_limit=BODY_BYTES,
         sends="text/event-stream",
         responses={204: "The client already has the end of the response."},
@@ -314,6 +323,7 @@ class Llm(Scenario):
     async def _events(self, request: web.Request, body: Mapping[str, Any], after: str) -> web.StreamResponse:
         id = generation_of(resume_id(request, after))  # noqa: A001
         if id is None:
+            self._require_model(request)
             id = (await self._generations.start(body, request[PRINCIPAL].name)).id  # noqa: A001
         headers = {"Location": f"/ai/generations/{id}"}
         return await self._generations.follow(request, id, after, headers, gap_if_unknown=True)
@@ -351,16 +361,18 @@ class Llm(Scenario):
 
     # -- the OpenAI API
 
-    @endpoint("GET", "/v1/models", sends="application/json", curl="{url}")
+    @endpoint("GET", "/v1/models", resource=ANY, sends="application/json", curl="{url}")
     async def models(self, request: web.Request) -> web.Response:
-        """List the model, as the OpenAI API does."""
-        models = {"object": "list", "data": [self._model_object()]}
+        """List the model if the client may use it, as the OpenAI API does."""
+        visible = request[PRINCIPAL].visible(self.name, [self.model_name])
+        models = {"object": "list", "data": [self._model_object() for _ in visible]}
         return web.json_response(models, headers={"Cache-Control": "no-cache"})
 
     @endpoint(
         "GET",
         "/v1/models/{id:.+}",
         path_model=ModelPath,
+        resource="id",
         sends="application/json",
         responses={404: "This server does not have the model."},
         curl="{url}",
@@ -379,6 +391,7 @@ class Llm(Scenario):
         "POST",
         "/v1/chat/completions",
         body=ChatCompletionRequest,
+        resource=ANY,
         body_limit=BODY_BYTES,
         sends=("application/json", "text/event-stream"),
         responses={429: "Too many generations are running and waiting; see Retry-After."},
@@ -388,6 +401,7 @@ class Llm(Scenario):
 
         Unknown fields are rejected with 400; docs/openai.md lists the known ones.
         """
+        self._require_model(request)
         async with self._complete(self._rules.upstream_body(body)) as completion:
             if not body.stream:
                 return web.Response(body=await completion.read(), content_type="application/json")

@@ -157,9 +157,9 @@ class Tasks(Scenario):
         """Return the names of the kinds of tasks."""
         return sorted(self._kinds)
 
-    @endpoint("GET", "/process/kinds", sends="application/json", curl="{url}")
+    @endpoint("GET", "/process/kinds", resource=ANY, sends="application/json", curl="{url}")
     async def list_kinds(self, request: web.Request) -> web.Response:
-        """List the kinds of tasks, with their parameters as JSON Schema."""
+        """List the kinds of tasks that the client may start, with their parameters as JSON Schema."""
         kinds = [
             {
                 "kind": kind.name,
@@ -169,7 +169,8 @@ class Tasks(Scenario):
                 "max_seconds": min(self.max_seconds, kind.max_seconds or self.max_seconds),
                 "parameters": kind.parameters.model_json_schema(),
             }
-            for _, kind in sorted(self._kinds.items())
+            for name, kind in sorted(self._kinds.items())
+            if request[PRINCIPAL].may(self.name, "write", name)
         ]
         return _json({"kinds": kinds, "default": self.kind})
 

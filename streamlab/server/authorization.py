@@ -140,16 +140,19 @@ def authorize(request: web.Request, route: Route) -> None:
 def authorize_resources(request: web.Request, route: Route, parameters: Mapping[str, BaseModel]) -> None:
     """Raise Problem 401 or 403 where the principal may not use the endpoint for every resource that a request names."""
     endpoint = route.endpoint
-    if not (endpoint.public or endpoint.resource == ANY):
-        for resource in _resources(endpoint, parameters):
-            require(request, Scope(route.scenario, endpoint.action, resource or None))
+    if endpoint.public:
+        return
+    for resource in _resources(endpoint, parameters):
+        require(request, Scope(route.scenario, endpoint.action, resource or None))
 
 
 def _resources(endpoint: Endpoint, parameters: Mapping[str, BaseModel]) -> list[str]:
-    """Return the resources that a request names; [""], the scenario as a whole, where it names none."""
+    """Return the resources that a request names; [""], the scenario as a whole, where it must name one and does not."""
+    found: list[str] = []
     for model in parameters.values():
-        if (field := labels(type(model)).get(endpoint.resource)) is not None:
-            value = getattr(model, field)
-            several = isinstance(value, Collection) and not isinstance(value, str)
-            return [str(one) for one in (value if several else [value]) if one is not None] or [""]
-    return [""]
+        for name, attribute in labels(type(model)).items():
+            if endpoint.names_resource(name):
+                value = getattr(model, attribute)
+                several = isinstance(value, Collection) and not isinstance(value, str)
+                found += [str(one) for one in (value if several else [value]) if one not in (None, "")]
+    return found or ([] if endpoint.resource == ANY else [""])

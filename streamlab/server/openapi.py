@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -105,15 +105,15 @@ def document(
 
 def _restricted_to(route: Route, may: Callable[[Route, str], bool]) -> Route:
     """Return a route whose choices of a resource are those that the client may use."""
-    name = route.endpoint.resource
-    if name not in route.choices:
-        return route
 
-    def choices() -> Collection[str] | None:
-        allowed = route.choices[name]()
+    def restricted(choices: Callable[[], Collection[str] | None]) -> Collection[str] | None:
+        allowed = choices()
         return None if allowed is None else [choice for choice in allowed if may(route, choice)]
 
-    return replace(route, choices={**route.choices, name: choices})
+    own = {name: choices for name, choices in route.choices.items() if route.endpoint.names_resource(name)}
+    if not own:
+        return route
+    return replace(route, choices={**route.choices, **{name: partial(restricted, own[name]) for name in own}})
 
 
 def _close(schema: Mapping[str, Any], definitions: Mapping[str, dict[str, Any]]) -> None:

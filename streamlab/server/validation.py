@@ -56,7 +56,7 @@ def _wrong_choices(route: Route, found: dict[str, BaseModel], may: Callable[[str
             field = labels(type(model)).get(name)
             if field is None or (allowed := choices()) is None:
                 continue
-            if name == route.endpoint.resource:
+            if route.endpoint.names_resource(name):
                 allowed = [choice for choice in allowed if may(choice)]
             given = getattr(model, field)
             default = type(model).model_fields[field].get_default(call_default_factory=True)

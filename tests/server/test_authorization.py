@@ -1,6 +1,5 @@
 """Who may come in: tokens and their scopes, what belongs to whom, streams that end with their token, other origins."""
 
-import hashlib
 import json
 import re
 import signal
@@ -16,21 +15,9 @@ from streamlab.auth import EVERYBODY, Principal, Scope
 from streamlab.config import Config
 from tests.support.connections import EventStream
 from tests.support.servers import WITHOUT_MODEL, Running, run_streamlab, starting_in
+from tests.support.tokens import EXPIRED, bearer, table
 
 Start = Callable[..., Running]
-
-EXPIRED = datetime(2020, 1, 1, tzinfo=UTC)
-
-
-def table(name: str, *allow: str, expires: datetime | None = None) -> str:
-    """Return the table of a token, which is its name with `-secret`."""
-    digest = hashlib.sha256(f"{name}-secret".encode()).hexdigest()
-    until = "" if expires is None else f"expires = {expires:%Y-%m-%dT%H:%M:%S.%fZ}\n"
-    return f'[auth.tokens.{name}]\nsha256 = "{digest}"\nallow = {json.dumps(allow)}\n{until}'
-
-
-def bearer(name: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {name}-secret"}
 
 
 def scopes(*texts: str) -> Principal:
@@ -190,47 +177,6 @@ HELLO = """
     def register_scenarios():
         return [Hello]
 """
-
-
-def operations(server: Running) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return method, path with examples, and description of every route that anybody may use."""
-    document = json.loads(server.get("/openapi.json", bearer("everything"))[2])
-    found = []
-    for template, methods in document["paths"].items():
-        for method, operation in methods.items():
-            path = template
-            for parameter in operation.get("parameters", ()):
-                if parameter["in"] == "path":
-                    path = path.replace(f"{{{parameter['name']}}}", str(parameter.get("example", "0" * 32)))
-            found.append((method.upper(), path, operation))
-    return found
-
-
-PUBLIC = {"/", "/lab", "/docs", "/health", "/openapi.json"}
-
-
-def test_every_route_needs_a_token_with_its_scope(server: Running) -> None:
-    listed = operations(server)
-    assert len(listed) > 25
-    for method, path, operation in listed:
-        if path in PUBLIC or path.startswith("/assets/"):
-            assert server.get(path, method=method)[0] in (200, 404), path
-            continue
-        for headers, status, challenge in (
-            ({}, 401, 'Bearer realm="streamlab"'),
-            ({"Authorization": "Basic YTpi"}, 401, 'Bearer realm="streamlab", error="invalid_request"'),
-            ({"Authorization": "Bearer wrong"}, 401, 'Bearer realm="streamlab", error="invalid_token"'),
-            (bearer("expired"), 401, 'Bearer realm="streamlab", error="invalid_token"'),
-            (bearer("nobody"), 403, 'Bearer realm="streamlab", error="insufficient_scope", scope="'),
-        ):
-            given = server.get(path, headers, method=method, body=b"" if method == "POST" else None)
-            assert given[0] == status, (method, path, headers, given)
-            assert given[1]["www-authenticate"].startswith(challenge), (method, path, given[1])
-            body = json.loads(given[2])
-            assert "error" in body if path.startswith("/v1/") else body["status"] == status
-        scenario = operation["tags"][0]
-        assert re.search(rf'scope="{scenario}:(read|write)', given[1]["www-authenticate"]), (path, given[1])
-    assert json.loads(server.get("/process/tasks", bearer("everything"))[2])["tasks"] == []
 
 
 def test_a_plugin_is_protected_without_a_line_of_its_own(server: Running) -> None:
