@@ -3,8 +3,6 @@
 import asyncio
 import dataclasses
 import resource
-import shlex
-import signal
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,7 +16,6 @@ import typer
 from aiohttp import web
 from rich.console import Console
 from rich.table import Table
-from watchfiles import PythonFilter, run_process
 
 from .auth import new_token
 from .client.doctor import examine
@@ -34,7 +31,9 @@ from .server.app import work as serve_work
 from .server.edge import reachable
 from .server.logging import logging_to
 from .server.registry import find
+from .server.reload import hold_reload_requests
 from .server.site import REGISTRY, ROUTES, version
+from .supervisor import RESTART_STATUS, supervise
 from .tasks import TASKS
 
 cli = typer.Typer(
@@ -134,8 +133,9 @@ def run(
         ),
     ] = None,
     reload: Annotated[
-        bool, typer.Option("--reload", help="Restart when the configuration or a plugin changes.")
+        bool, typer.Option("--reload", help="Take changes of the configuration and the plugins; restart if needed.")
     ] = False,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
 
@@ -145,6 +145,7 @@ def run(
     if reload:
         _run_reloading(config, host, port)
         return
+    hold_reload_requests()
     with _exit_on_config_error():
         read = partial(_read_with_options, config, host=host, port=port)
         settings = read()
@@ -153,7 +154,9 @@ def run(
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
             _raise_file_limit(server.max_streams)
-            asyncio.run(serve(settings, on_ready=_announce, read_again=read))
+            restarts = asyncio.run(serve(settings, on_ready=_announce, read_again=read, may_restart=supervised))
+    if restarts:
+        raise typer.Exit(RESTART_STATUS)
 
 
 def _read_with_options(path: Path | None, **options: Any) -> Config:
@@ -168,27 +171,13 @@ def _read_with_options(path: Path | None, **options: Any) -> Config:
 
 
 def _run_reloading(config: Path | None, host: str | None, port: int | None) -> None:
-    """Run the server as a child process that is restarted when a watched file changes; Ctrl-C or SIGTERM ends both."""
-    watched = (config or DEFAULT_CONFIG).absolute()
+    """Run the server as a child process that takes changes of its files, or is restarted; a signal ends both."""
     with _exit_on_config_error():
-        folders = _read_config(config).plugins.path
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)  # only existing folders can be watched
-    arguments = [sys.executable, "-m", "streamlab", "run"]
+        settings = _read_config(config)
+    command = ["run", "--supervised"]
     for option, value in (("--config", config), ("--host", host), ("--port", port)):
-        arguments += [] if value is None else [option, str(value)]
-    packages = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
-    # A script may have started this in the background with SIGINT ignored. The child would inherit that, and miss the
-    # SIGINT that restarts it while it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_process(
-        *{folder for folder in (watched.parent, *folders, *packages) if folder.is_dir()},
-        target=shlex.join(arguments),
-        target_type="command",
-        watch_filter=lambda change, path: Path(path) == watched or PythonFilter()(change, path),
-        callback=lambda changes: typer.echo(f"changed: {', '.join(sorted(path for _, path in changes))}; restarting"),
-        recursive=False,
-    )
+        command += [] if value is None else [option, str(value)]
+    supervise(command, (config or DEFAULT_CONFIG).absolute(), settings)
 
 
 def _raise_file_limit(streams: int) -> None:

@@ -1,18 +1,13 @@
 """The command line, as separate processes: output and exit status."""
 
-import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,9 +24,7 @@ from tests.support.servers import (
     REPOSITORY,
     Running,
     ended_at_exit,
-    free_port,
     run_streamlab,
-    without,
     write_plugins,
 )
 
@@ -746,119 +739,3 @@ def test_run_writes_no_log_file_when_it_is_disabled(start: Callable[..., Running
     assert server.get("/hello")[0] == 200
     assert server.terminate()[0] == 0
     assert not (server.base / "var" / "log").exists()
-
-
-# -- run --reload
-
-
-def children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(reached: Callable[[], bool], what: str, *, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def reloading(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a server that restarts itself, as a background job of a script; its children end with the block.
-
-    It loads none of the plugins that ship: each restart would import them, and load the model.
-    """
-    with (folder / "reload.log").open("wb") as output:
-        process = subprocess.Popen(
-            [*STREAMLAB, "run", "--reload", "--port", str(port)],
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(**without("", ())),
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def serves(port: int, path: str, expected: str) -> Callable[[], bool]:
-    def check() -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
-                return bool(response.read().decode() == expected)
-        except urllib.error.HTTPError as error:
-            error.close()
-            return False
-        except OSError:
-            return False
-
-    return check
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to see which processes are left")
-def test_reload_restarts_on_a_change_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    write_plugins(tmp_path, {"hello": HELLO})
-    write_config(tmp_path, "")
-    port = free_port()
-    with reloading(tmp_path, port) as process:
-        wait_for(serves(port, "/hello", "hello 1"), "the server serves")
-        (first,) = children(process.pid)
-        write_plugins(tmp_path, {"hello": HELLO.replace(" 1", " 2")})
-        wait_for(serves(port, "/hello", "hello 2"), "a change of a plugin is served")
-        wait_for(lambda: not is_running(first), "the previous process has exited")
-        write_config(tmp_path, "[scenarios.hello]\nword = 'welcome'\n")
-        wait_for(serves(port, "/hello", "welcome 2"), "a change of the configuration is served")
-        (last,) = children(process.pid)
-        process.terminate()
-        assert process.wait(10) == 0
-        wait_for(lambda: not is_running(last), "the child has exited")
-    with socket.socket() as free:
-        assert free.connect_ex(("127.0.0.1", port)) != 0
-
-
-def test_reload_as_a_background_job_does_not_let_the_server_ignore_its_restart(tmp_path: Path) -> None:
-    reports = """
-        import signal
-        from pathlib import Path
-
-        Path("handler").write_text(repr(signal.getsignal(signal.SIGINT)))
-    """
-    write_plugins(tmp_path, {"hello": HELLO, "reports": reports})
-    port = free_port()
-    with reloading(tmp_path, port):
-        wait_for(serves(port, "/hello", "hello 1"), "the server serves")
-    assert "SIG_IGN" not in (tmp_path / "handler").read_text()
-
-
-def test_reload_survives_an_invalid_configuration_until_it_is_fixed(tmp_path: Path) -> None:
-    write_plugins(tmp_path, {"hello": HELLO})
-    write_config(tmp_path, "")
-    port = free_port()
-    with reloading(tmp_path, port):
-        wait_for(serves(port, "/hello", "hello 1"), "the server serves")
-        write_config(tmp_path, "[server\n")
-        log = tmp_path / "reload.log"
-        wait_for(lambda: "nothing was started" in log.read_text(), "the fault is reported")
-        write_config(tmp_path, "")
-        wait_for(serves(port, "/hello", "hello 1"), "the server serves again")
-
-
-def test_reload_sees_the_first_plugin_of_a_folder_that_did_not_exist(tmp_path: Path) -> None:
-    write_config(tmp_path, "")
-    port = free_port()
-    with reloading(tmp_path, port):
-        wait_for(lambda: "serves http" in (tmp_path / "reload.log").read_text(), "the server serves")
-        write_plugins(tmp_path, {"hello": HELLO})
-        wait_for(serves(port, "/hello", "hello 1"), "the new plugin is served", seconds=5)

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -50,7 +51,7 @@ from .lifespans import lifespans
 from .limits import RequestRate
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
-from .reload import reloading_at_sighup
+from .reload import reload_requests, reloading
 from .site import REGISTRY, ROUTES, STARTED_AT, Site
 from .validation import read_parameters
 from .watchdog import Stopped, Watchdog
@@ -116,24 +117,30 @@ async def serve(
     *,
     on_ready: Callable[[web.Application, str], None],
     read_again: Callable[[], Config] | None = None,
-) -> None:
+    may_restart: bool = False,
+) -> bool:
     """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the streams that are still open.
 
     `on_ready` is called with the application and the address once connections are accepted. `read_again` returns the
-    configuration at a SIGHUP, and what can change in a running server is taken from it (see `reload`). Raises
+    configuration at a SIGHUP, and what can change in a running server is taken from it (see `reload`). Where it
+    `may_restart`, it ends when other tables have changed; return whether that is why it has ended. Raises
     ConfigError, also for an address that cannot be bound. The process is expected to exit afterwards: if it
     hangs for STOP_SECONDS longer than it may drain, it is killed (see Watchdog).
     """
-    if found := [*preflight.address_faults(config), *preflight.exposure_faults(config)]:
-        raise ConfigError(found)
-    tls = preflight.tls_context(config)
+    tls = preflight.startable(config)
     server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
-    streams = app[STREAMS]
+    streams, restarts = app[STREAMS], False
+
+    def restart() -> None:
+        nonlocal restarts
+        restarts = True
+        signal.raise_signal(signal.SIGTERM)
 
     # handler_cancellation: without it an idle handler does not notice that its client has disconnected.
     # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait forever.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    with Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut) as watchdog:
+    watchdog = Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut)
+    with watchdog, reload_requests() as requests:
         try:
             async with watchdog.starting():
                 await _warn_of_faults(app)
@@ -157,7 +164,7 @@ async def serve(
             host = f"[{address}]" if ":" in address else address
             _shorten_pauses()
             on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
-            async with reloading_at_sighup(app, tls, read_again):
+            async with reloading(requests, app, tls, read_again, restart if may_restart else None):
                 await watchdog.stopping.wait()
             await _stop_accepting(listener)
             log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
@@ -166,6 +173,7 @@ async def serve(
             log.info("stopped before the start was complete")
         finally:
             await runner.cleanup()
+    return restarts
 
 
 async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -> None:

@@ -93,6 +93,8 @@ class Authorization:
         before = request.get(PRINCIPAL)
         if self.is_open or before is None:
             return True
+        if before is EVERYBODY:  # nobody recorded which scopes the stream needs
+            return False
         principal = self.current(before)
         return principal is not None and all(map(principal.has, request.get(SCOPES, ())))
 

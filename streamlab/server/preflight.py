@@ -27,6 +27,15 @@ def faults(config: Config) -> list[Fault]:
     ]
 
 
+def startable(config: Config) -> ssl.SSLContext | None:
+    """Return the TLS context of the server, or None; raises ConfigError with all that prevents a start. Blocks."""
+    context, found = _tls(config)
+    found = [*address_faults(config), *exposure_faults(config), *found, *event_log_faults(config)]
+    if found:
+        raise ConfigError(found)
+    return context
+
+
 def address_faults(config: Config) -> Iterator[Fault]:
     """Yield a fault if no socket can be bound to the host, whatever the port: that may belong to a running server."""
     host, reason = config.server.host, ""
@@ -66,14 +75,6 @@ def scope_warnings(config: Config) -> Iterator[Fault]:
 
 
 # -- TLS
-
-
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """Return the TLS context of the server, None without TLS; raises ConfigError for files that cannot be used."""
-    context, found = _tls(config)
-    if found:
-        raise ConfigError(found)
-    return context
 
 
 class _Encrypted(Exception):

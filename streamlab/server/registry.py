@@ -153,8 +153,7 @@ class Registry:
         if not faults and not switches.get(name, True):
             plugin.disabled.append(name)
         elif not faults:
-            table = {key: value for key, value in config.scenarios.get(name, {}).items() if key != "enabled"}
-            scenario, faults = config.decode(scenario_class, table, "scenarios", name)
+            scenario, faults = _decode(scenario_class, config)
             if scenario is not None:
                 plugin.scenarios.append(scenario)
                 names = [name for base in type(scenario).__mro__ for name in _marked(base)]
@@ -163,6 +162,17 @@ class Registry:
             else:
                 plugin.disabled.append(name)
         return faults
+
+    def faults(self, config: Config) -> list[Fault]:
+        """Return what is wrong with the tables of scenarios in another configuration, as far as what is loaded tells.
+
+        Tables may belong to plugins that are new, and are read at the next start.
+        """
+        _, faults = _switches(config)
+        for scenario in (scenario for plugin in self.plugins for scenario in plugin.scenarios):
+            faults += _decode(type(scenario), config)[1]
+        has_new = {found.name for found in find(config)} - {plugin.name for plugin in self.plugins}
+        return faults if has_new else [*faults, *self._unknown_tables(config)]
 
     def _unknown_tables(self, config: Config) -> list[Fault]:
         """Return faults for tables that nothing reads, and for keys of tables that can only disable a plugin."""
@@ -305,6 +315,13 @@ class Registry:
 def _first(call: Callable[..., list[Any]], **arguments: Any) -> Any:
     """Call a hook that one plugin implements; pluggy leaves a None out of the results."""
     return next(iter(call(**arguments)), None)
+
+
+def _decode(scenario_class: type[Scenario], config: Config) -> tuple[Scenario | None, list[Fault]]:
+    """Return a scenario with the keys of its table; None and everything that is wrong with them otherwise."""
+    name = scenario_class.name
+    table = {key: value for key, value in config.scenarios.get(name, {}).items() if key != "enabled"}
+    return config.decode(scenario_class, table, "scenarios", name)
 
 
 def _switches(config: Config) -> tuple[dict[str, bool], list[Fault]]:

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -16,24 +17,45 @@ from streamlab.threads import Threads
 from . import preflight
 from .authorization import AUTHORIZATION
 from .cors import CORS
+from .site import REGISTRY
 
 log = logging.getLogger(__name__)
 
 
-@asynccontextmanager
-async def reloading_at_sighup(
-    app: web.Application, tls: ssl.SSLContext | None, read: Callable[[], Config] | None
-) -> AsyncIterator[None]:
-    """Take the configuration that `read` returns at every SIGHUP in the block; without `read`, ignore the signal."""
+def hold_reload_requests() -> None:
+    """Let a SIGHUP wait until `reload_requests` accepts it: by default it ends a process, as one that still starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
+@contextmanager
+def reload_requests() -> Iterator[asyncio.Event]:
+    """Yield an event that every SIGHUP in the block sets, and one that came since `hold_reload_requests`."""
     requested, loop = asyncio.Event(), asyncio.get_running_loop()
     before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(requested.set))
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
-        async with Threads("reload", 1) as threads, asyncio.TaskGroup() as group:
-            reloading = group.create_task(_reload_when(requested, app, tls, read, threads))
-            yield
-            reloading.cancel()
+        yield requested
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         signal.signal(signal.SIGHUP, before)
+
+
+@asynccontextmanager
+async def reloading(
+    requested: asyncio.Event,
+    app: web.Application,
+    tls: ssl.SSLContext | None,
+    read: Callable[[], Config] | None,
+    restart: Callable[[], None] | None = None,
+) -> AsyncIterator[None]:
+    """Take the configuration that `read` returns at every request in the block; without `read`, ignore requests.
+
+    `restart` is called, if it is given, where a change needs a restart.
+    """
+    async with Threads("reload", 1) as threads, asyncio.TaskGroup() as group:
+        task = group.create_task(_reload_when(requested, app, tls, read, restart, threads))
+        yield
+        task.cancel()
 
 
 async def _reload_when(
@@ -41,56 +63,85 @@ async def _reload_when(
     app: web.Application,
     tls: ssl.SSLContext | None,
     read: Callable[[], Config] | None,
+    restart: Callable[[], None] | None,
     threads: Threads,
 ) -> None:
     while True:
         await requested.wait()
         requested.clear()
         if read is not None:
-            await reload(app, tls, read, threads)
+            await reload(app, tls, read, restart, threads)
 
 
 async def reload(
-    app: web.Application, tls: ssl.SSLContext | None, read: Callable[[], Config], threads: Threads
+    app: web.Application,
+    tls: ssl.SSLContext | None,
+    read: Callable[[], Config],
+    restart: Callable[[], None] | None,
+    threads: Threads,
 ) -> None:
     """Take tokens, origins and certificates of a changed configuration; one with faults is logged and not taken.
 
-    Streams that are still allowed go on. Others end at once, and so does nothing else: tables that only a start reads
-    stay in force, which is logged.
+    Streams that are still allowed go on, and others end at once. Tables that only a start reads stay in force: where
+    they have changed, `restart` is called, or without it a warning is logged.
     """
 
-    def checked() -> Config:
+    def checked() -> tuple[Config, ssl.SSLContext | None]:
         config = read()
-        found = [*config.faults, *preflight.exposure_faults(config)]
-        if tls is not None:
-            preflight.tls_context(config)  # raises before the context in use is changed
+        found = [*config.faults, *app[REGISTRY].faults(config)]
+        try:
+            context = preflight.startable(config)
+        except ConfigError as error:
+            raise ConfigError([*found, *error.faults]) from None
         if found:
             raise ConfigError(found)
-        return config
+        return config, context
 
-    before = app[CONFIG]
     try:
-        config = await threads.run(checked)
-        if tls is not None and config.server.tls_certificate is not None:
-            tls.load_cert_chain(config.server.tls_certificate, config.server.tls_key)
+        config, context = await threads.run(checked)
     except ConfigError as error:
         for fault in error.faults:
             log.error("%s", fault)
         log.error("the configuration is not reloaded: what was in force before still is")
         return
-    except OSError as error:  # the files of TLS changed since they were checked
-        log.error("the certificate is not reloaded: %s", error)
+    changed = ", ".join(f"[{name}]" for name in _changed_for_a_start(app[CONFIG], config))
+    if changed and restart is not None:
+        log.info("restarting with the changes of %s", changed)
+        restart()
         return
+    if tls is not None and context is not None:
+        _replace_certificate(tls, context)
     app[AUTHORIZATION].configure(config)
     app[CORS].configure(config)
     app[STREAMS].end_unauthorized(app[AUTHORIZATION].may_continue)
     log.info("reloaded %s: tokens, origins and certificates", config.source)
     for warning in preflight.scope_warnings(config):
         log.warning("%s", warning)
-    changed = [
-        name
-        for name in ("server", "limits", "events", "plugins", "scenarios")
-        if getattr(config, name) != getattr(before, name)
-    ]
     if changed:
-        log.warning("changes of %s need a restart", ", ".join(f"[{name}]" for name in changed))
+        log.warning("changes of %s need a restart", changed)
+
+
+def _changed_for_a_start(before: Config, after: Config) -> list[str]:
+    """Return the tables that differ in what only a start reads: other files of TLS are read by a reload, too."""
+
+    def read(config: Config) -> dict[str, Any]:
+        uses_tls = config.server.tls_certificate is not None
+        server = config.server.model_dump(exclude={"tls_certificate", "tls_key"}) | {"tls": uses_tls}
+        tables = {name: getattr(config, name) for name in ("limits", "events", "plugins", "scenarios")}
+        return {"server": server, **tables}
+
+    old, new = read(before), read(after)
+    return [name for name in old if old[name] != new[name]]
+
+
+def _replace_certificate(tls: ssl.SSLContext, newer: ssl.SSLContext) -> None:
+    """Let new handshakes of a context use the certificate and key of a newer one, which has been checked as a whole.
+
+    `load_cert_chain` on the context in use would read the files once more: a file that has changed since the check
+    would leave it with a certificate and another's key. OpenSSL calls this function for clients without SNI, too.
+    """
+
+    def use_newer(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = newer
+
+    tls.sni_callback = use_newer
