@@ -9,6 +9,7 @@ from .events.ownership import Ownership
 from .events.views import View
 from .hookspecs import hookimpl
 from .negotiation import wants_events, weights
+from .pages import account_link
 from .problems import ErrorFormat, Problem
 from .request_body import read_body, read_json
 from .scenario import ANY, Scenario, endpoint
@@ -59,6 +60,7 @@ __all__ = [
     "Task",
     "Threads",
     "View",
+    "account_link",
     "client_of",
     "encode_event",
     "endpoint",

@@ -145,6 +145,8 @@ class Auth(Table):
     """The scopes of requests without credentials."""
     tokens: Mapping[str, TokenSettings] = {}
     """The tokens by name, which is the name of the principal."""
+    session_hours: float = Field(12.0, gt=0, le=366 * 24)
+    """Maximum time for which a browser is signed in, and may repeat a request that a ticket has let in, in hours."""
 
     @field_validator("tokens", mode="after")
     @classmethod

@@ -17,7 +17,18 @@ PLUGINS = REPOSITORY / "plugins"
 
 # The parts that each part of the core may import; server and clients are connected only by the wire protocol.
 CONTRACT = ("hookspecs", "scenario", "tasks")
-WORDS = ("auth", "config", "negotiation", "problems", "request_body", "served_files", "slots", "sse", "threads")
+WORDS = (
+    "auth",
+    "config",
+    "negotiation",
+    "pages",
+    "problems",
+    "request_body",
+    "served_files",
+    "slots",
+    "sse",
+    "threads",
+)
 COMMAND_LINE = ("__main__", "cli", "commands", "scaffold", "supervisor")
 PARTS = {
     "command line": {"server", "events", "client", "contract", "words"},

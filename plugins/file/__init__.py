@@ -33,6 +33,7 @@ from streamlab import (
     Scope,
     Task,
     Threads,
+    account_link,
     endpoint,
     hookimpl,
     open_stream,
@@ -394,7 +395,7 @@ def _list(request: web.Request, found: listing.Listing, *, as_json: bool) -> web
         query = quote(request.rel_url.raw_query_string, safe=string.punctuation, errors="surrogateescape")
         return web.Response(status=308, headers={**headers, "Location": f"{found.url}{'?' if query else ''}{query}"})
     policy = {"Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'"}
-    return web.Response(text=found.page(), content_type="text/html", headers=headers | policy)
+    return web.Response(text=found.page(account_link(request)), content_type="text/html", headers=headers | policy)
 
 
 def _path(request: web.Request) -> str:

@@ -73,12 +73,13 @@ class Listing:
         next_after = None if self.next_after is None else shown(self.next_after)
         return {"path": shown("/".join(self.parts)), "entries": entries, "next_after": next_after, "next": self.next}
 
-    def page(self) -> str:
-        """Return it as HTML."""
+    def page(self, account: str = "") -> str:
+        """Return it as HTML, with the HTML of the link to sign in."""
         title = escape(shown("/".join(["/files", *self.parts, ""])))
         links = [f'<a href="../">{"Parent folder" if self.parts else "All routes"}</a>']
         if self.after:
             links.append('<a href="./">First names</a>')
+        links += [account] if account else []
         rows = "".join(
             f'<tr><td><a href="{escape(entry.link)}">{escape(shown(entry.name))}{"/" * entry.is_folder}</a></td>'
             f"<td>{'folder' if entry.is_folder else f'{entry.size:,}'}</td>"

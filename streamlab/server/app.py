@@ -13,16 +13,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from functools import partial
 from typing import Any, NoReturn
 
 from aiohttp import HttpVersion11, web
 
 from streamlab import sse
-from streamlab.auth import PRINCIPAL, client_of
+from streamlab.auth import client_of
 from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
+from streamlab.pages import PREFIX
 from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
 from streamlab.scenario import Endpoint, Route
 from streamlab.served_files import FILES, ServedFiles
@@ -34,8 +34,9 @@ from streamlab.threads import Threads
 
 from . import preflight
 from .access_log import AccessLog
-from .authorization import AUTHORIZATION, Authorization, authenticate, authorize, authorize_resources, end_unauthorized
+from .authorization import AUTHORIZATION, Authorization, authorize, end_unauthorized
 from .cors import CORS, Cors
+from .credentials import authenticate, complete, take_ticket
 from .edge import (
     BODY_LIMIT,
     SAFE_METHODS,
@@ -46,14 +47,16 @@ from .edge import (
     reject_unsupported,
     set_common_headers,
 )
-from .forwarded import PREFIX, Network, take_forwarded
+from .forwarded import Network, take_forwarded
 from .lifespans import lifespans
 from .limits import RequestRate
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
 from .reload import reload_requests, reloading
-from .site import REGISTRY, ROUTES, STARTED_AT, Site
-from .validation import read_parameters
+from .sessions import SESSIONS, Sessions
+from .sign_in import SignIn, denied_page
+from .site import OWN, REGISTRY, ROUTES, STARTED_AT, Site
+from .validation import read_authorized
 from .watchdog import Stopped, Watchdog
 
 log = logging.getLogger(__name__)
@@ -100,6 +103,7 @@ def create_app(config: Config) -> web.Application:
     app[TRUSTED] = tuple(map(ipaddress.ip_network, config.server.trusted_proxies))
     app[RATE] = RequestRate(config.limits.requests_per_minute)
     app[AUTHORIZATION], app[CORS] = Authorization(config), Cors(config)
+    app[SESSIONS] = Sessions(config, events, app[AUTHORIZATION])
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
@@ -248,7 +252,8 @@ def _cannot_listen(config: Config, error: OSError) -> ConfigError:
 
 def _add_routes(app: web.Application, registry: Registry, config: Config) -> list[Route]:
     """Add the routes of the site and of the plugins to the router; a path that two of them declare is a fault."""
-    site = Plugin("site", "streamlab", scenarios=[Site()])
+    app[OWN] = (Site(), SignIn())
+    site = Plugin("site", "streamlab", scenarios=[*app[OWN]])
     owners: dict[tuple[str, str], str] = {}
     routes: list[Route] = []
     faults: list[Fault] = []
@@ -290,7 +295,7 @@ def _bind(route: Route, plugin: Plugin) -> _Begin:
         request[SCENARIO] = route.scenario
         rate = request.config_dict[RATE]
         try:
-            has_token = await authenticate(request)
+            has_token = await authenticate(request, is_public=endpoint.public)
         finally:  # also wrong tokens are counted, by address
             rate.admit(client_of(request))
         changes = endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers
@@ -299,12 +304,7 @@ def _bind(route: Route, plugin: Plugin) -> _Begin:
         authorize(request, route)
         accept_body(request, endpoint.body_limit or BODY_LIMIT)
         await _send_continue(request)
-        parameters = await read_parameters(
-            request,
-            route,
-            authorize=partial(authorize_resources, request, route),
-            may=partial(request[PRINCIPAL].may, route.scenario, endpoint.action),
-        )
+        parameters = await read_authorized(request, route)
         if endpoint.starts_work and request.method == "HEAD":
             return _send_headers_only(request, endpoint)
         return route.handler(request, **parameters)
@@ -365,6 +365,7 @@ async def _error_middleware(
     try:
         reject_unsupported(request)
         take_forwarded(request, request.config_dict[TRUSTED])
+        take_ticket(request)
         reject_other_host(request)
         if (answer := request.config_dict[CORS].preflight(request)) is not None:
             return answer
@@ -408,12 +409,15 @@ def _error_response(error: Exception, request: web.Request) -> web.StreamRespons
         problem = Problem(500, "Internal error; the server's log has the reason.")
     if error_format := error_format_of(request.path, request.config_dict[ERROR_FORMATS]):
         problem = error_format.convert(problem)
+    elif (stream is None or not stream.headers_sent) and (page := denied_page(request, problem)) is not None:
+        return page
     return stream if stream is not None and stream.headers_sent else problem.response()
 
 
 async def _complete_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Complete the header fields of a response, and close its connection afterwards where they say so."""
     set_common_headers(response.headers)
+    complete(request, response.headers)
     request.config_dict[CORS].complete(request, response.headers)
     if PREFIX in request and response.headers.get("Location", "").startswith("/"):
         response.headers["Location"] = request[PREFIX] + response.headers["Location"]
@@ -443,11 +447,13 @@ async def _compression_threads(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _check_credentials(app: web.Application) -> AsyncIterator[None]:
-    """End streams whose credentials expire or are removed, while anything may stream."""
+    """End streams whose credentials expire or are removed, or whose session ends, while anything may stream."""
     async with asyncio.TaskGroup() as group:
-        checking = group.create_task(end_unauthorized(app[STREAMS], app[AUTHORIZATION]))
+        works = (end_unauthorized(app[STREAMS], app[AUTHORIZATION]), app[SESSIONS].run(app[STREAMS]))
+        checking = [group.create_task(work) for work in works]
         yield
-        checking.cancel()
+        for task in checking:
+            task.cancel()
 
 
 async def _event_log(app: web.Application) -> AsyncIterator[None]:

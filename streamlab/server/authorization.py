@@ -59,7 +59,11 @@ class Authorization:
         scheme, _, token = given[0].partition(" ")
         if len(given) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
             raise unauthorized("The field Authorization must be: Bearer TOKEN.", error="invalid_request")
-        principal = self._of_token(token.strip(" "))
+        return await self.identify(token.strip(" "))
+
+    async def identify(self, token: str) -> Principal:
+        """Return the principal of a token; raises Problem 401 for one that is unknown or has expired."""
+        principal = self._of_token(token)
         if principal is None:
             raise unauthorized("This token is not known here.", error="invalid_token")
         if principal.expires is not None and principal.expires <= time.time():
@@ -115,16 +119,6 @@ def is_open(config: Config) -> bool:
     if config.auth.open is not None:
         return config.auth.open
     return not config.auth.restricts and is_loopback(config.server.host)
-
-
-async def authenticate(request: web.Request) -> bool:
-    """Set the principal of a request; return whether its credentials are in a header that no page can send unasked.
-
-    Raises Problem 401 for credentials that are unknown or have expired.
-    """
-    authorization = request.config_dict[AUTHORIZATION]
-    request[PRINCIPAL] = await authorization.authenticate(request)
-    return not authorization.is_open and "Authorization" in request.headers
 
 
 def may_use(request: web.Request, route: Route) -> bool:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from streamlab.pages import PREFIX
 
-PREFIX = web.RequestKey("prefix", str)
-"""Key of the request: the path at which the proxy serves this server, as `/stream`."""
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")

@@ -16,8 +16,9 @@ class RequestRate:
     Source: draft-ietf-httpapi-ratelimit-headers, sections 2 and 3.
     """
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: int, what: str = "sent {limit} requests") -> None:
         self._per_minute = per_minute
+        self._done = what.format(limit=per_minute)
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
         """Of each client, the requests that are left, and the time at which that was so."""
 
@@ -39,4 +40,4 @@ class RequestRate:
                 "RateLimit-Policy": f'"requests";q={self._per_minute};w=60',
                 "RateLimit": f'"requests";r=0;t={seconds}',
             }
-            raise Problem(429, f"This client has sent {self._per_minute} requests within a minute.", headers=headers)
+            raise Problem(429, f"This client has {self._done} within a minute.", headers=headers)

@@ -17,6 +17,8 @@ from pydantic.json_schema import models_json_schema
 from streamlab.problems import MEDIA_TYPE
 from streamlab.scenario import Endpoint, Route
 
+from .credentials import SESSION_COOKIE
+
 log = logging.getLogger(__name__)
 
 MAX_CHOICES = 1000
@@ -52,7 +54,13 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 
 
 SECURITY_SCHEMES: dict[str, Any] = {
-    "token": {"type": "http", "scheme": "bearer", "description": "A token, as `streamlab token NAME` prints one."}
+    "token": {"type": "http", "scheme": "bearer", "description": "A token, as `streamlab token NAME` prints one."},
+    "session": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": SESSION_COOKIE,
+        "description": "The cookie of a browser that has signed in at /auth/session; scripts cannot read or set it.",
+    },
 }
 """The credentials of a request, by which pages offer to enter them."""
 
@@ -84,8 +92,9 @@ def document(
     paths: dict[str, dict[str, Any]] = {}
     for route in listed:
         operation = _operation(route, schemas)
-        if not (is_open or route.endpoint.public):
-            operation["security"] = [{name: []} for name in SECURITY_SCHEMES]
+        if not is_open:  # what is public responds by the principal, too
+            optional: list[dict[str, list[str]]] = [{}] if route.endpoint.public else []
+            operation["security"] = [*optional, *({name: []} for name in SECURITY_SCHEMES)]
         paths.setdefault(route.endpoint.template, {})[route.endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",

@@ -17,6 +17,7 @@ from streamlab.threads import Threads
 from . import preflight
 from .authorization import AUTHORIZATION
 from .cors import CORS
+from .sessions import SESSIONS
 from .site import REGISTRY
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ async def reload(
     if tls is not None and context is not None:
         _replace_certificate(tls, context)
     app[AUTHORIZATION].configure(config)
+    app[SESSIONS].configure(config)
     app[CORS].configure(config)
     app[STREAMS].end_unauthorized(app[AUTHORIZATION].may_continue)
     log.info("reloaded %s: tokens, origins and certificates", config.source)

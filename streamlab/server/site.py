@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from itertools import groupby
@@ -17,18 +17,20 @@ from pydantic import BaseModel, Field
 
 from streamlab.auth import PRINCIPAL
 from streamlab.events.channel import EVENTS
+from streamlab.pages import PREFIX, account_link
 from streamlab.problems import Problem
 from streamlab.scenario import Route, Scenario, endpoint
 from streamlab.streaming.drain import STREAMS
 
 from . import openapi
 from .authorization import AUTHORIZATION, may_use
-from .forwarded import PREFIX
 from .metrics import METRICS
 from .registry import Plugin, Registry
 
 REGISTRY = web.AppKey("registry", Registry)
 ROUTES = web.AppKey("routes", list[Route])
+OWN = web.AppKey("own", Sequence[Scenario])
+"""Key of the application: the scenarios of the server itself."""
 STARTED_AT = web.AppKey("started_at", float)
 
 WEB = Path(__file__).parent.parent / "web"
@@ -128,7 +130,7 @@ class Site(Scenario):
     @endpoint("GET", "/openapi.json", public=True, sends="application/json", curl="{url}")
     async def openapi(self, request: web.Request) -> web.Response:
         """Describe every route that the client may use as an OpenAPI 3.1 document."""
-        routes = [route for route in request.app[ROUTES] if may_use(request, route)]
+        routes = _listed(request)
         principal = request[PRINCIPAL]
         document = openapi.document(
             routes,
@@ -142,7 +144,8 @@ class Site(Scenario):
     @endpoint("GET", "/docs", public=True, sends="text/html", curl="{url}")
     async def docs(self, request: web.Request) -> web.Response:
         """Try every route in a browser (Swagger UI, served from this machine)."""
-        return _page(request, _template("docs.html"), {"Content-Security-Policy": DOCS_POLICY})
+        page = template("docs.html").replace("{{account}}", account_link(request))
+        return _page(request, page, {"Content-Security-Policy": DOCS_POLICY})
 
     @endpoint(
         "GET",
@@ -156,7 +159,7 @@ class Site(Scenario):
         """Serve a file that the pages need."""
         for folder in (WEB, _swagger_ui()):
             if (file := folder / path.name).is_file():
-                headers = {"Content-Type": MEDIA_TYPES[file.suffix], "Cache-Control": "no-cache"}
+                headers = {"Content-Type": MEDIA_TYPES[file.suffix], "Cache-Control": "public, no-cache"}
                 return web.FileResponse(file, headers=headers)
         raise Problem(404, "There is no asset of this name.")
 
@@ -171,11 +174,12 @@ class Site(Scenario):
             for name in plugin.scenario_names
         }
         origin = _base(request)
-        serving = [route for route in request.app[ROUTES] if route.scenario not in lost and may_use(request, route)]
+        serving = [route for route in _listed(request) if route.scenario not in lost]
         serving.sort(key=_effort)
         first = {route.scenario: _effort(route) for route in reversed(serving)}
         # The routes of a scenario stay together; those of the server come last.
-        serving.sort(key=lambda route: (route.scenario == self.name, first[route.scenario], route.scenario))
+        own = [scenario.name for scenario in request.app[OWN]]
+        serving.sort(key=lambda route: (route.scenario in own, first[route.scenario], route.scenario))
         return [(route, openapi.curl(route, origin)) for route in serving], failed
 
     def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
@@ -195,14 +199,23 @@ class Site(Scenario):
             )
             for plugin in failed
         ]
-        page = _template("lab.html").replace("{{version}}", escape(version()))
+        page = template("lab.html").replace("{{version}}", escape(version()))
+        page = page.replace("{{account}}", account_link(request))
         return _page(request, page.replace("{{routes}}", "\n".join(sections)), headers)
 
     def _described(self, request: web.Request, routes: Iterable[Route]) -> dict[str, str]:
         """Return one sentence about each scenario of these routes."""
-        scenarios = [scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios]
+        plugins = (scenario for plugin in request.app[REGISTRY].plugins for scenario in plugin.scenarios)
         listed = {route.scenario for route in routes}
-        return {scenario.name: _sentence(scenario) for scenario in (self, *scenarios) if scenario.name in listed}
+        scenarios = (*request.app[OWN], *plugins)
+        return {scenario.name: _sentence(scenario) for scenario in scenarios if scenario.name in listed}
+
+
+def _listed(request: web.Request) -> list[Route]:
+    """Return the routes that a client may use; those to sign in, only where that is of use."""
+    is_open = request.app[AUTHORIZATION].is_open
+    needless = {scenario.name for scenario in request.app[OWN][1:] if is_open}
+    return [r for r in request.app[ROUTES] if r.scenario not in needless and may_use(request, r)]
 
 
 def _effort(route: Route) -> tuple[Any, ...]:
@@ -256,7 +269,8 @@ def _sentence(scenario: Scenario) -> str:
 
 
 @cache
-def _template(name: str) -> str:
+def template(name: str) -> str:
+    """Return the text of a page, with the names of what it is filled with in double braces."""
     return (WEB / name).read_text(encoding="utf-8")
 
 

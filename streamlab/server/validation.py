@@ -1,17 +1,34 @@
 """Validation of a request by the models that its endpoint declares; one error response names every fault."""
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
+from streamlab.auth import PRINCIPAL
 from streamlab.problems import Problem, faults
 from streamlab.request_body import read_json
 from streamlab.scenario import Route, labels
 
+from .authorization import authorize_resources
+
 MAX_LISTED = 100
 """Maximum number of allowed values that an error response lists."""
+
+
+async def read_authorized(request: web.Request, route: Route) -> dict[str, BaseModel]:
+    """Return the parameters of a request, as `read_parameters` does, if its principal may use what they name.
+
+    Raises Problem 401 or 403 if it may not, even where they are invalid as well.
+    """
+    return await read_parameters(
+        request,
+        route,
+        authorize=partial(authorize_resources, request, route),
+        may=partial(request[PRINCIPAL].may, route.scenario, route.endpoint.action),
+    )
 
 
 async def read_parameters(

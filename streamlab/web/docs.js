@@ -18,5 +18,34 @@ function complete() {
     heading.setAttribute("aria-level", heading.tagName[1] - 1);
 }
 
+const url = "/openapi.json";
+
+/** The token that was entered in Authorize. */
+let token = "";
+
+/** Load the document again when a token is entered or removed: it has the routes that the token allows. */
+function authorization(original, system) {
+  return (payload) => {
+    original(payload);
+    token = system.authSelectors.authorized().getIn(["token", "value"]) ?? "";
+    system.specActions.download(url);
+  };
+}
+
+/** Send the token with the request for the document; that of Try it out has it by itself. */
+function requestInterceptor(request) {
+  if (request.loadSpec && token) request.headers = { ...request.headers, Authorization: `Bearer ${token}` };
+  return request;
+}
+
+const wrapActions = { authorize: (...given) => authorization(...given), logout: (...given) => authorization(...given) };
+
 new MutationObserver(complete).observe(root, { childList: true, subtree: true });
-SwaggerUIBundle({ url: "/openapi.json", dom_id: "#documentation", deepLinking: true, validatorUrl: null });
+SwaggerUIBundle({
+  url,
+  dom_id: "#documentation",
+  deepLinking: true,
+  validatorUrl: null,
+  requestInterceptor,
+  plugins: [() => ({ statePlugins: { auth: { wrapActions } } })],
+});
