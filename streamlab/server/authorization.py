@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from streamlab.auth import EVERYBODY, PRINCIPAL, SCOPES, Principal, Scope, denied, require, unauthorized
 from streamlab.config import Config
 from streamlab.scenario import ANY, Endpoint, Route, labels
-from streamlab.streaming.drain import Streams
+from streamlab.streaming.drain import OpenStream, Streams
 
 from .edge import is_loopback
 
@@ -105,10 +105,10 @@ class Authorization:
 
 async def end_unauthorized(streams: Streams, authorization: Authorization) -> NoReturn:
     """End streams whose credentials expire, or do not suffice after a change of the configuration, within a second."""
+    interrupted: Collection[OpenStream] = ()
     while True:
         await asyncio.sleep(CHECK_SECONDS)
-        if len(streams):
-            streams.end_unauthorized(authorization.may_continue)
+        interrupted = streams.end_unauthorized(authorization.may_continue, interrupted) if len(streams) else ()
 
 
 AUTHORIZATION = web.AppKey("authorization", Authorization)

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -46,6 +46,9 @@ class OpenStream(Protocol):
 
     def stop(self, how: Stop) -> None:
         """Interrupt it."""
+
+    def cut(self) -> None:
+        """Close its connection."""
 
     def summary(self) -> StreamSummary:
         """Return its summary so far."""
@@ -137,11 +140,20 @@ class Streams:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_milliseconds)
 
-    def end_unauthorized(self, may_continue: Callable[[web.Request], bool]) -> None:
-        """Interrupt every stream whose client may not have it any more."""
-        for stream in self:
-            if not may_continue(stream.request):
+    def end_unauthorized(
+        self, may_continue: Callable[[web.Request], bool], interrupted: Collection[OpenStream] = ()
+    ) -> set[OpenStream]:
+        """Interrupt every stream whose client may not have it any more, and return these.
+
+        Those that were `interrupted` by an earlier call, whose handlers go on all the same, are cut.
+        """
+        found = {stream for stream in self if not may_continue(stream.request)}
+        for stream in found:
+            if stream in interrupted:
+                stream.cut()
+            else:
                 stream.stop("unauthorized")
+        return found
 
     async def drain(self, seconds: float) -> None:
         """End every stream and request: event streams now, with a farewell, the others within `seconds`.

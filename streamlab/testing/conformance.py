@@ -1,15 +1,17 @@
 """The conformance test of a plugin's endpoints: what each needs, its servers, and their cached responses."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from streamlab.server import openapi
 from streamlab.server.site import ROUTES
 
+from .access import ANONYMOUS, HOLDER, Access, AccessCases, Ended
 from .downloads import Downloads
 from .event_streams import EventStreams
 from .plugin_test import PluginRun, PluginTest, SetupError
@@ -23,7 +25,7 @@ from .subject import Cache, Subject
 from .watching import Watched, watch
 
 
-class Conformance(ServerProcess, Stopping, EventStreams, Downloads, Streams, EndpointCases, PluginTest):
+class Conformance(ServerProcess, Stopping, EventStreams, Downloads, Streams, AccessCases, EndpointCases, PluginTest):
     """The promises of every stream, checked for each endpoint of a plugin on its own server process.
 
     Inherit it in a test module, and name the plugin::
@@ -41,6 +43,10 @@ class Conformance(ServerProcess, Stopping, EventStreams, Downloads, Streams, End
     nondeterministic: ClassVar[Collection[str]] = ()
     """Endpoints, as `GET /x`, whose body may differ for the same request, as a language model's: bodies are checked to
     be complete, but not compared."""
+    public: ClassVar[Collection[str]] = ()
+    """Endpoints, as `GET /x`, that everybody may use, also without credentials, on purpose."""
+    scopes: ClassVar[Collection[str]] = ()
+    """Scopes of other scenarios that its endpoints need, as `export:read:orders`."""
 
     @classmethod
     def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
@@ -60,7 +66,7 @@ class ConformanceRun(PluginRun):
     def __init__(self, case: type[Conformance], folder: Path) -> None:
         super().__init__(case, folder)
         self._cache = Cache(frozenset(case.nondeterministic))
-        self._second: Server | None = None
+        self._access: Access | None = None
         self._closing = ExitStack()
         self._watched: dict[str, Future[Watched]] = {}
         self._stopped: Stopped | None = None
@@ -70,6 +76,8 @@ class ConformanceRun(PluginRun):
         plugin, app = self._loaded()
         described = dict.fromkeys(plugin.scenario_names, "")
         routes = app[ROUTES]
+        self._scenarios = tuple(plugin.scenario_names)
+        self._endpoints = {f"{r.endpoint.method} {r.endpoint.template}": r.endpoint for r in routes}
         found = forms(openapi.document(routes, version="", described=described), frozenset(described))
         if not found:
             hint = "; its tasks are tested by TaskConformance" if plugin.tasks else ""
@@ -83,14 +91,25 @@ class ConformanceRun(PluginRun):
             with super().server() as server, self._closing:
                 yield server
         finally:
-            self._second = None
+            self._access = None
             self._watched.clear()
 
-    def _second_server(self) -> Server:
-        """Return the server whose streams are watched and which is stopped at the end; the first call starts it."""
-        if self._second is None:
-            self._second = self._closing.enter_context(self._serving(self._prepared("second")))
-        return self._second
+    def access(self) -> Access:
+        """Return the second server, which decides by tokens; the first call starts it.
+
+        It is also the one whose streams are watched, and which is stopped at the end.
+        """
+        if self._access is None:
+            settings, case = self._prepared("second"), self.case
+            access = Access(settings, self._scenarios, case.scopes, case.public, self._endpoints)
+            access.server = self._closing.enter_context(self._serving(settings, ANONYMOUS))
+            access.server = access.as_(HOLDER)
+            self._access = access
+        return self._access
+
+    async def _ended(self, form: EndpointForm) -> Sequence[Ended]:
+        found = await self.access().ended(self.forms, lambda form, server: self.subject(form, server, print))
+        return found[form.label]
 
     def subject(self, form: EndpointForm, server: Server, report: Any) -> Subject:
         """Return an endpoint with what its requests need."""
@@ -106,6 +125,10 @@ class ConformanceRun(PluginRun):
             report,
             self._watched.get(form.label),
             self.stopped,
+            self.access,
+            partial(self._ended, form),
+            lambda server: self.subject(form, server, report),
+            prepared,
         )
 
     def watch(self, streams: Iterable[EndpointForm]) -> None:
@@ -113,7 +136,7 @@ class ConformanceRun(PluginRun):
         chosen = {form.label: form for form in streams}
         if chosen:
             threads = self._closing.enter_context(ThreadPoolExecutor(len(chosen)))
-            server = self._second_server()  # it ends before the threads do, which ends what they read
+            server = self.access().server  # it ends before the threads do, which ends what they read
             self._watched = {label: threads.submit(self._watch, form, server) for label, form in chosen.items()}
 
     def _watch(self, form: EndpointForm, server: Server) -> Watched:
@@ -123,7 +146,7 @@ class ConformanceRun(PluginRun):
         """Stop the second server with a stream of each endpoint open, once its streams have been watched."""
         if self._stopped is None:
             wait(self._watched.values())
-            server = self._second_server()
+            server = self.access().server
             subjects = [self.subject(form, server, print) for form in self.forms]
             self._stopped = asyncio.run(stopped(server, subjects))
         return self._stopped

@@ -129,8 +129,8 @@ class PluginRun(ABC):
         self.case.write_files(settings.parent)
         return settings
 
-    def _serving(self, settings: Path) -> AbstractContextManager[Server]:
-        return serving(settings, {**self._variables, **self._upstreams})
+    def _serving(self, settings: Path, variables: Mapping[str, str] | None = None) -> AbstractContextManager[Server]:
+        return serving(settings, {**self._variables, **self._upstreams, **(variables or {})})
 
 
 def _plugin_folders(case: type[PluginTest]) -> tuple[Path, ...]:

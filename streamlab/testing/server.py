@@ -68,11 +68,18 @@ class Server:
     folder: Path
     """The folder of its config.toml and `var/`."""
     log_file: Path
+    token: str = ""
+    """The token that its requests send; empty for none."""
 
     @property
     def url(self) -> str:
         """Its address, as `http://127.0.0.1:8000`."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """The field that sends its token; empty without one."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
 
     @property
     def log(self) -> str:
@@ -84,7 +91,7 @@ class Server:
     ) -> "Response":
         """Send a request on a new connection and return the complete response; `body` is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        sent, fields = None, dict(headers or {})
+        sent, fields = None, {**self.credentials, **(headers or {})}
         if body is not None:
             sent, fields = json.dumps(body).encode(), {"Content-Type": "application/json"} | fields
         with closing(connection):
@@ -105,6 +112,10 @@ class Server:
             time.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
         return state
+
+    def reload(self) -> None:
+        """Have it read its configuration again (SIGHUP)."""
+        self.process.send_signal(signal.SIGHUP)
 
     def stop(self, number: int = signal.SIGTERM, *, seconds: float = 30.0) -> int | None:
         """Send a signal and wait for its end; return the exit status, None if it had to be killed."""

@@ -81,11 +81,12 @@ class Streams:
             disconnected_at = await _open_and_disconnect(subject)
             after = await _settled(subject, before, seconds=2)
             route = subject.form.template
-            ended = [one for one in after.ended if one["at"] >= disconnected_at and _is_route(one["route"], route)]
+            ended = [one for one in after.ended if one["at"] >= disconnected_at and is_route(one["route"], route)]
             if failed := [one for one in ended if one["outcome"] == "failed"]:
                 raise Broken(f"{len(failed)} of {DISCONNECTS} streams ended as `failed`: a disconnect is not a failure")
             delays = [one["at"] - disconnected_at for one in ended if one["outcome"] == "client left"]
-            if not (grown := _grown(before, after)) and (not delays or statistics.median(delays) <= STOP_WORK_SECONDS):
+            grown = what_grew(before, after)
+            if not grown and (not delays or statistics.median(delays) <= STOP_WORK_SECONDS):
                 timing = f", half of it within {_ms(statistics.median(delays))}" if delays else ""
                 return f"{DISCONNECTS} disconnected, and none of their work remains{timing}"
         if grown:
@@ -120,7 +121,7 @@ class Streams:
         if cpu > STALLED_CPU * STALL_SECONDS:
             raise Broken(f"{cpu:.2f} s of processor time in a second in which no client read")
         after = await _settled(subject, before, seconds=3)
-        if grown := _grown(before, after):
+        if grown := what_grew(before, after):
             raise Broken(f"3 s after {STALLED} stalled clients disconnected there are more than before: {grown}")
         return f"{max(cost, 0) / 1e6:.1f} MB, {cpu:.2f} s of processor time per second, nothing left open"
 
@@ -269,12 +270,12 @@ async def _settled(subject: Subject, before: State | None = None, *, seconds: fl
     """Wait until no stream is open, or no more objects than before; return the state."""
 
     def accept(now: State) -> bool:
-        return not _grown(before, now) if before is not None else not now.streams
+        return not what_grew(before, now) if before is not None else not now.streams
 
     return await asyncio.to_thread(subject.server.wait_for_state, accept, seconds=seconds)
 
 
-def _grown(before: State, after: State) -> str:
+def what_grew(before: State, after: State) -> str:
     """Return what has grown by at least half of the disconnected clients; empty if nothing has."""
     found = [f"{after.streams - before.streams} streams"] if after.streams > before.streams else []
     for what in ("tasks", "files", "threads", "children"):
@@ -284,7 +285,8 @@ def _grown(before: State, after: State) -> str:
     return ", ".join(found)
 
 
-def _is_route(canonical: str, template: str) -> bool:
+def is_route(canonical: str, template: str) -> bool:
+    """Return whether a route of the server is that of an endpoint."""
     return canonical == template or canonical.partition("{")[0] == template.partition("{")[0]
 
 

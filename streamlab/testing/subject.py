@@ -1,7 +1,7 @@
 """One endpoint of a server under test, and its cached responses."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from .watching import Watched, watch
 from .wire import Event, StreamedResponse
 
 if TYPE_CHECKING:
+    from .access import Access, Ended
     from .stopping import Stopped
 
 WATCH_SECONDS = 3.0
@@ -63,6 +64,14 @@ class Subject:
     """The event stream of this endpoint, watched by another client; None if none watches it."""
     stopped: "Callable[[], Stopped]"
     """A function that returns how a server with open streams stopped; its first call stops one."""
+    access: "Callable[[], Access]"
+    """A function that returns the server that decides by tokens; its first call starts it."""
+    ended: "Callable[[], Awaitable[Sequence[Ended]]]"
+    """A function that returns how the streams of this endpoint ended whose tokens ceased to be valid."""
+    on: "Callable[[Server], Subject]"
+    """A function that returns this endpoint on another server, with what its requests need there."""
+    prepared: Mapping[str, Any]
+    """Those of the values that `prepare` returned."""
 
     @property
     def host(self) -> str:
@@ -74,6 +83,8 @@ class Subject:
         merged = {**self.values, **(self.large if long else {}), **(values or {})}
         if long and self.form.carries_events and "limit" not in self.large:
             options["without"] = ("limit",)
+        if self.server.token:
+            options["headers"] = {**self.server.credentials, **(options.get("headers") or {})}
         return self.form.message(merged, self.host, **options)
 
     @property
@@ -87,8 +98,9 @@ class Subject:
         return wire.send(self.server.port, self.message(**options))
 
     def _key(self, *, long: bool = False) -> bytes:
-        """Return the request without the server's address, which differs between the servers of a plugin."""
-        return self.message(long=long).replace(self.host.encode(), b"", 1)
+        """Return the request without the server's address and token, which differ between the servers of a plugin."""
+        message = self.message(long=long).replace(self.host.encode(), b"", 1)
+        return message.replace(self.server.token.encode(), b"", 1)
 
     async def watched(self) -> Watched:
         """Wait until the event stream has been watched; if the server was over its limits, watch it alone."""

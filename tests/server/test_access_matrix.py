@@ -391,12 +391,11 @@ def test_with_the_scope_every_route_runs(served: Served) -> None:
 
 def test_the_log_names_the_principal_and_has_no_credentials(served: Served) -> None:
     server = served.server
-    assert server.get("/stream/live-logs?access_token=alice-secret", bearer("alice"))[0] == 422
-    assert server.get("/process/kinds", {"Authorization": "Bearer wrong-secret"})[0] == 401
-    server.wait_for_log("path=/process/kinds status=401")
-    lines = [line for line in server.log.splitlines() if "streamlab.access" in line]
-    assert [line for line in lines if "path=/stream/live-logs status=422" in line and "principal=alice" in line]
-    assert not [line for line in lines if "status=401" in line and "principal=" in line]
+    assert server.get("/logs/download?access_token=alice-secret", bearer("alice"))[0] == 422
+    assert server.get("/process/tasks/none", {"Authorization": "Bearer wrong-secret"})[0] == 401
+    for request, principal in (("/logs/download status=422", "alice"), ("/process/tasks/none status=401", "")):
+        (line,) = [line for line in server.wait_for_log(f"path={request}").splitlines() if f"path={request}" in line]
+        assert line.partition(" principal=")[2].partition(" ")[0] == principal
     written = [server.stderr, *Path(server.base, "var/log").glob("*")]
     assert len(written) > 1
     for text in ("-secret", "Bearer", "YWxpY2U6c2VjcmV0", "access_token"):

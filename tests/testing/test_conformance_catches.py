@@ -141,6 +141,52 @@ def register_scenarios():
 '''
 
 
+NOTES = r'''
+"""Notes of clients."""
+
+import secrets
+
+from aiohttp import web
+from pydantic import BaseModel, Field, PrivateAttr
+
+from streamlab import ANY, PRINCIPAL, Problem, Scenario, endpoint, hookimpl
+
+
+class Note(BaseModel):
+    text: str = Field("", max_length=100, examples=["Hello"])
+
+
+class NotePath(BaseModel):
+    id: str = Field(max_length=32, examples=["0"])
+
+
+class Notes(Scenario):
+    _stored: dict = PrivateAttr(default_factory=dict)
+
+    @endpoint("POST", "/notes", body=Note, sends="application/json", responses={201: "Stored."}, curl="{url}")
+    async def write(self, request: web.Request, body: Note) -> web.Response:
+        """Store a note."""
+        if len(self._stored) >= 1000:
+            raise Problem(503, "Too many notes.", headers={"Retry-After": "60"})
+        id = secrets.token_hex(16)
+        self._stored[id] = request[PRINCIPAL].name, body.text
+        return web.json_response({"id": id}, status=201)
+
+    @endpoint("GET", "/notes/{id}", path_model=NotePath, resource=ANY, sends="text/plain")
+    async def read(self, request: web.Request, path: NotePath) -> web.Response:
+        """Return a note to the client that stored it."""
+        owner, text = self._stored.get(path.id, (None, ""))
+        if owner is None or not request[PRINCIPAL].may_use_of(owner, self.name, "read", path.id):
+            raise Problem(404, "There is no such note.")
+        return web.Response(text=text)
+
+
+@hookimpl
+def register_scenarios():
+    return [Notes]
+'''
+
+
 class Defect(NamedTuple):
     """A valid plugin, the text to replace in it, and the case that must fail then."""
 
@@ -230,6 +276,59 @@ DEFECTS = {
         OPEN,
         '        if "gzip" in request.headers.get("Accept-Encoding", ""):\n'
         '            return web.Response(body=gzip.compress(b""), headers={"Content-Encoding": "gzip"})\n' + OPEN,
+    ),
+    # -- access
+    "public_by_mistake": Defect(
+        "credentials_with_the_scope_are_required",
+        LINES,
+        '"/lines", query=Query, sends="text/plain"',
+        '"/lines", query=Query, public=True, sends="text/plain"',
+    ),
+    "public_and_changes_something": Defect(
+        "credentials_with_the_scope_are_required",
+        LINES,
+        'body=Query, sends="application/json"',
+        'body=Query, public=True, sends="application/json"',
+    ),
+    "readers_change_something": Defect(
+        "credentials_with_the_scope_are_required",
+        LINES,
+        'body=Query, sends="application/json"',
+        'body=Query, action="read", sends="application/json"',
+    ),
+    "works_for_rejected_requests": Defect(
+        "credentials_with_the_scope_are_required",
+        LINES,
+        '    @endpoint("POST", "/lines", body',
+        "    error_formats = (ErrorFormat('/lines', 'application/problem+json', Query, lambda problem: (\n"
+        "        threading.Thread(target=threading.Event().wait, daemon=True).start(), problem)[1]),)\n\n"
+        '    @endpoint("POST", "/lines", body',
+    ),
+    "reads_notes_of_others": Defect(
+        "what_another_client_created_does_not_exist",
+        NOTES,
+        ' or not request[PRINCIPAL].may_use_of(owner, self.name, "read", path.id)',
+        "",
+    ),
+    "goes_on_without_permission": Defect(
+        "stream_ends_with_its_token",
+        EVENTS,
+        "                await asyncio.sleep(0.05)\n",
+        "                try:\n                    await asyncio.sleep(0.05)\n"
+        "                except asyncio.CancelledError:\n                    pass\n",
+    ),
+    "stream_that_the_server_does_not_know": Defect(
+        "stream_ends_with_its_token",
+        LINES,
+        OPEN,
+        BARE + "        await response.prepare(request)\n        if True:\n",
+    ),
+    "farewell_of_its_own": Defect(
+        "stream_ends_with_its_token",
+        EVENTS,
+        "                await asyncio.sleep(0.05)\n",
+        "                try:\n                    await asyncio.sleep(0.05)\n"
+        "                except asyncio.CancelledError:\n                    return stream\n",
     ),
     # -- streams
     "buffered": Defect(
@@ -406,7 +505,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from streamlab import Problem
+from streamlab import ErrorFormat, Problem
 from streamlab.streaming.drain import STREAMS
 """
 
@@ -417,6 +516,12 @@ from streamlab.testing import Conformance
 class TestIt(Conformance):
     plugin = "it"
     large = {"times": 1_000_000, "width": 10_000, "to": 1_000_000}
+
+    @classmethod
+    def prepare(cls, server, form):
+        if "{id}" not in form.template:
+            return {}
+        return {"id": server.request("/notes", method="POST", body={"text": "mine"}).json["id"]}
 """
 
 
@@ -439,7 +544,7 @@ def write(folder: Path, source: str) -> None:
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("source", [LINES, EVENTS, DOWNLOAD], ids=["lines", "events", "download"])
+@pytest.mark.parametrize("source", [LINES, EVENTS, DOWNLOAD, NOTES], ids=["lines", "events", "download", "notes"])
 def test_valid_plugin_passes(pytester: pytest.Pytester, source: str) -> None:
     write(pytester.path, source)
     done = pytester.runpytest_inprocess(*OPTIONS, "tests")
@@ -476,7 +581,7 @@ def test_errors_of_fixtures_count_as_broken_promises(pytester: pytest.Pytester) 
     write(pytester.path, LINES)
     test = pytester.path / "tests" / "test_it.py"
     test.write_text(
-        TEST + "\n    @classmethod\n    def prepare(cls, server, form):\n"
+        TEST.partition("\n    @classmethod")[0] + "\n    @classmethod\n    def prepare(cls, server, form):\n"
         "        if form.method == 'POST':\n            raise RuntimeError('no such thing')\n        return {}\n"
     )
     done = pytester.runpytest_inprocess(*OPTIONS, "tests", "-k", "numbers_have_bounds")
