@@ -135,20 +135,30 @@ SCOPES = web.RequestKey("scopes", tuple[Scope, ...])
 def client_of(request: web.Request) -> str:
     """Return what a client counts as when limits are applied: its name, or its address, for IPv6 its 64-bit network.
 
-    One host has all addresses of such a network. It is "" for a client of this machine without credentials, which may
-    be a reverse proxy: its clients are told apart where `trusted_proxies` of [server] lists it.
+    One host has all addresses of such a network. It is "" for a client without credentials at a Unix socket.
     """
     if PRINCIPAL in request and (name := request[PRINCIPAL].name):
         return name
+    return _network_of(request.remote or "")
+
+
+def may_be_proxy(client: str) -> bool:
+    """Return whether a client may be a reverse proxy, for any number of others: it is on this machine, without a name.
+
+    Where `trusted_proxies` of [server] lists the proxy, its clients have their own addresses.
+    """
+    return client == "" or client == "::/64" or client.startswith("127.")
+
+
+@lru_cache(maxsize=10_000)
+def _network_of(address: str) -> str:
     try:
-        address = ipaddress.ip_address(request.remote or "")
+        parsed = ipaddress.ip_address(address)
     except ValueError:  # a Unix socket has no address
         return ""
-    if address.is_loopback:
-        return ""
-    if address.version == 6 and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((int(address), 64), strict=False))
-    return str(address)
+    if parsed.version == 6 and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((int(parsed), 64), strict=False))
 
 
 REALM = 'Bearer realm="streamlab"'

@@ -198,6 +198,11 @@ class Limits(Table):
     requests_per_minute: int = Field(0, ge=0)
     """Maximum number of requests of one client in a minute; one more gets 429 with Retry-After. 0: no limit."""
 
+    @property
+    def limits_proxies(self) -> bool:
+        """Return whether streams of clients that may be proxies are limited, too: only where the limit is given."""
+        return "streams_per_client" in self.model_fields_set
+
 
 class Plugins(Table):
     """`[plugins]`: folders of plugins in addition to the built-in and the installed ones."""

@@ -395,8 +395,8 @@ COMMAND_NAMES = ("run", "check", "routes", "new", "worker", "token", "follow", "
 TASK_NAMES = ("list", "kinds", "run", "watch", "cancel")
 
 VERBS = {
-    "Begin", "Exit", "Limit", "List", "Listen", "Observe", "Print", "Read", "Request", "Restart", "Set", "Show",
-    "Start", "Use", "Write",
+    "Allow", "Begin", "Exit", "Let", "Limit", "List", "Listen", "Observe", "Print", "Read", "Request", "Restart",
+    "Send", "Set", "Show", "Start", "Take", "Use", "Write",
 }  # fmt: skip
 """What options begin with, as commands do."""
 

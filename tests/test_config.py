@@ -3,24 +3,29 @@
 import json
 import re
 import tomllib
+from inspect import isclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from pydantic import ValidationError
 
-from streamlab.config import Config, ConfigError, EventSettings, Fault, Plugins, Server, nearest
+from streamlab.config import Config, ConfigError, Fault, Server, Table, nearest
 from streamlab.scenario import Scenario
 from streamlab.server.registry import Registry
 from tests.support.servers import REPOSITORY, write_plugins
 
 NO_DEFAULT = {
+    ("auth", "open"),
     ("server", "tls_certificate"),
     ("server", "tls_key"),
     ("scenarios", "file", "large_file"),
     ("scenarios", "ticker", "file"),
 }
 """Keys that config.toml shows with an example, since their default is empty."""
+
+TABLES = {("auth", "tokens")}
+"""Tables in tables of the core, which config.toml shows as indented examples."""
 
 NESTED = """
     from pydantic import BaseModel
@@ -427,9 +432,12 @@ def test_the_shipped_file_is_valid_with_every_key_enabled(tmp_path: Path) -> Non
     assert {plugin.state for plugin in registry.plugins} == {"ready"}
 
 
-@pytest.mark.parametrize(("table", "model"), [("server", Server), ("events", EventSettings), ("plugins", Plugins)])
+@pytest.mark.parametrize(
+    ("table", "model"),
+    [(name, kind) for name, kind in get_type_hints(Config).items() if isclass(kind) and issubclass(kind, Table)],
+)
 def test_the_shipped_file_shows_every_key_of_the_core_and_no_other(table: str, model: Any) -> None:
-    assert list(uncommented()[table]) == list(model.model_fields)
+    assert list(uncommented()[table]) == [key for key in model.model_fields if (table, key) not in TABLES]
 
 
 def test_the_shipped_file_shows_every_key_of_every_scenario_and_no_other(tmp_path: Path) -> None:
@@ -442,6 +450,9 @@ def test_the_shipped_file_shows_the_defaults(tmp_path: Path) -> None:
     shown = uncommented()
     defaults: dict[tuple[str, ...], Any] = {
         ("server",): Config.of({}, base=tmp_path).server,
+        ("auth",): Config.of({}, base=tmp_path).auth,
+        ("cors",): Config.of({}, base=tmp_path).cors,
+        ("limits",): Config.of({}, base=tmp_path).limits,
         ("events",): Config.of({}, base=tmp_path).events,
         ("plugins",): Config.of({}, base=tmp_path).plugins,
         **{("scenarios", scenario.name): scenario for scenario in shipped_scenarios(tmp_path)},

@@ -66,8 +66,9 @@ def type_of(shape: Mapping[str, Any], shown: Callable[[Any], str] = toml) -> str
     if shape.get("type") == "array":
         items = type_of(shape["items"], shown)
         return f"list of {items}" if "`" in items else f"list of {items}s"
+    named = "patternProperties" in shape or isinstance(shape.get("additionalProperties"), dict)
     if shape.get("type") == "object" or "$ref" in shape:
-        return "tables by name" if "patternProperties" in shape else "object"
+        return "tables by name" if named else "object"
     return "path" if shape.get("format") == "path" else SIMPLE_TYPES.get(shape.get("type", ""), "text")
 
 
@@ -134,7 +135,7 @@ def keys(name: str, model: type[BaseModel]) -> str:
     variable = f"{PREFIX}{name.upper().replace('.', '__')}__"
     example = variable + next(iter(model.model_fields)).upper()
     about = " ".join((inspect.getdoc(model) or "").partition("\n\n")[0].split())
-    about = re.sub(r"^`\[\w+\]`: (.)", lambda found: found[1].upper(), about)
+    about = re.sub(r"^`\[[\w.]+\]`: (.)", lambda found: found[1].upper(), about)
     columns = ("key", "type, unit", "default", "allowed", "meaning")
     return f"### `[{name}]`\n\n{about} Environment variables: `{example}` ...\n\n{table(columns, rows)}{inner}"
 

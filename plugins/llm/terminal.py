@@ -17,7 +17,7 @@ from streamlab.client import (
     Terminal,
     UrlOption,
     ViewError,
-    authorization,
+    authorization_header,
     print_error,
     printable,
     prompt,
@@ -93,7 +93,7 @@ async def stream_texts(
     timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), timeout=timeout) as session:
         try:
-            headers = authorization(url)
+            headers = authorization_header(url)
             response = await session.post(url, json=body, headers=headers, allow_redirects=False)
         except aiohttp.InvalidURL:
             raise ValueError(f"{url!r} is not an http(s) URL") from None

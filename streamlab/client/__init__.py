@@ -3,7 +3,7 @@
 `follow`, `download` and `request_json` need no terminal: `async for event in follow(url)`.
 """
 
-from .credentials import authorization
+from .credentials import authorization_header
 from .follow import Pause, follow
 from .http import ConnectionLost, RequestRejected, request_json, stream_response
 from .sse import Event, Parser
@@ -34,7 +34,7 @@ __all__ = [
     "TransferProgress",
     "UrlOption",
     "ViewError",
-    "authorization",
+    "authorization_header",
     "describe_event",
     "download",
     "exit_on_error",

@@ -29,7 +29,7 @@ def use_server(url: str) -> None:
     _server = URL(url if "://" in url else f"http://{url}")
 
 
-def authorization(url: URL | str) -> dict[str, str]:
+def authorization_header(url: URL | str) -> dict[str, str]:
     """Return the header field with the token for a URL; nothing where there is no token for that server.
 
     The token of the variable goes to the server at `--url` only, so that a command with the URL of another server does

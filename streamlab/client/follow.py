@@ -11,7 +11,7 @@ from yarl import URL
 
 from streamlab.sse import MEDIA_TYPE
 
-from .credentials import authorization
+from .credentials import authorization_header
 from .http import (
     CONNECT_SECONDS,
     MAX_REDIRECTS,
@@ -173,7 +173,7 @@ async def _read_connection(session: aiohttp.ClientSession, target: URL, cursor: 
 async def _connect(session: aiohttp.ClientSession, target: URL, cursor: _Cursor) -> aiohttp.ClientResponse:
     # Compression gains nothing here, and a proxy that compresses may buffer events.
     headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity", "Cache-Control": "no-cache"}
-    headers |= authorization(target)
+    headers |= authorization_header(target)
     if cursor.last_event_id:
         if UNSENDABLE.search(cursor.last_event_id):
             raise RequestRejected(target, f"sent the event id {cursor.last_event_id!r}, which no header can carry")

@@ -18,7 +18,7 @@ from yarl import URL
 from streamlab.problems import MEDIA_TYPE as PROBLEM
 from streamlab.sse import MEDIA_TYPE
 
-from .credentials import authorization
+from .credentials import authorization_header
 
 MAX_RETRY_AFTER_SECONDS = 3600.0
 """Longest pause that a `Retry-After` can request, in seconds."""
@@ -131,7 +131,7 @@ async def stream_response(
     ) as session:
         try:
             response = await session.request(
-                method, target, json=document, headers={**authorization(target), **(headers or {})}
+                method, target, json=document, headers={**authorization_header(target), **(headers or {})}
             )
         except aiohttp.InvalidURL as error:
             raise ValueError(f"{display_url(target)!r} is not an http(s) URL: {error}") from None

@@ -12,7 +12,7 @@ from yarl import URL
 
 from streamlab.sse import MEDIA_TYPE
 
-from .credentials import authorization
+from .credentials import authorization_header
 from .http import CONNECT_SECONDS, ConnectionLost
 from .sse import Event, Parser
 
@@ -159,7 +159,7 @@ async def observing(
     started = time.perf_counter()
     try:
         async with asyncio.timeout(max(seconds, HEADERS_SECONDS)):
-            accepted = {"Accept": f"{MEDIA_TYPE}, */*;q=0.5", **authorization(url)}
+            accepted = {"Accept": f"{MEDIA_TYPE}, */*;q=0.5", **authorization_header(url)}
             received = await session.get(url, headers={**accepted, **(headers or {})})
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise ConnectionLost(url, f"no response: {str(error) or type(error).__name__}") from error

@@ -89,6 +89,7 @@ def create_app(config: Config) -> web.Application:
     streams = Streams(
         limit=config.server.max_streams,
         limit_per_client=config.limits.streams_per_client,
+        limits_proxies=config.limits.limits_proxies,
         stall_seconds=config.server.stall_seconds,
         on_end=registry.on_stream_end,
     )

@@ -24,7 +24,7 @@ class RequestRate:
 
     def admit(self, client: str) -> None:
         """Count a request; raises Problem 429 where the bucket of its client is empty."""
-        if not self._per_minute or not client:
+        if not self._per_minute:
             return
         now, rate = time.monotonic(), self._per_minute / 60
         left, then = self._buckets.pop(client, (float(self._per_minute), now))

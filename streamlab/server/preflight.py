@@ -18,8 +18,7 @@ from .edge import is_loopback
 def faults(config: Config) -> list[Fault]:
     """Return what the server itself cannot use on this machine; nothing is created. Blocks."""
     return [
-        *address_faults(config),
-        *exposure_faults(config),
+        *host_faults(config),
         *_tls(config)[1],
         *folder_faults(config),
         *event_log_faults(config),
@@ -30,10 +29,15 @@ def faults(config: Config) -> list[Fault]:
 def startable(config: Config) -> ssl.SSLContext | None:
     """Return the TLS context of the server, or None; raises ConfigError with all that prevents a start. Blocks."""
     context, found = _tls(config)
-    found = [*address_faults(config), *exposure_faults(config), *found, *event_log_faults(config)]
+    found = [*host_faults(config), *found, *event_log_faults(config)]
     if found:
         raise ConfigError(found)
     return context
+
+
+def host_faults(config: Config) -> list[Fault]:
+    """Return what is wrong with the address to listen on. Blocks."""
+    return list(address_faults(config)) or list(exposure_faults(config))
 
 
 def address_faults(config: Config) -> Iterator[Fault]:

@@ -40,9 +40,9 @@ async def read_parameters(
 ) -> dict[str, BaseModel]:
     """Return the keyword arguments of an endpoint's handler: `path`, `query` and `body`, as far as declared.
 
-    Raises Problem 422 listing every bad or unknown parameter, 404 where only a choice in the path is wrong, and 400,
-    408, 413 or 415 for a body (see `read_json`). `authorize` is called with what is valid before any error is reported.
-    `may` returns whether the client may use a resource: an error lists no others.
+    `authorize` is called with what is valid, before any error is reported; `may` returns whether the client may use a
+    resource: an error lists no others. Raises Problem 422 listing every bad or unknown parameter, 404 where only a
+    choice in the path is wrong, and 400, 408, 413 or 415 for a body (see `read_json`).
     """
     endpoint = route.endpoint
     errors: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from streamlab.auth import client_of
+from streamlab.auth import client_of, may_be_proxy
 from streamlab.problems import Problem
 from streamlab.threads import Threads
 
@@ -65,6 +65,7 @@ class Streams:
         *,
         limit: int,
         limit_per_client: int = 0,
+        limits_proxies: bool = False,
         stall_seconds: float,
         on_end: Callable[[web.Request, StreamSummary], None],
     ) -> None:
@@ -75,6 +76,7 @@ class Streams:
         """Threads that compress large chunks; opened by the owner of the streams."""
         self._limit = limit
         self._limit_per_client = limit_per_client
+        self._limits_proxies = limits_proxies
         self._clients: Counter[str] = Counter()
         """The number of streams of each client, where there is a limit."""
         self._stall_milliseconds = int(stall_seconds * 1000)
@@ -110,7 +112,7 @@ class Streams:
             raise Problem(
                 503, f"This server has {self._limit} streams open, its maximum.", headers={"Retry-After": "5"}
             )
-        if self._limit_per_client and (client := client_of(request)):
+        if (client := self._limited(request)) is not None:
             if self._clients[client] >= self._limit_per_client:
                 detail = f"This client has {self._limit_per_client} streams open, its maximum."
                 raise Problem(429, detail, headers={"Retry-After": "5"})
@@ -118,9 +120,16 @@ class Streams:
         self._open.add(stream)
         self._bound(request)
 
+    def _limited(self, request: web.Request) -> str | None:
+        """Return the client that a stream counts for; None where there is no limit for it."""
+        if not self._limit_per_client:
+            return None
+        client = client_of(request)
+        return client if self._limits_proxies or not may_be_proxy(client) else None
+
     def unregister(self, request: web.Request, stream: OpenStream) -> None:
         """Remove a stream that has ended, and report how."""
-        if stream in self._open and self._limit_per_client and (client := client_of(request)):
+        if stream in self._open and (client := self._limited(request)) is not None:
             self._clients[client] -= 1
             if not self._clients[client]:
                 del self._clients[client]

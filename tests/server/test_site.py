@@ -317,6 +317,7 @@ async def test_metrics_are_prometheus_text_with_a_name_for_everything_measured(l
         "streamlab_llm_tokens": "counter",
         "streamlab_tasks": "counter",
         "streamlab_request_seconds": "histogram",
+        "streamlab_rejected_requests": "counter",
     }
     assert "process_resident_memory_bytes" in found
     assert all(family.documentation for family in found.values())

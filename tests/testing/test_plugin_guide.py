@@ -124,7 +124,7 @@ def test_plugins_of_the_guide_pass_the_conformance_suite(pytester: pytest.Pytest
 
 
 def test_every_block_of_the_guide_is_python(tmp_path: Path) -> None:
-    assert list(PLUGINS) == ["itself", "pulse", "relay"]
+    assert list(PLUGINS) == ["sensors", "itself", "pulse", "relay"]
     for block in BLOCKS:
         compile(block, "docs/plugins.md", "exec")
     for block in BLOCKS[1 : BLOCKS.index(PLUGINS["itself"])]:
