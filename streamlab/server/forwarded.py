@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Sequence
 
 from aiohttp import web
 
@@ -13,7 +14,7 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
-def take_forwarded(request: web.Request, trusted: tuple[Network, ...]) -> None:
+def take_forwarded(request: web.Request, trusted: Sequence[Network]) -> None:
     """Take the fields X-Forwarded-For, -Proto, -Host and -Prefix of a request from a trusted proxy; ignore others.
 
     The client is the last address of the list that is not a trusted proxy: what is before that, anybody may have
@@ -53,7 +54,7 @@ def _address(hop: str) -> str | None:
         return None
 
 
-def _is_trusted(address: str, trusted: tuple[Network, ...]) -> bool:
+def _is_trusted(address: str, trusted: Sequence[Network]) -> bool:
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
