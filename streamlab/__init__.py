@@ -9,7 +9,7 @@ from .events.ownership import Ownership
 from .events.views import View
 from .hookspecs import hookimpl
 from .negotiation import wants_events, weights
-from .pages import account_link
+from .pages import account_link, public_path
 from .problems import ErrorFormat, Problem
 from .request_body import read_body, read_json
 from .scenario import ANY, Scenario, endpoint
@@ -69,6 +69,7 @@ __all__ = [
     "no_more_events",
     "open_event_stream",
     "open_stream",
+    "public_path",
     "read_body",
     "read_json",
     "require",

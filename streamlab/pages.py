@@ -1,4 +1,4 @@
-"""What HTML pages share: the prefix of their addresses, which requests want a page, and the link to sign in."""
+"""What pages share: addresses as a client sees them, which requests want a page, and the link to sign in."""
 
 from html import escape
 from urllib.parse import quote
@@ -18,6 +18,14 @@ NEXT_LENGTH = 2000
 """Maximum length of the path to which the sign-in returns, in characters."""
 
 
+def public_path(request: web.Request, path: str) -> str:
+    """Return a path of this server, as `/files/a.txt`, as the client of a request has to send it.
+
+    For what a response contains. Header fields `Location` are completed by the server.
+    """
+    return f"{request.get(PREFIX, '')}{path}"
+
+
 def account_link(request: web.Request) -> str:
     """Return HTML for a page: who is signed in, and a link to the sign-in, which leads back to the page.
 
@@ -27,7 +35,7 @@ def account_link(request: web.Request) -> str:
     if principal is EVERYBODY:
         return ""
     here = quote(str(request.rel_url), safe="/")
-    target = f"{request.get(PREFIX, '')}{SIGN_IN}" + (f"?next={here}" if len(here) <= NEXT_LENGTH else "")
+    target = public_path(request, SIGN_IN) + (f"?next={here}" if len(here) <= NEXT_LENGTH else "")
     if principal.name:
         return f'Signed in as {escape(principal.name)}, <a href="{escape(target)}">sign out</a>'
     return f'<a href="{escape(target)}">Sign in</a>'

@@ -110,9 +110,9 @@ def _check(container: Container) -> None:
     with EventStream(container, "/stream/stock-ticker?limit=1") as stream:
         assert [event.json["price"] > 0 for event in stream.take(1)] == [True]
     page = container.get("/docs")[2].decode()
-    assets = re.findall(r'(?:href|src)="(/assets/[^"]+)"', page)
+    assets = re.findall(r'(?:href|src)="(assets/[^"]+)"', page)
     assert len(assets) > 3
-    assert [container.get(path)[0] for path in assets] == [200] * len(assets)
+    assert [container.get(f"/{path}")[0] for path in assets] == [200] * len(assets)
     facts = dict(re.findall(r"^(\w+):\t(.*)$", Path(f"/proc/{container.first}/status").read_text(), re.MULTILINE))
     assert facts["Uid"].split() == facts["Gid"].split() == ["10001"] * 4
     assert facts["NSpid"].split()[-1] == "1"

@@ -45,6 +45,7 @@ from streamlab import (
     no_more_events,
     open_event_stream,
     open_stream,
+    public_path,
     require,
     resume_id,
     wants_events,
@@ -340,14 +341,14 @@ class Exports(Scenario):
     async def index(self, request: web.Request) -> web.Response:
         """List every export that the client may read: columns, their types, parameters, and the installed formats."""
         names = request[PRINCIPAL].visible(self.name, self._names())
-        listed = [await self._listed(name, self.exports[name]) for name in names]
+        listed = [await self._listed(request, name, self.exports[name]) for name in names]
         missing = {form: reason for form, kind in FORMATS.items() if (reason := unavailable(kind))}
         text = json.dumps({"exports": listed, "unavailable_formats": missing}, ensure_ascii=False, indent=1) + "\n"
         return web.Response(text=text, content_type="application/json")
 
-    async def _listed(self, name: str, query: ConfiguredExport) -> dict[str, Any]:
+    async def _listed(self, request: web.Request, name: str, query: ConfiguredExport) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "description": query.description, "database": query.database}
-        entry["urls"] = {form: f"/export/{name}/{form}" for form in _installed()}
+        entry["urls"] = {form: public_path(request, f"/export/{name}/{form}") for form in _installed()}
         entry["parameters"] = {key: value.model_dump(exclude_defaults=True) for key, value in query.parameters.items()}
         try:
             columns = await (await self.source(query.database)).describe(_example(query))

@@ -37,6 +37,7 @@ from streamlab import (
     endpoint,
     hookimpl,
     open_stream,
+    public_path,
     require,
 )
 
@@ -390,7 +391,7 @@ def disposition(name: str) -> str:
 def _list(request: web.Request, found: listing.Listing, *, as_json: bool) -> web.Response:
     headers = {"Vary": "Accept"}
     if as_json:
-        return web.json_response(found.document(), headers=headers)
+        return web.json_response(found.document(partial(public_path, request)), headers=headers)
     if not request.rel_url.raw_path.endswith("/"):
         query = quote(request.rel_url.raw_query_string, safe=string.punctuation, errors="surrogateescape")
         return web.Response(status=308, headers={**headers, "Location": f"{found.url}{'?' if query else ''}{query}"})

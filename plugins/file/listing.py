@@ -3,6 +3,7 @@
 import heapq
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -58,23 +59,25 @@ class Listing:
             return None
         return f"{self.url}?limit={self.limit}&after={quote(self.next_after, safe='', errors='surrogateescape')}"
 
-    def document(self) -> dict[str, Any]:
-        """Return it for JSON."""
+    def document(self, public: Callable[[str], str]) -> dict[str, Any]:
+        """Return it for JSON; `public` returns a path as clients have to send it."""
         entries = [
             {
                 "name": shown(entry.name),
                 "type": "folder" if entry.is_folder else "file",
                 "modified": entry.modified.isoformat(),
-                "url": self.url + entry.link,
+                "url": public(self.url + entry.link),
                 **({} if entry.is_folder else {"size": entry.size}),
             }
             for entry in self.entries
         ]
         next_after = None if self.next_after is None else shown(self.next_after)
-        return {"path": shown("/".join(self.parts)), "entries": entries, "next_after": next_after, "next": self.next}
+        following = None if self.next is None else public(self.next)
+        return {"path": shown("/".join(self.parts)), "entries": entries, "next_after": next_after, "next": following}
 
     def page(self, account: str = "") -> str:
-        """Return it as HTML, with the HTML of the link to sign in."""
+        """Return it as HTML, with the HTML of the link to sign in; all other links are relative."""
+        root = "../" * (len(self.parts) + 1)
         title = escape(shown("/".join(["/files", *self.parts, ""])))
         links = [f'<a href="../">{"Parent folder" if self.parts else "All routes"}</a>']
         if self.after:
@@ -90,11 +93,11 @@ class Listing:
         table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{rows}</tbody></table>"
         if not rows:
             table = f"<p>{'There are no more names.' if self.after else 'This folder is empty.'}</p>"
-        more = f'<p><a href="{escape(self.next)}">More names</a></p>' if self.next else ""
+        more = f'<p><a href="{escape(self.next.removeprefix(self.url))}">More names</a></p>' if self.next else ""
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{title}</title>\n<link rel="stylesheet" href="/assets/site.css">\n</head>\n'
+            f'<title>{title}</title>\n<link rel="stylesheet" href="{root}assets/site.css">\n</head>\n'
             f'<body class="listing">\n<main>\n<h1>{title}</h1>\n'
             f"<p>{' · '.join(links)}</p>\n{table}\n{more}</main>\n</body>\n</html>\n"
         )

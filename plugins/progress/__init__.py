@@ -29,6 +29,7 @@ from streamlab import (
     follow,
     hookimpl,
     no_more_events,
+    public_path,
     require,
     resume_id,
     wants_events,
@@ -180,8 +181,10 @@ class Tasks(Scenario):
         stored = [record for record in reversed(await self._store.all()) if record.id < query.before]
         records = [record for record in stored if self._may(request, "read", record)]
         page = records[: query.limit]
-        more = f"/process/tasks?limit={query.limit}&before={page[-1].id}" if len(records) > len(page) else None
-        return _json({"tasks": [record.document() for record in page], "next": more})
+        more = None
+        if len(records) > len(page):
+            more = public_path(request, f"/process/tasks?limit={query.limit}&before={page[-1].id}")
+        return _json({"tasks": [_document(request, record) for record in page], "next": more})
 
     @endpoint(
         "POST",
@@ -209,8 +212,8 @@ class Tasks(Scenario):
             key = f"{request[PRINCIPAL].name}\0{key}"  # keys of two principals are two keys
             holder = await self._store.claim(key, {"kind": body.kind, "parameters": parameters}, id)
             if holder is not None:
-                return _response(await self._get(request, "read", holder), status=202)
-        return _response(await self._submit(request, id, body.kind, parameters), status=202)
+                return _response(request, await self._get(request, "read", holder), status=202)
+        return _response(request, await self._submit(request, id, body.kind, parameters), status=202)
 
     @endpoint(
         "GET",
@@ -232,7 +235,7 @@ class Tasks(Scenario):
         if wants_events(request):
             channel = self._store.channel(path.id)
             return await follow(request, channel, after=query.last_event_id, headers={"Vary": "Accept"})
-        return _response(record)
+        return _response(request, record)
 
     @endpoint(
         "DELETE",
@@ -251,7 +254,7 @@ class Tasks(Scenario):
     async def cancel(self, request: web.Request, path: TaskPath) -> web.Response:
         """Cancel a task, wherever it waits or runs."""
         await self._get(request, "write", path.id)
-        return _response(await self._engine.cancel(path.id), status=202)
+        return _response(request, await self._engine.cancel(path.id), status=202)
 
     @endpoint(
         "GET",
@@ -328,13 +331,18 @@ class Tasks(Scenario):
         return record
 
 
-def _response(record: Record, *, status: int = 200) -> web.Response:
+def _document(request: web.Request, record: Record) -> dict[str, Any]:
+    document = record.document()
+    return {**document, "url": public_path(request, document["url"])}
+
+
+def _response(request: web.Request, record: Record, *, status: int = 200) -> web.Response:
     headers = {"Vary": "Accept"}
     if not record.has_ended:
         headers["Retry-After"] = str(RETRY_SECONDS)
     if status == 202:
         headers["Location"] = f"/process/tasks/{record.id}"
-    return _json(record.document(), status=status, headers=headers)
+    return _json(_document(request, record), status=status, headers=headers)
 
 
 def _json(document: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -22,7 +22,7 @@ from streamlab.auth import client_of
 from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
-from streamlab.pages import PREFIX
+from streamlab.pages import PREFIX, public_path
 from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
 from streamlab.scenario import Endpoint, Route
 from streamlab.served_files import FILES, ServedFiles
@@ -421,7 +421,7 @@ async def _complete_headers(request: web.Request, response: web.StreamResponse) 
     complete(request, response.headers)
     request.config_dict[CORS].complete(request, response.headers)
     if PREFIX in request and response.headers.get("Location", "").startswith("/"):
-        response.headers["Location"] = request[PREFIX] + response.headers["Location"]
+        response.headers["Location"] = public_path(request, response.headers["Location"])
     # Only the end of the connection ends a body of unknown length on HTTP/1.0 (RFC 9112, 6.3).
     ends_by_close = request.version < HttpVersion11 and response.content_length is None
     if ends_by_close or request.config_dict[STREAMS].draining:

@@ -10,7 +10,7 @@ from streamlab.pages import PREFIX
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
@@ -22,7 +22,8 @@ def take_forwarded(request: web.Request, trusted: Sequence[Network]) -> None:
     """
     if not trusted or not _is_trusted(request.remote or "", trusted):
         return
-    # aiohttp keeps these attributes of a request here, as those that `clone` is given.
+    # aiohttp keeps these attributes of a request here, as those that `clone` is given. There is no public way to set
+    # them, and a clone is another request: the connection would not see what is noted on it, as the limit of its body.
     attributes = request._cache
     for hop in reversed(_values(request, "X-Forwarded-For")):
         address = _address(hop)
@@ -36,8 +37,8 @@ def take_forwarded(request: web.Request, trusted: Sequence[Network]) -> None:
         if values and re.fullmatch(pattern, values[-1]):
             attributes[name] = values[-1]
     prefixes = _values(request, "X-Forwarded-Prefix")
-    if prefixes and _PREFIX.fullmatch(prefixes[-1]):
-        request[PREFIX] = prefixes[-1]
+    if prefixes and _PREFIX.fullmatch(prefix := prefixes[-1].rstrip("/")):
+        request[PREFIX] = prefix
 
 
 def _values(request: web.Request, field: str) -> list[str]:

@@ -70,10 +70,12 @@ def document(
     *,
     version: str,
     described: Mapping[str, str],
+    path: str = "",
     is_open: bool = True,
     may: Callable[[Route, str], bool] = lambda route, resource: True,
 ) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of all routes; `described` has a sentence for each scenario.
+    The paths of the document are below `path`, where a proxy serves them.
 
     Unless the server `is_open`, routes that are not public need credentials. `may` returns whether the client may use a
     resource of a route: no others are listed as choices.
@@ -103,6 +105,7 @@ def document(
             "version": version,
             "description": "A streaming server for backends. Error responses are `application/problem+json`.",
         },
+        **({"servers": [{"url": path}]} if path else {}),
         "tags": [{"name": name, "description": sentence} for name, sentence in described.items()],
         "paths": paths,
         "components": {

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from streamlab.auth import PRINCIPAL
 from streamlab.events.channel import EVENTS
-from streamlab.pages import PREFIX, account_link
+from streamlab.pages import account_link, public_path
 from streamlab.problems import Problem
 from streamlab.scenario import Route, Scenario, endpoint
 from streamlab.streaming.drain import STREAMS
@@ -135,6 +135,7 @@ class Site(Scenario):
         document = openapi.document(
             routes,
             version=version(),
+            path=public_path(request, ""),
             described=self._described(request, routes),
             is_open=request.app[AUTHORIZATION].is_open,
             may=lambda route, resource: principal.may(route.scenario, route.endpoint.action, resource),
@@ -285,7 +286,7 @@ def _swagger_ui() -> Path:
 
 def _base(request: web.Request) -> str:
     """Return the address of the server for its client, without a slash at its end."""
-    return f"{request.url.origin()}{request.get(PREFIX, '')}"
+    return f"{request.url.origin()}{public_path(request, '')}"
 
 
 def _page(request: web.Request, text: str, headers: dict[str, str] | None = None) -> web.Response:

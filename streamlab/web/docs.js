@@ -18,7 +18,7 @@ function complete() {
     heading.setAttribute("aria-level", heading.tagName[1] - 1);
 }
 
-const url = "/openapi.json";
+const url = "openapi.json";
 
 /** The token that was entered in Authorize. */
 let token = "";

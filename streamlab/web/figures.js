@@ -101,7 +101,7 @@ export class Figures {
   async #watch(run) {
     const last = run.over;
     try {
-      const text = await (await fetch("/metrics", { cache: "no-store" })).text();
+      const text = await (await fetch("metrics", { cache: "no-store" })).text();
       if (run !== this.#run) return;
       const memory = /^process_resident_memory_bytes (\S+)/m.exec(text);
       const open = [...text.matchAll(/^streamlab_open_streams\{[^}]*\} (\S+)/gm)];

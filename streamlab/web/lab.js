@@ -216,10 +216,8 @@ function respond(response, continues) {
     .querySelector("dl")
     .replaceChildren(...rows);
   const url = response.headers.get("Location");
-  const { pathname, searchParams } = new URL(url ?? "", location.href);
-  const target = url && matching(operations, "GET", pathname);
+  const target = url && matching(operations, "GET", url);
   if (target) {
-    target.entries.push(...searchParams);
     const button = element("button", { type: "button", onclick: () => openRoute(target) }, `Open ${url}`);
     at("location").replaceChildren(button);
   }

@@ -1,8 +1,11 @@
 // The routes of /openapi.json: operations, the request of a filled form, and its curl command.
 
+/** The address of the server, without a slash at its end: a proxy may serve it below a path. */
+const server = new URL(".", location.href).href.slice(0, -1);
+
 /** Load all operations, in the order of the document. */
 export async function load() {
-  const document = await (await fetch("/openapi.json")).json();
+  const document = await (await fetch("openapi.json")).json();
   return Object.entries(document.paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, declared]) => operation(method.toUpperCase(), path, declared, document)),
   );
@@ -49,8 +52,11 @@ function accepted(options) {
   return options.find((option) => /^Accept: /.test(option))?.slice("Accept: ".length);
 }
 
-/** Return the operation that serves a path, with the entries of its form; null if there is none. */
-export function matching(operations, method, path) {
+/** Return the operation that serves a URL, with the entries of its form; null if there is none. */
+export function matching(operations, method, url) {
+  const { origin, pathname, searchParams } = new URL(url, location.href);
+  if (!`${origin}${pathname}`.startsWith(`${server}/`)) return null;
+  const path = `${origin}${pathname}`.slice(server.length);
   for (const candidate of operations.filter((one) => one.method === method)) {
     const names = [...candidate.path.matchAll(/\{(\w+)\}/g)].map(([, name]) => name);
     const pattern = candidate.path.replace(/[.*+?^$()|[\]\\]/g, "\\$&").replace(/\{\w+\}/g, "([^/]+)");
@@ -58,7 +64,7 @@ export function matching(operations, method, path) {
     if (found)
       return {
         operation: candidate,
-        entries: names.map((name, at) => [name, decodeURIComponent(found[at + 1])]),
+        entries: [...names.map((name, at) => [name, decodeURIComponent(found[at + 1])]), ...searchParams],
       };
   }
   return null;
@@ -81,7 +87,7 @@ export function request(operation, { path, query, more, accept, type, body }) {
   const headers = {};
   if (accept) headers["Accept"] = accept;
   if (body !== null) headers["Content-Type"] = type;
-  return { method: operation.method, url: location.origin + address + (search ? `?${search}` : ""), headers, body };
+  return { method: operation.method, url: server + address + (search ? `?${search}` : ""), headers, body };
 }
 
 /** Return the curl command of a request, with the options that the author of the route has chosen. */

@@ -10,6 +10,7 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -402,10 +403,10 @@ class Links(HTMLParser):
 
 
 def links(page: str) -> list[str]:
-    """Return the URLs beyond the page; those within it must be one of its anchors."""
+    """Return the URLs beyond a page of the root; those within the page must be one of its anchors."""
     parser = Links(page)
     assert {link[1:] for link in parser.found if link.startswith("#")} <= parser.places
-    return [link for link in parser.found if not link.startswith("#")]
+    return [urljoin("/", link) for link in parser.found if not link.startswith("#")]
 
 
 @pytest.mark.parametrize("path", ["/", "/lab", "/docs"])
