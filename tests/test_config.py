@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 from pydantic import ValidationError
 
-from streamlab.config import Config, ConfigError, Fault, Server, Table, nearest
+from streamlab.config import Config, ConfigError, Fault, JwtSettings, Server, Table, nearest
 from streamlab.scenario import Scenario
 from streamlab.server.registry import Registry
 from tests.support.servers import REPOSITORY, write_plugins
@@ -24,7 +24,7 @@ NO_DEFAULT = {
 }
 """Keys that config.toml shows with an example, since their default is empty."""
 
-TABLES = {("auth", "tokens")}
+TABLES = {("auth", "tokens"), ("auth", "jwt")}
 """Tables in tables of the core, which config.toml shows as indented examples."""
 
 NESTED = """
@@ -438,6 +438,17 @@ def test_the_shipped_file_is_valid_with_every_key_enabled(tmp_path: Path) -> Non
 )
 def test_the_shipped_file_shows_every_key_of_the_core_and_no_other(table: str, model: Any) -> None:
     assert list(uncommented()[table]) == [key for key in model.model_fields if (table, key) not in TABLES]
+
+
+def test_the_shipped_file_shows_valid_tables_of_who_may_come_in() -> None:
+    section = (REPOSITORY / "config.toml").read_text(encoding="utf-8").partition("[cors]")[0]
+    tables = tomllib.loads("\n".join(re.findall(r"^#   (\[auth.*|\w+ = .*)$", section, re.MULTILINE)))
+    config = Config.of(tables)
+    assert config.faults == ()
+    assert list(config.auth.tokens) == ["alice"]
+    assert list(tables["auth"]["jwt"]) == [key for key in JwtSettings.model_fields if key != "public_key"]
+    for key, field in JwtSettings.model_fields.items():
+        assert field.is_required() or key == "jwks_url" or getattr(config.auth.jwt, key) == field.default
 
 
 def test_the_shipped_file_shows_every_key_of_every_scenario_and_no_other(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -129,9 +130,11 @@ def keys(name: str, model: type[BaseModel]) -> str:
             (f", {unit}" for sign, unit in UNITS.items() if re.search(sign, key) or re.search(sign, texts[key])), ""
         )
         default = "required" if field.is_required() else toml(shape.get("default")) or "none"
-        rows.append([f"`{key}`", type_of(shape) + unit, default, bounds_of(shape), texts[key]])
+        is_table = typing.get_origin(field.annotation) is types.UnionType and any(models_in(field.annotation))
+        kind = "table" if is_table else type_of(shape) + unit
+        rows.append([f"`{key}`", kind, default, bounds_of(shape), texts[key]])
         for nested in models_in(field.annotation):
-            inner += "\n" + keys(f"{name}.{key}.NAME", nested)
+            inner += "\n" + keys(f"{name}.{key}{'' if is_table else '.NAME'}", nested)
     variable = f"{PREFIX}{name.upper().replace('.', '__')}__"
     example = variable + next(iter(model.model_fields)).upper()
     about = " ".join((inspect.getdoc(model) or "").partition("\n\n")[0].split())

@@ -448,9 +448,14 @@ async def _compression_threads(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _check_credentials(app: web.Application) -> AsyncIterator[None]:
-    """End streams whose credentials expire or are removed, or whose session ends, while anything may stream."""
+    """Fetch the keys that verify credentials; end streams whose credentials expire or are removed, or session ends."""
+    authorization = app[AUTHORIZATION]
+    works = (
+        authorization.keep_keys_current(),
+        end_unauthorized(app[STREAMS], authorization),
+        app[SESSIONS].run(app[STREAMS]),
+    )
     async with asyncio.TaskGroup() as group:
-        works = (end_unauthorized(app[STREAMS], app[AUTHORIZATION]), app[SESSIONS].run(app[STREAMS]))
         checking = [group.create_task(work) for work in works]
         yield
         for task in checking:

@@ -5,23 +5,42 @@ import hashlib
 import hmac
 import time
 from collections.abc import Collection, Mapping
-from typing import NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
 from aiohttp import web
 from pydantic import BaseModel
 
-from streamlab.auth import EVERYBODY, PRINCIPAL, SCOPES, Principal, Scope, denied, require, unauthorized
-from streamlab.config import Config
+from streamlab.auth import EVERYBODY, JWT, PRINCIPAL, SCOPES, Principal, Scope, denied, require, unauthorized
+from streamlab.config import Config, ConfigError
 from streamlab.scenario import ANY, Endpoint, Route, labels
 from streamlab.streaming.drain import OpenStream, Streams
 
 from .edge import is_loopback
+
+if TYPE_CHECKING:
+    from .json_web_tokens import JsonWebTokens
 
 CHECK_SECONDS = 0.5
 """Interval at which the credentials of open streams are checked, in seconds."""
 
 MAX_TOKEN = 4096
 """Maximum length of a credential, in characters; a JWT has some hundreds."""
+
+
+def load_verifier(config: Config) -> "JsonWebTokens | None":
+    """Return what verifies the tokens of an identity provider, None without one. Blocks.
+
+    Raises ConfigError for a missing library, and for what cannot work, as a file that does not exist.
+    """
+    if config.auth.jwt is None:
+        return None
+    try:
+        from .json_web_tokens import JsonWebTokens
+    except ModuleNotFoundError as error:
+        reason = f"needs the Python module {error.name!r}: pip install 'streamlab[jwt]'"
+        raise ConfigError([config.fault(("auth", "jwt"), reason)]) from None
+    return JsonWebTokens.of(config, config.auth.jwt)
 
 
 class Authorization:
@@ -33,10 +52,15 @@ class Authorization:
         self._anonymous = Principal("")
         self._tokens: dict[str, Principal] = {}
         """The principal of each token, by the SHA-256 of the token, which is the principal's credential."""
-        self.configure(config)
+        self._verifier: JsonWebTokens | None = None
+        self._verifier_changed = asyncio.Event()
+        self.configure(config, load_verifier(config))
 
-    def configure(self, config: Config) -> None:
-        """Take the tokens of a configuration in place of those that are in force."""
+    def configure(self, config: Config, verifier: "JsonWebTokens | None") -> None:
+        """Take the tokens of a configuration, and its verifier, in place of those that are in force."""
+        if not (verifier and self._verifier and self._verifier.is_like(verifier)):  # the keys that it has are current
+            self._verifier = verifier
+            self._verifier_changed.set()
         self.is_open = is_open(config)
         self._anonymous = Principal("", tuple(map(Scope.parse, config.auth.anonymous)))
         self._tokens = {
@@ -50,7 +74,10 @@ class Authorization:
         }
 
     async def authenticate(self, request: web.Request) -> Principal:
-        """Return the principal of a request; raises Problem 401 for credentials that are unknown or have expired."""
+        """Return the principal of a request; raises Problem 401 for credentials that are unknown or have expired.
+
+        Raises Problem 503 for a JWT while the keys of the identity provider are not available.
+        """
         if self.is_open:
             return EVERYBODY
         given = request.headers.getall("Authorization", ())
@@ -58,12 +85,18 @@ class Authorization:
             return self._anonymous
         scheme, _, token = given[0].partition(" ")
         if len(given) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
-            raise unauthorized("The field Authorization must be: Bearer TOKEN.", error="invalid_request")
+            detail = f"The field Authorization must be: Bearer TOKEN, of at most {MAX_TOKEN} characters."
+            raise unauthorized(detail, error="invalid_request")
         return await self.identify(token.strip(" "))
 
     async def identify(self, token: str) -> Principal:
-        """Return the principal of a token; raises Problem 401 for one that is unknown or has expired."""
+        """Return the principal of a token; raises Problem 401 for one that is unknown or has expired.
+
+        Raises Problem 503 for a JWT while the keys of the identity provider are not available.
+        """
         principal = self._of_token(token)
+        if principal is None and self._verifier and len(token) <= MAX_TOKEN and _is_jwt(token):
+            principal = self._with_anonymous(await self._verifier.verify(token))
         if principal is None:
             raise unauthorized("This token is not known here.", error="invalid_token")
         if principal.expires is not None and principal.expires <= time.time():
@@ -90,7 +123,13 @@ class Authorization:
         if not principal.credential:
             return self._anonymous
         found = self._tokens.get(principal.credential)
+        if self._verifier and principal.credential.startswith(JWT):
+            found = self._with_anonymous(self._verifier.current(principal))
         return None if found is None or (found.expires is not None and found.expires <= time.time()) else found
+
+    def _with_anonymous(self, principal: Principal | None) -> Principal | None:
+        """Return a principal that may also do what a request without credentials may."""
+        return principal and replace(principal, scopes=(*principal.scopes, *self._anonymous.scopes))
 
     def may_continue(self, request: web.Request) -> bool:
         """Return whether the client of an open stream may still have it."""
@@ -101,6 +140,26 @@ class Authorization:
             return False
         principal = self.current(before)
         return principal is not None and all(map(principal.has, request.get(SCOPES, ())))
+
+    @property
+    def trouble(self) -> str:
+        """Why JWTs cannot be verified, or only with keys that are not current; empty if they can."""
+        return self._verifier.keys.trouble if self._verifier else ""
+
+    async def keep_keys_current(self) -> NoReturn:
+        """Fetch the keys of the identity provider that is configured, until cancelled."""
+        while True:
+            self._verifier_changed.clear()
+            async with asyncio.TaskGroup() as group:
+                fetching = group.create_task(self._verifier.keys.keep_current()) if self._verifier else None
+                await self._verifier_changed.wait()
+                if fetching is not None:
+                    fetching.cancel()
+
+
+def _is_jwt(token: str) -> bool:
+    """Return whether a token has the form of a signed JWT (RFC 7515, section 3.1), which makes it none."""
+    return token.isascii() and token.count(".") == 2
 
 
 async def end_unauthorized(streams: Streams, authorization: Authorization) -> NoReturn:

@@ -54,7 +54,11 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 
 
 SECURITY_SCHEMES: dict[str, Any] = {
-    "token": {"type": "http", "scheme": "bearer", "description": "A token, as `streamlab token NAME` prints one."},
+    "token": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A token, as `streamlab token NAME` prints one, or a JWT.",
+    },
     "session": {
         "type": "apiKey",
         "in": "cookie",

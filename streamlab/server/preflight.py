@@ -1,17 +1,16 @@
 """Parts of the configuration that cannot work on this machine: its address, files and folders, before a start."""
 
-import json
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from streamlab.auth import Scope
 from streamlab.config import Config, ConfigError, Fault
 
+from .authorization import load_verifier
 from .edge import is_loopback
 
 
@@ -19,6 +18,7 @@ def faults(config: Config) -> list[Fault]:
     """Return what the server itself cannot use on this machine; nothing is created. Blocks."""
     return [
         *host_faults(config),
+        *_jwt_faults(config),
         *_tls(config)[1],
         *folder_faults(config),
         *event_log_faults(config),
@@ -78,6 +78,14 @@ def scope_warnings(config: Config) -> Iterator[Fault]:
             yield config.fault(("auth", "tokens", name, "allow"), reason, wide)
 
 
+def _jwt_faults(config: Config) -> Sequence[Fault]:
+    try:
+        load_verifier(config)
+    except ConfigError as error:
+        return error.faults
+    return ()
+
+
 # -- TLS
 
 
@@ -95,7 +103,7 @@ def _tls(config: Config) -> tuple[ssl.SSLContext | None, list[Fault]]:
         return None, []
 
     def fault(name: str, path: Path, reason: str) -> Fault:
-        return replace(config.fault(("server", name), reason), value=json.dumps(str(path)))  # never shortened
+        return config.fault(("server", name), reason, path)
 
     files = {"tls_certificate": certificate, "tls_key": key}
     if found := [fault(name, path, reason) for name, path in files.items() if (reason := _unreadable(path))]:

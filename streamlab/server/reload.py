@@ -6,7 +6,7 @@ import signal
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -15,10 +15,13 @@ from streamlab.streaming.drain import STREAMS
 from streamlab.threads import Threads
 
 from . import preflight
-from .authorization import AUTHORIZATION
+from .authorization import AUTHORIZATION, load_verifier
 from .cors import CORS
 from .sessions import SESSIONS
 from .site import REGISTRY
+
+if TYPE_CHECKING:
+    from .json_web_tokens import JsonWebTokens
 
 log = logging.getLogger(__name__)
 
@@ -87,19 +90,19 @@ async def reload(
     they have changed, `restart` is called, or without it a warning is logged.
     """
 
-    def checked() -> tuple[Config, ssl.SSLContext | None]:
+    def checked() -> "tuple[Config, ssl.SSLContext | None, JsonWebTokens | None]":
         config = read()
         found = [*config.faults, *app[REGISTRY].faults(config)]
         try:
-            context = preflight.startable(config)
+            context, verifier = preflight.startable(config), load_verifier(config)
         except ConfigError as error:
             raise ConfigError([*found, *error.faults]) from None
         if found:
             raise ConfigError(found)
-        return config, context
+        return config, context, verifier
 
     try:
-        config, context = await threads.run(checked)
+        config, context, verifier = await threads.run(checked)
     except ConfigError as error:
         for fault in error.faults:
             log.error("%s", fault)
@@ -112,7 +115,7 @@ async def reload(
         return
     if tls is not None and context is not None:
         _replace_certificate(tls, context)
-    app[AUTHORIZATION].configure(config)
+    app[AUTHORIZATION].configure(config, verifier)
     app[SESSIONS].configure(config)
     app[CORS].configure(config)
     app[STREAMS].end_unauthorized(app[AUTHORIZATION].may_continue)

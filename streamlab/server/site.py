@@ -98,13 +98,15 @@ class Site(Scenario):
     async def health(self, request: web.Request) -> web.Response:
         """Report the state of the server: its scenarios and its event log with reasons, open streams, uptime.
 
-        `status` is `ok`, `degraded` (a plugin is out of service, or a scenario or the event log works only in part)
-        or, with 503, `draining`. The states of a scenario are `ready`, `degraded`, `failed` and `disabled`. Without the
-        scope `site:read`, the report has the status only.
+        `status` is `ok`, `degraded` (a plugin is out of service, a scenario or the event log works only in part, or
+        there are no current keys for JWTs) or, with 503, `draining`. The states of a scenario are `ready`, `degraded`,
+        `failed` and `disabled`. Without the scope `site:read`, the report has the status only.
         """
         streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
         events, reasons = request.app[EVENTS].state(), request.app[REGISTRY].degraded()
-        degraded = events["state"] != "ok" or bool(reasons) or any(plugin.state == "failed" for plugin in plugins)
+        keys_missing = request.app[AUTHORIZATION].trouble
+        works = events["state"] == "ok" and not reasons and not keys_missing
+        degraded = not works or any(plugin.state == "failed" for plugin in plugins)
         status = "draining" if streams.draining else "degraded" if degraded else "ok"
         report: dict[str, Any] = {"status": status}
         if request[PRINCIPAL].may(self.name, "read"):
@@ -113,6 +115,7 @@ class Site(Scenario):
                 "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
                 "open_streams": len(streams),
                 "events": events,
+                **({"jwt": {"state": "degraded", "reason": keys_missing}} if keys_missing else {}),
                 "scenarios": {
                     name: _state(plugin, name, reasons.get(name, ""))
                     for plugin in plugins
