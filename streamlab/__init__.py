@@ -1,6 +1,6 @@
 """The names a plugin author needs, and no others."""
 
-from .auth import PRINCIPAL, Action, Principal, Scope, client_of, require
+from .auth import PRINCIPAL, Action, Principal, Scope, client_of, require, require_own
 from .config import CONFIG, ConfigPath
 from .events.channel import EVENTS, Channel, Events, encode_event
 from .events.follow import follow
@@ -73,6 +73,7 @@ __all__ = [
     "read_body",
     "read_json",
     "require",
+    "require_own",
     "resume_id",
     "shielded",
     "sse_event",

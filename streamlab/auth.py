@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 from aiohttp import web
 
@@ -130,8 +130,27 @@ EVERYBODY = Principal("", (Scope.parse("*"),))
 PRINCIPAL = web.RequestKey("principal", Principal)
 """Key of the request: who sent it."""
 
-SCOPES = web.RequestKey("scopes", tuple[Scope, ...])
-"""Key of the request: the scopes that it needed, of which its principal must not lose one while it is served."""
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What the principal of a request must be able to do, from its beginning to its end."""
+
+    scope: Scope
+    on: Literal["it", "some", "another's"] = "it"
+    """Whether a scope must be for the resource, for some resource of the scenario, or name one of another principal."""
+
+    def is_met_by(self, principal: Principal) -> bool:
+        """Return whether a principal has what it takes."""
+        scenario, action, resource = self.scope.scenario, self.scope.action, self.scope.resource or ""
+        if self.on == "some":
+            return any(own.covers(scenario, action) for own in principal.scopes)
+        if self.on == "it":
+            return principal.has(self.scope)
+        return any(own.names(scenario, action, resource) for own in principal.scopes)
+
+
+NEEDS = web.RequestKey("needs", tuple[Need, ...])
+"""Key of the request: what its principal must still be able to do while it is served."""
 
 
 def client_of(request: web.Request) -> str:
@@ -176,14 +195,32 @@ def require(request: web.Request, scope: Scope) -> None:
     principal = request[PRINCIPAL]
     if not principal.has(scope):
         raise denied(principal, scope)
-    if principal is not EVERYBODY:
-        request[SCOPES] = (*request.get(SCOPES, ()), _shared(scope))
+    remember(request, Need(scope))
+
+
+def require_own(request: web.Request, owner: str, scope: Scope, missing: str) -> None:
+    """Raise Problem 404 with the detail `missing` unless the client may use a resource that `owner` created.
+
+    That is its own, or one that a scope names; for all others it does not exist. `scope` has its scenario, action and
+    resource.
+    """
+    principal = request[PRINCIPAL]
+    if not principal.may_use_of(owner, scope.scenario, cast("Action", scope.action), scope.resource or ""):
+        raise Problem(404, missing)
+    if owner != principal.name:
+        remember(request, Need(scope, "another's"))
+
+
+def remember(request: web.Request, need: Need) -> None:
+    """End the stream of a request as soon as its principal does not have what it needs."""
+    if request[PRINCIPAL] is not EVERYBODY:
+        request[NEEDS] = (*request.get(NEEDS, ()), _shared(need))
 
 
 @lru_cache(maxsize=1000)
-def _shared(scope: Scope) -> Scope:
-    """Return the same object for equal scopes: each open stream has some."""
-    return scope
+def _shared(need: Need) -> Need:
+    """Return the same object for equal needs: each open stream has some."""
+    return need
 
 
 def unauthorized(detail: str, *, error: str = "") -> Problem:

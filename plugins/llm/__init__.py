@@ -356,7 +356,7 @@ class Llm(Scenario):
     )
     async def stop(self, request: web.Request, path: GenerationPath) -> web.StreamResponse:
         """Stop a generation for all its followers."""
-        stopped = await self._generations.stop(path.id, request[PRINCIPAL])
+        stopped = await self._generations.stop(request, path.id)
         return web.Response(status=204 if stopped else 202)
 
     # -- the OpenAI API

@@ -15,20 +15,19 @@ from aiohttp import web
 from streamlab import (
     END,
     ORIGIN,
-    PRINCIPAL,
-    Action,
     Channel,
     EncodedEvent,
     EventLogError,
     Events,
     Ownership,
-    Principal,
     Problem,
     Retention,
+    Scope,
     encode_event,
     follow,
     no_more_events,
     open_event_stream,
+    require_own,
     resume_id,
 )
 
@@ -215,7 +214,7 @@ class Generations:
         Nothing is written for it: clients that invent ids must not fill the event log.
         """
         channel = self.channel(id)
-        allowed = await self._may(request[PRINCIPAL], "read", id)
+        allowed = await self._is_allowed(request, id)
         if allowed and (generation := self._running.get(id)):
             with self._followed(generation):
                 return await follow(request, channel, after=after, headers=headers)
@@ -252,11 +251,18 @@ class Generations:
             loop = asyncio.get_running_loop()
             generation.timer = loop.call_later(self.abandon_seconds, generation.stop, "abandoned")
 
-    async def _may(self, principal: Principal, action: Action, id: str) -> bool:  # noqa: A002
-        """Return whether a principal may use a generation: its own, or one that a scope names."""
+    async def _owner(self, id: str) -> str:  # noqa: A002
+        """Return the name of the principal that started a generation."""
         generation = self._running.get(id)
-        owner = generation.principal if generation else (await self._origin(id)).principal
-        return principal.may_use_of(owner, "llm", action, id)
+        return generation.principal if generation else (await self._origin(id)).principal
+
+    async def _is_allowed(self, request: web.Request, id: str) -> bool:  # noqa: A002
+        """Return whether the client may follow a generation: its own, or one that a scope names."""
+        try:
+            require_own(request, await self._owner(id), Scope("llm", "read", id), UNKNOWN)
+        except Problem:
+            return False
+        return True
 
     async def _origin(self, id: str) -> _Origin:  # noqa: A002
         text = await self.channel(id).checkpoint("origin")
@@ -275,13 +281,12 @@ class Generations:
 
     # -- stopping
 
-    async def stop(self, id: str, principal: Principal) -> bool:  # noqa: A002
+    async def stop(self, request: web.Request, id: str) -> bool:  # noqa: A002
         """Stop a generation for all its followers; return False where another process has been requested to.
 
         Raises Problem 404 for an unknown generation, and for one of another principal.
         """
-        if not await self._may(principal, "write", id):
-            raise Problem(404, UNKNOWN)
+        require_own(request, await self._owner(id), Scope("llm", "write", id), UNKNOWN)
         generation = self._running.get(id)
         if generation is None:
             state = await self.state(id)

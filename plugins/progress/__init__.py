@@ -31,6 +31,7 @@ from streamlab import (
     no_more_events,
     public_path,
     require,
+    require_own,
     resume_id,
     wants_events,
 )
@@ -179,7 +180,8 @@ class Tasks(Scenario):
     async def list_tasks(self, request: web.Request, query: TaskListQuery) -> web.Response:
         """List the stored tasks that the client may read, newest first."""
         stored = [record for record in reversed(await self._store.all()) if record.id < query.before]
-        records = [record for record in stored if self._may(request, "read", record)]
+        may_use_of = request[PRINCIPAL].may_use_of
+        records = [record for record in stored if may_use_of(record.principal, self.name, "read", record.id)]
         page = records[: query.limit]
         more = None
         if len(records) > len(page):
@@ -281,9 +283,9 @@ class Tasks(Scenario):
             own = {name: values[0] for name, values in (query.model_extra or {}).items()}
             parameters = self._read(kind, {**own, **given}, "query", "")
             id = (await self._submit(request, new_id(), kind, parameters)).id  # noqa: A001
-        elif (record := await self._store.find(id)) is not None and not self._may(request, "read", record):
-            raise Problem(404, UNKNOWN_EVENT)
-        elif record is None:
+        elif (record := await self._store.find(id)) is not None:
+            require_own(request, record.principal, Scope(self.name, "read", id), UNKNOWN_EVENT)
+        else:
             if self._store.is_expired(id):  # it had ended before it expired
                 return no_more_events()
             raise Problem(404, UNKNOWN_EVENT)
@@ -292,15 +294,10 @@ class Tasks(Scenario):
 
     # -- the tasks of a principal
 
-    def _may(self, request: web.Request, action: Action, record: Record) -> bool:
-        """Return whether the client may use a task: its own, or one that a scope names."""
-        return request[PRINCIPAL].may_use_of(record.principal, self.name, action, record.id)
-
     async def _get(self, request: web.Request, action: Action, id: str) -> Record:  # noqa: A002
         """Return a task; raises Problem 404 also where it is of another client, since an id is no credential."""
         record = await self._store.get(id)
-        if not self._may(request, action, record):
-            raise Problem(404, UNKNOWN_TASK)
+        require_own(request, record.principal, Scope(self.name, action, id), UNKNOWN_TASK)
         return record
 
     # -- new tasks

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, NoReturn
 from aiohttp import web
 from pydantic import BaseModel
 
-from streamlab.auth import EVERYBODY, JWT, PRINCIPAL, SCOPES, Principal, Scope, denied, require, unauthorized
+from streamlab.auth import (
+    EVERYBODY,
+    JWT,
+    NEEDS,
+    PRINCIPAL,
+    Need,
+    Principal,
+    Scope,
+    denied,
+    remember,
+    require,
+    unauthorized,
+)
 from streamlab.config import Config, ConfigError
 from streamlab.scenario import ANY, Endpoint, Route, labels
 from streamlab.streaming.drain import OpenStream, Streams
@@ -136,10 +148,10 @@ class Authorization:
         before = request.get(PRINCIPAL)
         if self.is_open or before is None:
             return True
-        if before is EVERYBODY:  # nobody recorded which scopes the stream needs
+        if before is EVERYBODY:  # nobody recorded what the stream needs
             return False
         principal = self.current(before)
-        return principal is not None and all(map(principal.has, request.get(SCOPES, ())))
+        return principal is not None and all(need.is_met_by(principal) for need in request.get(NEEDS, ()))
 
     @property
     def trouble(self) -> str:
@@ -188,8 +200,11 @@ def may_use(request: web.Request, route: Route) -> bool:
 
 def authorize(request: web.Request, route: Route) -> None:
     """Raise Problem 401 or 403 where no scope of the principal is for the endpoint."""
+    scope = Scope(route.scenario, route.endpoint.action)
     if not may_use(request, route):
-        raise denied(request[PRINCIPAL], Scope(route.scenario, route.endpoint.action))
+        raise denied(request[PRINCIPAL], scope)
+    if route.endpoint.resource == ANY and not route.endpoint.public:
+        remember(request, Need(scope, "some"))
 
 
 def authorize_resources(request: web.Request, route: Route, parameters: Mapping[str, BaseModel]) -> None:

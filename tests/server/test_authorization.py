@@ -359,6 +359,26 @@ def test_a_reload_ends_the_streams_that_lost_their_scope_and_no_others(start: St
     assert server.get("/stream/stock-ticker", bearer("alice"))[0] == 403
 
 
+def test_a_stream_of_another_ends_when_no_scope_names_it_any_more(start: Start, tmp_path: Path) -> None:
+    server = start(table("alice", "progress:*") + table("auditor", "progress:read:*") + table("bob", "progress:*"))
+    url = submitted(server, "alice", steps=1000, delay=60)[1]["url"]
+    bobs = submitted(server, "bob", steps=1000, delay=60)[1]["url"]
+    with (
+        EventStream(server, url, headers=bearer("alice")) as own,
+        EventStream(server, url, headers=bearer("auditor")) as of_another,
+        EventStream(server, bobs, headers=bearer("bob")) as without_scope,
+    ):
+        for stream in (own, of_another, without_scope):
+            stream.take(1)
+        config = table("alice", "progress:*") + table("auditor", "progress:read") + table("bob", "progress:write")
+        (tmp_path / "config.toml").write_text(config)
+        server.process.send_signal(signal.SIGHUP)
+        assert [event.event for event in of_another][-1] == "unauthorized"
+        assert [event.event for event in without_scope][-1] == "unauthorized"
+        assert server.get(url, bearer("alice"), method="DELETE")[0] == 202
+        assert [event.event for event in own][-1] == "end"
+
+
 # -- limits of one client
 
 

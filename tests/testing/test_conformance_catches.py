@@ -149,7 +149,7 @@ import secrets
 from aiohttp import web
 from pydantic import BaseModel, Field, PrivateAttr
 
-from streamlab import ANY, PRINCIPAL, Problem, Scenario, endpoint, hookimpl
+from streamlab import ANY, PRINCIPAL, Problem, Scenario, Scope, endpoint, hookimpl, require_own
 
 
 class Note(BaseModel):
@@ -175,9 +175,10 @@ class Notes(Scenario):
     @endpoint("GET", "/notes/{id}", path_model=NotePath, resource=ANY, sends="text/plain")
     async def read(self, request: web.Request, path: NotePath) -> web.Response:
         """Return a note to the client that stored it."""
-        owner, text = self._stored.get(path.id, (None, ""))
-        if owner is None or not request[PRINCIPAL].may_use_of(owner, self.name, "read", path.id):
+        if path.id not in self._stored:
             raise Problem(404, "There is no such note.")
+        owner, text = self._stored[path.id]
+        require_own(request, owner, Scope(self.name, "read", path.id), "There is no such note.")
         return web.Response(text=text)
 
 
@@ -307,7 +308,7 @@ DEFECTS = {
     "reads_notes_of_others": Defect(
         "what_another_client_created_does_not_exist",
         NOTES,
-        ' or not request[PRINCIPAL].may_use_of(owner, self.name, "read", path.id)',
+        '        require_own(request, owner, Scope(self.name, "read", path.id), "There is no such note.")\n',
         "",
     ),
     "goes_on_without_permission": Defect(
