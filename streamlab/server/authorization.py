@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
 
 from aiohttp import web
@@ -38,6 +38,9 @@ CHECK_SECONDS = 0.5
 
 MAX_TOKEN = 4096
 """Maximum length of a credential, in characters; a JWT has some hundreds."""
+
+MAX_RESTORED = 10_000
+"""Maximum number of principals of JWTs that are remembered."""
 
 
 def load_verifier(config: Config) -> "JsonWebTokens | None":
@@ -84,6 +87,7 @@ class Authorization:
             )
             for name, token in config.auth.tokens.items()
         }
+        self._of_jwt = lru_cache(maxsize=MAX_RESTORED)(self._restore)  # each open stream needs it in every check
 
     async def authenticate(self, request: web.Request) -> Principal:
         """Return the principal of a request; raises Problem 401 for credentials that are unknown or have expired.
@@ -108,7 +112,8 @@ class Authorization:
         """
         principal = self._of_token(token)
         if principal is None and self._verifier and len(token) <= MAX_TOKEN and _is_jwt(token):
-            principal = self._with_anonymous(await self._verifier.verify(token))
+            verified = await self._verifier.verify(token)
+            principal = self._of_jwt(verified.name, verified.expires, verified.credential)
         if principal is None:
             raise unauthorized("This token is not known here.", error="invalid_token")
         if principal.expires is not None and principal.expires <= time.time():
@@ -135,13 +140,14 @@ class Authorization:
         if not principal.credential:
             return self._anonymous
         found = self._tokens.get(principal.credential)
-        if self._verifier and principal.credential.startswith(JWT):
-            found = self._with_anonymous(self._verifier.current(principal))
+        if principal.credential.startswith(JWT):
+            found = self._of_jwt(principal.name, principal.expires, principal.credential)
         return None if found is None or (found.expires is not None and found.expires <= time.time()) else found
 
-    def _with_anonymous(self, principal: Principal | None) -> Principal | None:
-        """Return a principal that may also do what a request without credentials may."""
-        return principal and replace(principal, scopes=(*principal.scopes, *self._anonymous.scopes))
+    def _restore(self, name: str, expires: float | None, credential: str) -> Principal | None:
+        """Return the principal of a JWT that was verified; None if it was by another verifier than that in force."""
+        scopes = self._verifier.scopes_of(credential) if self._verifier else None
+        return None if scopes is None else Principal(name, (*scopes, *self._anonymous.scopes), expires, credential)
 
     def may_continue(self, request: web.Request) -> bool:
         """Return whether the client of an open stream may still have it."""

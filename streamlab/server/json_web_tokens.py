@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from collections.abc import Collection
-from functools import lru_cache
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -77,7 +76,7 @@ class JsonWebTokens:
         return (self.settings, self.fingerprint) == (other.settings, other.fingerprint)
 
     async def verify(self, token: str) -> Principal:
-        """Return the principal of a token, with the scopes of the token only; its expiry may be in the leeway.
+        """Return the principal of a token, without its scopes (see `scopes_of`); it may have expired within the leeway.
 
         Raises Problem 401 for a token that is not valid, and 503 while the keys of the provider are not available.
         """
@@ -119,17 +118,12 @@ class JsonWebTokens:
             raise jwt.DecodeError("its exp is not a number")
         scopes = json.dumps(_texts(claims.get(self.settings.scope_claim)))
         credential = f"{JWT}{self.fingerprint} {scopes}"
-        return Principal(f"{JWT}{subject}", _scopes(scopes), float(min(expires, LATEST)), credential)
+        return Principal(f"{JWT}{subject}", (), float(min(expires, LATEST)), credential)
 
-    def current(self, principal: Principal) -> Principal | None:
-        """Return a principal whose token was verified earlier, found again by its credential.
-
-        None if tokens were verified in another way then; the time of its expiry is not checked.
-        """
-        fingerprint, _, scopes = principal.credential.removeprefix(JWT).partition(" ")
-        if fingerprint != self.fingerprint:
-            return None
-        return Principal(principal.name, _scopes(scopes), principal.expires, principal.credential)
+    def scopes_of(self, credential: str) -> tuple[Scope, ...] | None:
+        """Return the scopes of a token that was verified earlier; None if tokens were verified in another way then."""
+        fingerprint, _, scopes = credential.removeprefix(JWT).partition(" ")
+        return tuple(map(Scope.parse, json.loads(scopes))) if fingerprint == self.fingerprint else None
 
 
 def _rejected(error: jwt.PyJWTError) -> Problem:
@@ -150,12 +144,6 @@ def _texts(value: Any) -> Collection[str]:
             continue
         found.append(text)
     return found
-
-
-@lru_cache(maxsize=1000)
-def _scopes(texts: str) -> tuple[Scope, ...]:
-    """Return the scopes of a JSON list of texts: all open streams of a client share them."""
-    return tuple(map(Scope.parse, json.loads(texts)))
 
 
 def _url_fault(url: str) -> str:

@@ -510,6 +510,19 @@ async def test_a_stored_principal_is_found_again_until_it_expires_or_the_provide
     assert authorization().current(stored) is None
 
 
+def test_a_session_that_a_token_began_needs_neither_its_key_nor_its_server(start: Start, tmp_path: Path) -> None:
+    with IdentityProvider().running() as provider:
+        server = start(provider.table(), imports=IMPORTS, who=WHO)
+        status, headers, _ = server.get("/auth/session", bearer(token(scope="who:read")), method="POST")
+        assert status == 200
+        cookie = {"Cookie": headers["set-cookie"].partition(";")[0]}
+        server.terminate()
+    for changes, expected in (({}, (200, b'["jwt:alice", "who:read"]')), ({"audience": "another"}, (401, None))):
+        server = start(provider.table(**changes), imports=IMPORTS, who=WHO)
+        status, _, body = server.get("/who", cookie)
+        assert (status, body if status == 200 else None) == expected
+
+
 # -- the configuration
 
 
