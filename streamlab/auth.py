@@ -153,6 +153,10 @@ NEEDS = web.RequestKey("needs", tuple[Need, ...])
 """Key of the request: what its principal must still be able to do while it is served."""
 
 
+TICKET_PARAMETER = "ticket"
+"""Name of the query parameter with a ticket; no handler sees it."""
+
+
 def client_of(request: web.Request) -> str:
     """Return what a client counts as when limits are applied: its name, or its address, for IPv6 its 64-bit network.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
-from .auth import Action
+from .auth import TICKET_PARAMETER, Action
 from .problems import ErrorFormat, error_format_of
 
 Handler = Callable[..., Awaitable[web.StreamResponse]]
@@ -145,6 +145,10 @@ def endpoint(
             description=re.sub(r"\n[ \t]+", "\n", description.strip()),
             name=handler.__name__,
         )
+        if query is not None and TICKET_PARAMETER in labels(query):
+            raise TypeError(
+                f"query of {method} {path}: {TICKET_PARAMETER!r} is the server's own parameter, for tickets"
+            )
         known = {label for model in declared.models.values() for label in labels(model)}
         if resource not in ("", ANY, *known):
             raise TypeError(f"resource {resource}: {method} {path} has no such parameter")

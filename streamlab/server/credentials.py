@@ -8,9 +8,9 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from streamlab.auth import PRINCIPAL, Principal, unauthorized
+from streamlab.auth import PRINCIPAL, TICKET_PARAMETER, Principal, unauthorized
 from streamlab.events.log import EventLogError
-from streamlab.pages import PREFIX
+from streamlab.pages import public_path
 
 from .authorization import AUTHORIZATION
 from .sessions import SESSION, SESSIONS
@@ -23,9 +23,6 @@ TICKET_COOKIE = "streamlab-ticket-"
 
 MAX_TICKET_COOKIES = 32
 """Maximum number of cookies of tickets that a browser has for one path: one more removes the oldest."""
-
-TICKET_PARAMETER = "ticket"
-"""Name of the query parameter with a ticket; no handler sees it."""
 
 TICKET = web.RequestKey("ticket", str)
 """Key of the request: the ticket of its URL."""
@@ -133,12 +130,12 @@ def _cookie(request: web.Request, name: str) -> str:
 def set_session_cookie(request: web.Request, secret: str, expires: float) -> None:
     """Set the cookie of a session in the response to a request, until a Unix time; remove it by 0."""
     site = "SameSite=Strict; Secure" if request.scheme == "https" else "SameSite=Strict"
-    _set_cookie(request, f"{SESSION_COOKIE}={secret}; Path={request.get(PREFIX, '/')}", expires, site)
+    _set_cookie(request, f"{SESSION_COOKIE}={secret}; Path={public_path(request, '') or '/'}", expires, site)
 
 
 def _set_ticket_cookie(request: web.Request, name: str, secret: str, expires: float) -> None:
     """Set the cookie of a ticket, which the pages of other sites may use: each site has its own (CHIPS)."""
-    path = request.get(PREFIX, "") + request.rel_url.raw_path
+    path = public_path(request, request.rel_url.raw_path)
     if not re.fullmatch(r"[!-:<-~]+", path):  # a cookie can only be for a folder around it
         path = re.sub(r"/[^/]*[^!-:<-~].*", "/", path, flags=re.DOTALL)
     site = "SameSite=None; Secure; Partitioned" if request.scheme == "https" else "SameSite=Lax"

@@ -8,17 +8,17 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 from aiohttp.streams import EMPTY_PAYLOAD
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 from yarl import URL
 
-from streamlab.auth import PRINCIPAL, unauthorized
-from streamlab.pages import NEXT_LENGTH, PREFIX, SIGN_IN, wants_page
+from streamlab.auth import PRINCIPAL, TICKET_PARAMETER, unauthorized
+from streamlab.pages import NEXT_LENGTH, SIGN_IN, public_path, wants_page
 from streamlab.problems import Problem, phrase
 from streamlab.request_body import read_body
 from streamlab.scenario import Route, Scenario, endpoint
 
 from .authorization import AUTHORIZATION, authorize
-from .credentials import TICKET_PARAMETER, comparable, set_session_cookie
+from .credentials import comparable, set_session_cookie
 from .limits import RequestRate
 from .sessions import SESSION, SESSIONS
 from .site import CONTENT_SECURITY_POLICY, ROUTES, template
@@ -63,7 +63,9 @@ class SignIn(Scenario):
 
     name = "auth"
 
-    _tickets: RequestRate = RequestRate(TICKETS_PER_MINUTE, "requested {limit} tickets")
+    _tickets: RequestRate = PrivateAttr(
+        default_factory=lambda: RequestRate(TICKETS_PER_MINUTE, "requested {limit} tickets")
+    )
 
     @endpoint("GET", SIGN_IN, public=True, query=SignInQuery, sends=("application/json", "text/html"), curl="{url}")
     async def who(self, request: web.Request, query: SignInQuery) -> web.Response:
@@ -145,7 +147,7 @@ class SignIn(Scenario):
         It is for a GET of exactly this path and query that the client may use now. A browser gets a cookie with it, so
         that it can repeat the request, as an EventSource does when it reconnects.
         """
-        principal, prefix = request[PRINCIPAL], request.get(PREFIX, "")
+        principal, prefix = request[PRINCIPAL], public_path(request, "")
         path = body.url.removeprefix(prefix) if body.url.startswith(f"{prefix}/") else body.url
         url = _local_url(path)
         if not request.app[AUTHORIZATION].is_open:
@@ -182,9 +184,10 @@ def page(request: web.Request, *, next_path: str, status: int = 200, reason: str
         "reason": f'<p class="reason" role="alert">{escape(reason)}</p>' if reason else "",
         "state": escape(state),
         "form": form,
-        "action": escape(request.get(PREFIX, "") + SIGN_IN),
+        "action": escape(public_path(request, SIGN_IN)),
         "next": escape(_local(next_path)),
-        "prefix": escape(request.get(PREFIX, "")),
+        "back": HOME if reason else escape(_local(next_path)),  # not to what was denied
+        "prefix": escape(public_path(request, "")),
     }
     text = template("sign-in.html")
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text)

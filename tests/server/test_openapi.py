@@ -361,6 +361,14 @@ def test_choices_of_a_parameter_that_does_not_exist_are_an_error() -> None:
         endpoint("GET", "/x", query=Query, choices={"colour": lambda scenario: ["red"]})(_handler)
 
 
+def test_the_parameter_of_tickets_is_that_of_the_server() -> None:
+    class TicketQuery(BaseModel):
+        ticket: str = ""
+
+    with pytest.raises(TypeError, match=r"^query of GET /x: 'ticket' is the server's own parameter, for tickets$"):
+        endpoint("GET", "/x", query=TicketQuery)(_handler)
+
+
 async def _handler(request: web.Request) -> web.Response:
     return web.Response()
 

@@ -19,6 +19,7 @@ import pytest
 from tests.support.connections import EventStream
 from tests.support.servers import Running, starting_in
 from tests.support.tokens import bearer, table
+from tests.support.valkey import Valkey
 
 LOADED_PLUGINS = ("ticker", "file")
 
@@ -400,12 +401,27 @@ def test_a_browser_has_a_limited_number_of_cookies_of_tickets(server: Running) -
 # -- several processes, restarts, ends
 
 
-SHORT = """
+EXPIRED = """
     import streamlab.server.sessions
 
-    streamlab.server.sessions.TICKET_SECONDS = 0.5
+    streamlab.server.sessions.TICKET_SECONDS = 0
 """
-"""A plugin with which tickets expire soon."""
+"""A plugin with which tickets expire at once."""
+
+BOUNDED = """
+    from streamlab.server import sessions, sign_in
+
+    sessions.MAX_SESSIONS = sessions.MAX_TICKETS = 2
+    sign_in.TICKETS_PER_MINUTE = 5
+"""
+"""A plugin with which a principal has few sessions and tickets."""
+
+IMPATIENT = """
+    import streamlab.server.sessions
+
+    streamlab.server.sessions.LOG_SECONDS = 0.2
+"""
+"""A plugin with which requests do not wait for the event log."""
 
 
 def pair(base: Path, config: str, stack: ExitStack, **plugins: str) -> list[Running]:
@@ -517,15 +533,48 @@ def test_a_session_ends_with_its_token(start: Start, tmp_path: Path) -> None:
         assert [event.event for event in stream] == ["", "unauthorized"]
         assert [event.event for event in other] == ["", "unauthorized"]
     assert who(server, browser) is None
+    assert cookie(server.get("/health", browser)[1])["age"] == "0"
     assert [server.get(issued, repeated)[0], server.get(unused)[0]] == [401, 401]
 
 
 def test_sessions_and_tickets_expire(start: Start) -> None:
-    server = start(f"[auth]\nsession_hours = 0.0005\n{TOKENS}", echo=ECHO, short=SHORT)
+    server = start(f"[auth]\nsession_hours = 0.0005\n{TOKENS}", echo=ECHO, expired=EXPIRED)
     browser = signed_in(server)
     assert who(server, browser) == "alice"
-    late = ticketed(server, "/echo")
+    assert server.get(ticketed(server, "/echo"))[0] == 401
     with EventStream(server, "/echo/forever", headers=browser) as stream:
         assert [event.event for event in stream] == ["", "unauthorized"]  # after 1.8 s
     assert who(server, browser) is None
-    assert server.get(late)[0] == 401
+
+
+def test_one_principal_has_a_limited_number_of_sessions_and_tickets(start: Start) -> None:
+    server = start(TOKENS, echo=ECHO, bounded=BOUNDED)
+    first = signed_in(server)
+    with EventStream(server, "/echo/forever", headers=first) as stream:
+        others = [signed_in(server), signed_in(server, "bob"), signed_in(server)]
+        assert [event.event for event in stream] == ["", "unauthorized"]
+    assert [who(server, browser) for browser in (first, *others)] == [None, "alice", "bob", "alice"]
+    oldest, *newer = [ticketed(server, "/echo") for _ in range(3)]
+    assert [server.get(url)[0] for url in (oldest, *newer)] == [401, 200, 200]
+    assert [ticket(server, "/echo")[0] for _ in range(2)] == [201, 201]
+    body = json.dumps({"url": "/echo"}).encode()
+    status, headers, problem = server.get("/auth/tickets", {**JSON, **bearer("alice")}, method="POST", body=body)
+    assert (status, 1 <= int(headers["retry-after"]) <= 12) == (429, True)
+    assert json.loads(problem)["detail"] == "This client has requested 5 tickets within a minute."
+    assert ticket(server, "/echo", bearer("bob"))[0] == 201
+
+
+def test_while_the_event_log_is_unavailable_a_cookie_is_of_no_use_and_in_no_way(start: Start, valkey: Valkey) -> None:
+    server = start(f'[events]\nurl = "{valkey.url}"\n{TOKENS}', echo=ECHO, impatient=IMPATIENT)
+    browser = signed_in(server)
+    issued = ticketed(server, "/echo")
+    valkey.kill()
+    status, headers, _ = server.get("/lab", browser)
+    assert (status, "set-cookie" in headers) == (200, False)
+    for path, given in (("/echo", browser), (issued, {})):
+        status, headers, _ = server.get(path, given)
+        assert (status, headers["retry-after"]) == (503, "5")
+    assert server.get("/echo", bearer("alice"))[0] == 200
+    valkey.start()
+    server.wait_for_log("is connected again")
+    assert server.get("/echo", browser)[2].startswith(b"alice\n")
