@@ -424,6 +424,15 @@ def parameters_of(text: str, section: str) -> dict[str, str]:
     return {name: " ".join(words.split()) for name, words in found}
 
 
+@pytest.mark.parametrize("command", [*COMMAND_NAMES, *(f"task {name}" for name in TASK_NAMES)])
+def test_every_command_that_requests_a_server_takes_a_token(command: str, help_of: Callable[[str], str]) -> None:
+    options = parameters_of(help_of(command), "Options")
+    assert ("--token TOKEN" in options) == ("--url URL" in options)
+    assert ("--url URL" in options) == (
+        command in ("follow", "doctor", "client", "chat") or command.startswith("task ")
+    )
+
+
 @pytest.mark.parametrize("command", ["", *COMMAND_NAMES, *(f"task {name}" for name in TASK_NAMES)])
 def test_help_is_of_one_form(command: str, help_of: Callable[[str], str]) -> None:
     text, whole = help_of(command), f"streamlab {command}".strip()

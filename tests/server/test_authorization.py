@@ -1,5 +1,7 @@
 """Who may come in: tokens and their scopes, what belongs to whom, streams that end with their token, other origins."""
 
+import hashlib
+import hmac
 import json
 import re
 import signal
@@ -7,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from streamlab.auth import EVERYBODY, Principal, Scope
 from streamlab.config import Config
+from streamlab.server.authorization import Authorization
 from tests.support.connections import EventStream
 from tests.support.servers import WITHOUT_MODEL, Running, run_streamlab, starting_in
 from tests.support.tokens import EXPIRED, bearer, table
@@ -237,6 +241,22 @@ def test_health_names_scenarios_for_those_who_may_know(server: Running) -> None:
 def test_a_refused_request_is_rejected_before_its_parameters_are_read(server: Running) -> None:
     path = "/export/users/csv?unknown=1"
     assert [server.get(path, headers)[0] for headers in ({}, bearer("nobody"), bearer("orders"))] == [401, 403, 422]
+
+
+async def test_every_known_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison that ends at the first difference, or at the token that is right, would tell parts of a hash."""
+    compared: list[tuple[str, str]] = []
+
+    def compare(known: str, given: str) -> bool:
+        compared.append((known, given))
+        return hmac.compare_digest(known, given)
+
+    digests = {name: hashlib.sha256(f"{name}-secret".encode()).hexdigest() for name in ("alice", "bob", "carol")}
+    tokens = {name: {"sha256": digest, "allow": []} for name, digest in digests.items()}
+    authorization = Authorization(Config.of({"auth": {"tokens": tokens}}))
+    monkeypatch.setattr("streamlab.server.authorization.hmac", SimpleNamespace(compare_digest=compare))
+    assert (await authorization.identify("alice-secret")).name == "alice"
+    assert compared == [(digest, digests["alice"]) for digest in digests.values()]
 
 
 # -- what belongs to whom
