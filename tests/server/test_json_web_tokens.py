@@ -4,7 +4,9 @@ import asyncio
 import hashlib
 import hmac
 import json
+import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from aiohttp.test_utils import make_mocked_request
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -382,6 +385,19 @@ async def test_what_cannot_be_used_as_keys_is_a_reason(
         with pytest.raises(Problem, match="are not available") as caught:
             await keys.find("ES256", "ES256")
         assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "10"})
+
+
+def test_the_certificate_of_the_provider_is_verified(start: Start, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    with IdentityProvider(tls).running() as provider:
+        for trusted, status in ((os.devnull, 503), (str(tmp_path / "ca.pem"), 200)):
+            server = start(provider.table(), imports=IMPORTS, environ={"SSL_CERT_FILE": trusted})
+            assert server.get(TICKER, bearer(token()))[0] == status
+            if status == 503:
+                assert "certificate verify failed" in server.wait_for_log("are not available")
 
 
 async def test_a_slow_provider_is_waited_for_a_limited_time(

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def key_set(*algorithms: str) -> bytes:
 class IdentityProvider:
     """The server of the keys: what it responds with can be replaced, and its requests are listed."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.status = 200
         self.body = key_set("RS256", "ES256", "EdDSA")
         self.headers: dict[str, str] = {"Content-Type": "application/json"}
@@ -112,7 +113,9 @@ class IdentityProvider:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.origin = f"http://127.0.0.1:{self._server.server_port}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.origin = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_port}"
         self.url = f"{self.origin}/jwks.json"
 
     @contextmanager
