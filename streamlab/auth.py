@@ -218,13 +218,13 @@ def require_own(request: web.Request, owner: str, scope: Scope, missing: str) ->
 def remember(request: web.Request, need: Need) -> None:
     """End the stream of a request as soon as its principal does not have what it needs."""
     if request[PRINCIPAL] is not EVERYBODY:
-        request[NEEDS] = (*request.get(NEEDS, ()), _shared(need))
+        request[NEEDS] = _shared((*request.get(NEEDS, ()), need))
 
 
 @lru_cache(maxsize=1000)
-def _shared(need: Need) -> Need:
-    """Return the same object for equal needs: each open stream has some."""
-    return need
+def _shared(needs: tuple[Need, ...]) -> tuple[Need, ...]:
+    """Return the same object for equal needs: each open stream has some, and they are decided on together."""
+    return needs
 
 
 def unauthorized(detail: str, *, error: str = "") -> Problem:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
 
@@ -149,8 +149,23 @@ class Authorization:
         scopes = self._verifier.scopes_of(credential) if self._verifier else None
         return None if scopes is None else Principal(name, (*scopes, *self._anonymous.scopes), expires, credential)
 
-    def may_continue(self, request: web.Request) -> bool:
-        """Return whether the client of an open stream may still have it."""
+    def deciding(self) -> Callable[[web.Request], bool]:
+        """Return a function that returns whether the client of an open stream may still have it, as of now.
+
+        It decides once about all streams with the same principal and needs, of which there may be thousands.
+        """
+        decided: dict[tuple[int, int], tuple[bool, object]] = {}
+
+        def may_continue(request: web.Request) -> bool:
+            both = request.get(PRINCIPAL), request.get(NEEDS)
+            key = id(both[0]), id(both[1])
+            if (found := decided.get(key)) is None:
+                found = decided[key] = self._may_continue(request), both  # which keeps the ids theirs
+            return found[0]
+
+        return may_continue
+
+    def _may_continue(self, request: web.Request) -> bool:
         before = request.get(PRINCIPAL)
         if self.is_open or before is None:
             return True
@@ -185,7 +200,10 @@ async def end_unauthorized(streams: Streams, authorization: Authorization) -> No
     interrupted: Collection[OpenStream] = ()
     while True:
         await asyncio.sleep(CHECK_SECONDS)
-        interrupted = streams.end_unauthorized(authorization.may_continue, interrupted) if len(streams) else ()
+        if authorization.is_open or not len(streams):
+            interrupted = ()
+        else:
+            interrupted = await streams.end_unauthorized(authorization.deciding(), interrupted)
 
 
 AUTHORIZATION = web.AppKey("authorization", Authorization)

@@ -118,7 +118,7 @@ async def reload(
     app[AUTHORIZATION].configure(config, verifier)
     app[SESSIONS].configure(config)
     app[CORS].configure(config)
-    app[STREAMS].end_unauthorized(app[AUTHORIZATION].may_continue)
+    await app[STREAMS].end_unauthorized(app[AUTHORIZATION].deciding())
     log.info("reloaded %s: tokens, origins and certificates", config.source)
     for warning in preflight.scope_warnings(config):
         log.warning("%s", warning)

@@ -356,7 +356,7 @@ class Sessions:
                         await self._refresh()
                 except EventLogError as error:
                     log.debug("which sessions have ended is not known: %s", error)
-                streams.end_unauthorized(self._may_continue)
+                await streams.end_unauthorized(self._may_continue)
 
     def _may_continue(self, request: web.Request) -> bool:
         session = request.get(SESSION)

@@ -15,6 +15,9 @@ from streamlab.threads import Threads
 
 from .outcome import OnStop, Outcome, Stop, StreamSummary
 
+CHECKED_AT_ONCE = 500
+"""Number of open streams whose credentials are checked in one iteration of the event loop."""
+
 FAREWELL_SECONDS = 0.5
 """Seconds in which event streams send their end at shutdown; a client that does not read it is cut then."""
 
@@ -149,19 +152,23 @@ class Streams:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_milliseconds)
 
-    def end_unauthorized(
+    async def end_unauthorized(
         self, may_continue: Callable[[web.Request], bool], interrupted: Collection[OpenStream] = ()
     ) -> set[OpenStream]:
         """Interrupt every stream whose client may not have it any more, and return these.
 
         Those that were `interrupted` by an earlier call, whose handlers go on all the same, are cut.
         """
-        found = {stream for stream in self if not may_continue(stream.request)}
-        for stream in found:
-            if stream in interrupted:
-                stream.cut()
-            else:
-                stream.stop("unauthorized")
+        found = set()
+        for number, stream in enumerate(self, start=1):
+            if stream in self._open and not may_continue(stream.request):
+                found.add(stream)
+                if stream in interrupted:
+                    stream.cut()
+                else:
+                    stream.stop("unauthorized")
+            if number % CHECKED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return found
 
     async def drain(self, seconds: float) -> None:
