@@ -151,10 +151,11 @@ def _url_fault(url: str) -> str:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")  # as the look-up of its address does
     except ValueError as error:
         return f"is no URL: {error}"
-    if parts.scheme not in ("https", "http") or not host:
-        return "must be a URL that begins with https://"
+    if parts.scheme not in ("https", "http") or not host or not re.fullmatch("[!-~]+", url):
+        return "must be a URL that begins with https://, of printable ASCII characters without spaces"
     if parts.scheme == "http" and not is_loopback(host):
         return "must begin with https://: over http, anybody on the way could replace the keys"
     if "@" in parts.netloc or parts.fragment:

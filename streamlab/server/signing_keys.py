@@ -214,7 +214,7 @@ class SigningKeys:
         """Replace the keys by those of the provider; while that fails, those that are known stay in force for a day."""
         try:
             keys = read_jwks(await self._read(session), self._allowed)
-        except (aiohttp.ClientError, TimeoutError, UnusableKeys) as error:
+        except (aiohttp.ClientError, OSError, UnicodeError, UnusableKeys) as error:  # a TimeoutError is an OSError
             if time.monotonic() - self._fetched_at > MAX_STALE_SECONDS:
                 self._keys = []
             self._report(str(error) or f"no complete response within {FETCH_SECONDS:g} s")

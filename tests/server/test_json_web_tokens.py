@@ -587,6 +587,8 @@ URL = {"jwks_url": "https://id.example.org/jwks.json"}
             "must begin with https://: over http, anybody on the way could replace",
         ),
         ({"jwks_url": "id.example.org/jwks.json"}, "must be a URL that begins with https://"),
+        ({"jwks_url": "https://id example.org/"}, "of printable ASCII characters without spaces"),
+        ({"jwks_url": "https://id..example.org/"}, "is no URL: "),
         ({"jwks_url": "https:///jwks.json"}, "must be a URL that begins with https://"),
         ({"jwks_url": "https://id.example.org:port/"}, "is no URL: Port could not be cast"),
         ({"jwks_url": "https://user:secret@id.example.org/"}, "must have no user, password or fragment"),
