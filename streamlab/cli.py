@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import resource
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from .client.doctor import examine
 from .client.follow import follow as follow_events
 from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, print_events, printable
 from .commands import DEFAULT_CONFIG, CommandGroup, plugin_views
-from .config import CONFIG, Config, ConfigError, Fault
+from .config import CONFIG, Config, ConfigError, Fault, Server
 from .problems import Problem
 from .scaffold import write_plugin
 from .server import openapi, preflight
@@ -121,7 +122,8 @@ def _read_config(path: Path | None) -> Config:
 def run(
     config: ConfigOption = None,
     host: Annotated[
-        str | None, typer.Option(help="Listen on this address instead of `host` of [server].", metavar="ADDRESS")
+        str | None,
+        typer.Option(help="Listen on this address, or unix:PATH, instead of `host` of [server].", metavar="ADDRESS"),
     ] = None,
     port: Annotated[
         int | None,
@@ -163,11 +165,13 @@ def _read_with_options(path: Path | None, **options: Any) -> Config:
     """Read the configuration, with the options of the command line that are not None in place of its keys."""
     settings = _read_config(path)
     overrides = {name: value for name, value in options.items() if value is not None}
-    return dataclasses.replace(
-        settings,
-        server=settings.server.model_copy(update=overrides),
-        variables={**settings.variables, **{("server", name): f"--{name}" for name in overrides}},
-    )
+    if not overrides:
+        return settings
+    keys: dict[tuple[str, ...], str] = {("server", name): f"--{name}" for name in overrides}
+    settings = dataclasses.replace(settings, variables={**settings.variables, **keys})
+    given: dict[str, Any] = settings.server.model_dump(exclude_unset=True)
+    server, faults = settings.decode(Server, given | overrides, "server")
+    return dataclasses.replace(settings, server=server or settings.server, faults=(*settings.faults, *faults))
 
 
 def _run_reloading(config: Path | None, host: str | None, port: int | None) -> None:
@@ -205,14 +209,30 @@ def _announce(app: web.Application, address: str) -> None:
     source = "defaults (no config.toml)" if config.source == "defaults" else config.source
     origins = ", ".join(dict.fromkeys([source, *config.variables.values()]))
     written = ", ".join(map(str, preflight.written_paths(config)))
+    if config.server.socket is None:
+        lab = f"lab page: {reachable(address, config.server)}/lab"
+    else:
+        lab = f"try it: {_tried('curl http://localhost/', config.server)}"
     lines = (
         f"streamlab {version()} serves {address}",
         f"configuration: {origins}",
         f"data: {written}",
-        f"lab page: {reachable(address, config.server)}/lab",
+        lab,
     )
     # In one write: a program may stop reading after the first line, and a signal handler may print in between.
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
+
+
+def _origin(server: Server) -> str:
+    """Return the beginning of the URLs of a server as configured; at a Unix socket, curl needs any name of a host."""
+    return "http://localhost" if server.socket is not None else f"http://{server.host}:{server.port}"
+
+
+def _tried(command: str, server: Server) -> str:
+    """Return a command of curl, as it reaches the Unix socket if the server has one."""
+    if server.socket is None:
+        return command
+    return command.replace("curl ", f"curl --unix-socket {shlex.quote(str(server.socket))} ", 1)
 
 
 @cli.command(
@@ -263,12 +283,12 @@ def routes(config: ConfigOption = None) -> None:
     with _exit_on_config_error():
         settings = _read_config(config)
         app = create_app(settings)
-        origin = f"http://{settings.server.host}:{settings.server.port}"
+        origin = _origin(settings.server)
         for route in app[ROUTES]:
             typer.echo(
                 f"{route.endpoint.method:6} {route.endpoint.template:24} {route.scenario:12} {route.endpoint.summary}"
             )
-            typer.echo(f"       {openapi.curl(route, origin)}")
+            typer.echo(f"       {_tried(openapi.curl(route, origin), settings.server)}")
 
 
 @cli.command(
@@ -303,8 +323,8 @@ def new(
         raise typer.Exit(2) from None
     for path in paths:
         typer.echo(f"wrote {path}")
-    url = f"http://{settings.server.host}:{settings.server.port}"
-    run = f"streamlab task run {name} --url {url}" if task else f"curl -N {url}/stream/{name}"
+    url = _origin(settings.server)
+    run = f"streamlab task run {name} --url {url}" if task else _tried(f"curl -N {url}/stream/{name}", settings.server)
     typer.echo(f"try it: streamlab run, then {run}\ntest it: pytest {paths[1]}")
 
 

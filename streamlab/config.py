@@ -68,16 +68,28 @@ def _host_pattern(text: str) -> str:
     raise ValueError(f"must be a host name, without a scheme, a port or a path{hint}")
 
 
+SOCKET_PREFIX = "unix:"
+"""The beginning of a `host` that is a Unix socket, before its path; in `trusted_proxies`, who connects to that."""
+
+
 def _network(text: str) -> str:
     """Reject what is not a network, such as a host name."""
-    return str(ipaddress.ip_network(text))
+    return text if text == SOCKET_PREFIX else str(ipaddress.ip_network(text))
+
+
+def _host(text: str, info: ValidationInfo) -> str:
+    if not text.startswith(SOCKET_PREFIX):
+        return text
+    if not (path := text.removeprefix(SOCKET_PREFIX)):
+        raise ValueError("needs a path, as unix:/run/streamlab.sock")
+    return f"{SOCKET_PREFIX}{_relative_to_config(Path(path), info)}"
 
 
 class Server(Table):
     """`[server]`: address, TLS, timeouts, limits and logs."""
 
-    host: str = "127.0.0.1"
-    """The address to listen on; by default only local clients can connect."""
+    host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
+    """The address to listen on, or `unix:PATH` for a Unix socket; by default only local clients can connect."""
     port: int = Field(8000, ge=0, le=65535)
     """The TCP port; 0 is any free one."""
     drain_seconds: float = Field(5.0, ge=0, le=3600)
@@ -91,7 +103,7 @@ class Server(Table):
     allowed_hosts: tuple[Annotated[str, AfterValidator(_host_pattern)], ...] = ()
     """Allowed names in Host (`*.example.org` too). Empty: local names on loopback, any name on other addresses."""
     trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
-    """Networks of reverse proxies whose X-Forwarded-For, -Proto, -Host and -Prefix are believed, as 127.0.0.1/32."""
+    """Networks of proxies whose X-Forwarded-For, -Proto, -Host, -Prefix are believed; "unix:": at a Unix socket."""
     tls_certificate: ConfigPath | None = None
     """A PEM file with the certificate chain; with `tls_key`, the server uses HTTPS."""
     tls_key: ConfigPath | None = None
@@ -107,7 +119,15 @@ class Server(Table):
     def _tls_needs_both(self) -> "Server":
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both tls_certificate and tls_key")
+        if self.socket is not None and self.tls_certificate is not None:
+            raise ValueError("a Unix socket has no TLS: remove tls_certificate and tls_key, or use another host")
         return self
+
+    @property
+    def socket(self) -> Path | None:
+        """Return the path of the Unix socket to listen on; None for TCP."""
+        is_socket = self.host.startswith(SOCKET_PREFIX)
+        return Path(self.host.removeprefix(SOCKET_PREFIX)) if is_socket else None
 
 
 def _scope(text: str) -> str:

@@ -13,9 +13,9 @@ access_log = logging.getLogger("streamlab.access")
 
 
 def _client(request: web.Request) -> dict[str, str | None]:
-    """Return the address of a client, and its name if it has credentials."""
+    """Return the address of a client, `unix` at a Unix socket, and its name if it has credentials."""
     name = request[PRINCIPAL].name if PRINCIPAL in request else ""
-    return {"client": request.remote, **({"principal": name} if name else {})}
+    return {"client": request.remote or "unix", **({"principal": name} if name else {})}
 
 
 class AccessLog:

@@ -1,18 +1,15 @@
 """The aiohttp application: how it is built, served, drained and closed."""
 
 import asyncio
-import errno
 import gc
-import ipaddress
 import logging
-import os
 import re
 import signal
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from aiohttp import HttpVersion11, web
@@ -47,9 +44,10 @@ from .edge import (
     reject_unsupported,
     set_common_headers,
 )
-from .forwarded import Network, take_forwarded
+from .forwarded import Proxies, take_forwarded
 from .lifespans import lifespans
 from .limits import RequestRate
+from .listening import listening
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
 from .reload import reload_requests, reloading
@@ -60,15 +58,6 @@ from .validation import read_authorized
 from .watchdog import Stopped, Watchdog
 
 log = logging.getLogger(__name__)
-
-ACCEPTS = 64
-"""Maximum number of connections accepted in one iteration of the event loop: a burst delays others by milliseconds.
-
-asyncio takes it from `backlog`, which also is the length of the kernel's queue until it is set to BACKLOG.
-"""
-
-BACKLOG = 1024
-"""Maximum number of connections that wait in the kernel to be accepted; TCP of another client retries after 1 s."""
 
 SWITCH_SECONDS = 0.0001
 """Time that a computing thread, as that of an export, holds the interpreter while the event loop waits, in seconds."""
@@ -101,7 +90,7 @@ def create_app(config: Config) -> web.Application:
     app = web.Application(middlewares=[_error_middleware], client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
     app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
-    app[TRUSTED] = tuple(map(ipaddress.ip_network, config.server.trusted_proxies))
+    app[TRUSTED] = Proxies(config.server.trusted_proxies)
     app[RATE] = RequestRate(config.limits.requests_per_minute)
     app[AUTHORIZATION], app[CORS] = Authorization(config), Cors(config)
     app[SESSIONS] = Sessions(config, events, app[AUTHORIZATION])
@@ -147,33 +136,21 @@ async def serve(
     watchdog = Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut)
     with watchdog, reload_requests() as requests:
         try:
-            async with watchdog.starting():
-                await _warn_of_faults(app)
-                await runner.setup()
-                manager = runner.server
-                assert manager is not None
-                try:
-                    listener = await loop.create_server(
-                        lambda: EdgeConnection(manager, loop=loop),
-                        server.host,
-                        server.port,
-                        ssl=tls,
-                        backlog=ACCEPTS,
-                    )
-                except OSError as error:
-                    raise _cannot_listen(config, error) from None
-            for listening in listener.sockets:
-                with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
-                    duplicate.listen(BACKLOG)
-            address, port = listener.sockets[0].getsockname()[:2]
-            host = f"[{address}]" if ":" in address else address
-            _shorten_pauses()
-            on_ready(app, f"{'https' if tls else 'http'}://{host}:{port}")
-            async with reloading(requests, app, tls, read_again, restart if may_restart else None):
-                await watchdog.stopping.wait()
-            await _stop_accepting(listener)
-            log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
-            await streams.drain(server.drain_seconds)
+            async with AsyncExitStack() as stack:
+                async with watchdog.starting():
+                    await _warn_of_faults(app)
+                    await runner.setup()
+                    manager = runner.server
+                    assert manager is not None
+                    connections = partial(EdgeConnection, manager, loop=loop)
+                    listener = await stack.enter_async_context(listening(config, connections, tls))
+                _shorten_pauses()
+                on_ready(app, listener.address)
+                async with reloading(requests, app, tls, read_again, restart if may_restart else None):
+                    await watchdog.stopping.wait()
+                await listener.stop()
+                log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
+                await streams.drain(server.drain_seconds)
         except Stopped:
             log.info("stopped before the start was complete")
         finally:
@@ -205,18 +182,6 @@ async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -
             log.info("stopped before the start was complete")
 
 
-async def _stop_accepting(listener: asyncio.Server) -> None:
-    """Close the listening sockets, after what was accepted has become a connection that ends as all do.
-
-    asyncio accepts in one iteration of the loop and attaches the connection to the listener in the next, which fails in
-    silence if the listener was closed in between.
-    """
-    for listening in listener.sockets:
-        asyncio.get_running_loop().remove_reader(listening)
-    await asyncio.sleep(0)
-    listener.close()
-
-
 def _shorten_pauses() -> None:
     """Shorten the time for which the garbage collector and computing threads block the event loop.
 
@@ -237,15 +202,6 @@ async def _warn_of_faults(app: web.Application) -> None:
         found = await threads.run(lambda: [fault for _, fault in registry.check(config)])
     for fault in (*preflight.folder_faults(config), *preflight.scope_warnings(config), *found):
         log.warning("%s", fault)
-
-
-def _cannot_listen(config: Config, error: OSError) -> ConfigError:
-    host, port = config.server.host, config.server.port
-    if error.errno == errno.EADDRINUSE:
-        free = port + 1 if port < 65535 else 8000
-        reason = f"another program listens on {host}:{port}; stop it, or use another port (--port {free})"
-        return ConfigError([config.fault(("server", "port"), reason, port)])
-    return ConfigError([config.fault(("server", "host"), f"cannot listen on it: {error.strerror or error}", host)])
 
 
 # -- routes
@@ -279,7 +235,7 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
     return routes
 
 
-TRUSTED = web.AppKey("trusted", Sequence[Network])
+TRUSTED = web.AppKey("trusted", Proxies)
 
 RATE = web.AppKey("rate", RequestRate)
 

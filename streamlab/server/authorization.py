@@ -28,7 +28,7 @@ from streamlab.config import Config, ConfigError
 from streamlab.scenario import ANY, Endpoint, Route, labels
 from streamlab.streaming.drain import OpenStream, Streams
 
-from .edge import is_loopback
+from .edge import is_local
 
 if TYPE_CHECKING:
     from .json_web_tokens import JsonWebTokens
@@ -210,10 +210,10 @@ AUTHORIZATION = web.AppKey("authorization", Authorization)
 
 
 def is_open(config: Config) -> bool:
-    """Return whether everybody may do everything: so it is configured, or nothing is on a loopback address."""
+    """Return whether everybody may do everything: so it is configured, or only this machine can connect."""
     if config.auth.open is not None:
         return config.auth.open
-    return not config.auth.restricts and is_loopback(config.server.host)
+    return not config.auth.restricts and is_local(config.server)
 
 
 def may_use(request: web.Request, route: Route) -> bool:

@@ -70,6 +70,12 @@ class EdgeConnection(Connection):
         )
         self._head_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def peername(self) -> str | tuple[str, int, int, int] | tuple[str, int] | None:
+        """Return the address of the client; None at a Unix socket: a client may bind its end to any name."""
+        peer = super().peername
+        return peer if isinstance(peer, tuple) else None
+
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived, and limit the time and size of what follows."""
         super().data_received(data)
@@ -252,13 +258,18 @@ def _is_allowed(name: str, server: Server) -> bool:
 
 
 def reachable(address: str, server: Server) -> str:
-    """Return the address for a browser on this machine: 0.0.0.0, :: and names that are not allowed are replaced."""
+    """Return a TCP address for a browser on this machine: 0.0.0.0, :: and names that are not allowed are replaced."""
     scheme, _, authority = address.partition("://")
     host, _, port = authority.rpartition(":")
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104
     if not _is_allowed(host.strip("[]"), server):
         host = next((name for name in server.allowed_hosts if not re.search("[*?:]", name)), host)
     return f"{scheme}://{host}:{port}"
+
+
+def is_local(server: Server) -> bool:
+    """Return whether only clients of this machine can connect: to a loopback address, or to a Unix socket."""
+    return server.socket is not None or is_loopback(server.host)
 
 
 def is_loopback(name: str) -> bool:

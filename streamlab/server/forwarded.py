@@ -2,25 +2,44 @@
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from aiohttp import web
 
+from streamlab.config import SOCKET_PREFIX
 from streamlab.pages import PREFIX
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
-def take_forwarded(request: web.Request, trusted: Sequence[Network]) -> None:
+class Proxies:
+    """The trusted proxies: addresses, and those that connect to the Unix socket, whose address is ""."""
+
+    def __init__(self, listed: Iterable[str]) -> None:
+        networks = set(listed)
+        self._has_socket = SOCKET_PREFIX in networks
+        self._networks = [ipaddress.ip_network(text) for text in networks - {SOCKET_PREFIX}]
+
+    def __bool__(self) -> bool:
+        return self._has_socket or bool(self._networks)
+
+    def __contains__(self, address: str) -> bool:
+        if not address:
+            return self._has_socket
+        parsed = ipaddress.ip_address(address)
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped
+        return any(parsed in network for network in self._networks)
+
+
+def take_forwarded(request: web.Request, trusted: Proxies) -> None:
     """Take the fields X-Forwarded-For, -Proto, -Host and -Prefix of a request from a trusted proxy; ignore others.
 
     The client is the last address of the list that is not a trusted proxy: what is before that, anybody may have
     written.
     """
-    if not trusted or not _is_trusted(request.remote or "", trusted):
+    if not trusted or (request.remote or "") not in trusted:
         return
     # aiohttp keeps these attributes of a request here, as those that `clone` is given. There is no public way to set
     # them, and a clone is another request: the connection would not see what is noted on it, as the limit of its body.
@@ -30,7 +49,7 @@ def take_forwarded(request: web.Request, trusted: Sequence[Network]) -> None:
         if address is None:
             break
         attributes["remote"] = address
-        if not _is_trusted(address, trusted):
+        if address not in trusted:
             break
     for name, field, pattern in (("scheme", "Proto", "https?"), ("host", "Host", _HOST)):
         values = _values(request, f"X-Forwarded-{field}")
@@ -53,13 +72,3 @@ def _address(hop: str) -> str | None:
         return str(ipaddress.ip_address(next(filter(None, match.groupdict().values())))) if match else None
     except ValueError:
         return None
-
-
-def _is_trusted(address: str, trusted: Sequence[Network]) -> bool:
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return any(parsed in network for network in trusted)

@@ -11,7 +11,10 @@ from streamlab.auth import Scope
 from streamlab.config import Config, ConfigError, Fault
 
 from .authorization import load_verifier
-from .edge import is_loopback
+from .edge import is_local
+
+MAX_SOCKET_PATH = 107
+"""Maximum length of the path of a Unix socket, in bytes (`sun_path` of Linux, without the zero at its end)."""
 
 
 def faults(config: Config) -> list[Fault]:
@@ -43,6 +46,10 @@ def host_faults(config: Config) -> list[Fault]:
 def address_faults(config: Config) -> Iterator[Fault]:
     """Yield a fault if no socket can be bound to the host, whatever the port: that may belong to a running server."""
     host, reason = config.server.host, ""
+    if (path := config.server.socket) is not None:
+        if reason := _unusable(path):
+            yield config.fault(("server", "host"), f"cannot listen on it: {reason}", host)
+        return
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -58,10 +65,22 @@ def address_faults(config: Config) -> Iterator[Fault]:
     yield config.fault(("server", "host"), f"cannot listen on it: {reason}", host)
 
 
+def _unusable(path: Path) -> str:
+    """Return why a Unix socket cannot be created at a path; empty if it can, or if there is one."""
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        return f"the path is longer than {MAX_SOCKET_PATH} bytes"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"this user may not write into {path.parent}"
+    is_other = os.path.lexists(path) and not (path.is_socket() and not path.is_symlink())
+    return "there is a file of this name that is not a socket" if is_other else ""
+
+
 def exposure_faults(config: Config) -> Iterator[Fault]:
     """Yield a fault if others can connect and the configuration does not say who may do what."""
     host, auth = config.server.host, config.auth
-    if auth.open is None and not auth.restricts and not is_loopback(host):
+    if auth.open is None and not auth.restricts and not is_local(config.server):
         reason = (
             "others can connect to this address, and nothing says what they may do: add a token to [auth.tokens] "
             "(`streamlab token NAME` prints one), or set open = true in [auth] to let everybody do everything"

@@ -104,7 +104,7 @@ def test_limits_count_the_clients_of_a_trusted_proxy(start: Start) -> None:
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Yield nginx, which serves a server below /stream/ only, as docs/operating.md says."""
     (location,) = (block for block in blocks("docs/operating.md", "nginx") if "X-Forwarded-Prefix" in block)
-    (trusted,) = (block for block in blocks("docs/operating.md", "toml") if "trusted_proxies" in block)
+    (trusted,) = (block for block in blocks("docs/operating.md", "toml") if "127.0.0.1/32" in block)
     base, folder, port = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("nginx"), free_port()
     for name in ("reports/2026 & more.txt", "notes.txt"):
         file = base / "var/files" / name
