@@ -39,6 +39,10 @@ class Cors:
         """Return whether a page of an origin may act for its user: that is for origins by name, with credentials."""
         return self._credentials and origin.lower() in self._origins
 
+    def lists(self, origin: str) -> bool:
+        """Return whether a page of an origin may send requests, with a token if it has one."""
+        return "*" in self._origins or origin.lower() in self._origins
+
     def preflight(self, request: web.Request) -> web.Response | None:
         """Return the response to a preflight of a page that may use the server; None for any other request."""
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
@@ -57,7 +61,7 @@ class Cors:
             return False
         headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
         origin = request.headers.get("Origin", "")
-        if not origin or not ("*" in self._origins or origin.lower() in self._origins):
+        if not origin or not self.lists(origin):
             return False
         headers["Access-Control-Allow-Origin"] = "*" if "*" in self._origins else origin
         headers["Access-Control-Expose-Headers"] = EXPOSED

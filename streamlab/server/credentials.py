@@ -13,6 +13,7 @@ from streamlab.events.log import EventLogError
 from streamlab.pages import public_path
 
 from .authorization import AUTHORIZATION
+from .cors import CORS
 from .sessions import SESSION, SESSIONS
 
 SESSION_COOKIE = "streamlab-session"
@@ -64,6 +65,9 @@ def comparable(url: URL) -> str:
 async def authenticate(request: web.Request, *, is_public: bool) -> bool:
     """Set the principal of a request; return whether its credentials are such as no other page can send unasked.
 
+    Those are a ticket, and a token of a page in [cors]: the browser has asked whether that page may send it. In a
+    request of any other page, a proxy has added the token, by a cookie of its own.
+
     A token comes before a ticket, and that before the cookie of a session. A cookie that is not valid counts as no
     credentials, and is removed. Raises Problem 401 for a token or ticket that is not valid, and EventLogError, except
     for what is public, where the event log does not respond.
@@ -77,7 +81,9 @@ async def authenticate(request: web.Request, *, is_public: bool) -> bool:
             request[PRINCIPAL] = principal
             return False
     request[PRINCIPAL] = await authorization.authenticate(request)
-    return not authorization.is_open and "Authorization" in request.headers
+    if authorization.is_open or "Authorization" not in request.headers:
+        return False
+    return request.config_dict[CORS].lists(request.headers.get("Origin", ""))
 
 
 async def _redeem(request: web.Request) -> Principal:

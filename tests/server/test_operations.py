@@ -3,6 +3,7 @@
 import base64
 import configparser
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from streamlab.config import Config, Server
 from streamlab.server.app import create_app
 from tests.support import postgres_server, proxies
 from tests.support.connections import EventStream, read_all, read_until
+from tests.support.docs import blocks
 from tests.support.servers import (
     ENVIRONMENT,
     REPOSITORY,
@@ -251,7 +255,7 @@ def test_nginx_serves_allowed_hosts_and_reveals_no_query_and_no_metrics(front: C
 
 
 def test_nginx_requires_the_password_of_the_security_page(front: Callable[..., Front], tmp_path: Path) -> None:
-    (location,) = re.findall(r"```nginx\n(.*?)```", (REPOSITORY / "docs/security.md").read_text(), re.DOTALL)
+    (location,) = (block for block in blocks("docs/security.md", "nginx") if "auth_basic" in block)
     passwords = tmp_path / "passwords"
     passwords.write_text("reader:{PLAIN}sesame\n")
     passwords.chmod(0o644)  # a worker of nginx has another user, if this is root
@@ -263,6 +267,96 @@ def test_nginx_requires_the_password_of_the_security_page(front: Callable[..., F
         credentials = base64.b64encode(f"reader:{password}".encode()).decode()
         assert nginx.get("/health", {"Authorization": f"Basic {credentials}"})[0] == expected
         assert nginx.get("/openapi.json", {"Authorization": f"Basic {credentials}"})[0] == expected
+
+
+SIGNED_IN = {"session=a": "alice@example.org", "session=b": "bob@example.org", "session=c": "carol@example.org"}
+"""The users of the identity provider, by their cookies."""
+
+
+class IdentityProvider(BaseHTTPRequestHandler):
+    """What nginx sees of oauth2-proxy."""
+
+    def do_GET(self) -> None:
+        user = SIGNED_IN.get(self.headers.get("Cookie", ""), "")
+        if self.path == "/oauth2/auth":
+            self.send_response(202 if user else 401)
+            if user:
+                self.send_header("X-Auth-Request-User", user)
+        else:
+            self.send_response(302)
+            self.send_header("Location", f"https://id.example.org{self.path}#{self.headers['X-Auth-Request-Redirect']}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def identity_provider() -> Iterator[int]:
+    """Yield the port of the stand-in for oauth2-proxy."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), IdentityProvider) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_nginx_gives_the_users_of_an_identity_provider_the_tokens_of_a_file(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    (site,) = (block for block in blocks("docs/security.md", "nginx") if "auth_request" in block)
+    (users,) = (block for block in blocks("docs/security.md", "text") if "alice@example.org" in block)
+    names = re.findall(r"^(\w+)@", users, re.MULTILINE)
+    assert names == ["alice", "bob"]
+    tables = '[server]\ntrusted_proxies = ["127.0.0.1/32"]\nallowed_hosts = ["stream.example.org"]\n' + PUSH
+    for name, scopes in (("alice", '["ticker:*"]'), ("bob", '["logs:read"]')):
+        users = users.replace("slt_...", f"slt_{name}", 1)
+        digest = hashlib.sha256(f"slt_{name}".encode()).hexdigest()
+        tables += f'[auth.tokens.{name}]\nsha256 = "{digest}"\nallow = {scopes}\n'
+    folder, port = tmp_path / "nginx", free_port()
+    folder.mkdir()
+    (folder / "users.map").write_text(users)
+    server = start(tables)
+    with identity_provider() as provider:
+        site = site.replace("127.0.0.1:4180", f"127.0.0.1:{provider}")
+        places = {
+            "listen 80;": f"listen 127.0.0.1:{port};",
+            "127.0.0.1:8000": f"127.0.0.1:{server.port}",
+            "/etc/nginx/streamlab-users.map": str(folder / "users.map"),
+        }
+        with proxies.nginx(folder, replaced(site, places), port=port) as nginx:
+
+            def get(path: str, cookie: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+                given = {"Host": "stream.example.org", "Cookie": cookie, **headers}
+                body = json.dumps({"symbol": "ACME", "price": 1}).encode() if method == "POST" else None
+                return nginx.get(path, given, method=method, body=body)
+
+            status, headers, _ = get("/lab?a=1&b=2", "", Accept="text/html,*/*;q=0.8")
+            assert (status, headers["location"]) == (302, "https://id.example.org/oauth2/start#/lab?a=1&b=2")
+            assert get(PATH, "")[0] == 401
+            assert get(PATH, "", Authorization="Bearer slt_alice")[0] == 401
+            assert get("/oauth2/auth", "session=a")[0] == 404
+            assert get("/oauth2/callback?code=1", "")[1]["location"].startswith(
+                "https://id.example.org/oauth2/callback?"
+            )
+            assert get("/lab", "session=a", Accept="text/html")[0] == 200
+            for headers in ({}, {"Authorization": "Bearer slt_alice"}, {"X-Auth-Request-User": "alice@example.org"}):
+                assert get(PATH, "session=b", **headers)[0] == 403  # by streamlab: bob has another scope
+                assert get(PATH, "session=c", **headers)[0] == 401  # by streamlab: carol is not in the file
+            as_alice = {"Host": "stream.example.org", "Cookie": "session=a"}
+            with EventStream(nginx, f"{PATH}?last_event_id=0-0", headers=as_alice) as stream:
+                for _ in range(2):  # each arrives before the next is published
+                    status, _, text = get(PATH, "session=a", "POST", **{"Content-Type": "application/json"})
+                    assert status == 202
+                    assert [event.id for event in stream.take(1)] == json.loads(text)["ids"]
+                for site_of_page in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
+                    json_type = {"Content-Type": "application/json"}
+                    assert get(PATH, "session=a", "POST", **json_type, **site_of_page)[0] == 403
+    assert re.search(r"method=POST path=/stream/stock-ticker status=202 .*principal=alice", server.log)
 
 
 # -- as an image
