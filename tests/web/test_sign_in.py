@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -10,6 +11,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
 from tests.support.browsers import wait_for
+from tests.support.certificates import Pair
 from tests.support.servers import Running, free_port, starting_in
 from tests.support.tokens import table
 
@@ -34,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def page(browser: Browser) -> AsyncIterator[Page]:
     """Open a page of a profile without cookies; it must not report an error of a script or of its policy."""
-    context = await browser.new_context()
+    context = await browser.new_context(ignore_https_errors=True)
     page = await context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -160,19 +162,40 @@ def serving_page() -> Iterator[Callable[[str], str]]:
         yield serve
 
 
+TLS = '[server]\ntls_certificate = "server.pem"\ntls_key = "server.key"\n'
+
+
+@pytest.mark.parametrize(
+    ("host", "tls", "attributes"),
+    [
+        ("http://localhost", "", ("Lax", False, None)),
+        ("https://127.0.0.1", TLS, ("None", True, "http://localhost")),
+    ],
+    ids=["another port", "another site"],
+)
 async def test_an_event_source_of_another_origin_resumes_by_itself(
-    page: Page, start: Start, serving_page: Callable[[str], str]
+    host: str,
+    tls: str,
+    attributes: tuple[str, bool, str | None],
+    page: Page,
+    start: Start,
+    serving_page: Callable[[str], str],
+    tmp_path: Path,
 ) -> None:
     port = free_port()
-    other = serving_page(OTHER_SITE % f"http://localhost:{port}")
-    config = f'{TICKER}[cors]\norigins = ["{other}"]\ncredentials = true\n{table("alice", "ticker:read")}'
+    other = serving_page(OTHER_SITE % f"{host}:{port}")
+    Pair().write(tmp_path / "server.pem", tmp_path / "server.key")
+    config = f'{tls}{TICKER}[cors]\norigins = ["{other}"]\ncredentials = true\n{table("alice", "ticker:read")}'
     server = start(config, port=port)
     await page.goto(f"{other}/")
     await wait_for(page, "received.length > 5")
+    (cookie,) = await page.context.cookies()
+    assert (cookie["sameSite"], cookie["secure"], cookie.get("partitionKey")) == attributes
+    assert (cookie["path"], cookie["httpOnly"]) == ("/stream/stock-ticker", True)
     server.process.kill()
     server.process.wait()
     seen = await page.evaluate("received.length")
-    start(config, port=port)
+    again = start(config, port=port)
     await wait_for(page, f"received.length > {seen} + 5")
     received, opened = await page.evaluate("[received, opened]")
     assert len(opened) == 2
@@ -182,3 +205,5 @@ async def test_an_event_source_of_another_origin_resumes_by_itself(
     offsets = [int(text.partition("-")[2]) for text in received]
     assert len(epochs) == 1
     assert offsets == list(range(offsets[0], offsets[0] + len(offsets)))
+    await page.context.close()
+    again.wait_for_log('outcome="client left"')
