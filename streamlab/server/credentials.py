@@ -14,7 +14,7 @@ from streamlab.pages import public_path
 
 from .authorization import AUTHORIZATION
 from .cors import CORS
-from .sessions import SESSION, SESSIONS
+from .sessions import SESSION, SESSIONS, Session
 
 SESSION_COOKIE = "streamlab-session"
 """Name of the cookie of a session."""
@@ -109,10 +109,10 @@ async def _redeem(request: web.Request) -> Principal:
 
 async def _signed_in(request: web.Request, *, is_public: bool) -> Principal | None:
     """Return the principal of the session of a request; None without one."""
-    if not (secret := _cookie(request, SESSION_COOKIE)):
+    if not _cookie(request, SESSION_COOKIE):
         return None
     try:
-        session = await request.config_dict[SESSIONS].find(secret)
+        session = await cookie_session(request)
     except EventLogError:
         if is_public:
             return None
@@ -122,6 +122,11 @@ async def _signed_in(request: web.Request, *, is_public: bool) -> Principal | No
         return None
     request[SESSION] = session
     return request.config_dict[AUTHORIZATION].current(session.principal)
+
+
+async def cookie_session(request: web.Request) -> Session | None:
+    """Return the session that the cookie of a request names, also where other credentials come first."""
+    return await request.config_dict[SESSIONS].find(_cookie(request, SESSION_COOKIE))
 
 
 # -- cookies

@@ -18,7 +18,7 @@ from streamlab.request_body import read_body
 from streamlab.scenario import Route, Scenario, endpoint
 
 from .authorization import AUTHORIZATION, authorize
-from .credentials import comparable, set_session_cookie
+from .credentials import comparable, cookie_session, set_session_cookie
 from .limits import RequestRate
 from .sessions import SESSION, SESSIONS
 from .site import CONTENT_SECURITY_POLICY, ROUTES, template
@@ -122,7 +122,7 @@ class SignIn(Scenario):
         return web.Response(status=204)
 
     async def _sign_out(self, request: web.Request) -> None:
-        if (session := request.get(SESSION)) is not None:
+        if (session := await cookie_session(request)) is not None:
             await request.app[SESSIONS].end(session)
             set_session_cookie(request, "", 0)
 

@@ -142,6 +142,12 @@ def test_a_token_is_exchanged_for_a_cookie_that_signs_out(server: Running) -> No
     status, cleared, _ = server.get("/health", headers)
     assert (status, cookie(cleared)["age"]) == (200, "0")
     assert server.get("/auth/session", method="DELETE")[0] == 204
+    browser = signed_in(server)
+    assert server.get("/auth/session", {**browser, **bearer("alice")}, method="DELETE")[0] == 204
+    assert who(server, browser) is None
+    browser = signed_in(server)
+    assert server.get("/auth/session", {**browser, **bearer("bob")}, method="POST")[0] == 200
+    assert who(server, browser) is None  # another session is in its place
 
 
 def test_the_cookie_is_for_https_and_the_prefix_behind_a_proxy(server: Running) -> None:
@@ -317,6 +323,8 @@ def test_a_ticket_for_https_can_be_used_by_pages_of_other_sites(server: Running)
     status, headers, body = server.get(issued["url"].removeprefix("/live"), HTTPS)
     assert (status, body) == (200, b"0123456789")
     set_cookie = cookie(headers)
+    part = {"Cookie": set_cookie["pair"], "Range": "bytes=3-5"}  # as a browser resumes a download
+    assert server.get(issued["url"].removeprefix("/live"), {**HTTPS, **part})[::2] == (206, b"345")
     assert set_cookie["path"] == "/live/files/public/a%20b.txt"
     assert set_cookie["rest"] == "HttpOnly; SameSite=None; Secure; Partitioned"
 
@@ -350,6 +358,11 @@ def test_a_ticket_is_for_its_url_only(server: Running) -> None:
             f"http://127.0.0.1:{server.port}/%65cho?a=1&b=2&b=%c3%a4%20x",
         ],
     )
+
+
+def test_a_redirect_has_no_ticket(server: Running) -> None:
+    status, headers, _ = server.get(ticketed(server, "/files/public?limit=3"))
+    assert (status, headers["location"]) == (308, "/files/public/?limit=3")
 
 
 @pytest.mark.parametrize(
