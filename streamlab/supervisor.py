@@ -30,7 +30,8 @@ class _Watched:
     """The files of a configuration, and the folders in which they and the plugins are."""
 
     config: Path
-    certificates: tuple[Path, ...]
+    keys: tuple[Path, ...]
+    """The certificate and key of the server, and the key of an identity provider."""
     folders: frozenset[Path]
 
     @classmethod
@@ -39,21 +40,22 @@ class _Watched:
         for folder in plugins:
             folder.mkdir(parents=True, exist_ok=True)  # only existing folders can be watched
         packages = [package for folder in plugins if folder.is_dir() for package in folder.iterdir()]
-        server = config.server
-        certificates = tuple(file.absolute() for file in (server.tls_certificate, server.tls_key) if file is not None)
-        folders = (path.parent, *plugins, *packages, *(file.parent for file in certificates))
-        return cls(path, certificates, frozenset(folder for folder in folders if folder.is_dir()))
+        server, jwt = config.server, config.auth.jwt
+        files = (server.tls_certificate, server.tls_key, None if jwt is None else jwt.public_key)
+        keys = tuple(file.absolute() for file in files if file is not None)
+        folders = (path.parent, *plugins, *packages, *(file.parent for file in keys))
+        return cls(path, keys, frozenset(folder for folder in folders if folder.is_dir()))
 
     def concerns(self, change: Change, path: str) -> bool:
-        """Return whether a change may matter: a link in the folder of a certificate may have a new target."""
+        """Return whether a change may matter: a link in the folder of a key may have a new target."""
         changed = Path(path)
-        is_beside_certificate = changed.parent in {file.parent for file in self.certificates}
-        return changed == self.config or is_beside_certificate or _is_python(change, path)
+        is_beside_key = changed.parent in {file.parent for file in self.keys}
+        return changed == self.config or is_beside_key or _is_python(change, path)
 
     def state(self) -> list[tuple[int, int, int] | None]:
-        """Return what differs when the content of the configuration or of a certificate has changed."""
+        """Return what differs when the content of the configuration or of a key has changed."""
         found: list[tuple[int, int, int] | None] = []
-        for file in (self.config, *self.certificates):
+        for file in (self.config, *self.keys):
             try:
                 status = file.stat()
                 found.append((status.st_ino, status.st_mtime_ns, status.st_size))
@@ -96,7 +98,7 @@ def supervise(command: Sequence[str], path: Path, config: Config) -> None:
                     continue
                 newer = _watched_again(watched)
                 if newer != watched:
-                    if newer.certificates != watched.certificates:
+                    if newer.keys != watched.keys:
                         state = newer.state()
                     watched = newer
                     break

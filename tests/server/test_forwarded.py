@@ -1,6 +1,7 @@
 """Behind a proxy: whose X-Forwarded-* are believed, and a server that nginx serves below a path."""
 
 import contextlib
+import hashlib
 import http.client
 import json
 import re
@@ -111,7 +112,9 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
     with starting_in(base, ("ticker", "file", "export", "progress")) as start:
-        server = start(f"{trusted}[scenarios.ticker]\ninterval = 0.05\n")
+        digest = hashlib.sha256(b"alice-secret").hexdigest()
+        token = f'[auth.tokens.alice]\nsha256 = "{digest}"\nallow = ["ticker:read"]\n'
+        server = start(f'{trusted}[auth]\nanonymous = ["*"]\n{token}[scenarios.ticker]\ninterval = 0.05\n')
         location = location.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
         with proxies.nginx(folder, f"server {{ listen 127.0.0.1:{port}; {location} }}", port=port) as proxy:
             yield proxy
@@ -163,6 +166,12 @@ async def test_a_browser_runs_routes_below_the_path(behind: Running, browser: Br
     missed: list[str] = []
     page.on("response", lambda got: missed.append(f"{got.status} {got.url}") if got.status >= 400 else None)
     page.on("pageerror", lambda error: missed.append(str(error)))
+    await page.goto(f"{behind.url}/stream/lab")
+    await page.get_by_role("link", name="Sign in").click()
+    await page.get_by_label("Token").fill("alice-secret")
+    await page.get_by_role("button", name="Sign in").click()
+    await expect(page.get_by_text("Signed in as alice")).to_be_visible()
+    assert page.url.startswith(f"{behind.url}/stream/lab")
     await page.goto(f"{behind.url}/stream/lab#GET/stream/stock-ticker?limit=3")
     await page.locator("#run").click()
     await expect(page.locator("#state")).to_have_text("Done: the response is complete.", timeout=20_000)
