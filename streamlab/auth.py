@@ -164,7 +164,7 @@ def client_of(request: web.Request) -> str:
     """
     if PRINCIPAL in request and (name := request[PRINCIPAL].name):
         return name
-    return _network_of(request.remote or "")
+    return network_of(request.remote or "")
 
 
 def may_be_proxy(client: str) -> bool:
@@ -176,7 +176,8 @@ def may_be_proxy(client: str) -> bool:
 
 
 @lru_cache(maxsize=10_000)
-def _network_of(address: str) -> str:
+def network_of(address: str) -> str:
+    """Return an IPv4 address as it is, for IPv6 its 64-bit network, and "" for what is no address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:  # a Unix socket has no address

@@ -263,6 +263,8 @@ class Limits(Table):
 
     streams_per_client: int = Field(100, ge=0)
     """Maximum number of open streams of one client; one more gets 429 with Retry-After. 0: no limit."""
+    connections_per_client: int = Field(1000, ge=0)
+    """Maximum number of open connections of one address; one more is closed at once. 0: no limit."""
     requests_per_minute: int = Field(0, ge=0)
     """Maximum number of requests of one client in a minute; one more gets 429 with Retry-After. 0: no limit."""
 

@@ -1,15 +1,31 @@
 """Slots: how many requests do something costly at once, and how many wait for their turn."""
 
 import asyncio
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
+from .auth import may_be_proxy
 from .problems import Problem
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A request that waits for slots."""
+
+    count: int
+    client: str
+    turn: "asyncio.Future[None]"
+
+
 class Slots:
-    """A bounded number of slots, and a bounded queue of requests for them: first come, first served.
+    """A bounded number of slots, and a bounded queue of requests for them, in which clients take turns.
+
+    Of the requests that wait, the first of the client with the fewest slots is next; of several such clients, of that
+    whose last turn was the longest ago. One client uses at most half of the slots and of the queue together, rounded
+    up; one more of its requests is rejected with 429. That is not so for clients of this machine without credentials,
+    which may be a proxy for any number of others.
 
     A request may need several slots and gets all of them at once, so that no two requests hold a part each. One for
     which neither slots nor the queue has capacity is rejected: `async with slots.held(): ...` raises Problem with
@@ -38,7 +54,11 @@ class Slots:
         self._what = what
         self._status = status
         self._retry_seconds = retry_seconds
-        self._queue = deque[tuple[int, asyncio.Future[None]]]()
+        self._queue: list[_Waiting] = []
+        self._held: Counter[str] = Counter()
+        """The number of slots that each client holds."""
+        self._turns: dict[str, int] = {}
+        """When each client with slots, or in the queue, had its last turn: any number that grows."""
 
     @property
     def in_use(self) -> int:
@@ -46,49 +66,76 @@ class Slots:
         return self.limit - self._free
 
     @asynccontextmanager
-    async def held(self, count: int = 1) -> AsyncIterator[None]:
-        """Hold `count` slots in the block.
+    async def held(self, count: int = 1, *, client: str = "") -> AsyncIterator[None]:
+        """Hold `count` slots in the block, for a client as `client_of` returns it; "" for the server itself.
 
-        Raises Problem: at once where the queue is full, later where the wait takes longer than `wait_seconds`. Raises
-        ValueError for more slots than there are.
+        Raises Problem: at once where the queue is full, or the client has its share, later where the wait takes longer
+        than `wait_seconds`. Raises ValueError for more slots than there are.
         """
         if not 0 < count <= self.limit:
             raise ValueError(f"{count} is not a number of slots (1 to {self.limit})")
+        self._check_share(count, client)
         if count <= self._free and not self._queue:
-            self._free -= count
+            self._take(count, client)
         else:
-            await self._wait(count)
+            await self._wait(count, client)
         try:
             yield
         finally:
-            self._release(count)
+            self._release(count, client)
 
-    def rejection(self, reason: str) -> Problem:
-        """Return the Problem of a request that gets no slot; a subclass may return another one."""
+    def rejection(self, reason: str, *, of_client: bool = False) -> Problem:
+        """Return the Problem of a request that gets no slot; a subclass may return another one.
+
+        `of_client` is whether the client is over its limit, not the server.
+        """
         headers = {"Retry-After": str(self._retry_seconds)}
-        return Problem(self._status, f"Too many {self._what}: {reason}.", headers=headers)
+        status = 429 if of_client else self._status
+        return Problem(status, f"Too many {self._what}: {reason}.", headers=headers)
 
-    async def _wait(self, count: int) -> None:
+    def _check_share(self, count: int, client: str) -> None:
+        """Raise Problem where a client that has slots, or waits for them, would have more than its share."""
+        if may_be_proxy(client):
+            return
+        share = -(-(self.limit + self.waiting) // 2)
+        used = self._held[client] + sum(one.count for one in self._queue if one.client == client)
+        if used and used + count > share:
+            raise self.rejection(f"this client has {used} of the {share} that one may have", of_client=True)
+
+    def _take(self, count: int, client: str) -> None:
+        self._free -= count
+        self._held[client] += count
+        self._turns[client] = max(self._turns.values(), default=0) + 1
+
+    async def _wait(self, count: int, client: str) -> None:
         if len(self._queue) >= self.waiting:
             queued = f", {len(self._queue)} waiting" if self.waiting else ""
             raise self.rejection(f"{self.in_use} of {self.limit} in progress{queued}")
         turn = asyncio.get_running_loop().create_future()
-        self._queue.append((count, turn))
+        self._queue.append(_Waiting(count, client, turn))
         try:
             async with asyncio.timeout(self._wait_seconds):
                 await turn
         except BaseException as error:
             # Its turn may have come in the moment in which it gave up; else the next one may need less than this one.
-            self._release(0 if turn.cancelled() else count)
+            self._release(0 if turn.cancelled() else count, client)
             if isinstance(error, TimeoutError):
                 raise self.rejection(f"none ended within {self._wait_seconds:g} s") from None
             raise
 
-    def _release(self, count: int) -> None:
-        """Return slots, and pass them to the requests that wait, in their order."""
+    def _release(self, count: int, client: str) -> None:
+        """Return slots of a client, and pass them to the requests that wait, in their order."""
         self._free += count
-        self._queue = deque(request for request in self._queue if not request[1].cancelled())
-        while self._queue and self._queue[0][0] <= self._free:
-            needed, turn = self._queue.popleft()
-            self._free -= needed
-            turn.set_result(None)
+        self._held[client] -= count
+        if not self._held[client]:
+            del self._held[client]
+        self._queue = [one for one in self._queue if not one.turn.cancelled()]
+        if client not in self._held and all(one.client != client for one in self._queue):
+            self._turns.pop(client, None)
+        while self._queue:
+            following = min(self._queue, key=lambda one: (self._held[one.client], self._turns.get(one.client, 0)))
+            if following.count > self._free:
+                break
+            self._queue.remove(following)
+            self._take(following.count, following.client)
+            following.turn.set_result(None)

@@ -69,3 +69,51 @@ async def test_more_slots_than_exist_is_an_error(count: int) -> None:
     with pytest.raises(ValueError, match=rf"{count} is not a number of slots \(1 to 2\)"):
         async with Slots(2).held(count):
             pass
+
+
+async def test_one_client_gets_at_most_half_of_slots_and_queue_and_a_proxy_all() -> None:
+    slots, started, release = Slots(2, 3, what="exports"), list[str](), asyncio.Event()
+
+    async def use(client: str) -> None:
+        async with slots.held(client=client):
+            started.append(client)
+            await release.wait()
+
+    async with asyncio.TaskGroup() as group:
+        for client in ("alice", "alice", "alice"):  # two have a slot, one waits
+            group.create_task(use(client))
+            await asyncio.sleep(0)
+        with pytest.raises(
+            Problem, match=r"^Too many exports: this client has 3 of the 3 that one may have"
+        ) as rejected:
+            await use("alice")
+        assert (rejected.value.status, rejected.value.headers) == (429, {"Retry-After": "5"})
+        for client in ("127.0.0.1", "127.0.0.1"):
+            group.create_task(use(client))
+            await asyncio.sleep(0)
+        with pytest.raises(Problem, match="2 of 2 in progress, 3 waiting") as full:
+            await use("127.0.0.1")
+        assert full.value.status == 503
+        release.set()
+    assert slots.in_use == 0
+    async with slots.held(2, client="alice"):  # one request may need more than a share
+        pass
+
+
+async def test_clients_take_turns() -> None:
+    slots, started = Slots(2, 20), list[str]()
+    ends = [asyncio.Event() for _ in range(6)]
+
+    async def use(client: str, end: asyncio.Event) -> None:
+        async with slots.held(client=client):
+            started.append(client)
+            await end.wait()
+
+    async with asyncio.TaskGroup() as group:
+        for client, end in zip(("alice", "alice", "alice", "alice", "bob", "carol"), ends, strict=True):
+            group.create_task(use(client, end))
+            await asyncio.sleep(0)
+        for end in ends:
+            end.set()
+            await asyncio.sleep(0.001)
+    assert started == ["alice", "alice", "bob", "carol", "alice", "alice"]

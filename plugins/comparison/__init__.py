@@ -18,6 +18,7 @@ from streamlab import (
     ResumeQuery,
     Scenario,
     Slots,
+    client_of,
     endpoint,
     hookimpl,
     no_more_events,
@@ -86,7 +87,7 @@ class Comparison(Scenario):
         Content-Length has its size and Server-Timing the time to generate it; no byte is sent before the last row.
         """
         with self._memory(query.rows):
-            async with self._response_slots.held():
+            async with self._response_slots.held(client=client_of(request)):
                 started = time.perf_counter()
                 body = await modes.collect(query.rows)
                 headers = _timing("collect", started, f"{query.rows} rows generated and buffered")
@@ -130,7 +131,7 @@ class Comparison(Scenario):
         if not Path("/proc/self/status").exists():  # noqa: ASYNC240 - no disk
             raise Problem(503, "A report requires Linux, which exposes the memory of a process in /proc.")
         with self._memory(query.rows):
-            async with self._report_slots.held():
+            async with self._report_slots.held(client=client_of(request)):
                 if as_events:
                     return await self._send_events(request, query, resumes=bool(last_id))
                 return await self._send_table(request, query)

@@ -40,6 +40,7 @@ from streamlab import (
     Slots,
     Task,
     Threads,
+    client_of,
     endpoint,
     hookimpl,
     no_more_events,
@@ -217,7 +218,7 @@ class Exports(Scenario):
     formula_guard: bool = True
     """Whether an apostrophe is put before text in CSV that a spreadsheet would run as a formula."""
     max_exports: int = Field(100, ge=1, le=10_000)
-    """Maximum number of exports at once; more are rejected with 503 and Retry-After."""
+    """Maximum number of exports at once; more are rejected with 503 and Retry-After. One client has half of them."""
     max_seconds: float = Field(3600.0, gt=0, le=7 * 86_400)
     """Maximum duration of an export, in seconds; then it is aborted."""
     folder: ConfigPath = Path("var/files/exports")
@@ -414,7 +415,7 @@ class Exports(Scenario):
         end = isinstance(query, ExportQuery) and query.end
         if end and form != "jsonl":
             raise Problem.parameter("end", f"only jsonl has an end record, not {form}")
-        async with self.opened(name, form, query) as export:
+        async with self.opened(name, form, query, client=client_of(request)) as export:
             encoder, digest = export.encoder, hashlib.sha256() if end else None
             headers = {"Content-Disposition": f'attachment; filename="{name}.{encoder.extension}"', **headers}
             async with (
@@ -436,12 +437,12 @@ class Exports(Scenario):
             return no_more_events()
         match = re.fullmatch(r"([0-9a-f]{1,16})-([0-9]{1,15})(?:\.[a-z]+)?", last_id)
         version, count = (match[1], int(match[2])) if match else ("", 0)
-        async with self.opened(name, "jsonl", query, skip=count) as export:
+        async with self.opened(name, "jsonl", query, skip=count, client=client_of(request)) as export:
             has_changed = bool(last_id) and version != export.result.version
             if not (has_changed and count):
                 return await self._send_batches(request, name, export, count, has_changed=has_changed)
         # The rows before `count` may have changed, too: all are sent again.
-        async with self.opened(name, "jsonl", query) as export:
+        async with self.opened(name, "jsonl", query, client=client_of(request)) as export:
             return await self._send_batches(request, name, export, 0, has_changed=True)
 
     async def _send_batches(
@@ -469,7 +470,9 @@ class Exports(Scenario):
         return export.altered
 
     @asynccontextmanager
-    async def opened(self, name: str, form: str, query: RowsQuery, skip: int = 0) -> AsyncIterator[OpenExport]:
+    async def opened(
+        self, name: str, form: str, query: RowsQuery, *, skip: int = 0, client: str = ""
+    ) -> AsyncIterator[OpenExport]:
         """Run an export within the limits, without its first `skip` rows; raises Problem if it fails at the start."""
         configured = self.exports.get(name)
         if configured is None:
@@ -480,7 +483,7 @@ class Exports(Scenario):
         selection = Selection(query.columns, where, limit, skip)
         deadline = asyncio.get_running_loop().time() + self.max_seconds
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._slots.held())
+            await stack.enter_async_context(self._slots.held(client=client))
             async with self.limited(name, deadline):
                 source = await self.source(configured.database)
                 sql, guard = Query(configured.sql, values), self.formula_guard

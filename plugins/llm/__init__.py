@@ -28,6 +28,7 @@ from streamlab import (
     ResumeQuery,
     Scenario,
     Scope,
+    client_of,
     endpoint,
     hookimpl,
     open_event_stream,
@@ -151,7 +152,7 @@ class Llm(Scenario):
     max_generations: int = Field(4, ge=1, le=1000)
     """Maximum concurrent generations; a request for several responses (`n`) counts as that many."""
     max_waiting: int = Field(16, ge=0, le=10_000)
-    """Maximum requests that wait for a slot; one more gets 429 with Retry-After."""
+    """Maximum requests that wait for a slot; one more gets 429 with Retry-After. Clients take turns."""
     wait_seconds: float = Field(30.0, gt=0, le=3600)
     """Maximum wait for a slot, in seconds."""
     max_tokens: int = Field(512, ge=1, le=1_000_000)
@@ -250,9 +251,9 @@ class Llm(Scenario):
             return self._gateway.trouble
         return None if self.url else missing()
 
-    def _complete(self, body: Mapping[str, Any]) -> AbstractAsyncContextManager[Completion]:
+    def _complete(self, request: web.Request, body: Mapping[str, Any]) -> AbstractAsyncContextManager[Completion]:
         assert self._gateway is not None, "the server has not started"
-        return self._gateway.complete(body)
+        return self._gateway.complete(body, client_of(request))
 
     # -- text
 
@@ -280,7 +281,7 @@ class Llm(Scenario):
     async def _text(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
         self._require_model(request)
         async with (
-            self._complete(body) as completion,
+            self._complete(request, body) as completion,
             open_stream(request, "text/plain; charset=utf-8") as stream,
             aclosing(completion.texts()) as batches,
         ):
@@ -324,7 +325,7 @@ class Llm(Scenario):
         id = generation_of(resume_id(request, after))  # noqa: A001
         if id is None:
             self._require_model(request)
-            id = (await self._generations.start(body, request[PRINCIPAL].name)).id  # noqa: A001
+            id = (await self._generations.start(request, body)).id  # noqa: A001
         headers = {"Location": f"/ai/generations/{id}"}
         return await self._generations.follow(request, id, after, headers, gap_if_unknown=True)
 
@@ -402,7 +403,7 @@ class Llm(Scenario):
         Unknown fields are rejected with 400; docs/openai.md lists the known ones.
         """
         self._require_model(request)
-        async with self._complete(self._rules.upstream_body(body)) as completion:
+        async with self._complete(request, self._rules.upstream_body(body)) as completion:
             if not body.stream:
                 return web.Response(body=await completion.read(), content_type="application/json")
             async with open_event_stream(request) as stream:

@@ -36,7 +36,7 @@ RETRY_SECONDS = 2
 class GenerationSlots(Slots):
     """The slots for generations; a rejection has a code, as every error of the gateway."""
 
-    def rejection(self, reason: str) -> Failure:
+    def rejection(self, reason: str, *, of_client: bool = False) -> Failure:
         """Return the Failure of a request that gets no slot."""
         headers = {"Retry-After": str(RETRY_SECONDS)}
         return Failure(429, "too_many_generations", f"Too many generations: {reason}.", headers=headers)
@@ -70,14 +70,14 @@ class Gateway:
         return self._upstream.trouble if self._embedded is None else self._embedded.trouble
 
     @asynccontextmanager
-    async def complete(self, body: Mapping[str, Any]) -> AsyncIterator[Completion]:
-        """Wait for slots, call the upstream, and yield the completion; leaving the block stops the work.
+    async def complete(self, body: Mapping[str, Any], client: str) -> AsyncIterator[Completion]:
+        """Wait for slots of a client, call the upstream, and yield the completion; leaving the block stops the work.
 
         Every outcome is accounted for. Raises Failure where no slot becomes free, the prompt is too long, or the
         upstream rejects the request or fails.
         """
         prompt_tokens = await self._prompt_tokens(body)
-        async with self._slots.held(body.get("n") or 1):
+        async with self._slots.held(body.get("n") or 1, client=client):
             completion, outcome, code = Completion(prompt_tokens), "failed", None
             request = self._upstream.post(self._path, msgspec.json.encode(body), events=bool(body.get("stream")))
             try:

@@ -15,6 +15,7 @@ from aiohttp import web
 from streamlab import (
     END,
     ORIGIN,
+    PRINCIPAL,
     Channel,
     EncodedEvent,
     EventLogError,
@@ -23,6 +24,7 @@ from streamlab import (
     Problem,
     Retention,
     Scope,
+    client_of,
     encode_event,
     follow,
     no_more_events,
@@ -73,6 +75,8 @@ class Generation:
     id: str
     principal: str
     """The name of the principal that started it."""
+    client: str
+    """The client that it counts for when slots are shared."""
     channel: Channel
     begun: "asyncio.Future[None]"
     """Done when the upstream has begun to respond, or has failed while the client waited for that."""
@@ -137,14 +141,17 @@ class Generations:
 
     # -- running
 
-    async def start(self, body: Mapping[str, Any], principal: str) -> Generation:
-        """Start a generation of a principal; return once it has begun, or after BEGIN_SECONDS.
+    async def start(self, request: web.Request, body: Mapping[str, Any]) -> Generation:
+        """Start a generation of the principal of a request; return once it has begun, or after BEGIN_SECONDS.
 
         Raises Problem for an early failure.
         """
         assert self._group is not None, "the server has not started, or has stopped"
         id = uuid.uuid4().hex  # noqa: A001 - knowing it is enough to follow and stop it, so it cannot be guessed
-        generation = Generation(id, principal, self.channel(id), asyncio.get_running_loop().create_future())
+        principal = request[PRINCIPAL].name
+        generation = Generation(
+            id, principal, client_of(request), self.channel(id), asyncio.get_running_loop().create_future()
+        )
         self._running[id] = generation
         generation.task = self._group.create_task(self._run(generation, body))
         try:
@@ -166,7 +173,10 @@ class Generations:
             origin = _Origin(self._ownership.process, generation.principal)
             text = msgspec.json.encode(origin).decode()
             await generation.channel.publish_all([first], checkpoint=("origin", text))
-            async with self.gateway.complete(body) as completion, aclosing(completion.texts()) as batches:
+            async with (
+                self.gateway.complete(body, generation.client) as completion,
+                aclosing(completion.texts()) as batches,
+            ):
                 generation.begin()
                 index = 0
                 async for texts in batches:

@@ -37,7 +37,7 @@ from streamlab import (
 )
 
 from .embedded import EmbeddedEngine
-from .engine import Engine, QueueLimits
+from .engine import Engine, QueueLimits, StoredLimits
 from .runner import Runner
 from .store import ID, UNKNOWN_TASK, Record, Store, new_id, now, task_of
 
@@ -102,6 +102,10 @@ class Tasks(Scenario):
     """Maximum waiting tasks; one more gets 429 with Retry-After."""
     max_queued_per_client: int = Field(500, ge=1, le=100_000)
     """Maximum waiting tasks of one client; one more gets 429 with Retry-After."""
+    max_stored: int = Field(10_000, ge=1, le=1_000_000)
+    """Maximum stored tasks, with those that have ended; one more gets 429 with Retry-After."""
+    max_stored_per_client: int = Field(5000, ge=1, le=1_000_000)
+    """Maximum stored tasks of one client; one more gets 429 with Retry-After."""
     max_seconds: float = Field(3600.0, gt=0, le=365 * 86_400)
     """Maximum duration of a task, all its runs together, in seconds; then it fails. A kind may have a smaller limit."""
     max_crashes: int = Field(3, ge=1, le=1000)
@@ -111,6 +115,7 @@ class Tasks(Scenario):
 
     _engine: Engine = PrivateAttr()
     _store: Store = PrivateAttr()
+    _stored_limits: StoredLimits = PrivateAttr()
     _kinds: Mapping[str, Task] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -135,6 +140,8 @@ class Tasks(Scenario):
 
     def _create_engine(self, app: web.Application) -> Engine:
         self._kinds, self._store = app[TASKS], Store(app[EVENTS], self.keep_seconds)
+        limits = StoredLimits(self._store, total=self.max_stored, per_client=self.max_stored_per_client)
+        self._stored_limits = limits
         ended = Counter("streamlab_tasks", "Finished tasks.", ["kind", "state"], registry=app[METRICS].registry)
         runner = Runner(
             self._store,
@@ -215,7 +222,12 @@ class Tasks(Scenario):
             holder = await self._store.claim(key, {"kind": body.kind, "parameters": parameters}, id)
             if holder is not None:
                 return _response(request, await self._get(request, "read", holder), status=202)
-        return _response(request, await self._submit(request, id, body.kind, parameters), status=202)
+        try:
+            return _response(request, await self._submit(request, id, body.kind, parameters), status=202)
+        except Problem:
+            if key is not None:
+                await self._store.release(key)
+            raise
 
     @endpoint(
         "GET",
@@ -324,6 +336,7 @@ class Tasks(Scenario):
         record = Record(id=id, kind=kind, parameters=dict(parameters), unit=unit, created=time, heartbeat=time)
         record.principal = request[PRINCIPAL].name
         record.client = client_of(request)
+        await self._stored_limits.check(record.client)
         await self._engine.submit(record)
         return record
 

@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+import math
+import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +26,12 @@ COMMANDS = Retention(events=MAX_COMMANDS, seconds=86_400, idle_seconds=2 * 86_40
 
 FULL_RETRY_SECONDS = 5
 """Retry-After of a request that finds the queue full, in seconds."""
+
+FULL_STORE_RETRY_SECONDS = 60
+"""Retry-After of a request for which too many tasks are stored, in seconds."""
+
+RECOUNT_SECONDS = 60.0
+"""Maximum age of a count of the stored tasks, in seconds."""
 
 
 class Engine(ABC):
@@ -159,5 +168,37 @@ class QueueLimits:
             raise _full(f"Too many tasks of this client are waiting (limit {self.per_client}).")
 
 
-def _full(detail: str) -> Problem:
-    return Problem(429, detail, headers={"Retry-After": str(FULL_RETRY_SECONDS)})
+class StoredLimits:
+    """Maximum stored tasks: of all clients together, and of one.
+
+    They are counted in the event log at intervals, and what this process starts in between is added.
+    """
+
+    def __init__(self, store: Store, *, total: int, per_client: int) -> None:
+        self._store = store
+        self._total = total
+        self._per_client = per_client
+        self._stored: Counter[str] = Counter()
+        self._counted_at = -math.inf
+
+    async def check(self, client: str) -> None:
+        """Count one more task of a client; raises Problem 429 where it exceeds a limit."""
+        age = time.monotonic() - self._counted_at
+        if age > RECOUNT_SECONDS or (age > 1 and self._fault(client)):
+            self._stored = Counter(record.client for record in await self._store.all())
+            self._counted_at = time.monotonic()
+        if fault := self._fault(client):
+            raise _full(fault, FULL_STORE_RETRY_SECONDS)
+        self._stored[client] += 1
+
+    def _fault(self, client: str) -> str:
+        """Return why one more task of a client cannot be stored; empty if it can."""
+        if self._stored.total() >= self._total:
+            return f"Too many tasks are stored (limit {self._total})."
+        if self._stored[client] >= self._per_client:
+            return f"Too many tasks of this client are stored (limit {self._per_client})."
+        return ""
+
+
+def _full(detail: str, seconds: int = FULL_RETRY_SECONDS) -> Problem:
+    return Problem(429, detail, headers={"Retry-After": str(seconds)})

@@ -187,9 +187,7 @@ class Store:
         Source: draft-ietf-httpapi-idempotency-key-header, section 2.
         """
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
-        idle = max(self._keep_seconds, 2 * CLAIM_SECONDS)
-        retention = Retention(events=MAX_CLAIMS, seconds=FOREVER, idle_seconds=idle)
-        channel = self._events.channel(f"progress-key/{digest}", retention=retention)
+        channel = self._claims(digest)
         claim = _Claim(id=id, request=hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest())
         holder, has_task = await self._holder(channel)
         if holder is None:
@@ -203,6 +201,16 @@ class Store:
             detail = "Another request with this Idempotency-Key is in progress."
             raise Problem(409, detail, headers={"Retry-After": "1"})
         return holder.id
+
+    async def release(self, key: str) -> None:
+        """Forget a claim whose task could not be created, so that rejected requests leave nothing behind."""
+        await self._claims(hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()).delete()
+
+    def _claims(self, digest: str) -> Channel:
+        """Return the channel with the claims of an Idempotency-Key."""
+        idle = max(self._keep_seconds, 2 * CLAIM_SECONDS)
+        retention = Retention(events=MAX_CLAIMS, seconds=FOREVER, idle_seconds=idle)
+        return self._events.channel(f"progress-key/{digest}", retention=retention)
 
     async def _holder(self, channel: Channel) -> tuple["_Claim | None", bool]:
         """Return the claim that holds a key, and whether its task exists; None where a new claim would hold it.

@@ -14,6 +14,9 @@ from streamlab import Position
 _WHITE_SPACE = " \t\r\n"
 """White space of JSON (RFC 8259, section 2)."""
 
+MAX_BYTES = 16 * 1024
+"""Maximum size of a pushed price, in bytes: thousands of them are stored."""
+
 MAX_ERRORS = 50
 """Maximum number of invalid fields that are reported."""
 
@@ -157,6 +160,9 @@ def _price(number: int, text: str, value: Any, symbol_pattern: str, errors: list
     where = f"line {number}: " if number else ""
     if not isinstance(value, dict):
         errors.append({"in": "body", "name": f"{where}body", "detail": "must be a JSON object"})
+        return None
+    if len(text.encode()) > MAX_BYTES:
+        errors.append({"in": "body", "name": f"{where}body", "detail": f"must have at most {MAX_BYTES} bytes"})
         return None
     symbol, price = value.get("symbol"), _number(value.get("price"))
     is_symbol = isinstance(symbol, str) and re.fullmatch(symbol_pattern, symbol)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 
 from aiohttp import web
 
+from streamlab.auth import client_of
 from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.resume import no_more_events, resume_id
 
@@ -49,7 +50,8 @@ async def follow(
     if channel.finite and position and await _has_ended(channel, position):
         return no_more_events()
     view = view or EVERYTHING
-    channel.events.filters.admit(channel.name, view)
+    client = client_of(request)
+    channel.events.filters.admit(channel.name, view, client)
     try:
         async with open_event_stream(request, headers=headers, heartbeat_seconds=None) as stream:
             follower = Follower(stream, view, position or ORIGIN, limit, channel.id_prefix)
@@ -69,7 +71,7 @@ async def follow(
             finally:
                 session.close()
     finally:
-        channel.events.filters.leave(channel.name, view)
+        channel.events.filters.leave(channel.name, view, client)
     return stream
 
 

@@ -1,11 +1,13 @@
 """Views: which events of a channel a follower gets, decided in threads where a plugin's code decides."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from streamlab.auth import may_be_proxy
 from streamlab.problems import Problem
 from streamlab.threads import Threads
 
@@ -65,7 +67,8 @@ EVERYTHING = View()
 class _Use:
     """A filter in use."""
 
-    followers: int = 0
+    followers: Counter[str] = field(default_factory=Counter)
+    """The number of its followers of each client."""
     slow: bool = False
 
 
@@ -97,22 +100,31 @@ class Filters:
         await self._slow.__aexit__(kind, error, trace)
         await self._quick.__aexit__(kind, error, trace)
 
-    def admit(self, channel: str, view: View) -> None:
-        """Count the filter of a follower until `leave`; raises Problem 429 above the limit of its channel."""
+    def admit(self, channel: str, view: View, client: str) -> None:
+        """Count the filter of a client's follower until `leave`; raises Problem 429 above the limit of its channel.
+
+        One client may use half of them, rounded up, unless it may be a proxy.
+        """
         if view.accepts is None:
             return
-        used = self._used.get(channel, {})
+        used, share = self._used.get(channel, {}), -(-self.max_filters // 2)
+        headers = {"Retry-After": str(RETRY_SECONDS)}
         if view not in used and len(used) >= self.max_filters:
             detail = f"The streams of this channel use {self.max_filters} different filters, the maximum; try again."
-            raise Problem(429, detail, headers={"Retry-After": str(RETRY_SECONDS)})
-        self._used.setdefault(channel, used).setdefault(view, _Use()).followers += 1
+            raise Problem(429, detail, headers=headers)
+        own = sum(client in use.followers for use in used.values())
+        if own >= share and not may_be_proxy(client) and not (view in used and client in used[view].followers):
+            raise Problem(429, f"Streams of this client use {own} different filters, its maximum.", headers=headers)
+        self._used.setdefault(channel, used).setdefault(view, _Use()).followers[client] += 1
 
-    def leave(self, channel: str, view: View) -> None:
+    def leave(self, channel: str, view: View, client: str) -> None:
         """Count the filter of an admitted follower no longer."""
         if view.accepts is None:
             return
         used = self._used[channel]
-        used[view].followers -= 1
+        used[view].followers[client] -= 1
+        if not used[view].followers[client]:
+            del used[view].followers[client]
         if not used[view].followers:
             del used[view]
         if not used:

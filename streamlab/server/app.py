@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from aiohttp import HttpVersion11, web
 
 from streamlab import sse
-from streamlab.auth import client_of
+from streamlab.auth import PRINCIPAL, client_of
 from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
@@ -46,7 +46,7 @@ from .edge import (
 )
 from .forwarded import Proxies, take_forwarded
 from .lifespans import lifespans
-from .limits import RequestRate
+from .limits import OpenConnections, RequestRate
 from .listening import listening
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
@@ -142,7 +142,8 @@ async def serve(
                     await runner.setup()
                     manager = runner.server
                     assert manager is not None
-                    connections = partial(EdgeConnection, manager, loop=loop)
+                    counted = OpenConnections(config.limits.connections_per_client, app[TRUSTED])
+                    connections = partial(EdgeConnection, manager, loop=loop, open_connections=counted)
                     listener = await stack.enter_async_context(listening(config, connections, tls))
                 _shorten_pauses()
                 on_ready(app, listener.address)
@@ -223,7 +224,7 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
                 faults.append(Fault(plugin.origin, "", f"{method} {path} already belongs to {owner}"))
                 continue
             owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
-            handler: Any = _bind(route, plugin) if route else _out_of_service(plugin)
+            handler: Any = _bind(route, plugin) if route else _reject_lost(plugin)
             try:
                 for verb in (method, "HEAD") if method == "GET" else (method,):
                     app.router.add_route(verb, path, handler, expect_handler=_check_expect)
@@ -246,8 +247,6 @@ _Begin = Callable[[web.Request], Awaitable[Awaitable[web.StreamResponse]]]
 def _bind(route: Route, plugin: Plugin) -> _Begin:
     # This ends before the handler begins: as its caller, it would live as long as the stream (256 bytes a follower).
     async def begin(request: web.Request) -> Awaitable[web.StreamResponse]:
-        if plugin.state == "failed":
-            await _out_of_service(plugin)(request)  # raises
         endpoint = route.endpoint
         request[SCENARIO] = route.scenario
         rate = request.config_dict[RATE]
@@ -259,6 +258,8 @@ def _bind(route: Route, plugin: Plugin) -> _Begin:
         if changes and not has_token and not request.config_dict[CORS].trusts(request.headers.get("Origin", "")):
             reject_other_origin(request)
         authorize(request, route)
+        if plugin.state == "failed":
+            raise _out_of_service(request, plugin)
         accept_body(request, endpoint.body_limit or BODY_LIMIT)
         await _send_continue(request)
         parameters = await read_authorized(request, route)
@@ -300,11 +301,23 @@ def _opened(request: web.Request, media: str, headers: Mapping[str, str]) -> Abs
     return open_stream(request, media, headers=headers)
 
 
-def _out_of_service(plugin: Plugin) -> _Begin:
+def _reject_lost(plugin: Plugin) -> _Begin:
+    """Return what responds for the routes of a plugin that could not be loaded."""
+
     async def reject(request: web.Request) -> NoReturn:
-        raise Problem(503, f"The plugin {plugin.name} is out of service: {plugin.reason}")
+        try:
+            await authenticate(request, is_public=False)
+        finally:
+            request.config_dict[RATE].admit(client_of(request))
+        raise _out_of_service(request, plugin)
 
     return reject
+
+
+def _out_of_service(request: web.Request, plugin: Plugin) -> Problem:
+    """Return the Problem of a plugin that has failed; its reason is for those who may know the state of the server."""
+    reason = f": {plugin.reason}" if request[PRINCIPAL].may("site", "read") else "."
+    return Problem(503, f"The plugin {plugin.name} is out of service{reason}")
 
 
 # -- every request and response
@@ -326,6 +339,8 @@ async def _error_middleware(
         reject_other_host(request)
         if (answer := request.config_dict[CORS].preflight(request)) is not None:
             return answer
+        if request.match_info.http_exception is not None:  # no route, so that nothing else counts it
+            request.config_dict[RATE].admit(client_of(request))
         handling = await handler(request)  # see _bind
         response = await handling
         if not isinstance(response, web.StreamResponse):

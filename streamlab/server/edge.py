@@ -18,6 +18,8 @@ from streamlab.config import CONFIG, Server
 from streamlab.problems import Problem, from_aiohttp
 from streamlab.streaming.connection import Connection
 
+from .limits import OpenConnections
+
 log = logging.getLogger(__name__)
 
 SERVER_NAME = "streamlab"
@@ -57,9 +59,9 @@ class EdgeConnection(Connection):
     A client has `HEAD_SECONDS` for the head of a request, and `accept_body` bytes for its body, however it is read.
     """
 
-    __slots__ = ("_head_timer",)
+    __slots__ = ("_counted", "_head_timer", "_open_connections")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, open_connections: OpenConnections | None = None, **kwargs: Any) -> None:
         super().__init__(
             *args,
             keepalive_timeout=KEEP_ALIVE_SECONDS,
@@ -69,6 +71,20 @@ class EdgeConnection(Connection):
             **kwargs,
         )
         self._head_timer: asyncio.TimerHandle | None = None
+        self._open_connections, self._counted = open_connections, ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection for its client, and close it at once where the client has too many."""
+        if self._open_connections is not None:
+            peer = transport.get_extra_info("peername")
+            counted = self._open_connections.add(peer[0] if isinstance(peer, tuple) else "")
+            if counted is None:
+                self._open_connections = None
+                super().connection_made(transport)
+                self.force_close()
+                return
+            self._counted = counted
+        super().connection_made(transport)
 
     @property
     def peername(self) -> str | tuple[str, int, int, int] | tuple[str, int] | None:
@@ -88,8 +104,11 @@ class EdgeConnection(Connection):
             self._head_timer = self._loop.call_later(HEAD_SECONDS, self.force_close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Cancel the timer."""
+        """Cancel the timer, and count the connection no longer."""
         self._cancel_head_timer()
+        if self._open_connections is not None:
+            self._open_connections.remove(self._counted)
+            self._open_connections = None
         super().connection_lost(exc)
 
     def _cancel_head_timer(self) -> None:

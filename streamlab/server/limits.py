@@ -1,13 +1,45 @@
-"""How many requests one client may send in a minute."""
+"""What one client may use: requests in a minute, and open connections."""
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
+from streamlab.auth import may_be_proxy, network_of
 from streamlab.problems import Problem
+
+from .forwarded import Proxies
 
 MAX_CLIENTS = 10_000
 """Maximum number of clients that are remembered; the one that was silent for the longest time is forgotten first."""
+
+
+class OpenConnections:
+    """The open connections of each address, for IPv6 of each 64-bit network: at most `limit` (0: any number).
+
+    Not counted are those of this machine and of trusted proxies, which are of any number of clients.
+    """
+
+    def __init__(self, limit: int, trusted: Proxies) -> None:
+        self._limit = limit
+        self._trusted = trusted
+        self._open: Counter[str] = Counter()
+
+    def add(self, address: str) -> str | None:
+        """Count a connection of an address; return what `remove` takes, or None where the address has too many."""
+        network = network_of(address)
+        if not self._limit or may_be_proxy(network) or address in self._trusted:
+            return ""
+        if self._open[network] >= self._limit:
+            return None
+        self._open[network] += 1
+        return network
+
+    def remove(self, counted: str) -> None:
+        """Count a connection no longer."""
+        if counted:
+            self._open[counted] -= 1
+            if not self._open[counted]:
+                del self._open[counted]
 
 
 class RequestRate:

@@ -445,11 +445,21 @@ def test_a_deeply_nested_object_does_not_affect_the_next(serve: Serve) -> None:
 def test_a_body_of_1_mib_is_accepted_and_of_one_byte_more_is_413(serve: Serve) -> None:
     server = serve('source = "push"')
     head, tail = '{"symbol":"ACME","price":1,"x":"', '"}'
-    body = head + "x" * (1024 * 1024 - len(head) - len(tail)) + tail
-    assert post(server, body.replace("xx", "xxx", 1))[0] == 413
+    price = head + "x" * (16 * 1024 - len(head) - len(tail)) + tail
+    body = "\n".join([*[price] * 63, price[: -len(tail) - 63] + tail])
+    body += " " * (1024 * 1024 - len(body))
+    assert post(server, body + " ")[0] == 413
     assert post(server, body)[0] == 202
-    (event,) = first_events(server, 1)
-    assert event.data.startswith(body[:-1] + ", ")
+    assert [event.data.startswith(price[:-1] + ", ") for event in first_events(server, 64)] == [True] * 63 + [False]
+
+
+def test_a_price_of_16_kib_is_accepted_and_of_one_byte_more_is_422(serve: Serve) -> None:
+    server = serve('source = "push"')
+    head, tail = '{"symbol":"ACME","price":1,"x":"', '"}'
+    price = head + "x" * (16 * 1024 - len(head) - len(tail)) + tail
+    status, answer = post(server, price.replace("xx", "xxx", 1))
+    assert (status, answer["errors"][0]["detail"]) == (422, "must have at most 16384 bytes")
+    assert post(server, price)[0] == 202
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data", ""])
