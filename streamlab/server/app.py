@@ -331,7 +331,7 @@ async def _error_middleware(
     started = time.monotonic()
     response: web.StreamResponse | web.HTTPException
     streams = request.config_dict[STREAMS]
-    task = streams.begin_request()
+    task = streams.begin_request(request)
     try:
         reject_unsupported(request)
         take_forwarded(request, request.config_dict[TRUSTED])

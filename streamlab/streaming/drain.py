@@ -85,7 +85,7 @@ class Streams:
         self._stall_milliseconds = int(stall_seconds * 1000)
         self._on_end = on_end
         self._open: set[OpenStream] = set()
-        self._requests: set[asyncio.Task[Any]] = set()
+        self._requests: dict[asyncio.Task[Any], web.Request] = {}
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -94,17 +94,17 @@ class Streams:
     def __iter__(self) -> Iterator[OpenStream]:
         return iter(tuple(self._open))
 
-    def begin_request(self) -> asyncio.Task[Any]:
+    def begin_request(self, request: web.Request) -> asyncio.Task[Any]:
         """Return the current task, a request in progress until `end_request`: a drain waits for it, then cancels it."""
         # Not a context manager: its generator would cost each open stream 400 bytes.
         task = asyncio.current_task()
         assert task is not None
-        self._requests.add(task)
+        self._requests[task] = request
         return task
 
     def end_request(self, task: asyncio.Task[Any]) -> None:
         """Wait no longer for the task of a request."""
-        self._requests.discard(task)
+        self._requests.pop(task, None)
         self._changed.set()
 
     def register(self, request: web.Request, stream: OpenStream) -> None:
@@ -157,7 +157,8 @@ class Streams:
     ) -> set[OpenStream]:
         """Interrupt every stream whose client may not have it any more, and return these.
 
-        Those that were `interrupted` by an earlier call, whose handlers go on all the same, are cut.
+        Those that were `interrupted` by an earlier call, whose handlers go on all the same, are cut, and so is every
+        other request in progress, as a WebSocket.
         """
         found = set()
         for number, stream in enumerate(self, start=1):
@@ -169,6 +170,11 @@ class Streams:
                     stream.stop("unauthorized")
             if number % CHECKED_AT_ONCE == 0:
                 await asyncio.sleep(0)
+        if len(self._requests) > len(self._open):
+            tasks = {stream.task for stream in self._open}
+            for task, request in tuple(self._requests.items()):
+                if task not in tasks and request.transport is not None and not may_continue(request):
+                    request.transport.close()
         return found
 
     async def drain(self, seconds: float) -> None:
@@ -198,7 +204,7 @@ class Streams:
         """Interrupt every stream and every other request, so that none of them looks complete."""
         for stream in self:
             stream.stop("cut")
-        for task in self._requests - {stream.task for stream in self}:
+        for task in self._requests.keys() - {stream.task for stream in self}:
             task.cancel()
 
     async def _wait(self, seconds: float, reached: Callable[[], bool]) -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.connections import EventStream
 from tests.support.fake_upstream import DONE, FINISH, MODEL, Exchange, FakeUpstream, event, fake_upstream
-from tests.support.servers import Running, starting_in
+from tests.support.servers import Running, command, starting_in
 from tests.support.tokens import EXPIRED, bearer, table
 
 PUBLIC = {"GET /", "GET /assets/{name}", "GET /docs", "GET /health", "GET /lab", "GET /openapi.json"}
@@ -400,3 +400,26 @@ def test_the_log_names_the_principal_and_has_no_credentials(served: Served) -> N
     assert len(written) > 1
     for text in ("-secret", "Bearer", "YWxpY2U6c2VjcmV0", "access_token"):
         assert not [file for file in written if text in file.read_text()], text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines", "printed"),
+    [
+        (("task", "list"), "", "rehearsal"),
+        (("task", "kinds"), "", "rehearsal"),
+        (("task", "run", "rehearsal", "-p", "steps=1", "-p", "delay=0"), "", '"steps": 1'),
+        (("chat",), "Hello\n", "ab"),
+        (("client", "task"), "rehearsal\nsteps=1\n", '"steps": 1'),
+        (("client", "chat"), "2\nHello\n", "ab"),
+    ],
+)
+def test_commands_and_views_send_the_token(
+    served: Served, tmp_path: Path, arguments: tuple[str, ...], lines: str, printed: str
+) -> None:
+    for variables in ({"STREAMLAB_TOKEN": "alice-secret"}, {"STREAMLAB_TOKEN": "only-site-read-secret"}):
+        with command(*arguments, "--url", served.server.url, cwd=tmp_path, COLUMNS="120", **variables) as process:
+            out, errors = process.communicate(lines, timeout=20)
+            if "alice" in variables["STREAMLAB_TOKEN"]:
+                assert (printed in out, process.returncode) == (True, 0), (out, errors)
+            else:
+                assert "403" in out + errors or "needs the scope" in out + errors, (out, errors)

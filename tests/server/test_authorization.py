@@ -5,6 +5,7 @@ import hmac
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ import pytest
 from streamlab.auth import EVERYBODY, Principal, Scope
 from streamlab.config import Config
 from streamlab.server.authorization import Authorization
-from tests.support.connections import EventStream
+from tests.support.connections import EventStream, read_all, read_until
 from tests.support.servers import WITHOUT_MODEL, Running, run_streamlab, starting_in
 from tests.support.tokens import EXPIRED, bearer, table
 
@@ -346,6 +347,24 @@ SLOW = """
                 await asyncio.sleep(3600)
             return stream
 
+        @endpoint("GET", "/bare", sends="application/octet-stream")
+        async def bare(self, request: web.Request) -> web.StreamResponse:
+            "Send the same without the core."
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(b"x")
+            await asyncio.sleep(3600)
+            return response
+
+        @endpoint("GET", "/socket", sends="application/octet-stream")
+        async def socket(self, request: web.Request) -> web.WebSocketResponse:
+            "Send each message back."
+            response = web.WebSocketResponse()
+            await response.prepare(request)
+            async for message in response:
+                await response.send_bytes(message.data)
+            return response
+
 
     @hookimpl
     def register_scenarios():
@@ -377,6 +396,28 @@ def test_a_reload_ends_the_streams_that_lost_their_scope_and_no_others(start: St
         server.wait_for_log("reloaded")
         assert all(event.event == "" for event in kept.take(3))
     assert server.get("/stream/stock-ticker", bearer("alice"))[0] == 403
+
+
+def test_a_web_socket_and_a_response_without_the_core_are_cut_with_their_token(start: Start, tmp_path: Path) -> None:
+    server = start(table("alice", "slow:read") + table("bob", "ticker:read"), slow=SLOW)
+    key = "MDEyMzQ1Njc4OWFiY2RlZg=="
+    upgrade = f"Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: {key}"
+
+    def opened(path: str, name: str, fields: str = "") -> socket.socket:
+        authorization = bearer(name)["Authorization"]
+        return server.send(f"GET {path} HTTP/1.1\nHost: localhost\nAuthorization: {authorization}\n{fields}")
+
+    with opened("/socket", "bob", upgrade) as rejected:
+        assert rejected.recv(100).startswith(b"HTTP/1.1 403 ")
+    with opened("/socket", "alice", upgrade) as messages, opened("/bare", "alice") as bare:
+        assert read_until(messages, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+        messages.sendall(b"\x82\x81\0\0\0\0x")
+        assert messages.recv(10) == b"\x82\x01x"
+        read_until(bare, b"x")
+        (tmp_path / "config.toml").write_text(table("alice", "ticker:read"))
+        server.process.send_signal(signal.SIGHUP)
+        assert b"\r\n0\r\n" not in read_all(bare)
+        assert read_all(messages) == b""
 
 
 def test_a_stream_of_another_ends_when_no_scope_names_it_any_more(start: Start, tmp_path: Path) -> None:

@@ -318,12 +318,6 @@ DEFECTS = {
         "                try:\n                    await asyncio.sleep(0.05)\n"
         "                except asyncio.CancelledError:\n                    pass\n",
     ),
-    "stream_that_the_server_does_not_know": Defect(
-        "stream_ends_with_its_token",
-        LINES,
-        OPEN,
-        BARE + "        await response.prepare(request)\n        if True:\n",
-    ),
     "farewell_of_its_own": Defect(
         "stream_ends_with_its_token",
         EVENTS,
