@@ -22,6 +22,8 @@ LOADED_PLUGINS = ("ticker",)
 
 TRUSTED = '[server]\ntrusted_proxies = ["127.0.0.1/32"]\n'
 
+SCENARIOS = "[scenarios.ticker]\ninterval = 0.05\n[scenarios.export]\nsample_rows = 1000\n"
+
 PATH = "/stream/stock-ticker?limit=1"
 
 
@@ -114,7 +116,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with starting_in(base, ("ticker", "file", "export", "progress")) as start:
         digest = hashlib.sha256(b"alice-secret").hexdigest()
         token = f'[auth.tokens.alice]\nsha256 = "{digest}"\nallow = ["ticker:read"]\n'
-        server = start(f'{trusted}[auth]\nanonymous = ["*"]\n{token}[scenarios.ticker]\ninterval = 0.05\n')
+        server = start(f'{trusted}[auth]\nanonymous = ["*"]\n{token}{SCENARIOS}')
         location = location.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
         with proxies.nginx(folder, f"server {{ listen 127.0.0.1:{port}; {location} }}", port=port) as proxy:
             yield proxy

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -244,10 +245,17 @@ def test_downloads_pass_nginx_immediately_in_parts_and_not_through_its_disk(fron
 def test_nginx_serves_allowed_hosts_and_reveals_no_query_and_no_metrics(front: Callable[..., Front]) -> None:
     (table,) = [block for block in re.findall(r"```toml\n(.*?)```", OPERATING, re.DOTALL) if "allowed_hosts" in block]
     hosts = tomllib.loads(table)["server"]["allowed_hosts"]
-    nginx = front(environ={"STREAMLAB_SERVER__ALLOWED_HOSTS": json.dumps(hosts)})
+    trusted = {"STREAMLAB_SERVER__TRUSTED_PROXIES": '["127.0.0.1/32"]'}
+    nginx = front(environ={"STREAMLAB_SERVER__ALLOWED_HOSTS": json.dumps(hosts), **trusted})
     assert nginx.get("/health", {"Host": hosts[0]})[0] == 200
     assert nginx.get("/health?secret=1")[0] == 422
     assert nginx.get("/health", {"Host": "other.example.org"})[0] == 421
+    index = nginx.get("/", {"Host": hosts[0], "X-Forwarded-For": "203.0.113.7"})[2].decode()  # of a proxy before it
+    assert f" http://{hosts[0]}/lab\n" in index
+    deadline = time.monotonic() + 10
+    while "client=203.0.113.7" not in "".join(server.log for server in nginx.servers):  # one of them has responded
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert nginx.get("/metrics")[0] == 404
     log = (nginx.stderr.parent / "access.log").read_text()
     assert '"GET /health" 422 ' in log
