@@ -1,4 +1,4 @@
-"""The process of `run --reload`: its child is the server, which it restarts, or tells that a file has changed."""
+"""The process of `run --reload`: its child is the server, which it restarts, or notifies of changed files."""
 
 import signal
 import subprocess

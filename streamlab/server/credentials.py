@@ -65,8 +65,8 @@ def comparable(url: URL) -> str:
 async def authenticate(request: web.Request, *, is_public: bool) -> bool:
     """Set the principal of a request; return whether its credentials are such as no other page can send unasked.
 
-    Those are a ticket, and a token of a page in [cors]: the browser has asked whether that page may send it. In a
-    request of any other page, a proxy has added the token, by a cookie of its own.
+    Those are a ticket, and a token of a page in [cors], whose preflight was permitted. In a request of any other page,
+    a proxy has added the token, by a cookie of its own.
 
     A token comes before a ticket, and that before the cookie of a session. A cookie that is not valid counts as no
     credentials, and is removed. Raises Problem 401 for a token or ticket that is not valid, and EventLogError, except

@@ -89,7 +89,7 @@ def exposure_faults(config: Config) -> Iterator[Fault]:
 
 
 def scope_warnings(config: Config) -> Iterator[Fault]:
-    """Yield the tokens that may do something with every scenario and never expire: who finds one has it for good."""
+    """Yield the tokens that may do something with every scenario, and never expire."""
     for name, token in config.auth.tokens.items():
         wide = [text for text in token.allow if Scope.parse(text).scenario == "*"]
         if wide and token.expires is None:
