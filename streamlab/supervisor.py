@@ -14,6 +14,7 @@ import typer
 from watchfiles import Change, PythonFilter, watch
 
 from .config import Config, ConfigError
+from .server.reload import Terminal
 
 RESTART_STATUS = 75
 """Exit status of a server that has ended to be restarted with a changed configuration."""
@@ -65,18 +66,20 @@ class _Watched:
 
 
 def supervise(command: Sequence[str], path: Path, config: Config) -> None:
-    """Run `streamlab COMMAND...` until SIGTERM or Ctrl-C; it takes what it can of a changed configuration by SIGHUP.
+    """Run `streamlab COMMAND...` until SIGTERM, Ctrl-C, or the end of the terminal.
 
-    It is restarted when a plugin changes, when it ends with `RESTART_STATUS`, and, if it has ended otherwise, when
-    anything changes. `path` is the file of the configuration, which need not exist.
+    It takes what it can of a changed configuration by SIGHUP, also by one that this process gets. It is restarted when
+    a plugin changes, when it ends with `RESTART_STATUS`, and, if it has ended otherwise, when anything changes. `path`
+    is the file of the configuration, which need not exist.
     """
-    stop = threading.Event()
+    stop, requested, terminal = threading.Event(), threading.Event(), Terminal()
 
-    def stopping(number: int, frame: FrameType | None) -> None:
-        stop.set()
+    def handle(number: int, frame: FrameType | None) -> None:
+        is_request = number == signal.SIGHUP and not terminal.is_closed()
+        (requested if is_request else stop).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stopping)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, handle)
     watched = _Watched.of(path, config)
     state = started = watched.state()
     server = _start(command)
@@ -91,7 +94,8 @@ def supervise(command: Sequence[str], path: Path, config: Config) -> None:
                     started, server = state, _start(command)
                 elif server.poll() == RESTART_STATUS or (server.poll() is not None and state != started):
                     started, server = state, _start(command)
-                elif state != before:
+                elif state != before or requested.is_set():
+                    requested.clear()
                     typer.echo(f"changed: {names}; reloading")
                     server.send_signal(signal.SIGHUP)
                 else:

@@ -1,12 +1,14 @@
 """`streamlab run --reload`: what changes without a restart, what with one, and what not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import urllib.error
 import urllib.request
@@ -221,3 +223,37 @@ def test_reload_sees_the_first_plugin_of_a_folder_that_did_not_exist(tmp_path: P
         wait_for(lambda: "serves http" in (tmp_path / "reload.log").read_text(), "the server serves")
         write_plugins(tmp_path, {"hello": HELLO})
         wait_for(serves(port, "/hello", "hello 1"), "the new plugin is served", seconds=5)
+
+
+@pytest.mark.parametrize("options", [(), ("--reload",)])
+def test_a_server_ends_with_the_terminal_in_which_it_was_started(tmp_path: Path, options: tuple[str, ...]) -> None:
+    port = free_port()
+    master, slave = os.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamlab", "run", "--port", str(port), *options],
+            cwd=tmp_path,
+            stdin=slave,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **ENVIRONMENT, **without("", ())},
+            preexec_fn=take_terminal,
+        )
+    os.close(slave)
+    try:
+        wait_for(lambda: "serves http" in (tmp_path / "output").read_text(), "the server serves")
+        descendants = children(process.pid)
+        process.send_signal(signal.SIGHUP)  # of its operator, who has not closed the terminal
+        wait_for(lambda: "reloaded defaults" in (tmp_path / "output").read_text(), "it reads the configuration")
+        os.close(master)
+        assert process.wait(10) == 0
+        wait_for(lambda: not any(map(is_running, descendants)), "its children have exited")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -31,11 +32,32 @@ def hold_reload_requests() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
+class Terminal:
+    """The terminal in which a process was started, if there is one."""
+
+    def __init__(self) -> None:
+        self._descriptor = next(filter(os.isatty, (0, 1, 2)), None)
+
+    def is_closed(self) -> bool:
+        """Return whether there was one that has been closed: that is the other reason for a SIGHUP."""
+        return self._descriptor is not None and not os.isatty(self._descriptor)
+
+
 @contextmanager
 def reload_requests() -> Iterator[asyncio.Event]:
-    """Yield an event that every SIGHUP in the block sets, and one that came since `hold_reload_requests`."""
-    requested, loop = asyncio.Event(), asyncio.get_running_loop()
-    before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(requested.set))
+    """Yield an event that every SIGHUP in the block sets, and one that came since `hold_reload_requests`.
+
+    A SIGHUP since the terminal was closed stops the process, as SIGTERM does.
+    """
+    requested, loop, terminal = asyncio.Event(), asyncio.get_running_loop(), Terminal()
+
+    def request(*_: object) -> None:
+        if terminal.is_closed():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            loop.call_soon_threadsafe(requested.set)
+
+    before = signal.signal(signal.SIGHUP, request)
     held = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield requested
