@@ -76,6 +76,8 @@ def test_a_server_listens_on_a_unix_socket_beside_its_configuration(tmp_path: Pa
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     assert not path.exists()
+    status, listed, _ = run_streamlab("routes", cwd=tmp_path, **without("", ("file",)))
+    assert (status, f"       curl --unix-socket {path} http://localhost/health\n" in listed) == (0, True)
 
 
 def test_the_file_of_a_dead_server_is_replaced_and_that_of_a_live_one_is_not(tmp_path: Path) -> None:
