@@ -169,6 +169,8 @@ class Llm(Scenario):
     """Seconds without data (comments are not data) after which an upstream has failed."""
     abandon_seconds: float = Field(30.0, ge=0.1, le=3600)
     """Seconds without a follower after which a generation of /ai/chat-stream-sse is stopped."""
+    max_stored: int = Field(10_000, ge=1, le=1_000_000)
+    """Maximum stored generations of one process, half of them of one client; one more gets 429 with Retry-After."""
     keep_seconds: float = Field(3600.0, ge=1, le=7 * 86_400)
     """Retention of the events of a generation, in seconds."""
 
@@ -225,7 +227,9 @@ class Llm(Scenario):
                 extra_fields=self.extra_fields,
                 registry=app[METRICS].registry,
             )
-            self._generations = Generations(app[EVENTS], gateway, self.keep_seconds, self.abandon_seconds)
+            self._generations = Generations(
+                app[EVENTS], gateway, self.keep_seconds, self.abandon_seconds, self.max_stored
+            )
             await stack.enter_async_context(self._generations.opened())
             yield
 

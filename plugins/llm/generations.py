@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import re
+import time
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,11 +37,15 @@ from streamlab import (
 
 from .completion import Completion
 from .gateway import Gateway
+from .openai import Failure
 
 log = logging.getLogger(__name__)
 
 BEGIN_SECONDS = 1.0
 """Seconds a request waits for its generation to begin, so that an early failure gets its real status."""
+
+FULL_SECONDS = 60
+"""Retry-After of a request for which too many generations are stored, in seconds."""
 
 END_SECONDS = 2.0
 """Timeout for publishing the last events of a generation, in seconds."""
@@ -112,7 +118,11 @@ class Generations:
     gateway: Gateway
     keep_seconds: float
     abandon_seconds: float
+    max_stored: int
+    """Maximum generations that this process has started and that are stored; one client has half of them."""
     _running: dict[str, Generation] = field(default_factory=dict)
+    _stored: OrderedDict[str, tuple[float, str]] = field(default_factory=OrderedDict)
+    """When each stored generation was started, and by which client, the oldest first."""
     _group: asyncio.TaskGroup | None = None
 
     def __post_init__(self) -> None:
@@ -147,12 +157,11 @@ class Generations:
         Raises Problem for an early failure.
         """
         assert self._group is not None, "the server has not started, or has stopped"
-        id = uuid.uuid4().hex  # noqa: A001 - knowing it is enough to follow and stop it, so it cannot be guessed
-        principal = request[PRINCIPAL].name
-        generation = Generation(
-            id, principal, client_of(request), self.channel(id), asyncio.get_running_loop().create_future()
-        )
-        self._running[id] = generation
+        id, client = uuid.uuid4().hex, client_of(request)  # noqa: A001 - it cannot be guessed
+        self._check_stored(client)
+        begun = asyncio.get_running_loop().create_future()
+        generation = Generation(id, request[PRINCIPAL].name, client, self.channel(id), begun)
+        self._running[id], self._stored[id] = generation, (time.monotonic(), client)
         generation.task = self._group.create_task(self._run(generation, body))
         try:
             with self._followed(generation):
@@ -164,6 +173,15 @@ class Generations:
             generation.stop("abandoned")  # its client has disconnected without its id, so it cannot be resumed
             raise
         return generation
+
+    def _check_stored(self, client: str) -> None:
+        """Raise Failure 429 where one more generation of a client would be one too many."""
+        while self._stored and time.monotonic() - next(iter(self._stored.values()))[0] > self.keep_seconds:
+            self._stored.popitem(last=False)
+        own, share = sum(owner == client for _, owner in self._stored.values()), -(-self.max_stored // 2)
+        if len(self._stored) >= self.max_stored or own >= share:
+            detail = f"Too many generations are stored: {own} of this client, and {len(self._stored)} in total."
+            raise Failure(429, "too_many_generations", detail, headers={"Retry-After": str(FULL_SECONDS)})
 
     async def _run(self, generation: Generation, body: Mapping[str, Any]) -> None:
         completion: Completion | None = None
@@ -204,6 +222,8 @@ class Generations:
                     await (generation.channel.delete() if rejected else generation.channel.publish_all(last))
         finally:
             del self._running[generation.id]
+            if rejected:
+                self._stored.pop(generation.id, None)
             if generation.timer is not None:
                 generation.timer.cancel()
 

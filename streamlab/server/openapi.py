@@ -312,8 +312,12 @@ def _inlined(model: type[BaseModel]) -> Mapping[str, Any]:
     return dict(resolve(schema))
 
 
-def curl(route: Route, origin: str) -> str:
-    """Return a curl command for a route, with the examples of its models, quoted for a shell."""
+def curl(route: Route, origin: str, *, may: Callable[[Route, str], bool] = lambda route, resource: True) -> str:
+    """Return a curl command for a route, with the examples of its models, quoted for a shell.
+
+    `may` returns whether the client may use a resource of a route: no others are examples.
+    """
+    route = _restricted_to(route, may)
     endpoint = route.endpoint
     path = endpoint.template
     for parameter in _path_parameters(route):

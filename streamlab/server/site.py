@@ -6,7 +6,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -134,14 +134,13 @@ class Site(Scenario):
     async def openapi(self, request: web.Request) -> web.Response:
         """Describe every route that the client may use as an OpenAPI 3.1 document."""
         routes = _listed(request)
-        principal = request[PRINCIPAL]
         document = openapi.document(
             routes,
             version=version(),
             path=public_path(request, ""),
             described=self._described(request, routes),
             is_open=request.app[AUTHORIZATION].is_open,
-            may=lambda route, resource: principal.may(route.scenario, route.endpoint.action, resource),
+            may=partial(_may, request),
         )
         return _revalidated(request, json.dumps(document), "application/json", {})
 
@@ -184,7 +183,7 @@ class Site(Scenario):
         # The routes of a scenario stay together; those of the server come last.
         own = [scenario.name for scenario in request.app[OWN]]
         serving.sort(key=lambda route: (route.scenario in own, first[route.scenario], route.scenario))
-        return [(route, openapi.curl(route, origin)) for route in serving], failed
+        return [(route, openapi.curl(route, origin, may=partial(_may, request))) for route in serving], failed
 
     def _lab(self, request: web.Request, headers: dict[str, str] | None = None) -> web.Response:
         """Return the lab page. Its list of routes is complete without JavaScript; web/lab.js adds what runs them."""
@@ -220,6 +219,11 @@ def _listed(request: web.Request) -> list[Route]:
     is_open = request.app[AUTHORIZATION].is_open
     needless = {scenario.name for scenario in request.app[OWN][1:] if is_open}
     return [r for r in request.app[ROUTES] if r.scenario not in needless and may_use(request, r)]
+
+
+def _may(request: web.Request, route: Route, resource: str) -> bool:
+    """Return whether the client of a request may use a route for a resource."""
+    return request[PRINCIPAL].may(route.scenario, route.endpoint.action, resource)
 
 
 def _effort(route: Route) -> tuple[Any, ...]:

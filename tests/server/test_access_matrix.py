@@ -122,6 +122,7 @@ TOKENS = (
     + table("narrow", "export:read:users", "file:read:reports/*", "logs:read:second", "progress:read",
             "progress:write:rehearsal", f"llm:*:{MODEL}")
     + table("other-model", "llm:*:large-1")
+    + table("results", "export:read:results")
     + "".join(table(holder(scope), scope) for scope in SCOPES)
     + "".join(table(stranger(scope), *(other for other in SCOPES if other != scope)) for scope in SCOPES)
 )  # fmt: skip
@@ -376,6 +377,10 @@ def test_lists_have_what_the_client_may_use(served: Served) -> None:
     }
     assert (choices["source"], choices["kind"], choices["name"]) == (["second"], ["rehearsal"], ["users"])
     assert not {"/metrics", "/stream/stock-ticker", "/demo/comparison/report"} & api["paths"].keys()
+    for path in ("/", "/lab"):
+        text = served.server.get(path, bearer("results"))[2].decode()
+        assert "/export/results/csv" in text
+        assert not re.search("/export/(users|data)|/stream/stock-ticker", text)
     status, _, problem = served.status("GET", Row("", "/stream/live-logs?source=x"), bearer("everything"))
     assert (status, problem["errors"][0]["detail"]) == (422, "unknown: x; known: first, second")
 

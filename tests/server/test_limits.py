@@ -6,8 +6,10 @@ import json
 import re
 import socket
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from streamlab.server.app import create_app
 from streamlab.server.edge import EdgeConnection
 from streamlab.server.forwarded import Proxies
 from streamlab.server.limits import OpenConnections, RequestRate
+from streamlab.streaming.drain import COMPRESSING_THREADS
 from tests.support.connections import EventStream, read_until
 from tests.support.fake_upstream import Exchange, event, fake_upstream
 from tests.support.servers import REPOSITORY, Running, disabled, starting_in
@@ -75,13 +78,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             model = "fake-1"
             max_generations = 2
             max_waiting = 1
+            max_stored = 8
             [scenarios.logs.sources.app]
             path = "app.log"
             [scenarios.progress]
             max_stored = 3
             max_stored_per_client = 2
         """
-        yield start(f"{config}\n{table('alice', '*')}{table('bob', '*')}")
+        yield start(f"{config}\n{table('alice', '*')}{table('bob', '*')}{table('carol', 'llm:*')}")
 
 
 Client = Callable[..., tuple[int, dict[str, str], Any]]
@@ -114,17 +118,38 @@ def test_a_client_has_half_of_the_exports(server: Running, ask: Client) -> None:
 
 def test_a_client_has_half_of_the_generations(server: Running, ask: Client) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}]}
+    started: dict[str, list[str]] = {"alice": []}
     with ExitStack() as stack:
         for _ in range(2):  # of two that run, and one that waits
             path = "/ai/chat-stream-sse?prompt=Hello"
             stream = stack.enter_context(EventStream(server, path, headers=bearer("alice")))
             assert [one.event for one in stream.take(2)] == ["generation", "token"]
+            started["alice"].append(stream.headers["location"])
         status, headers, document = ask("alice", "/v1/chat/completions", body)
         assert (status, headers["retry-after"]) == (429, "2")
         assert document["error"]["code"] == "too_many_generations"
         assert document["error"]["message"].endswith("this client has 2 of the 2 that one may have.")
-        waiting = stack.enter_context(EventStream(server, "/ai/chat-stream-sse?prompt=Hello", headers=bearer("bob")))
-        assert waiting.status == 200
+        with EventStream(server, "/ai/chat-stream-sse?prompt=Hello", headers=bearer("bob")) as waiting:
+            assert waiting.status == 200
+            started["bob"] = [waiting.headers["location"]]
+    for name, paths in started.items():
+        for path in paths:
+            assert server.get(path, bearer(name), method="DELETE")[0] == 204
+
+
+def test_a_client_has_half_of_the_stored_generations(server: Running, ask: Client) -> None:
+    for number in range(5):
+        with EventStream(server, "/ai/chat-stream-sse?prompt=Hello", headers=bearer("carol")) as stream:
+            if number == 4:
+                assert (stream.status, stream.headers["retry-after"]) == (429, "60")
+                break
+            assert stream.status == 200
+            assert [one.event for one in stream.take(2)] == ["generation", "token"]
+        path = stream.headers["location"]
+        assert server.get(path, bearer("carol"), method="DELETE")[0] == 204
+    assert ask("carol", "/ai/chat-stream-sse?prompt=Hello")[2]["detail"].startswith(
+        "Too many generations are stored: 4 of this client, and "
+    )
 
 
 def test_a_client_has_half_of_the_filters_of_a_channel(server: Running, ask: Client) -> None:
@@ -218,6 +243,45 @@ def test_json_that_is_nested_too_deep_is_400(server: Running) -> None:
     headers = {"Content-Type": "application/json", **bearer("bob")}
     status, _, body = server.get("/process/tasks", headers, method="POST", body=b"[" * 60_000 + b"]" * 5000)
     assert (status, json.loads(body)["detail"]) == (400, "The body is not JSON.")
+
+
+COMPRESSED = """
+    from aiohttp import web
+
+    from streamlab import Scenario, endpoint, hookimpl, open_stream
+
+
+    class Compressed(Scenario):
+        @endpoint("GET", "/compressed", sends="text/plain")
+        async def compressed(self, request: web.Request) -> web.StreamResponse:
+            "Send large chunks."
+            async with open_stream(request, "text/plain", compress=True) as stream:
+                for number in range(200):
+                    await stream.write(b"%d" % number * 200_000)
+            return stream
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Compressed]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_streams_are_compressed_in_two_threads(start: Callable[..., Running]) -> None:
+    server = start("", compressed=COMPRESSED)
+
+    def threads() -> int:
+        return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
+
+    request = "GET /compressed HTTP/1.1\nHost: localhost\nAccept-Encoding: gzip"
+    counts = []
+    with ExitStack() as stack:
+        for _ in range(10):
+            connection = stack.enter_context(server.send(request))
+            assert b"Content-Encoding: gzip" in read_until(connection, b"\r\n\r\n")
+            counts.append(threads())
+    assert counts[-1] <= counts[COMPRESSING_THREADS] + 1  # of the process, for something else
 
 
 # -- connections
