@@ -53,6 +53,17 @@ class Scope:
                 raise ValueError(f"{text!r} has a * that is not at the end of a part")
         return cls(scenario, action, resource if with_resource else None)
 
+    @classmethod
+    def needed(cls, text: str) -> Self:
+        """Return what is needed for one resource, whose name may have any characters: a `*` in it is no pattern.
+
+        Without a name it is for all resources. Raises ValueError for a text without an action.
+        """
+        scenario, action, *resource = text.split(":", 2)
+        if action not in ACTIONS:
+            raise ValueError(f"the action of {text!r} must be read or write")
+        return cls(scenario, action, "".join(resource) or None)
+
     def __str__(self) -> str:
         text = f"{self.scenario}:{self.action}"
         return text if self.resource is None else f"{text}:{self.resource}"

@@ -330,7 +330,7 @@ class Tasks(Scenario):
         parameters: Mapping[str, Any],
     ) -> Record:
         require(request, Scope(self.name, "write", kind))
-        for scope in map(Scope.parse, self._kinds[kind].needs(parameters)):
+        for scope in map(Scope.needed, self._kinds[kind].needs(parameters)):
             require(request, scope)
         unit, time = self._kinds[kind].unit, now()
         record = Record(id=id, kind=kind, parameters=dict(parameters), unit=unit, created=time, heartbeat=time)

@@ -299,6 +299,21 @@ def test_a_task_is_no_way_around_a_scope(server: Running) -> None:
     assert submitted(server, "alice", "checksum", path="secret/salaries.txt")[0] == 403
 
 
+@pytest.mark.parametrize(
+    ("kind", "parameters", "scope"),
+    [
+        ("checksum", {"path": "2*3/sums.txt"}, "file:read:2*3/sums.txt"),
+        ("export", {"name": "*"}, "export:read:*"),
+        ("export", {"name": ""}, "export:read"),
+        ("export", {"name": "results:*"}, "export:read:results:*"),
+    ],
+)
+def test_a_name_of_any_characters_is_no_pattern(server: Running, kind: str, parameters: Any, scope: str) -> None:
+    status, problem = submitted(server, "bob", kind, **parameters)
+    assert (status, problem["detail"]) == (403, f"bob needs the scope {scope} for this.")
+    assert submitted(server, "everything", kind, **parameters)[0] == 202
+
+
 def test_an_idempotency_key_is_that_of_its_client(server: Running) -> None:
     ids = []
     for name in ("alice", "bob", "alice"):
