@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Self
@@ -20,7 +20,7 @@ from streamlab.auth import Principal
 from streamlab.config import Config
 from streamlab.events.channel import Channel, Events, encode_event
 from streamlab.events.log import EventLogError, Position, Retention
-from streamlab.streaming.drain import Streams
+from streamlab.streaming.drain import OpenStream, Streams
 
 from .authorization import CHECK_SECONDS, Authorization
 
@@ -348,6 +348,7 @@ class Sessions:
 
     async def run(self, streams: Streams) -> NoReturn:
         """End the streams of sessions that have ended, or were replaced, within a second."""
+        interrupted: Collection[OpenStream] = ()
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             if self.are_used and any(SESSION in stream.request for stream in streams):
@@ -356,7 +357,9 @@ class Sessions:
                         await self._refresh()
                 except EventLogError as error:
                     log.debug("which sessions have ended is not known: %s", error)
-                await streams.end_unauthorized(self._may_continue)
+                interrupted = await streams.end_unauthorized(self._may_continue, interrupted)
+            else:
+                interrupted = ()
 
     def _may_continue(self, request: web.Request) -> bool:
         session = request.get(SESSION)

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.support.connections import EventStream
+from tests.support.connections import EventStream, read_until
 from tests.support.servers import Running, starting_in
 from tests.support.tokens import bearer, table
 from tests.support.valkey import Valkey
@@ -36,10 +36,13 @@ HTTPS = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.7", "X-Forwar
 COOKIE = re.compile(r"(?P<pair>[\w.-]+=(?P<secret>[\w.-]*)); Path=(?P<path>\S+); Max-Age=(?P<age>\d+); (?P<rest>.*)")
 
 ECHO = """
+    import asyncio
+    from contextlib import suppress
+
     from aiohttp import web
     from pydantic import BaseModel
 
-    from streamlab import PRINCIPAL, Scenario, endpoint, hookimpl, open_event_stream
+    from streamlab import PRINCIPAL, Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
 
     class EchoQuery(BaseModel):
@@ -64,6 +67,16 @@ ECHO = """
             async with open_event_stream(request) as stream:
                 await stream.send("here", id="1-1")
                 await stream.wait()
+            return stream
+
+        @endpoint("GET", "/echo/stubborn", sends="text/plain")
+        async def stubborn(self, request: web.Request) -> web.StreamResponse:
+            "Go on, whatever the server wants."
+            async with open_stream(request, "text/plain") as stream:
+                await stream.write(b"here")
+                while not stream.is_disconnected:
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.sleep(0.1)
             return stream
 
 
@@ -548,6 +561,15 @@ def test_a_session_ends_with_its_token(start: Start, tmp_path: Path) -> None:
     assert who(server, browser) is None
     assert cookie(server.get("/health", browser)[1])["age"] == "0"
     assert [server.get(issued, repeated)[0], server.get(unused)[0]] == [401, 401]
+
+
+def test_the_end_of_a_session_cuts_also_a_handler_that_goes_on(server: Running) -> None:
+    browser = signed_in(server)
+    request = f"GET /echo/stubborn HTTP/1.1\nHost: localhost\nCookie: {browser['Cookie']}"
+    with server.send(request, timeout=3) as connection:
+        read_until(connection, b"here")
+        assert server.get("/auth/session", browser, method="DELETE")[0] == 204
+        assert connection.recv(100) == b""
 
 
 def test_sessions_and_tickets_expire(start: Start) -> None:
