@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from streamlab.config import CONFIG, Config, ConfigError
+from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.streaming.drain import STREAMS
 from streamlab.threads import Threads
 
 from . import preflight
-from .authorization import AUTHORIZATION, load_verifier
+from .authorization import AUTHORIZATION, is_open, load_verifier
 from .cors import CORS
 from .sessions import SESSIONS
 from .site import REGISTRY
@@ -114,7 +114,7 @@ async def reload(
 
     def checked() -> "tuple[Config, ssl.SSLContext | None, JsonWebTokens | None]":
         config = read()
-        found = [*config.faults, *app[REGISTRY].faults(config)]
+        found = [*config.faults, *app[REGISTRY].faults(config), *_opening_faults(app, config)]
         try:
             context, verifier = preflight.startable(config), load_verifier(config)
         except ConfigError as error:
@@ -146,6 +146,20 @@ async def reload(
         log.warning("%s", warning)
     if changed:
         log.warning("changes of %s need a restart", changed)
+
+
+def _opening_faults(app: web.Application, config: Config) -> Iterator[Fault]:
+    """Yield a fault if a server that restricts its clients would be open only because nothing restricts them any more.
+
+    That may be a file that was removed, or is being written; or its `host` has become a loopback address, while the
+    server still listens on another.
+    """
+    if is_open(config) and config.auth.open is None and not app[AUTHORIZATION].is_open:
+        reason = (
+            "nothing says any more who may do what: set open = true to let everybody do everything, or restart the "
+            "server"
+        )
+        yield config.fault(("auth",), reason)
 
 
 def _changed_for_a_start(before: Config, after: Config) -> list[str]:

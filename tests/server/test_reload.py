@@ -3,14 +3,15 @@
 import signal
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.certificates import Pair
 from tests.support.connections import EventStream
-from tests.support.servers import Running
+from tests.support.servers import Running, starting_in
+from tests.support.tokens import bearer, table
 
 LOADED_PLUGINS = ("ticker",)
 
@@ -86,6 +87,33 @@ def test_what_a_restart_would_reject_is_not_taken(start: Start, tmp_path: Path) 
     (tmp_path / "config.toml").write_text(f"[server]\nmax_streams = 5\n[auth]\nopen = false\n{PRICES}")
     assert "changes of [server] need a restart" in reload(server, "need a restart")
     assert server.get("/stream/stock-ticker?limit=1")[0] == 401
+
+
+@pytest.mark.parametrize("text", ["", PRICES, '[server]\nhost = "127.0.0.1"\n', None])
+def test_a_server_is_not_opened_by_what_is_missing(shared: Running, text: str | None) -> None:
+    """The file may be empty because it is being written, and the server still listens on all addresses."""
+    config = shared.base / "config.toml"
+    if text is None:
+        config.unlink()
+        assert "No such file or directory" in reload(shared, "the configuration is not reloaded")
+    else:
+        config.write_text(text)
+        assert "auth - nothing says any more who may do what" in reload(shared, "the configuration is not reloaded")
+    assert shared.get("/stream/stock-ticker?limit=1")[0] == 401
+    assert shared.get("/stream/stock-ticker?limit=1", bearer("alice"))[0] == 200
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with starting_in(tmp_path_factory.mktemp("reload"), LOADED_PLUGINS) as start:
+        yield start(f'[server]\nhost = "0.0.0.0"\n{PRICES}{table("alice", "ticker:read")}')
+
+
+def test_a_server_is_opened_by_the_statement_that_it_is(start: Start, tmp_path: Path) -> None:
+    server = start(table("alice", "ticker:read"))
+    (tmp_path / "config.toml").write_text("[auth]\nopen = true\n")
+    reload(server, "reloaded")
+    assert server.get("/stream/stock-ticker?limit=1")[0] == 200
 
 
 def test_a_stream_of_an_open_server_ends_when_the_server_is_not_open_any_more(start: Start, tmp_path: Path) -> None:
