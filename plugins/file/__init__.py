@@ -203,19 +203,20 @@ class File(Scenario):
             require(request, Scope(self.name, "read", path))
         as_json = listing.prefers_json(", ".join(request.headers.getall("Accept", ())))
         limit = query.limit or (listing.JSON_NAMES if as_json else listing.PAGE_NAMES)
-        found = await self._open(partial(self._look_up, parts, _after(request), limit))
+        sees_all = principal.may(self.name, "read")
+        may_see = (lambda *_: True) if sees_all else partial(self._may_see, principal, folder)
+        found = await self._open(partial(self._look_up, parts, _after(request), limit, may_see))
         if isinstance(found, listing.Listing):
-            found.entries[:] = [entry for entry in found.entries if self._may_see(principal, folder, entry)]
             return _list(request, found, as_json=as_json)
         require(request, Scope(self.name, "read", path))
         async with representation.held(found, parts[-1], self._reading) as file:
             return await self._send(request, file, query.rate)
 
-    def _may_see(self, principal: Principal, folder: str, entry: listing.Entry) -> bool:
+    def _may_see(self, principal: Principal, folder: str, name: str, is_folder: bool) -> bool:
         """Return whether a principal may read a file, or a file below a folder."""
-        path = f"{folder}{entry.name}"
+        path = f"{folder}{name}"
         return principal.may(self.name, "read", path) or (
-            entry.is_folder and principal.may_below(self.name, "read", f"{path}/")
+            is_folder and principal.may_below(self.name, "read", f"{path}/")
         )
 
     # -- tasks
@@ -258,7 +259,9 @@ class File(Scenario):
                 raise Problem(404, "There is no such file.")
         return tuple(parts)
 
-    def _look_up(self, parts: tuple[str, ...], after: str, limit: int) -> BinaryIO | listing.Listing:
+    def _look_up(
+        self, parts: tuple[str, ...], after: str, limit: int, may_see: Callable[[str, bool], bool]
+    ) -> BinaryIO | listing.Listing:
         """Open the file that `parts` name, or list the folder; runs in a thread."""
         if not parts:
             try:
@@ -272,7 +275,9 @@ class File(Scenario):
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             return representation.regular(descriptor)
         try:
-            return listing.read(descriptor, self.root, parts, after=after, limit=limit, hidden=self.hidden)
+            return listing.read(
+                descriptor, self.root, parts, after=after, limit=limit, hidden=self.hidden, may_see=may_see
+            )
         finally:
             os.close(descriptor)
 

@@ -103,12 +103,26 @@ class Listing:
         )
 
 
-def read(descriptor: int, root: Path, parts: tuple[str, ...], *, after: str, limit: int, hidden: bool) -> Listing:
-    """Read the folder that is open at `descriptor`, without what cannot be downloaded. Runs in a thread."""
+def read(
+    descriptor: int,
+    root: Path,
+    parts: tuple[str, ...],
+    *,
+    after: str,
+    limit: int,
+    hidden: bool,
+    may_see: Callable[[str, bool], bool],
+) -> Listing:
+    """Read the folder that is open at `descriptor`, without what cannot be downloaded. Runs in a thread.
+
+    `may_see` returns whether a client may see a name, and whether it is that of a folder. Other names do not count for
+    the page either: its last name is also where the next one begins.
+    """
     home = Path(os.path.realpath(root))
-    names = (name for name in os.listdir(descriptor) if name > after and (hidden or name[0] != "."))
-    chosen = heapq.nsmallest(limit + 1, names)
-    entries = [entry for name in chosen[:limit] if (entry := _entry(home, parts, name)) is not None]
+    listed = (name for name in os.listdir(descriptor) if name > after and (hidden or name[0] != "."))
+    chosen = heapq.nsmallest(limit + 1, (name for name in listed if may_see(name, True)))
+    found = [entry for name in chosen[:limit] if (entry := _entry(home, parts, name)) is not None]
+    entries = [entry for entry in found if may_see(entry.name, entry.is_folder)]
     return Listing(parts, entries, after, limit, chosen[limit - 1] if len(chosen) > limit else None)
 
 

@@ -232,6 +232,14 @@ def test_lists_have_what_the_client_may_read(server: Running) -> None:
     assert "/process/tasks" not in index
 
 
+def test_pages_of_a_list_begin_with_no_name_that_the_client_may_not_read(server: Running) -> None:
+    """The folder has `notes.txt`, `reports` and `secret`: what is skipped must not show where a page ends."""
+    for query, expected in (("limit=1", ["reports"]), ("limit=1&after=reports", []), ("limit=1&after=a", ["reports"])):
+        status, _, body = server.get(f"/files/?{query}", {"Accept": "application/json", **bearer("orders")})
+        page = json.loads(body)
+        assert (status, [entry["name"] for entry in page["entries"]], page["next"]) == (200, expected, None), query
+
+
 def test_health_names_scenarios_for_those_who_may_know(server: Running) -> None:
     assert json.loads(server.get("/health")[2]) == {"status": "ok"}
     assert json.loads(server.get("/health", bearer("orders"))[2]) == {"status": "ok"}
