@@ -1,6 +1,7 @@
 """Connections to clients, and chunks that are written to many of them."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -55,11 +56,27 @@ class Connection(web.RequestHandler):
         self._messages = _Messages()  # type: ignore[assignment]
         self.fanout: FanoutWriter | None = None
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let the transport be closed by several parts of the server, as the end of a stream and a disconnect.
+
+        The second `close()` of asyncio's transport for TLS takes its protocol away, and every later write raises
+        AttributeError: that of a fan-out would end the channel for all its followers.
+        """
+        if transport.get_extra_info("sslcontext") is not None:
+            setattr(transport, "close", _only_once(transport))  # noqa: B010 - mypy rejects an assignment to a method
+        super().connection_made(transport)
+
     def pause_writing(self) -> None:
         """Notify the fan-out writer that more than HIGH_WATER bytes wait (the default of the transport, too)."""
         super().pause_writing()
         if self.fanout is not None:
             self.fanout.fall_behind()
+
+
+def _only_once(transport: asyncio.BaseTransport) -> Callable[[], None]:
+    """Return what closes a transport unless it is closing."""
+    close = transport.close
+    return lambda: None if transport.is_closing() else close()
 
 
 class PollingWriter:
