@@ -123,6 +123,7 @@ TOKENS = (
             "progress:write:rehearsal", f"llm:*:{MODEL}")
     + table("other-model", "llm:*:large-1")
     + table("results", "export:read:results")
+    + table("logs-with-s", "logs:read:s*")
     + "".join(table(holder(scope), scope) for scope in SCOPES)
     + "".join(table(stranger(scope), *(other for other in SCOPES if other != scope)) for scope in SCOPES)
 )  # fmt: skip
@@ -383,6 +384,8 @@ def test_lists_have_what_the_client_may_use(served: Served) -> None:
         assert not re.search("/export/(users|data)|/stream/stock-ticker", text)
     status, _, problem = served.status("GET", Row("", "/stream/live-logs?source=x"), bearer("everything"))
     assert (status, problem["errors"][0]["detail"]) == (422, "unknown: x; known: first, second")
+    status, _, problem = served.status("GET", Row("", "/stream/live-logs?source=sx"), bearer("logs-with-s"))
+    assert (status, problem["errors"][0]["detail"]) == (422, "unknown: sx; known: second")
 
 
 def test_with_the_scope_every_route_runs(served: Served) -> None:

@@ -355,10 +355,11 @@ def test_a_stream_ends_when_its_token_expires_and_loses_nothing(start: Start) ->
 
 SLOW = """
     import asyncio
+    import contextlib
 
     from aiohttp import web
 
-    from streamlab import Scenario, endpoint, hookimpl, open_stream
+    from streamlab import Scenario, endpoint, hookimpl, open_event_stream, open_stream
 
 
     class Slow(Scenario):
@@ -368,6 +369,16 @@ SLOW = """
             async with open_stream(request, "application/octet-stream") as stream:
                 await stream.write(b"x")
                 await asyncio.sleep(3600)
+            return stream
+
+        @endpoint("GET", "/stubborn", sends="text/event-stream")
+        async def stubborn(self, request: web.Request) -> web.StreamResponse:
+            "Send events, whatever happens."
+            async with open_event_stream(request) as stream:
+                for number in range(1_000_000):
+                    await stream.send({"number": number})
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(0.02)
             return stream
 
         @endpoint("GET", "/bare", sends="application/octet-stream")
@@ -419,6 +430,17 @@ def test_a_reload_ends_the_streams_that_lost_their_scope_and_no_others(start: St
         server.wait_for_log("reloaded")
         assert all(event.event == "" for event in kept.take(3))
     assert server.get("/stream/stock-ticker", bearer("alice"))[0] == 403
+
+
+def test_a_stream_whose_handler_goes_on_is_cut(start: Start, tmp_path: Path) -> None:
+    server = start(table("alice", "slow:read"), slow=SLOW)
+    with EventStream(server, "/stubborn", headers=bearer("alice")) as stream:
+        stream.take(1)
+        (tmp_path / "config.toml").write_text(table("alice", "ticker:read"))
+        sent = time.monotonic()
+        server.process.send_signal(signal.SIGHUP)
+        assert {event.event for event in stream} == {""}
+    assert time.monotonic() - sent < 2
 
 
 def test_a_web_socket_and_a_response_without_the_core_are_cut_with_their_token(start: Start, tmp_path: Path) -> None:

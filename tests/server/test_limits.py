@@ -114,6 +114,8 @@ def test_a_client_has_half_of_the_exports(server: Running, ask: Client) -> None:
         assert (status, headers["retry-after"]) == (429, "5")
         assert problem["detail"] == "Too many exports: this client has 2 of the 2 that one may have."
         assert ask("bob", "/export/users/csv?limit=1")[0] == 200
+    counted = 'streamlab_rejected_requests_total{scenario="export",status="429"} 1.0'
+    assert counted in ask("bob", "/metrics")[2].decode().splitlines()
 
 
 def test_a_client_has_half_of_the_generations(server: Running, ask: Client) -> None:
