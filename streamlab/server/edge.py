@@ -18,6 +18,7 @@ from streamlab.config import CONFIG, Server
 from streamlab.problems import Problem, from_aiohttp
 from streamlab.streaming.connection import Connection
 
+from .forwarded import host_of
 from .limits import OpenConnections
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ HEAD_SECONDS = 10
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110, 9.2.1), unless an endpoint declares `starts_work`."""
-
-_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{0,5}))?")
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
 """Methods that get 405, not 501, where no route of a path has them."""
@@ -229,12 +228,11 @@ def reject_other_host(request: web.Request) -> None:
         host = target.raw_authority
     if host is None:
         return
-    match = _HOST.fullmatch(host)
-    if match is None or int(match["port"] or 0) > 65535:
+    if (name := host_of(host)) is None:
         raise Problem(400, "The Host is not a host name with an optional port (RFC 9110 section 7.2).")
     if target.absolute and target.scheme != (scheme := "https" if request.get_extra_info("sslcontext") else "http"):
         raise Problem(421, f"Targets must have the scheme {scheme} on this port.")
-    if not _is_allowed(match["name"].strip("[]").rstrip(".").lower(), server):
+    if not _is_allowed(name.rstrip(".").lower(), server):
         raise Problem(421, "This Host is not allowed; see `server.allowed_hosts` in the configuration.")
 
 

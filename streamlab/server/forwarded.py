@@ -10,7 +10,7 @@ from streamlab.config import SOCKET_PREFIX
 from streamlab.pages import PREFIX
 
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
-_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[(?P<six>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{0,5}))?")
 
 
 class Proxies:
@@ -51,13 +51,26 @@ def take_forwarded(request: web.Request, trusted: Proxies) -> None:
         attributes["remote"] = address
         if address not in trusted:
             break
-    for name, field, pattern in (("scheme", "Proto", "https?"), ("host", "Host", _HOST)):
+    for name, field, is_valid in (("scheme", "Proto", ("http", "https").__contains__), ("host", "Host", host_of)):
         values = _values(request, f"X-Forwarded-{field}")
-        if values and re.fullmatch(pattern, values[-1]):
+        if values and is_valid(values[-1]):
             attributes[name] = values[-1]
     prefixes = _values(request, "X-Forwarded-Prefix")
     if prefixes and _PREFIX.fullmatch(prefix := prefixes[-1].rstrip("/")):
         request[PREFIX] = prefix
+
+
+def host_of(authority: str) -> str | None:
+    """Return the name or the address of a host with an optional port; None for any other text (RFC 9110, 7.2)."""
+    match = _HOST.fullmatch(authority)
+    if match is None or int(match["port"] or 0) > 65535:
+        return None
+    if match["six"] is not None:
+        try:
+            ipaddress.IPv6Address(match["six"])
+        except ValueError:
+            return None
+    return match["six"] or match["name"]
 
 
 def _values(request: web.Request, field: str) -> list[str]:

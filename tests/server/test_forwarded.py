@@ -77,6 +77,8 @@ def test_scheme_host_and_prefix_come_from_a_trusted_proxy_only(start: Start) -> 
         ("127.0.0.2", given, own),
         ("127.0.0.1", {"X-Forwarded-Prefix": "//evil.example"}, own),
         ("127.0.0.1", {"X-Forwarded-Prefix": "/a/../b"}, own),
+        ("127.0.0.1", {"X-Forwarded-Host": "evil.example:99999"}, own),
+        ("127.0.0.1", {"X-Forwarded-Host": "[:::]"}, own),
         (
             "127.0.0.1",
             {"X-Forwarded-Prefix": '/"><b>', "X-Forwarded-Proto": "ftp", "X-Forwarded-Host": "a b"},

@@ -247,6 +247,7 @@ UNSPOKEN = {
     "another Host": (421, True, GET + b"Host: evil.example\r\n\r\n"),
     "an invalid Host": (400, True, GET + b"Host: a b\r\n\r\n"),
     "a Host with a path": (400, True, GET + b"Host: localhost/x\r\n\r\n"),
+    "a Host in brackets that is no address": (400, True, GET + b"Host: [:::]\r\n\r\n"),
     "an empty Host": (400, True, GET + b"Host:\r\n\r\n"),
     "an expectation": (417, True, POST + b"Expect: 200-ok\r\nContent-Length: 13\r\n\r\n" + BODY),
     "an expectation of nothing": (417, True, GET.replace(b"health", b"nothing") + HOST + b"Expect: 200-ok\r\n\r\n"),
