@@ -328,7 +328,9 @@ class Exports(Scenario):
     def register_tasks(self) -> list[Task]:
         """Register the report on the sample, and exports to files."""
         jobs = Jobs(self)
-        report = [Task(jobs.report, unit="users", resumable=True)] if self.has_sample else []
+        # It reads what the export `users` has.
+        reading = Task(jobs.report, unit="users", resumable=True, needs=lambda given: ["export:read:users"])
+        report = [reading] if self.has_sample else []
         export = Task(jobs.export, unit="rows", resumable=True, needs=lambda given: [f"export:read:{given['name']}"])
         return [*report, export]
 

@@ -305,6 +305,9 @@ def test_a_task_is_no_way_around_a_scope(server: Running) -> None:
     status, problem = submitted(server, "bob", "export", name="users")
     assert (status, problem["detail"]) == (403, "bob needs the scope export:read:users for this.")
     assert submitted(server, "alice", "checksum", path="secret/salaries.txt")[0] == 403
+    status, problem = submitted(server, "bob", "report")
+    assert (status, problem["detail"]) == (403, "bob needs the scope export:read:users for this.")
+    assert server.get("/process/long-task", bearer("bob"))[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -466,7 +469,10 @@ def test_a_web_socket_and_a_response_without_the_core_are_cut_with_their_token(s
 
 
 def test_a_stream_of_another_ends_when_no_scope_names_it_any_more(start: Start, tmp_path: Path) -> None:
-    server = start(table("alice", "progress:*") + table("auditor", "progress:read:*") + table("bob", "progress:*"))
+    operator = table("operator", "progress:*:*")
+    tokens = table("alice", "progress:*") + table("auditor", "progress:read:*") + table("bob", "progress:*")
+    server = start(tokens + operator + table("removed", "progress:*"))
+    of_removed = submitted(server, "removed", steps=1000, delay=60)[1]["url"]
     url = submitted(server, "alice", steps=1000, delay=60)[1]["url"]
     bobs = submitted(server, "bob", steps=1000, delay=60)[1]["url"]
     with (
@@ -477,12 +483,15 @@ def test_a_stream_of_another_ends_when_no_scope_names_it_any_more(start: Start, 
         for stream in (own, of_another, without_scope):
             stream.take(1)
         config = table("alice", "progress:*") + table("auditor", "progress:read") + table("bob", "progress:write")
-        (tmp_path / "config.toml").write_text(config)
+        (tmp_path / "config.toml").write_text(config + operator)
         server.process.send_signal(signal.SIGHUP)
         assert [event.event for event in of_another][-1] == "unauthorized"
         assert [event.event for event in without_scope][-1] == "unauthorized"
         assert server.get(url, bearer("alice"), method="DELETE")[0] == 202
         assert [event.event for event in own][-1] == "end"
+    assert server.get(of_removed, bearer("removed"))[0] == 401
+    assert json.loads(server.get(of_removed, bearer("operator"))[2])["state"] == "running"
+    assert server.get(of_removed, bearer("operator"), method="DELETE")[0] == 202
 
 
 # -- limits of one client
