@@ -25,13 +25,16 @@ HOLDER, OTHER, READER, WRITER, STRANGER = "holder", "other", "reader", "writer",
 ACTIONS = {READER: "read", WRITER: "write"}
 
 EXPIRED, EXPIRING, REMOVED = "expired", "expiring", "removed"
-"""Names of tokens with all scopes of the plugin that are not valid any more, or not for long."""
+"""Names of tokens with all scopes of the plugin that are not valid any more, or cease to be while streams are open."""
 
 ROUNDS = 3
 """Number of times that each kind of rejected request is sent."""
 
-LIFE_SECONDS = 2.0
-"""Validity of the token that expires while streams are open, in seconds."""
+OPEN_SECONDS = 10.0
+"""Maximum time in which the streams begin whose tokens cease to be valid then, in seconds."""
+
+LIFE_SECONDS = 0.5
+"""Time from the reload that lets a token expire to its expiry, in seconds."""
 
 END_SECONDS = 1.0
 """Maximum time from the end of a token to the end of its streams, in seconds."""
@@ -95,7 +98,7 @@ class Access:
         """Create the tokens, and add them to the configuration."""
         self._text = self.settings.read_text(encoding="utf-8")
         every = [*(f"{name}:*" for name in self.scenarios), *self.scopes]
-        for name in (HOLDER, OTHER, REMOVED):
+        for name in (HOLDER, OTHER, EXPIRING, REMOVED):
             self._add(name, every)
         for name, action in ACTIONS.items():
             self._add(name, [*(f"{scenario}:{action}" for scenario in self.scenarios), *self.scopes])
@@ -124,20 +127,19 @@ class Access:
     ) -> dict[str, list[Ended]]:
         """Return how streams of each endpoint ended whose token expired, and was removed; they are opened once."""
         if self._ended is None:
-            expires = datetime.now(UTC) + timedelta(seconds=LIFE_SECONDS)
-            self._add(EXPIRING, [*(f"{name}:*" for name in self.scenarios), *self.scopes], expires)
-            await self._reload()
-            left = expires.timestamp() - time.time()
-            at = {EXPIRING: time.monotonic() + left, REMOVED: math.inf}
+            at = {EXPIRING: math.inf, REMOVED: math.inf}
             found = {form.label: [Ended(name) for name in (EXPIRING, REMOVED)] for form in forms}
             async with asyncio.TaskGroup() as group:
                 for form in forms:
                     for one in found[form.label]:
                         group.create_task(self._watch(one, form, subject, at))
                 opened = [one.opened.wait() for listed in found.values() for one in listed]
-                await asyncio.wait([group.create_task(one) for one in opened], timeout=max(0.0, left))
+                await asyncio.wait([group.create_task(one) for one in opened], timeout=OPEN_SECONDS)
+                expires = datetime.now(UTC) + timedelta(seconds=LIFE_SECONDS)
+                self._tables[EXPIRING] += f"expires = {expires.isoformat()}\n"
                 del self._tables[REMOVED]
                 at[REMOVED] = await self._reload()
+                at[EXPIRING] = time.monotonic() + expires.timestamp() - time.time()
             state = await asyncio.to_thread(self.server.state)
             finished = [one["route"] for one in state.ended if one["outcome"] == "finished"]
             for form in forms:
@@ -292,7 +294,7 @@ def _check_end(subject: Subject, ended: Ended) -> str:
     if isinstance(response, str):
         return f"not open: {response}"
     if response.status == 401:
-        raise Broken(f"could not be opened in {LIFE_SECONDS:g} s, in which its token was valid")
+        raise Broken(f"could not be opened in {OPEN_SECONDS:g} s, in which its token was valid")
     if response.status >= 400:
         return f"not open: {response.line}"
     if ended.waited is None:
