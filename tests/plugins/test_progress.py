@@ -298,9 +298,9 @@ def start_workshop(
 
 def test_a_task_is_started_followed_and_finished(start_workshop: Callable[..., Workshop]) -> None:
     workshop = start_workshop()
-    task = start_task(workshop.server, "rehearsal", steps=3, delay=0.06)
+    task = start_task(workshop.server, "rehearsal", steps=3, delay=0.15)
     assert (task["state"], task["done"], task["unit"], task["attempts"]) == ("queued", 0, "steps", 0)
-    assert task["parameters"] == {"steps": 3, "delay": 0.06, "fail_at": None}
+    assert task["parameters"] == {"steps": 3, "delay": 0.15, "fail_at": None}
 
     received = events(workshop.server, task["url"])
     states = [(event.event, event.json.get("state"), event.json["done"]) for event in received]
