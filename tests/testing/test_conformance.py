@@ -118,6 +118,7 @@ class TestLogs(Conformance):
 class TestProgress(Conformance):
     plugin = "progress"
     settings = "[scenarios.progress]\nmax_running = 50\n[scenarios.export]\nsample_rows = 1000"
+    scopes = ("export:read:users",)  # for the task `report`, the default of /process/long-task
 
     @classmethod
     def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
