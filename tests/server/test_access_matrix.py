@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.support.connections import EventStream
@@ -353,6 +354,20 @@ def test_a_scope_of_one_resource_reaches_no_other(
     before = len(served.upstream.exchanges)
     assert served.status(method, Row("", target, body=row.body), bearer(name))[0] == status
     assert (len(served.upstream.exchanges) > before) == (status == 200 and "chat" in target)
+
+
+def test_the_key_of_an_openai_client_is_its_token(served: Served) -> None:
+    def complete(key: str) -> str:
+        with openai.OpenAI(base_url=f"{served.server.url}/v1", api_key=key, max_retries=0) as client:
+            hello: Any = [{"role": "user", "content": "Hello"}]
+            chunks = client.chat.completions.create(model="fake-1", messages=hello, stream=True)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    assert complete("writer-secret")
+    with pytest.raises(openai.PermissionDeniedError, match="other-model needs the scope llm:write:fake-1 for this"):
+        complete("other-model-secret")
+    with pytest.raises(openai.AuthenticationError, match="This token is not known here"):
+        complete("wrong")
 
 
 def test_lists_have_what_the_client_may_use(served: Served) -> None:
