@@ -108,7 +108,11 @@ class Streams:
         self._changed.set()
 
     def register(self, request: web.Request, stream: OpenStream) -> None:
-        """Add a stream; raises Problem 503 at the limit, and while the server drains."""
+        """Add a stream.
+
+        Raises Problem 503 at the limit, and while the server drains, and 429 at that of the client, with the fields of
+        draft-ietf-httpapi-ratelimit-headers.
+        """
         if self.draining:
             raise Problem(503, "The server is stopping.", headers={"Retry-After": "5", "Connection": "close"})
         if len(self._open) >= self._limit:
@@ -118,7 +122,9 @@ class Streams:
         if (client := self._limited(request)) is not None:
             if self._clients[client] >= self._limit_per_client:
                 detail = f"This client has {self._limit_per_client} streams open, its maximum."
-                raise Problem(429, detail, headers={"Retry-After": "5"})
+                policy = f'"streams";q={self._limit_per_client};qu="concurrent-requests"'
+                limited = {"Retry-After": "5", "RateLimit-Policy": policy, "RateLimit": '"streams";r=0'}
+                raise Problem(429, detail, headers=limited)
             self._clients[client] += 1
         self._open.add(stream)
         self._bound(request)

@@ -503,6 +503,8 @@ def test_a_client_has_a_limited_number_of_streams(start: Start) -> None:
         with EventStream(server, "/stream/stock-ticker", headers=bearer("alice")):
             status, headers, body = server.get("/stream/stock-ticker", bearer("alice"))
             assert (status, headers["retry-after"]) == (429, "5")
+            assert headers["ratelimit-policy"] == '"streams";q=2;qu="concurrent-requests"'
+            assert headers["ratelimit"] == '"streams";r=0'
             assert json.loads(body)["detail"] == "This client has 2 streams open, its maximum."
             assert server.get("/stream/stock-ticker?limit=1", bearer("bob"))[0] == 200
         first.take(1)
