@@ -222,6 +222,10 @@ class Auth(Table):
         for name in tokens:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name):
                 raise ValueError(f"{name!r} is no name: 1 to 64 letters, digits and . _ @ -")
+        owners: dict[str, str] = {}
+        for name, token in tokens.items():
+            if (owner := owners.setdefault(token.sha256, name)) != name:
+                raise ValueError(f"{owner} and {name} have the same sha256: one token cannot be that of two principals")
         return tokens
 
     @model_validator(mode="after")

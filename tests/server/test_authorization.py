@@ -100,6 +100,10 @@ def test_what_belongs_to_another_needs_a_scope_that_names_it() -> None:
             {"tokens": {"a": {"sha256": "0" * 64, "allow": [], "expires": datetime(2027, 1, 1)}}},
             "must have a time zone, as 2027-01-31T00:00:00Z",
         ),
+        (
+            {"tokens": {name: {"sha256": "0" * 64, "allow": []} for name in ("a", "b")}},
+            "a and b have the same sha256: one token cannot be that of two principals",
+        ),
         ({"open": True, "anonymous": ["ticker:read"]}, "open = true lets everybody do everything: remove it, or"),
         ({"token": {}}, "auth.token - unknown key; did you mean 'tokens'?"),
     ],
