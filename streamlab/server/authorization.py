@@ -200,7 +200,7 @@ async def end_unauthorized(streams: Streams, authorization: Authorization) -> No
     interrupted: Collection[OpenStream] = ()
     while True:
         await asyncio.sleep(CHECK_SECONDS)
-        if authorization.is_open or not len(streams):
+        if authorization.is_open or not streams.requests:
             interrupted = ()
         else:
             interrupted = await streams.end_unauthorized(authorization.deciding(), interrupted)

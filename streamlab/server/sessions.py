@@ -351,7 +351,7 @@ class Sessions:
         interrupted: Collection[OpenStream] = ()
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            if self.are_used and any(SESSION in stream.request for stream in streams):
+            if self.are_used and any(SESSION in request for request in streams.requests):
                 try:
                     async with _in_time():
                         await self._refresh()

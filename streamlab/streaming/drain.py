@@ -94,6 +94,11 @@ class Streams:
     def __iter__(self) -> Iterator[OpenStream]:
         return iter(tuple(self._open))
 
+    @property
+    def requests(self) -> Collection[web.Request]:
+        """The requests in progress: those of open streams, and others, as of a WebSocket."""
+        return tuple(self._requests.values())
+
     def begin_request(self, request: web.Request) -> asyncio.Task[Any]:
         """Return the current task, a request in progress until `end_request`: a drain waits for it, then cancels it."""
         # Not a context manager: its generator would cost each open stream 400 bytes.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -68,6 +69,15 @@ ECHO = """
                 await stream.send("here", id="1-1")
                 await stream.wait()
             return stream
+
+        @endpoint("GET", "/echo/bare")
+        async def bare(self, request: web.Request) -> web.StreamResponse:
+            "Respond without the core."
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(b"here")
+            await asyncio.sleep(3600)
+            return response
 
         @endpoint("GET", "/echo/stubborn", sends="text/plain")
         async def stubborn(self, request: web.Request) -> web.StreamResponse:
@@ -566,6 +576,22 @@ def test_a_session_ends_with_its_token(start: Start, tmp_path: Path) -> None:
 def test_the_end_of_a_session_cuts_also_a_handler_that_goes_on(server: Running) -> None:
     browser = signed_in(server)
     request = f"GET /echo/stubborn HTTP/1.1\nHost: localhost\nCookie: {browser['Cookie']}"
+    with server.send(request, timeout=3) as connection:
+        read_until(connection, b"here")
+        assert server.get("/auth/session", browser, method="DELETE")[0] == 204
+        assert connection.recv(100) == b""
+
+
+def test_a_response_without_the_core_is_cut_with_its_session_or_token(start: Start) -> None:
+    """There is no other stream that would be looked at."""
+    expires = datetime.now(UTC) + timedelta(seconds=2)
+    server = start(TOKENS + table("short", "echo:read", expires=expires), echo=ECHO)
+    request = f"GET /echo/bare HTTP/1.1\nHost: localhost\nAuthorization: {bearer('short')['Authorization']}"
+    with server.send(request, timeout=4) as connection:
+        read_until(connection, b"here")
+        assert connection.recv(100) == b""
+    browser = signed_in(server)
+    request = f"GET /echo/bare HTTP/1.1\nHost: localhost\nCookie: {browser['Cookie']}"
     with server.send(request, timeout=3) as connection:
         read_until(connection, b"here")
         assert server.get("/auth/session", browser, method="DELETE")[0] == 204
