@@ -123,6 +123,7 @@ class SignIn(Scenario):
 
     async def _sign_out(self, request: web.Request) -> None:
         if (session := await cookie_session(request)) is not None:
+            request.pop(SESSION, None)  # or this request would be cut with its session
             await request.app[SESSIONS].end(session)
             set_session_cookie(request, "", 0)
 

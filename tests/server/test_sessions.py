@@ -452,6 +452,24 @@ BOUNDED = """
 """
 """A plugin with which a principal has few sessions and tickets."""
 
+SLOW_END = """
+    import asyncio
+
+    from streamlab import Channel
+
+    publish_all = Channel.publish_all
+
+
+    async def slow(self, *arguments, **options):
+        if self.name == "auth:ended":
+            await asyncio.sleep(1.2)
+        return await publish_all(self, *arguments, **options)
+
+
+    Channel.publish_all = slow
+"""
+"""A plugin with which the end of a session takes longer to be stored than the interval between two checks."""
+
 IMPATIENT = """
     import streamlab.server.sessions
 
@@ -596,6 +614,15 @@ def test_a_response_without_the_core_is_cut_with_its_session_or_token(start: Sta
         read_until(connection, b"here")
         assert server.get("/auth/session", browser, method="DELETE")[0] == 204
         assert connection.recv(100) == b""
+
+
+def test_the_request_that_ends_a_session_is_not_cut_with_it(start: Start) -> None:
+    server = start(TOKENS, echo=ECHO, slow_end=SLOW_END)
+    browser = signed_in(server)
+    assert server.get("/auth/session", browser, method="DELETE")[0] == 204
+    browser = signed_in(server)
+    status, headers, _ = server.get("/auth/session", {**FORM, **browser}, method="POST", body=b"token=bob-secret")
+    assert (status, who(server, {"Cookie": cookie(headers)["pair"]})) == (303, "bob")
 
 
 def test_sessions_and_tickets_expire(start: Start) -> None:
