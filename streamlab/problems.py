@@ -39,6 +39,8 @@ class Problem(Exception):
         errors: Sequence[Mapping[str, Any]] = (),
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # What a client sent may have bytes that are no UTF-8, as lone surrogates, which no response can carry.
+        detail = encodable(detail)
         super().__init__(detail)
         self.status = status
         self.detail = detail
@@ -72,10 +74,15 @@ class Problem(Exception):
 
     def response(self) -> web.Response:
         """Return the complete response; it is never cached."""
-        text = json.dumps(self.document(), ensure_ascii=False) + "\n"
+        text = encodable(json.dumps(self.document(), ensure_ascii=False)) + "\n"
         headers = {"Cache-Control": "no-store", **self.headers}
         reason = phrase(self.status)
         return web.Response(status=self.status, reason=reason, text=text, content_type=MEDIA_TYPE, headers=headers)
+
+
+def encodable(text: str) -> str:
+    """Return a text that UTF-8 can encode: each lone surrogate becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def phrase(status: int) -> str:

@@ -209,6 +209,7 @@ def test_a_plugin_is_protected_without_a_line_of_its_own(server: Running) -> Non
         ("/files/notes.txt", 403),
         ("/files/secret/", 403),
         ("/files/secret/salaries.txt", 403),
+        ("/files/secret/caf%E9.txt", 403),
         ("/files/reports/../secret/salaries.txt", 404),
         ("/files/reports/%2e%2e/secret/salaries.txt", 404),
         ("/stream/stock-ticker?limit=1", 200),
@@ -218,6 +219,7 @@ def test_a_plugin_is_protected_without_a_line_of_its_own(server: Running) -> Non
 )
 def test_a_scope_reaches_its_resource_only(server: Running, path: str, status: int) -> None:
     assert server.get(path, bearer("orders"))[0] == status
+    assert server.get(path, {"Sec-Fetch-Mode": "navigate", **bearer("orders")})[0] == status
 
 
 def test_lists_have_what_the_client_may_read(server: Running) -> None:
