@@ -5,8 +5,9 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Collection, Mapping
+from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 from pydantic import BaseModel
@@ -248,5 +249,10 @@ def _resources(endpoint: Endpoint, parameters: Mapping[str, BaseModel]) -> list[
             if endpoint.names_resource(name):
                 value = getattr(model, attribute)
                 several = isinstance(value, Collection) and not isinstance(value, str)
-                found += [str(one) for one in (value if several else [value]) if one not in (None, "")]
+                found += [_name(one) for one in (value if several else [value]) if one not in (None, "")]
     return found or ([] if endpoint.resource == ANY else [""])
+
+
+def _name(value: Any) -> str:
+    """Return the name of a resource as a client sends it: that of an Enum is its value."""
+    return str(value.value if isinstance(value, Enum) else value)

@@ -151,6 +151,7 @@ CLOSED = (
     + table("everything", "*")
     + table("expired", "*", expires=EXPIRED)
     + table("orders", "export:read:users", "logs:read:demo", "file:read:reports/*", "ticker:read")
+    + table("english", "hello:read:en")
     + table("operator", "site:read")
     + table("alice", "progress:*")
     + table("bob", "progress:*", "export:read:results")
@@ -170,12 +171,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 HELLO = """
+    from enum import Enum
+
     from aiohttp import web
+    from pydantic import BaseModel
 
     from streamlab import PRINCIPAL, Scenario, endpoint, hookimpl
 
 
+    class Language(str, Enum):
+        ENGLISH = "en"
+        GERMAN = "de"
+
+
+    class Languages(BaseModel):
+        language: list[Language] = [Language.ENGLISH]
+
+
     class Hello(Scenario):
+        @endpoint("GET", "/hello/languages", query=Languages, resource="language")
+        async def languages(self, request: web.Request, query: Languages) -> web.Response:
+            "Greet in languages."
+            return web.Response(text=" ".join(one.value for one in query.language))
+
         @endpoint("GET", "/hello")
         async def hello(self, request: web.Request) -> web.Response:
             "Greet who asks."
@@ -192,6 +210,12 @@ def test_a_plugin_is_protected_without_a_line_of_its_own(server: Running) -> Non
     assert server.get("/hello")[0] == 401
     assert server.get("/hello", bearer("nobody"))[0] == 403
     assert server.get("/hello", bearer("everything"))[::2] == (200, b"everything")
+
+
+def test_every_value_of_a_parameter_is_a_resource_and_so_is_its_default(server: Running) -> None:
+    for query, expected in (("", 200), ("?language=en", 200), ("?language=de", 403), ("?language=en&language=de", 403)):
+        assert server.get(f"/hello/languages{query}", bearer("english"))[0] == expected, query
+    assert server.get("/hello", bearer("english"))[0] == 403
 
 
 @pytest.mark.parametrize(
