@@ -268,3 +268,8 @@ def new_token(name: str, allow: Iterable[str], expires: datetime | None) -> tupl
 
 TOKEN_PREFIX = "slt_"  # noqa: S105 - is no secret
 """The beginning of every token, by which tools find those that were published by mistake."""
+
+
+def without_tokens(text: str) -> str:
+    """Return a text for people in which no token can be read, as one that was written where its hash belongs."""
+    return re.sub(rf"{TOKEN_PREFIX}[A-Za-z0-9_-]+", f"{TOKEN_PREFIX}...", text)

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from .auth import Scope
+from .auth import Scope, without_tokens
 
 PREFIX = "STREAMLAB_"
 
@@ -454,14 +454,14 @@ class Config:
 
     def fault(self, key: tuple[str, ...], reason: str, value: Any = None) -> Fault:
         """Return a fault at a key path, with the variable that set it, if one did; only a path is never shortened."""
-        shown = "" if value is None or isinstance(value, dict) else json.dumps(value, default=str)
+        shown = "" if value is None or isinstance(value, dict) else without_tokens(json.dumps(value, default=str))
         # The variable that set this key or a table around it; for a table, one that set a key in it.
         origins = [self.variables.get(key[:length]) for length in range(len(key), 0, -1)]
         origins += [variable for known, variable in self.variables.items() if known[: len(key)] == key]
         return Fault(
             source=next(filter(None, origins), self.source),
             key=".".join(key),
-            reason=reason,
+            reason=without_tokens(reason),
             value=shown if len(shown) <= 80 or isinstance(value, Path) else shown[:77] + "...",
         )
 

@@ -85,6 +85,17 @@ def test_what_belongs_to_another_needs_a_scope_that_names_it() -> None:
 
 # -- the configuration
 
+SECRET = "slt_2_ilpJKyDAIN6KpzqnynSwzT_-vCcqMkdUFqCzXstXk"
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": SECRET}, {"token": SECRET}, {"allow": [SECRET]}, {"expires": SECRET}])
+def test_a_token_that_is_written_where_its_hash_belongs_is_in_no_message(wrong: dict[str, Any]) -> None:
+    """Messages of a reload are in the log, which others may read; and then the token is hashed and let in."""
+    faults = Config.of({"auth": {"tokens": {"alice": {"sha256": "0" * 64, "allow": [], **wrong}}}}).faults
+    assert "auth.tokens.alice" in str(faults)
+    assert "slt_..." in str(faults)
+    assert SECRET not in str(faults)
+
 
 @pytest.mark.parametrize(
     ("tables", "fault"),
