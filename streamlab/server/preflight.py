@@ -89,7 +89,10 @@ def exposure_faults(config: Config) -> Iterator[Fault]:
 
 
 def scope_warnings(config: Config) -> Iterator[Fault]:
-    """Yield the tokens that may do something with every scenario, and never expire."""
+    """Yield the tokens that may do something with every scenario, and never expire; and such scopes of everybody."""
+    if everywhere := [text for text in config.auth.anonymous if Scope.parse(text).scenario == "*"]:
+        reason = "is for every scenario, and for everybody: name the scenarios, or set open = true instead"
+        yield config.fault(("auth", "anonymous"), reason, everywhere)
     for name, token in config.auth.tokens.items():
         wide = [text for text in token.allow if Scope.parse(text).scenario == "*"]
         if wide and token.expires is None:

@@ -143,13 +143,15 @@ def test_others_cannot_connect_before_it_says_what_they_may_do(start: Start, tmp
 def test_a_token_for_every_scenario_that_never_expires_is_warned_of(start: Start, tmp_path: Path) -> None:
     later = datetime.now(UTC) + timedelta(days=1)
     tables = table("all", "*") + table("reader", "ticker:read", "*:read") + table("short", "*", expires=later)
-    server = start(tables + table("narrow", "ticker:*"))
+    server = start('[auth]\nanonymous = ["*:read", "ticker:read"]\n' + tables + table("narrow", "ticker:*"))
+    everybody = "is for every scenario, and for everybody: name the scenarios, or set open = true instead"
     reason = "is for every scenario, and the token never expires: name the scenarios, or set expires"
     expected = [
+        f'{tmp_path}/config.toml: auth.anonymous = ["*:read"] - {everybody}',
         f'{tmp_path}/config.toml: auth.tokens.all.allow = ["*"] - {reason}',
         f'{tmp_path}/config.toml: auth.tokens.reader.allow = ["*:read"] - {reason}',
     ]
-    assert re.findall(r"WARNING streamlab.server.app (.*expires.*)", server.log) == expected
+    assert re.findall(r"WARNING streamlab.server.app (.*auth.*)", server.log) == expected
     status, _, errors = run_streamlab("check", "--config", str(tmp_path / "config.toml"), cwd=tmp_path, **WITHOUT_MODEL)
     assert (status, errors.splitlines()) == (0, [f"warning: {line}" for line in expected])
 
