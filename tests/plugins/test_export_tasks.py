@@ -80,7 +80,7 @@ def task(kind: str, **parameters: Any) -> bytes:
 # -- concurrent cancellations
 
 
-def test_thousands_of_tasks_deleted_by_several_clients_at_once_leave_the_server_intact(
+def test_a_thousand_tasks_deleted_by_several_clients_at_once_leave_the_server_intact(
     start: Callable[..., Running],
 ) -> None:
     """The second DELETE once closed a database that a thread was reading: the process died of SIGSEGV."""
@@ -90,7 +90,7 @@ def test_thousands_of_tasks_deleted_by_several_clients_at_once_leave_the_server_
         tracebacks=True,
         quick=QUICK,
     )
-    count, lanes, chance = 2000, 10, random.Random(13)
+    count, lanes, chance = 1000, 10, random.Random(13)
     left = iter(range(count))
     statuses: dict[int, int] = {}
 

@@ -160,7 +160,8 @@ def test_a_token_for_every_scenario_that_never_expires_is_warned_of(start: Start
 
 
 CLOSED = (
-    table("nobody")
+    "[scenarios.export]\nsample_rows = 1000\n"
+    + table("nobody")
     + table("everything", "*")
     + table("expired", "*", expires=EXPIRED)
     + table("orders", "export:read:users", "logs:read:demo", "file:read:reports/*", "ticker:read")
