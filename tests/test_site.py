@@ -1,5 +1,6 @@
 """The documentation site: it builds without a warning and without a network, and has an entry for every public name."""
 
+import fcntl
 import importlib
 import re
 import shutil
@@ -34,11 +35,17 @@ def build(source: Path, target: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site once."""
-    target = tmp_path_factory.mktemp("site")
-    done = build(DOCS, target)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Build the site once, also where a second worker runs the tests of this module that need a browser."""
+    own = tmp_path_factory.getbasetemp()
+    target = (own if worker_id == "master" else own.parent) / "site"  # the folder of all workers of this run
+    target.mkdir(exist_ok=True)
+    with (target / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "built").exists():
+            done = build(DOCS, target)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            (target / "built").touch()
     return target / "html"
 
 

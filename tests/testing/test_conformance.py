@@ -21,6 +21,10 @@ class TestComparison(Conformance):
             "stalled_client_uses_bounded_resources",
             "GET /demo/comparison/buffered",
         ): "it demonstrates the cost of buffering",
+        (
+            "stream_ends_with_its_token",
+            "GET /demo/comparison/buffered",
+        ): "nothing is open before it is complete, and then it is sent at once",
     } | {
         (case, "GET /demo/comparison/report as text/event-stream"): "a report belongs to its request, and is not stored"
         for case in ("resumes_by_header", "resumes_by_parameter")
