@@ -120,7 +120,7 @@ class Principal:
     def may_use_of(self, owner: str, scenario: str, action: Action, resource: str) -> bool:
         """Return whether it may do an action on a resource that a principal created, as a task.
 
-        That is its own, which whoever may create one may follow as well, or one that a scope names: an id is no
+        That is its own, which it may also follow where it may only create one, or one that a scope names: an id is no
         credential.
         """
         if owner == self.name:

@@ -218,7 +218,7 @@ def is_open(config: Config) -> bool:
 
 
 def may_use(request: web.Request, route: Route) -> bool:
-    """Return whether a scope of the principal is for an endpoint, as far as the route alone tells."""
+    """Return whether a scope of the principal is for an endpoint, as far as the route alone decides."""
     endpoint, principal = route.endpoint, request[PRINCIPAL]
     return endpoint.public or principal.may_use(route.scenario, endpoint.action)
 

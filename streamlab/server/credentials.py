@@ -66,7 +66,7 @@ async def authenticate(request: web.Request, *, is_public: bool) -> bool:
     """Set the principal of a request; return whether its credentials are such as no other page can send unasked.
 
     Those are a ticket, and a token of a page in [cors], whose preflight was permitted. In a request of any other page,
-    a proxy has added the token, by a cookie of its own.
+    a proxy has added the token, by its own cookie.
 
     A token comes before a ticket, and that before the cookie of a session. A cookie that is not valid counts as no
     credentials, and is removed. Raises Problem 401 for a token or ticket that is not valid, and EventLogError, except

@@ -37,7 +37,7 @@ _DETAILS: dict[type[jwt.PyJWTError], str] = {
     jwt.InvalidAudienceError: "This token is for another audience.",
     jwt.InvalidIssuerError: "This token is from another issuer.",
 }
-"""What a client is told: only of a token with a valid signature, since PyJWT verifies that before the claims."""
+"""The reason that a client gets: only for a valid signature, since PyJWT verifies that before the claims."""
 
 
 class JsonWebTokens:

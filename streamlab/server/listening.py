@@ -157,7 +157,7 @@ def _has_listener(path: Path) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells the file of a socket from all others; None where there is no socket at a path."""
+    """Return what identifies the file of a socket; None where there is no socket at a path."""
     try:
         status = path.lstat()
     except OSError:

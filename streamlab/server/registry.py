@@ -164,7 +164,7 @@ class Registry:
         return faults
 
     def faults(self, config: Config) -> list[Fault]:
-        """Return what is wrong with the tables of scenarios in another configuration, as far as what is loaded tells.
+        """Return what is wrong with the tables of scenarios in another configuration, as far as what is loaded knows.
 
         Tables may belong to plugins that are new, and are read at the next start.
         """

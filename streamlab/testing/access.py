@@ -180,7 +180,7 @@ class Access:
             ended.opened.set()
 
     async def _reload(self) -> float:
-        """Have the server read its configuration; return when it was told to. Raises Broken if it does not take it."""
+        """Have the server read its configuration; return when the signal was sent. Raises Broken if it is not taken."""
         before = self.server.log.count("reloaded ")
         self._write()
         began = time.monotonic()
