@@ -21,6 +21,7 @@ from streamlab.server.site import version
 from tests.support.pytest_runs import OPTIONS
 from tests.support.servers import (
     ENVIRONMENT,
+    HELLO,
     REPOSITORY,
     Running,
     ended_at_exit,
@@ -29,25 +30,6 @@ from tests.support.servers import (
 )
 
 STREAMLAB = [sys.executable, "-m", "streamlab"]
-
-HELLO = """
-    from aiohttp import web
-    from streamlab import Scenario, endpoint, hookimpl
-
-
-    class Hello(Scenario):
-        word: str = "hello"
-
-        @endpoint("GET", "/hello")
-        async def hello(self, request):
-            \"\"\"Say a word.\"\"\"
-            return web.Response(text=self.word + " 1")
-
-
-    @hookimpl
-    def register_scenarios():
-        return [Hello]
-"""
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -20,26 +20,13 @@ import pytest
 
 from tests.support.certificates import Pair
 from tests.support.connections import read_until
-from tests.support.servers import ENVIRONMENT, free_port, without, write_plugins
-
-HELLO = """
-    from aiohttp import web
-    from streamlab import Scenario, endpoint, hookimpl
-
-
-    class Hello(Scenario):
-        word: str = "hello"
-
-        @endpoint("GET", "/hello")
-        async def hello(self, request):
-            \"\"\"Say a word.\"\"\"
-            return web.Response(text=self.word + " 1")
-
-
-    @hookimpl
-    def register_scenarios():
-        return [Hello]
-"""
+from tests.support.servers import (
+    ENVIRONMENT,
+    HELLO,
+    free_port,
+    without,
+    write_plugins,
+)
 
 SLOW = """
     import asyncio

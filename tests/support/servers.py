@@ -173,6 +173,27 @@ def without(config: str, shipped: Collection[str] | None) -> dict[str, str]:
     return {switch(name): "false" for name in unused if f"[scenarios.{name}" not in config}
 
 
+HELLO = """
+    from aiohttp import web
+    from streamlab import Scenario, endpoint, hookimpl
+
+
+    class Hello(Scenario):
+        word: str = "hello"
+
+        @endpoint("GET", "/hello")
+        async def hello(self, request):
+            \"\"\"Say a word.\"\"\"
+            return web.Response(text=self.word + " 1")
+
+
+    @hookimpl
+    def register_scenarios():
+        return [Hello]
+"""
+"""A plugin with one route, `/hello`, and one key, `word`."""
+
+
 def write_plugins(base: Path, plugins: Mapping[str, str]) -> None:
     """Write plugin files next to the configuration."""
     folder = base / "plugins"
