@@ -422,10 +422,11 @@ def test_every_invalid_price_is_reported_by_line_and_field_and_nothing_is_publis
 def test_a_deeply_nested_object_does_not_affect_the_next(serve: Serve) -> None:
     server = serve('source = "push"')
     statuses: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def push(depth: int) -> int:
         nested = f'{{"symbol":"S{depth}","price":1,"x":{"[" * depth}{"]" * depth}}}'
-        statuses[depth] = post(server, nested)[0]
+        sizes[depth], statuses[depth] = len(nested), post(server, nested)[0]
         publish(server, {"symbol": f"S{depth}", "price": 2})
         return statuses[depth]
 
@@ -436,7 +437,9 @@ def test_a_deeply_nested_object_does_not_affect_the_next(serve: Serve) -> None:
     for depth in range(accepted - 40, accepted + 10):
         if depth not in statuses:
             push(depth)
-    assert set(statuses.values()) == {202, 400}
+    for depth, status in statuses.items():
+        rejections = {400, 422} if sizes[depth] > 16 * 1024 else {400}  # Python 3.13 reads more levels than fit
+        assert status in ({202} if depth <= accepted else rejections), (depth, status)
     count = len(statuses) + sum(status == 202 for status in statuses.values())
     changes = {re.search(r'"change": ([^,]+)', event.data)[1] for event in first_events(server, count)}  # type: ignore[index]
     assert changes == {"null", "1.0"}
