@@ -4,15 +4,35 @@ import copy
 import json
 import logging
 import logging.handlers
-import queue
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+WRITE_SECONDS = 0.2
+"""Maximum time that a line waits to be written, unless it is a warning or an error, in seconds."""
+
+MAX_LINES = 10_000
+"""Maximum number of lines that wait to be written; further ones are dropped and counted."""
+
+WRITTEN_AT_ONCE = 200
+"""Maximum number of lines of one system call, and by which the file may be larger than it should be."""
+
 # -- log lines
+
+
+_UNQUOTED = re.compile(r"[!#-<>-~]+")
+"""Text that can be a value in a line as it is."""
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    """Return a Unix time as text, without the fraction: many lines have the same."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _escape(text: str) -> str:
@@ -39,7 +59,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format a record."""
         fields: Mapping[str, Any] = getattr(record, "fields", {})
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        when = f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
         trace = self.formatException(record.exc_info) if record.exc_info else getattr(record, "stack", "")
         if self._json:
             entry = {"time": when, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
@@ -51,27 +71,95 @@ class LineFormatter(logging.Formatter):
     @staticmethod
     def _value(value: Any) -> str:
         text = str(value)
-        return json.dumps(text) if re.search(r"[^!#-<>-~]", text) or not text else text
+        return text if _UNQUOTED.fullmatch(text) else json.dumps(text)
 
 
-class BoundedQueueHandler(logging.handlers.QueueHandler):
-    """Passes lines to the writing thread. When its queue is full, lines are dropped and counted; nothing waits."""
+class BufferedLines(logging.Handler):
+    """Collects lines in memory and writes them in a thread, together, so that a line costs the event loop microseconds.
 
-    dropped = 0
+    A line waits for WRITE_SECONDS at most, which is what a crash can lose; one of WARNING or above is written at once,
+    with all that precede it. When MAX_LINES wait, further ones are dropped and counted: nothing waits for a disk. While
+    there are no lines, the thread sleeps.
+    """
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Put a line into the queue, after a line that reports how many were dropped, if any were."""
+    def __init__(self, style: str, outputs: Sequence[logging.Handler], limit: int = MAX_LINES) -> None:
+        super().__init__()
+        self.formatter = LineFormatter(style)
+        self._outputs = outputs
+        self._limit = limit
+        self._lines: list[str | logging.LogRecord] = []
+        self._dropped = 0
+        self._begun, self._due = threading.Event(), threading.Event()
+        """Set while lines wait, and when they must not wait any longer."""
+        self._written = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._open = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Collect a line, after a line that reports how many were dropped, if any were."""
+        lines = self._lines
+        if len(lines) >= self._limit:
+            self._dropped += 1
+            return
+        if self._dropped:
+            notice = copy.copy(record)
+            notice.msg = f"{self._dropped} log lines were dropped: they came faster than they could be written"
+            notice.args, notice.exc_info, notice.stack, notice.fields = (), None, "", {}
+            lines.append(self.format(notice))
+            self._dropped = 0
+        # What refers to objects that may change, and a traceback, which keeps all of its frames, are text from here on.
+        settled = not record.args and record.exc_info is None and type(record.msg) is str
+        lines.append(record if settled else self.format(record))
+        if not self._begun.is_set():
+            self._begun.set()
+        if record.levelno >= logging.WARNING or len(lines) >= self._limit // 2:
+            self._due.set()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what has been collected, and end the thread."""
+        self._open = False
+        self._begun.set()
+        self._due.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.write()
+        super().close()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until everything is written that has been collected by now, for a time at most."""
+        self._written.clear()
+        self._begun.set()
+        self._due.set()
+        self._written.wait(seconds)
+
+    def write(self) -> None:
+        """Write what has been collected; called by the thread."""
+        self.acquire()
         try:
-            if self.dropped:
-                notice = copy.copy(record)
-                notice.msg = notice.message = (
-                    f"{self.dropped} log lines were dropped: they came faster than they could be written"
-                )
-                self.queue.put_nowait(notice)
-                self.dropped = 0
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self.dropped += 1
+            lines, self._lines = self._lines, []
+        finally:
+            self.release()
+        for start in range(0, len(lines), WRITTEN_AT_ONCE):
+            some = lines[start : start + WRITTEN_AT_ONCE]
+            text = "\n".join(line if isinstance(line, str) else self.format(line) for line in some)
+            record = logging.makeLogRecord({"msg": text})
+            for output in self._outputs:
+                output.handle(record)
+
+    def _run(self) -> None:
+        while self._open:
+            self._begun.wait()
+            self._due.wait(WRITE_SECONDS)
+            self._begun.clear()  # before the lines are taken: whoever adds one sets it again
+            self._due.clear()
+            draining = not self._written.is_set()
+            self.write()
+            if draining:
+                self._written.set()
 
 
 @contextmanager
@@ -80,33 +168,31 @@ def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
 
     A thread writes them: the event loop never waits for a disk.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    outputs: list[logging.Handler] = [logging.StreamHandler()]
     warning = ""
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(
+            outputs.append(
                 logging.handlers.RotatingFileHandler(file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
             )
         except OSError as error:
             warning = f"server.log_file - cannot be written: {file}: {error.strerror}; log lines go only to stderr"
-    queue_handler = BoundedQueueHandler(queue.Queue(10_000))
-    queue_handler.setFormatter(LineFormatter(style))
-    listener = logging.handlers.QueueListener(queue_handler.queue, *handlers)
+    lines = BufferedLines(style, outputs)
     # It logs every change that it sees: where the log itself is watched, each line would cause another one.
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
     root = logging.getLogger()
     before = root.level
-    root.addHandler(queue_handler)
+    root.addHandler(lines)
     root.setLevel(level)
-    listener.start()
+    lines.start()
     try:
         if warning:
             logging.getLogger(__name__).warning(warning)
         yield
     finally:
-        listener.stop()
-        root.removeHandler(queue_handler)
+        root.removeHandler(lines)
         root.setLevel(before)
-        for handler in handlers:
-            handler.close()
+        lines.close()
+        for output in outputs:
+            output.close()

@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import logging.handlers
 import os
-import queue
 import select
 import signal
 import sys
@@ -15,6 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from .logging import BufferedLines
 
 log = logging.getLogger(__name__)
 
@@ -160,12 +160,9 @@ class Watchdog:
         stacks = [f"thread {names.get(ident)}:\n{_stack(frame)}" for ident, frame in frames.items() if ident != own]
         report = "not stopped %g s after the signal: killing the process"
         log.critical(report, self._stop_seconds, extra={"stack": "\n".join(stacks)})
-        deadline = time.monotonic() + FLUSH_SECONDS
-        handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.handlers.QueueHandler)]
-        lines = [handler.queue for handler in handlers if isinstance(handler.queue, queue.Queue)]
-        while time.monotonic() < deadline and not all(unwritten.empty() for unwritten in lines):
-            time.sleep(0.01)
-        time.sleep(0.02)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, BufferedLines):
+                handler.drain(FLUSH_SECONDS)
         os._exit(1)
 
 

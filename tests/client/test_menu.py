@@ -250,7 +250,8 @@ def test_a_download_resumes_after_the_server_was_killed(start: Start, folder: Pa
     assert at is not None
     assert int(at[1].replace(",", "")) > 1_000_000
     assert all(" retrying in " in line for line in err[:-1])
-    assert re.findall(r"method=GET path=/download/large-file .*?status=(\d+)", server.log) == ["206"]
+    lines = server.wait_for_log(" path=/download/large-file ")
+    assert re.findall(r"method=GET path=/download/large-file .*?status=(\d+)", lines) == ["206"]
     assert (folder / "four").read_bytes() == server.get(PATTERN)[2]
     assert names(folder) == ["four"]
 

@@ -128,7 +128,7 @@ def test_the_sample_is_created_once_at_its_first_use(start: Callable[..., Runnin
     with ThreadPoolExecutor(4) as threads:
         bodies = list(threads.map(lambda _: server.get("/export/users/csv")[2], range(4)))
     assert len(set(bodies)) == 1
-    assert server.log.count("created a sample database of 20000 users") == 1
+    assert server.complete_log().count("created a sample database of 20000 users") == 1
     assert not list((tmp_path / "var").glob(".sample-*"))
 
 

@@ -275,7 +275,7 @@ def test_a_start_deletes_files_of_a_dead_process_and_not_those_of_another(
     server = start(config())
     assert not left.exists()
     assert writer.exists()
-    assert "deleted .unfinished-left, left by a process that died" in server.log
+    server.wait_for_log("deleted .unfinished-left, left by a process that died")
 
 
 def test_files_that_a_killed_server_was_writing_are_deleted_at_the_next_start(start: Callable[..., Running]) -> None:

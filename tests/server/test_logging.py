@@ -4,9 +4,13 @@ import json
 import logging
 import queue
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from streamlab.server.logging import BoundedQueueHandler, LineFormatter, logging_to
+import pytest
+
+from streamlab.server.logging import MAX_LINES, BufferedLines, LineFormatter, logging_to
 
 
 def record(message: str, *arguments: object, **fields: object) -> logging.LogRecord:
@@ -51,17 +55,93 @@ def test_traceback_is_indented_so_that_it_cannot_forge_a_line() -> None:
     assert all(line.startswith("    ") for line in rest)
 
 
-def test_full_queue_drops_lines_and_reports_their_number() -> None:
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(2)
-    handler = BoundedQueueHandler(lines)
+class Lines(logging.Handler):
+    """What was written, by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: queue.Queue[list[str]] = queue.Queue()
+
+    def emit(self, made: logging.LogRecord) -> None:
+        self.written.put([line.partition(" streamlab.test ")[2] for line in self.format(made).split("\n")])
+
+
+@contextmanager
+def buffered(limit: int = MAX_LINES) -> Iterator[tuple[BufferedLines, Lines]]:
+    output = Lines()
+    lines = BufferedLines("text", [output], limit)
+    lines.start()
+    try:
+        yield lines, output
+    finally:
+        lines.close()
+
+
+def test_lines_beyond_the_limit_are_dropped_and_reported() -> None:
+    output = Lines()
+    lines = BufferedLines("text", [output], 2)  # whose thread does not run, as if the disk did not respond
     for number in range(5):
-        handler.emit(record("line %d", number))
-    assert [lines.get_nowait().getMessage() for _ in range(2)] == ["line 0", "line 1"]
-    handler.emit(record("line %d", 5))
-    assert [lines.get_nowait().getMessage() for _ in range(2)] == [
+        lines.handle(record("line %d", number))
+    lines.write()
+    assert output.written.get_nowait() == ["line 0", "line 1"]
+    lines.handle(record("line %d", 5, path="/"))
+    lines.write()
+    assert output.written.get_nowait() == [
         "3 log lines were dropped: they came faster than they could be written",
-        "line 5",
+        "line 5 path=/",
     ]
+
+
+def test_an_error_is_written_at_once_with_the_lines_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamlab.server.logging.WRITE_SECONDS", 3600)
+    with buffered() as (lines, output):
+        lines.handle(record("first"))
+        failed = record("failed")
+        failed.levelno, failed.levelname = logging.ERROR, "ERROR"
+        lines.handle(failed)
+        assert output.written.get(timeout=10) == ["first", "failed"]
+
+
+def test_lines_are_written_together_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamlab.server.logging.WRITE_SECONDS", 0.5)
+    with buffered() as (lines, output):
+        for number in range(3):
+            lines.handle(record("line %d", number))
+        assert output.written.get(timeout=10) == ["line 0", "line 1", "line 2"]
+
+
+def test_lines_are_written_when_half_of_the_limit_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamlab.server.logging.WRITE_SECONDS", 3600)
+    with buffered(4) as (lines, output):
+        lines.handle(record("first"))
+        lines.handle(record("second"))
+        assert output.written.get(timeout=10) == ["first", "second"]
+
+
+def test_all_lines_are_written_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamlab.server.logging.WRITE_SECONDS", 3600)
+    with buffered() as (lines, output):
+        for number in range(3):
+            lines.handle(record("line %d", number))
+    assert output.written.get_nowait() == ["line 0", "line 1", "line 2"]
+
+
+def test_a_drain_ends_when_what_was_collected_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamlab.server.logging.WRITE_SECONDS", 3600)
+    with buffered() as (lines, output):
+        for number in range(3):
+            lines.handle(record("line %d", number))
+            lines.drain(10)
+            assert output.written.get_nowait() == [f"line {number}"]
+
+
+def test_arguments_have_the_value_that_they_had_when_they_were_logged() -> None:
+    output, found = Lines(), ["a"]
+    lines = BufferedLines("text", [output])
+    lines.handle(record("found %s", found))
+    found.append("b")
+    lines.write()
+    assert output.written.get_nowait() == ["found ['a']"]
 
 
 def test_log_file_that_cannot_be_written_is_reported_and_not_fatal(tmp_path: Path, capfd: object) -> None:

@@ -364,7 +364,8 @@ def test_nginx_gives_the_users_of_an_identity_provider_the_tokens_of_a_file(
                 for site_of_page in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
                     json_type = {"Content-Type": "application/json"}
                     assert get(PATH, "session=a", "POST", **json_type, **site_of_page)[0] == 403
-    assert re.search(r"method=POST path=/stream/stock-ticker status=202 .*principal=alice", server.log)
+    lines = server.wait_for_log(" status=202 ")
+    assert re.search(r"method=POST path=/stream/stock-ticker status=202 .*principal=alice", lines)
 
 
 # -- as an image

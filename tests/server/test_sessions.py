@@ -535,7 +535,7 @@ def test_sessions_and_tickets_are_those_of_every_process_and_end_on_all(url_of_l
             assert [server.get(url, repeated)[0] for server in (one, two)] == [401, 401]
             assert two.get(unused)[0] == 401
         two.wait_for_log('outcome="client left"')
-        assert two.log.count("outcome=unauthorized") == 2
+        assert two.complete_log().count("outcome=unauthorized") == 2
 
 
 def test_sessions_and_tickets_survive_a_restart_and_no_secret_is_written(start: Start, tmp_path: Path) -> None:

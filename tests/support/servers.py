@@ -19,6 +19,7 @@ import tempfile
 import textwrap
 import time
 import types
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,12 @@ class Running:
             assert time.monotonic() < deadline, f"no {text!r} within {seconds} s in:\n{log}"
             time.sleep(0.01)
         return log
+
+    def complete_log(self) -> str:
+        """Return the log once it has the lines of everything until now: lines are written a few times a second."""
+        path = f"/{uuid.uuid4().hex}"
+        self.get(path)
+        return self.wait_for_log(path)
 
     def wait_for_followers(self, count: int) -> None:
         """Wait until so many clients follow a channel live: each gets what is published from now on.
