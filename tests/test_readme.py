@@ -40,7 +40,7 @@ def test_countdown_serves_validates_and_is_listed(start: Callable[..., Running])
 def test_disabled_countdown_is_not_served(start: Callable[..., Running]) -> None:
     server = start("[scenarios.countdown]\nenabled = false", countdown=COUNTDOWN)
     assert server.get("/stream/countdown")[0] == 404
-    assert b'"countdown": {"state": "disabled"}' in server.get("/health")[2]
+    assert b'"countdown":{"state":"disabled"}' in server.get("/health")[2]
 
 
 def test_every_picture_exists_and_is_small() -> None:

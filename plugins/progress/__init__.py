@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any, Literal
 
+import msgspec
 from aiohttp import web
 from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -117,6 +118,8 @@ class Tasks(Scenario):
     _store: Store = PrivateAttr()
     _stored_limits: StoredLimits = PrivateAttr()
     _kinds: Mapping[str, Task] = PrivateAttr(default_factory=dict)
+    _described: dict[str, msgspec.Raw] = PrivateAttr(default_factory=dict)
+    """Each kind as GET /process/kinds returns it, once somebody has requested them."""
 
     @model_validator(mode="after")
     def _docket_is_installed(self) -> "Tasks":
@@ -169,19 +172,23 @@ class Tasks(Scenario):
     @endpoint("GET", "/process/kinds", resource=ANY, sends="application/json", curl="{url}")
     async def list_kinds(self, request: web.Request) -> web.Response:
         """List the kinds of tasks that the client may start, with their parameters as JSON Schema."""
-        kinds = [
-            {
-                "kind": kind.name,
-                "description": kind.description,
-                "unit": kind.unit,
-                "resumable": kind.resumable,
-                "max_seconds": min(self.max_seconds, kind.max_seconds or self.max_seconds),
-                "parameters": kind.parameters.model_json_schema(),
-            }
-            for name, kind in sorted(self._kinds.items())
-            if request[PRINCIPAL].may(self.name, "write", name)
-        ]
+        if not self._described:
+            self._described.update((name, self._describe(self._kinds[name])) for name in self._kind_names())
+        may = request[PRINCIPAL].may
+        kinds = [described for name, described in self._described.items() if may(self.name, "write", name)]
         return _json({"kinds": kinds, "default": self.kind})
+
+    def _describe(self, kind: Task) -> msgspec.Raw:
+        """Return a kind of task as JSON, which does not change while the server runs."""
+        described = {
+            "kind": kind.name,
+            "description": kind.description,
+            "unit": kind.unit,
+            "resumable": kind.resumable,
+            "max_seconds": min(self.max_seconds, kind.max_seconds or self.max_seconds),
+            "parameters": kind.parameters.model_json_schema(),
+        }
+        return msgspec.Raw(msgspec.json.encode(described))
 
     @endpoint("GET", "/process/tasks", query=TaskListQuery, resource=ANY, sends="application/json", curl="{url}")
     async def list_tasks(self, request: web.Request, query: TaskListQuery) -> web.Response:
@@ -356,7 +363,8 @@ def _response(request: web.Request, record: Record, *, status: int = 200) -> web
 
 
 def _json(document: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.json_response(document, status=status, headers={"Cache-Control": "no-store", **(headers or {})})
+    content = {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-store"}
+    return web.Response(body=msgspec.json.encode(document), status=status, headers={**content, **(headers or {})})
 
 
 async def rehearsal(

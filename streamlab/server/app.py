@@ -37,9 +37,9 @@ from .credentials import authenticate, complete, take_ticket
 from .edge import (
     BODY_LIMIT,
     SAFE_METHODS,
+    AllowedHosts,
     EdgeConnection,
     accept_body,
-    reject_other_host,
     reject_other_origin,
     reject_unsupported,
     set_common_headers,
@@ -87,7 +87,7 @@ def create_app(config: Config) -> web.Application:
     registry.add("streamlab:metrics", metrics)
     registry.add("streamlab:access-log", AccessLog())
 
-    app = web.Application(middlewares=[_error_middleware], client_max_size=BODY_LIMIT)
+    app = web.Application(client_max_size=BODY_LIMIT)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
     app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
     app[TRUSTED] = Proxies(config.server.trusted_proxies)
@@ -97,6 +97,7 @@ def create_app(config: Config) -> web.Application:
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
+    app.middlewares.append(_error_middleware(app, AllowedHosts(config.server)))
     app.on_response_prepare.append(_complete_headers)
     app.cleanup_ctx.append(_compression_threads)
     app.cleanup_ctx.append(_check_credentials)
@@ -224,7 +225,7 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
                 faults.append(Fault(plugin.origin, "", f"{method} {path} already belongs to {owner}"))
                 continue
             owners[method, shape] = "the server itself" if plugin is site else f"the plugin {plugin.name!r}"
-            handler: Any = _bind(route, plugin) if route else _reject_lost(plugin)
+            handler: Any = _bind(app, route, plugin) if route else _reject_lost(plugin)
             try:
                 for verb in (method, "HEAD") if method == "GET" else (method,):
                     app.router.add_route(verb, path, handler, expect_handler=_check_expect)
@@ -244,23 +245,24 @@ _Begin = Callable[[web.Request], Awaitable[Awaitable[web.StreamResponse]]]
 """Checks a request and returns the coroutine of its handler, which the middleware awaits."""
 
 
-def _bind(route: Route, plugin: Plugin) -> _Begin:
+def _bind(app: web.Application, route: Route, plugin: Plugin) -> _Begin:
+    endpoint, scenario, rate, cors = route.endpoint, route.scenario, app[RATE], app[CORS]
+    body_limit = endpoint.body_limit or BODY_LIMIT
+
     # This ends before the handler begins: as its caller, it would live as long as the stream (256 bytes a follower).
     async def begin(request: web.Request) -> Awaitable[web.StreamResponse]:
-        endpoint = route.endpoint
-        request[SCENARIO] = route.scenario
-        rate = request.config_dict[RATE]
+        request[SCENARIO] = scenario
         try:
             has_token = await authenticate(request, is_public=endpoint.public)
         finally:  # also wrong tokens are counted, by address
             rate.admit(client_of(request))
         changes = endpoint.starts_work or request.method not in SAFE_METHODS or "Upgrade" in request.headers
-        if changes and not has_token and not request.config_dict[CORS].trusts(request.headers.get("Origin", "")):
+        if changes and not has_token and not cors.trusts(request.headers.get("Origin", "")):
             reject_other_origin(request)
         authorize(request, route)
         if plugin.state == "failed":
             raise _out_of_service(request, plugin)
-        accept_body(request, endpoint.body_limit or BODY_LIMIT)
+        accept_body(request, body_limit)
         await _send_continue(request)
         parameters = await read_authorized(request, route)
         if endpoint.starts_work and request.method == "HEAD":
@@ -308,7 +310,7 @@ def _reject_lost(plugin: Plugin) -> _Begin:
         try:
             await authenticate(request, is_public=False)
         finally:
-            request.config_dict[RATE].admit(client_of(request))
+            request.app[RATE].admit(client_of(request))
         raise _out_of_service(request, plugin)
 
     return reject
@@ -323,47 +325,45 @@ def _out_of_service(request: web.Request, plugin: Plugin) -> Problem:
 # -- every request and response
 
 
-@web.middleware
-async def _error_middleware(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]
-) -> web.StreamResponse:
-    """Check a request, turn whatever its handler raises into a response, and count and log it."""
-    started = time.monotonic()
-    response: web.StreamResponse | web.HTTPException
-    streams = request.config_dict[STREAMS]
-    task = streams.begin_request(request)
-    try:
-        reject_unsupported(request)
-        take_forwarded(request, request.config_dict[TRUSTED])
-        take_ticket(request)
-        reject_other_host(request)
-        if (answer := request.config_dict[CORS].preflight(request)) is not None:
-            return answer
-        if request.match_info.http_exception is not None:  # no route, so that nothing else counts it
-            request.config_dict[RATE].admit(client_of(request))
-        handling = await handler(request)  # see _bind
-        response = await handling
-        if not isinstance(response, web.StreamResponse):
-            raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
-    except HeadersOnly:
-        response = request[STREAM]
-    except Exception as error:
-        response = _error_response(error, request)
-    finally:
-        streams.end_request(task)
-    if STREAM not in request:
-        _observe(request, response.status, time.monotonic() - started)
-    if isinstance(response, web.HTTPException):
-        raise response
-    return response
+def _error_middleware(app: web.Application, hosts: AllowedHosts) -> Any:
+    """Return what checks each request, turns whatever its handler raises into a response, and counts and logs it."""
+    streams, trusted, cors, rate, metrics = app[STREAMS], app[TRUSTED], app[CORS], app[RATE], app[METRICS]
 
+    @web.middleware
+    async def respond(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> web.StreamResponse:
+        started = time.monotonic()
+        response: web.StreamResponse | web.HTTPException
+        task = streams.begin_request(request)
+        try:
+            reject_unsupported(request)
+            take_forwarded(request, trusted)
+            take_ticket(request)
+            hosts.check(request)
+            if (answer := cors.preflight(request)) is not None:
+                return answer
+            if request.match_info.http_exception is not None:  # no route, so that nothing else counts it
+                rate.admit(client_of(request))
+            handling = await handler(request)  # see _bind
+            response = await handling
+            if not isinstance(response, web.StreamResponse):
+                raise TypeError(f"the handler of {request.path} returned {type(response).__name__}, not a response")
+        except HeadersOnly:
+            response = request[STREAM]
+        except Exception as error:
+            response = _error_response(error, request)
+        finally:
+            streams.end_request(task)
+        if STREAM not in request:
+            resource = request.match_info.route.resource
+            route = resource.canonical if resource else "none"
+            seconds = time.monotonic() - started
+            metrics.observe_request(request.get(SCENARIO, "none"), route, response.status, seconds)
+            AccessLog.request(request, route, response.status, seconds)
+        if isinstance(response, web.HTTPException):
+            raise response
+        return response
 
-def _observe(request: web.Request, status: int, seconds: float) -> None:
-    """Count and log a request without a stream."""
-    resource = request.match_info.route.resource
-    route = resource.canonical if resource else "none"
-    request.config_dict[METRICS].observe_request(request.get(SCENARIO, "none"), route, status, seconds)
-    AccessLog.request(request, route, status, seconds)
+    return respond
 
 
 def _error_response(error: Exception, request: web.Request) -> web.StreamResponse | web.HTTPException:
@@ -379,7 +379,7 @@ def _error_response(error: Exception, request: web.Request) -> web.StreamRespons
     if problem is None:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
         problem = Problem(500, "Internal error; the server's log has the reason.")
-    if error_format := error_format_of(request.path, request.config_dict[ERROR_FORMATS]):
+    if error_format := error_format_of(request.path, request.app[ERROR_FORMATS]):
         problem = error_format.convert(problem)
     elif (stream is None or not stream.headers_sent) and (page := denied_page(request, problem)) is not None:
         return page
@@ -388,16 +388,17 @@ def _error_response(error: Exception, request: web.Request) -> web.StreamRespons
 
 async def _complete_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Complete the header fields of a response, and close its connection afterwards where they say so."""
-    set_common_headers(response.headers)
-    complete(request, response.headers)
-    request.config_dict[CORS].complete(request, response.headers)
-    if PREFIX in request and response.headers.get("Location", "").startswith("/"):
-        response.headers["Location"] = public_path(request, response.headers["Location"])
+    app, headers = request.app, response.headers
+    set_common_headers(headers)
+    complete(request, headers)
+    app[CORS].complete(request, headers)
+    if PREFIX in request and headers.get("Location", "").startswith("/"):
+        headers["Location"] = public_path(request, headers["Location"])
     # Only the end of the connection ends a body of unknown length on HTTP/1.0 (RFC 9112, 6.3).
     ends_by_close = request.version < HttpVersion11 and response.content_length is None
-    if ends_by_close or request.config_dict[STREAMS].draining:
-        response.headers["Connection"] = "close"
-    if response.headers.get("Connection", "").lower() == "close":
+    if ends_by_close or app[STREAMS].draining:
+        headers["Connection"] = "close"
+    if headers.get("Connection", "").lower() == "close":
         response.force_close()
 
 

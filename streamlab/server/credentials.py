@@ -72,7 +72,7 @@ async def authenticate(request: web.Request, *, is_public: bool) -> bool:
     credentials, and is removed. Raises Problem 401 for a token or ticket that is not valid, and EventLogError, except
     for what is public, where the event log does not respond.
     """
-    authorization = request.config_dict[AUTHORIZATION]
+    authorization = request.app[AUTHORIZATION]
     if not (authorization.is_open or "Authorization" in request.headers):
         if TICKET in request:
             request[PRINCIPAL] = await _redeem(request)
@@ -83,7 +83,7 @@ async def authenticate(request: web.Request, *, is_public: bool) -> bool:
     request[PRINCIPAL] = await authorization.authenticate(request)
     if authorization.is_open or "Authorization" not in request.headers:
         return False
-    return request.config_dict[CORS].lists(request.headers.get("Origin", ""))
+    return request.app[CORS].lists(request.headers.get("Origin", ""))
 
 
 async def _redeem(request: web.Request) -> Principal:
@@ -92,8 +92,8 @@ async def _redeem(request: web.Request) -> Principal:
         raise unauthorized("A ticket is for GET only.", error="invalid_token")
     ticket = request[TICKET]
     name = TICKET_COOKIE + re.sub(r"[^A-Za-z0-9.-]", "_", ticket.rpartition(".")[0])
-    found = await request.config_dict[SESSIONS].redeem(ticket, comparable(request.rel_url), _cookie(request, name))
-    principal = found and request.config_dict[AUTHORIZATION].current(found[0].principal)
+    found = await request.app[SESSIONS].redeem(ticket, comparable(request.rel_url), _cookie(request, name))
+    principal = found and request.app[AUTHORIZATION].current(found[0].principal)
     if found is None or principal is None:
         raise unauthorized(_INVALID_TICKET, error="invalid_token")
     session, secret = found
@@ -121,12 +121,12 @@ async def _signed_in(request: web.Request, *, is_public: bool) -> Principal | No
         set_session_cookie(request, "", 0)
         return None
     request[SESSION] = session
-    return request.config_dict[AUTHORIZATION].current(session.principal)
+    return request.app[AUTHORIZATION].current(session.principal)
 
 
 async def cookie_session(request: web.Request) -> Session | None:
     """Return the session that the cookie of a request names, also where other credentials come first."""
-    return await request.config_dict[SESSIONS].find(_cookie(request, SESSION_COOKIE))
+    return await request.app[SESSIONS].find(_cookie(request, SESSION_COOKIE))
 
 
 # -- cookies
@@ -173,7 +173,7 @@ def complete(request: web.Request, headers: CIMultiDict[str]) -> None:
     if TICKET in request:
         headers.setdefault("Referrer-Policy", "same-origin")
     control = headers.get("Cache-Control", "")
-    if not cookies and (request.config_dict[AUTHORIZATION].is_open or "public" in control):
+    if not cookies and (request.app[AUTHORIZATION].is_open or "public" in control):
         return
     headers["Vary"] = ", ".join([*headers.getall("Vary", ()), "Authorization", "Cookie"])
     if not re.search("no-store|private", control):

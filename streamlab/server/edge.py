@@ -14,7 +14,7 @@ from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooL
 from multidict import CIMultiDict
 from yarl import URL
 
-from streamlab.config import CONFIG, Server
+from streamlab.config import Server
 from streamlab.problems import Problem, from_aiohttp
 from streamlab.streaming.connection import Connection
 
@@ -36,6 +36,12 @@ KEEP_ALIVE_SECONDS = 75
 
 HEAD_SECONDS = 10
 """Maximum time from the first packet of a request to the end of its header fields, in seconds."""
+
+REMEMBERED_HOSTS = 1000
+"""Maximum number of hosts that are not checked again: a pattern of `allowed_hosts` may allow any number."""
+
+HOST_LENGTH = 255
+"""Maximum length of such a host, in characters."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110, 9.2.1), unless an endpoint declares `starts_work`."""
@@ -215,25 +221,36 @@ def _too_large(limit: int) -> Problem:
     return Problem(413, f"The body is larger than {limit} bytes.")
 
 
-def reject_other_host(request: web.Request) -> None:
-    """Reject an unknown host: a page of another site must not reach a server on loopback (DNS rebinding).
+class AllowedHosts:
+    """The hosts under which a server may be requested: a page of another site must not reach it (DNS rebinding)."""
 
-    The host is that of an absolute target, and of the Host field otherwise (RFC 9112, 3.2.2).
-    """
-    server = request.config_dict[CONFIG].server
-    host, target = request.headers.get("Host"), request._message.url  # rel_url has lost the host
-    if host is None and request.version >= HttpVersion11:
-        raise Problem(400, "A request of HTTP/1.1 needs a Host field (RFC 9112 section 3.2).")
-    if target.absolute:
-        host = target.raw_authority
-    if host is None:
-        return
-    if (name := host_of(host)) is None:
-        raise Problem(400, "The Host is not a host name with an optional port (RFC 9110 section 7.2).")
-    if target.absolute and target.scheme != (scheme := "https" if request.get_extra_info("sslcontext") else "http"):
-        raise Problem(421, f"Targets must have the scheme {scheme} on this port.")
-    if not _is_allowed(name.rstrip(".").lower(), server):
-        raise Problem(421, "This Host is not allowed; see `server.allowed_hosts` in the configuration.")
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._accepted: set[str] = set()
+        """Hosts that were checked and are allowed, as clients write them; nearly every request has one of these."""
+
+    def check(self, request: web.Request) -> None:
+        """Raise Problem 400 or 421 for a request with no valid host, or with one that is not allowed.
+
+        The host is that of an absolute target, and of the Host field otherwise (RFC 9112, 3.2.2).
+        """
+        host, target = request.headers.get("Host"), request._message.url  # rel_url has lost the host
+        if host in self._accepted and not target.absolute:
+            return
+        if host is None and request.version >= HttpVersion11:
+            raise Problem(400, "A request of HTTP/1.1 needs a Host field (RFC 9112 section 3.2).")
+        if target.absolute:
+            host = target.raw_authority
+        if host is None:
+            return
+        if (name := host_of(host)) is None:
+            raise Problem(400, "The Host is not a host name with an optional port (RFC 9110 section 7.2).")
+        if target.absolute and target.scheme != (scheme := "https" if request.get_extra_info("sslcontext") else "http"):
+            raise Problem(421, f"Targets must have the scheme {scheme} on this port.")
+        if not _is_allowed(name.rstrip(".").lower(), self._server):
+            raise Problem(421, "This Host is not allowed; see `server.allowed_hosts` in the configuration.")
+        if len(self._accepted) < REMEMBERED_HOSTS and len(host) <= HOST_LENGTH:
+            self._accepted.add(host)
 
 
 def reject_other_origin(request: web.Request) -> None:

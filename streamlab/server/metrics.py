@@ -61,6 +61,8 @@ class Metrics(Collector):
             buckets=_FAST,
             registry=registry,
         )
+        self._latencies: dict[tuple[str, int], prometheus_client.Histogram] = {}
+        """The same by route and status, as found before: there are as many as the metric has."""
         self._rejected = prometheus_client.Counter(
             "streamlab_rejected_requests",
             "Requests that their client may not make, or not now: 401, 403, 429.",
@@ -99,7 +101,10 @@ class Metrics(Collector):
 
     def observe_request(self, scenario: str, route: str, status: int, seconds: float) -> None:
         """Count a request whose response was not a stream."""
-        self._latency.labels(route, str(status)).observe(seconds)
+        latency = self._latencies.get((route, status))
+        if latency is None:
+            latency = self._latencies[route, status] = self._latency.labels(route, str(status))
+        latency.observe(seconds)
         if status in (401, 403, 429):
             self._rejected.labels(scenario, str(status)).inc()
 

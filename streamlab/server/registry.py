@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -79,6 +79,8 @@ class Registry:
         self.plugins: list[Plugin] = []
         self._hooks = pluggy.PluginManager(PROJECT)
         self._hooks.add_hookspecs(hookspecs)
+        self._found: dict[str, tuple[Sequence[Any], Sequence[tuple[str, Callable[..., Any]]]]] = {}
+        """The calls of each hook that was called before, and the plugins that were registered then."""
 
     @classmethod
     def load(cls, config: Config) -> "Registry":
@@ -250,7 +252,7 @@ class Registry:
         text or None, is itself a reason.
         """
         reasons: dict[str, str] = {}
-        for name, call in reversed(list(self._calls("health"))):
+        for name, call in reversed(self._calls("health")):
             try:
                 reason = call()
                 if not isinstance(reason, str | None):
@@ -300,12 +302,19 @@ class Registry:
             if known.partition(":")[0] == owner and registered is not None:
                 self._hooks.unregister(registered)
 
-    def _calls(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """Yield each implementation of a hook with the name of its plugin, in the order of registration.
+    def _calls(self, hook: str) -> Sequence[tuple[str, Callable[..., Any]]]:
+        """Return each implementation of a hook with the name of its plugin, in the order of registration.
 
         A call takes all arguments of the hook and returns what the implementation returns.
         """
-        registered = self._hooks.list_name_plugin()
+        registered = tuple(self._hooks.list_name_plugin())
+        known_as, calls = self._found.get(hook, ((), ()))
+        if known_as != registered:
+            calls = tuple(self._find_calls(hook, registered))
+            self._found[hook] = registered, calls
+        return calls
+
+    def _find_calls(self, hook: str, registered: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Callable[..., Any]]]:
         for implementation in getattr(self._hooks.hook, hook).get_hookimpls():
             name = implementation.plugin_name
             others = [plugin for known, plugin in registered if known != name]

@@ -172,14 +172,14 @@ NEXT = web.RequestKey("next", str)
 def page(request: web.Request, *, next_path: str, status: int = 200, reason: str = "") -> web.Response:
     """Return the page to sign in and out; it returns to `next_path`, if that is a path of this server."""
     principal = request.get(PRINCIPAL)
-    if request.config_dict[AUTHORIZATION].is_open:
+    if request.app[AUTHORIZATION].is_open:
         state, form = "No sign-in is needed here: everybody who can connect may do everything.", ""
     elif principal is not None and principal.name:
         state = f"Signed in as {principal.name}."
         form = '<p><button name="end" value="1" formnovalidate>Sign out</button></p>'
     else:
         state, form = "Sign in with a token of this server.", ""
-    if not request.config_dict[AUTHORIZATION].is_open and (reason or not form):
+    if not request.app[AUTHORIZATION].is_open and (reason or not form):
         form = template("sign-in-form.html") + form
     values = {
         "reason": f'<p class="reason" role="alert">{escape(reason)}</p>' if reason else "",
@@ -198,7 +198,7 @@ def page(request: web.Request, *, next_path: str, status: int = 200, reason: str
 
 def denied_page(request: web.Request, problem: Problem) -> web.Response | None:
     """Return the page of a 401 or 403 for a browser that shows it: the reason, and the form to sign in; or None."""
-    if problem.status not in (401, 403) or request.config_dict[AUTHORIZATION].is_open or not wants_page(request):
+    if problem.status not in (401, 403) or request.app[AUTHORIZATION].is_open or not wants_page(request):
         return None
     target = request.get(NEXT, "") or (str(request.rel_url) if request.method == "GET" else "")
     response = page(request, next_path=target, status=problem.status, reason=problem.detail)

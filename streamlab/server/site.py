@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from aiohttp import web
 from pydantic import BaseModel, Field
 
@@ -122,7 +123,11 @@ class Site(Scenario):
                     for name in (plugin.scenario_names or [plugin.name])
                 },
             }
-        return web.json_response(report, status=503 if streams.draining else 200, headers={"Cache-Control": "no-store"})
+        return web.Response(
+            body=msgspec.json.encode(report),
+            status=503 if streams.draining else 200,
+            headers={"Cache-Control": "no-store", "Content-Type": "application/json; charset=utf-8"},
+        )
 
     @endpoint("GET", "/metrics", sends=("text/plain", "application/openmetrics-text"), curl="{url}")
     async def metrics(self, request: web.Request) -> web.Response:

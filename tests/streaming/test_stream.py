@@ -600,7 +600,7 @@ def test_health_is_503_while_draining_on_open_connections(serve: Callable[..., R
     with closing(probe), server.send("GET /slow HTTP/1.1\nHost: localhost") as stream:
         read_until(stream, b"begun\n")
         probe.request("GET", "/health")
-        assert probe.getresponse().read().startswith(b'{"status": "ok"')
+        assert probe.getresponse().read().startswith(b'{"status":"ok"')
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log("stopping")
         probe.request("GET", "/health")
