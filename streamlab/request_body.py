@@ -45,8 +45,11 @@ async def read_body(request: web.Request, media_types: Collection[str], limit: i
     if limit is not None and (request.content_length or 0) > limit:
         raise _too_large(limit)
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        if request.content.is_eof():  # it has arrived with the head, as most do
             body = await request.read()
+        else:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
     except TimeoutError:
         detail = f"The body did not arrive within {BODY_SECONDS:g} s."
         raise Problem(408, detail, headers={"Connection": "close"}) from None

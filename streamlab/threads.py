@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
+from typing import Any, Self, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -14,17 +14,44 @@ INTERRUPT_SECONDS = 0.02
 """Interval between two interrupts of the same work, in seconds: one between two statements has no effect."""
 
 
-class _Call(NamedTuple):
-    """Work that waits for a thread or runs in one."""
+class _Call:
+    """Work that waits for a thread or runs in one, and who waits for it on the event loop."""
 
-    job: "Future[Any]"
-    interrupt: Callable[[], object] | None
-    can_be_dropped: bool
+    __slots__ = ("_loop", "can_be_dropped", "ended", "interrupt", "job", "waiter")
 
-    def end(self) -> None:
+    def __init__(self, job: "Future[Any]", interrupt: Callable[[], object] | None, *, can_be_dropped: bool) -> None:
+        self.job = job
+        self.interrupt = interrupt
+        self.can_be_dropped = can_be_dropped
+        self._loop = asyncio.get_running_loop()
+        self.ended = False
+        """Whether it was noticed on the event loop that the work has ended, or was dropped."""
+        self.waiter: asyncio.Future[None] = self._loop.create_future()
+        """Done then, unless whoever waits has been cancelled before: a future of its own, which can be cancelled."""
+        job.add_done_callback(self._note_end)
+
+    def _note_end(self, _: "Future[Any]") -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self.ended = True
+        if not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def drop(self) -> None:
         """Drop the work if it still waits for a thread, or interrupt it."""
         if not (self.can_be_dropped and self.job.cancel()) and self.interrupt is not None:
             self.interrupt()
+
+    async def interrupt_and_wait(self) -> None:
+        """Wait for running work through any number of cancellations."""
+        while not self.ended:
+            if self.interrupt is not None:
+                self.interrupt()
+            self.waiter = self._loop.create_future()
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({self.waiter}, timeout=None if self.interrupt is None else INTERRUPT_SECONDS)
 
 
 class Threads:
@@ -38,7 +65,7 @@ class Threads:
         self.kind = kind
         self.count = count
         self._executor: ThreadPoolExecutor | None = None
-        self._calls: dict[asyncio.Future[Any], _Call] = {}
+        self._calls: set[_Call] = set()
         self._idle = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -63,8 +90,8 @@ class Threads:
 
     async def _end_calls(self) -> None:
         while self._calls:
-            for call in tuple(self._calls.values()):
-                call.end()
+            for call in tuple(self._calls):
+                call.drop()
             self._idle.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERRUPT_SECONDS):
@@ -98,25 +125,25 @@ class Threads:
         Raises what the work raises, and RuntimeError outside the context.
         """
         job = self.executor.submit(_called, work, arguments)
-        done = asyncio.wrap_future(job)
-        self._calls[done] = _Call(job, interrupt, can_be_dropped=True)
+        call = _Call(job, interrupt, can_be_dropped=True)
+        self._calls.add(call)
         try:
             try:
-                await asyncio.wait({done})  # unlike the future itself, a wait can be cancelled alone
+                await call.waiter
             except asyncio.CancelledError:
                 if not job.cancel():
-                    await _interrupt_and_wait(done, interrupt)
-                    if discard is not None and done.exception() is None:
-                        await self.finish(discard, done.result())
+                    await call.interrupt_and_wait()
+                    if discard is not None and not job.cancelled() and job.exception() is None:
+                        await self.finish(discard, job.result())
                 raise
         finally:
-            self._forget(done)
+            self._forget(call)
         try:
-            if done.cancelled():
+            if job.cancelled():
                 raise RuntimeError(f"the threads for {self.kind} were closed before the work began")
-            return done.result()
+            return job.result()
         finally:
-            del job, done  # the traceback of an exception holds this frame: without them, there is no cycle
+            del job, call  # the traceback of an exception holds this frame: without them, there is no cycle
 
     async def finish(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call short `work` in a thread, also when the caller is cancelled before or while it runs.
@@ -127,15 +154,27 @@ class Threads:
         if self._executor is None:
             return work(*arguments)
         job = self._executor.submit(_called, work, arguments)
-        done = asyncio.wrap_future(job)
-        self._calls[done] = _Call(job, None, can_be_dropped=False)
+        call = _Call(job, None, can_be_dropped=False)
+        self._calls.add(call)
+        cancelled: asyncio.CancelledError | None = None
         try:
-            return await shielded(done)
+            try:
+                await call.waiter
+            except asyncio.CancelledError as error:
+                cancelled = error
+                await call.interrupt_and_wait()
         finally:
-            self._forget(done)
+            self._forget(call)
+        try:
+            if cancelled is not None:
+                raise cancelled
+            return job.result()
+        finally:
+            del job, call, cancelled
 
-    def _forget(self, done: "asyncio.Future[Any]") -> None:
-        del self._calls[done]
+    def _forget(self, call: _Call) -> None:
+        self._calls.discard(call)
+        del call.job  # which refers to the call: without this, both and the result would wait for the garbage collector
         if not self._calls:
             self._idle.set()
 
@@ -159,16 +198,6 @@ async def shielded(operation: Awaitable[T]) -> T:
     if not task.cancelled():
         task.exception()  # retrieved, or asyncio would log it as never retrieved
     raise asyncio.CancelledError
-
-
-async def _interrupt_and_wait(done: asyncio.Future[Any], interrupt: Callable[[], object] | None) -> None:
-    """Wait for running work through any number of cancellations, and retrieve its exception: nothing else does."""
-    while not done.done():
-        if interrupt is not None:
-            interrupt()
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({done}, timeout=None if interrupt is None else INTERRUPT_SECONDS)
-    done.exception()
 
 
 def _called(work: Callable[[*Ts], T], arguments: tuple[*Ts]) -> T:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Literal
 
+import msgspec
 from aiohttp import web
 from pydantic import BeforeValidator, Field, PositiveFloat, PrivateAttr, StringConstraints, model_validator
 
@@ -155,7 +156,8 @@ class Ticker(Scenario):
         except InvalidPrices as error:
             raise Problem(422 if error.errors else 400, str(error), errors=error.errors) from None
         await self._loaded.wait()
-        return web.json_response({"ids": await self._publish(prices)}, status=202)
+        stored = msgspec.json.encode({"ids": await self._publish(prices)})
+        return web.Response(body=stored, status=202, headers={"Content-Type": "application/json; charset=utf-8"})
 
     async def _publish_source(self) -> None:
         """Publish the prices of the source, from the checkpoint of the last leader on."""

@@ -127,7 +127,10 @@ class Channel:
                 async for event in self.read(after):
                     yield event
                     after = event.position
-                await hub.wait_past(after)
+                while events := await hub.wait_past(after):
+                    for event in events:
+                        yield event
+                        after = event.position
         finally:
             self.events.release_hub(self)
 

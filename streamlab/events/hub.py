@@ -211,7 +211,7 @@ class Hub:
         self._joins = 0
         """Number of joins so far. A follower that joins during a push may have the events from the log already."""
         self._news = asyncio.Event()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[tuple[Position, Sequence[Event]]]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -233,15 +233,21 @@ class Hub:
         while self._pending_bytes > PENDING_BYTES:
             await self._idle.wait()
 
-    async def wait_past(self, position: Position) -> None:
-        """Wait until an event after a position has come."""
+    async def wait_past(self, position: Position) -> Sequence[Event]:
+        """Wait until an event after a position has come; return those that directly follow it.
+
+        Returns none where they are no longer in memory: the caller reads them from the log.
+        """
+        before = self.position
+        events: Sequence[Event] = ()
         while self.position <= position:
-            waiter = asyncio.get_running_loop().create_future()
+            waiter: asyncio.Future[tuple[Position, Sequence[Event]]] = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
             try:
-                await waiter
+                before, events = await waiter
             finally:
                 self._waiters.discard(waiter)
+        return events if before == position else ()
 
     def join(self, follower: Follower) -> "asyncio.Future[bool]":
         """Push from now on to a follower that is at the position of the hub.
@@ -291,11 +297,11 @@ class Hub:
         before = position = self.position
         if overrun is not None or events:
             self.position = position = overrun if overrun is not None else events[-1].position
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
         # The task of each follower reads the missing events from the log, or reports a gap.
         gap = overrun is not None or bool(events and not before.precedes(events[0].position))
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result((before, () if gap else events))
         items = [] if gap else [make_frame(event, self._id_prefix) for event in events]
         # Followers that join from here on are past these events, so all audiences are noted before the first await.
         noted = [(audience, tuple(audience.followers)) for audience in self._audiences.values()]

@@ -56,3 +56,27 @@ async def test_a_follower_that_rejoins_during_a_flush_gets_no_event_twice(
         await one.wait_for_capacity()
         running.cancel()
     assert {tuple(stream.written) for stream in streams} == {(b"from the log",)}
+
+
+def event(offset: int) -> Event:
+    return Event(Position(1, offset), 0, b"x", "", "")
+
+
+async def test_who_waits_for_news_gets_those_that_directly_follow() -> None:
+    one = Hub("c", Position(1, 1), "", Filters())
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(one.run())
+        waiting = [group.create_task(one.wait_past(Position(1, offset))) for offset in (0, 1, 2)]
+        await asyncio.sleep(0)
+        assert [task.done() for task in waiting] == [True, False, False]
+        one.deliver([event(2)])
+        assert await waiting[0] == ()  # it missed one
+        assert await waiting[1] == [event(2)]
+        one.deliver([event(3), event(4)])
+        assert await waiting[2] == [event(3), event(4)]
+        assert await one.wait_past(Position(1, 3)) == ()
+        lost = group.create_task(one.wait_past(Position(1, 4)))
+        await asyncio.sleep(0)
+        one.deliver([event(7)])  # 5 and 6 were deleted
+        assert await lost == ()
+        running.cancel()
