@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -45,7 +45,7 @@ from . import listing, representation
 from .conditions import precondition, range_applies
 from .digests import Digests
 from .ranges import Span, Unsatisfiable, frame, parse
-from .representation import Generated, Paced, Representation
+from .representation import Generated, Paced, Representation, SmallFile
 
 T = TypeVar("T")
 
@@ -209,6 +209,8 @@ class File(Scenario):
         if isinstance(found, listing.Listing):
             return _list(request, found, as_json=as_json)
         require(request, Scope(self.name, "read", path))
+        if isinstance(found, SmallFile):
+            return await self._send(request, found, query.rate)
         async with representation.held(found, parts[-1], self._reading) as file:
             return await self._send(request, file, query.rate)
 
@@ -261,8 +263,8 @@ class File(Scenario):
 
     def _look_up(
         self, parts: tuple[str, ...], after: str, limit: int, may_see: Callable[[str, bool], bool]
-    ) -> BinaryIO | listing.Listing:
-        """Open the file that `parts` name, or list the folder; runs in a thread."""
+    ) -> BinaryIO | SmallFile | listing.Listing:
+        """Open the file that `parts` name, read it if it is small, or list the folder; runs in a thread."""
         if not parts:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -273,7 +275,15 @@ class File(Scenario):
         except ValueError as error:  # it leads out of the root, or cannot be the name of a file
             raise FileNotFoundError from error
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            return representation.regular(descriptor)
+            try:
+                small = representation.read_small(descriptor, parts[-1])
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if small is None:
+                return representation.regular(descriptor)
+            os.close(descriptor)
+            return small
         try:
             return listing.read(
                 descriptor, self.root, parts, after=after, limit=limit, hidden=self.hidden, may_see=may_see
@@ -386,6 +396,7 @@ def _wants_digest(field: str) -> bool:
     return match is not None and int(match[1]) > 0
 
 
+@lru_cache(maxsize=1000)
 def disposition(name: str) -> str:
     """Return the value of Content-Disposition for a download named `name` (RFC 6266, RFC 8187)."""
     plain = re.sub(r"[^ !#-\[\]-~]", "_", name)

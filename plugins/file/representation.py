@@ -1,6 +1,7 @@
 """Bytes of known length that a download sends: a file on disk, or a generated pattern."""
 
 import asyncio
+import errno
 import mimetypes
 import os
 import random
@@ -8,7 +9,7 @@ import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -20,6 +21,9 @@ from .conditions import Validators
 
 CHUNK = 1024 * 1024
 """Bytes read at once where sendfile is not used."""
+
+SMALL_BYTES = 64 * 1024
+"""Maximum size of a file that is read by the thread that opens it, in bytes, so that no other thread is needed."""
 
 HELD_BACK_BYTES = 64 * 1024
 """Bytes at the end of a body that are held back until the file has been checked for changes."""
@@ -86,23 +90,25 @@ class Reader(Protocol):
         """Release its resources."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileRepresentation:
-    """An open file, as it was when it was opened."""
+@lru_cache(maxsize=1000)
+def _media_type(name: str) -> str:
+    guess, encoding = mimetypes.guess_type(name)
+    if encoding is not None:
+        return {"gzip": "application/gzip"}.get(encoding, "application/octet-stream")
+    return guess or "application/octet-stream"
 
-    file: BinaryIO
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """The state of a file on disk when it was opened."""
+
     status: os.stat_result
     name: str
-    threads: Threads
-    """The threads that read it."""
 
     @property
     def media_type(self) -> str:
         """The media type by the name's extension; a compressed file is not decoded."""
-        guess, encoding = mimetypes.guess_type(self.name)
-        if encoding is not None:
-            return {"gzip": "application/gzip"}.get(encoding, "application/octet-stream")
-        return guess or "application/octet-stream"
+        return _media_type(self.name)
 
     @property
     def size(self) -> int:
@@ -119,6 +125,47 @@ class FileRepresentation:
         status = self.status
         tag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"'
         return Validators(tag, status.st_mtime_ns // 1_000_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile(_State):
+    """A file that was read completely when it was opened: what happens to it afterwards changes nothing."""
+
+    data: bytes
+
+    async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
+        """Send a part of what was read."""
+        await out.write(self.data if count == len(self.data) else memoryview(self.data)[offset : offset + count])
+
+    def reader(self) -> "_SmallReader":
+        """Return a reader of what was read."""
+        return _SmallReader(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class _SmallReader:
+    """A reader of bytes in memory, which holds nothing else and never changes."""
+
+    data: bytes
+
+    def read(self, offset: int) -> bytes:
+        """Return all bytes from an offset."""
+        return self.data[offset:]
+
+    def check(self) -> None:
+        """Do nothing: the bytes never change."""
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRepresentation(_State):
+    """An open file, as it was when it was opened."""
+
+    file: BinaryIO
+    threads: Threads
+    """The threads that read it."""
 
     async def send(self, out: Paced, offset: int, count: int, *, last: bool) -> None:
         """Send with sendfile if possible, else read ahead in a thread.
@@ -203,7 +250,7 @@ def _changed(before: os.stat_result, now: os.stat_result) -> bool:
 async def held(file: BinaryIO, name: str, threads: Threads) -> AsyncIterator[FileRepresentation]:
     """Yield the representation of an open file, and close the file in a thread when no other thread uses it."""
     try:
-        yield FileRepresentation(file, os.fstat(file.fileno()), name, threads)
+        yield FileRepresentation(os.fstat(file.fileno()), name, file, threads)
     finally:
         await threads.finish(file.close)
 
@@ -218,17 +265,42 @@ def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
 
     Symbolic links are followed if they stay inside. Raises ValueError for a path that leads out, and OSError.
     """
+    try:
+        return _descend(root, parts)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    # There are symbolic links on the path: resolve it, and open what it leads to without following any.
     home = Path(os.path.realpath(root, strict=True))
     beneath = Path(os.path.realpath(home.joinpath(*parts), strict=True)).relative_to(home)
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(home, flags | os.O_DIRECTORY)
-    for part in beneath.parts:
-        folder = descriptor
+    return _descend(home, beneath.parts)
+
+
+def _descend(folder: Path, parts: tuple[str, ...]) -> int:
+    """Open `parts` below a folder, each in the one before it; raises OSError with ELOOP for a symbolic link."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(folder, flags | os.O_DIRECTORY)
+    for part in parts:
+        outer = descriptor
         try:
-            descriptor = os.open(part, flags, dir_fd=folder)
+            descriptor = os.open(part, flags | os.O_NOFOLLOW, dir_fd=outer)
         finally:
-            os.close(folder)
+            os.close(outer)
     return descriptor
+
+
+def read_small(descriptor: int, name: str) -> "SmallFile | None":
+    """Read a regular file of at most SMALL_BYTES completely; None for any other, and for one that is being changed.
+
+    The descriptor is at its beginning before and after, and stays open. Raises OSError.
+    """
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > SMALL_BYTES:
+        return None
+    data = os.pread(descriptor, status.st_size + 1, 0)
+    if len(data) != status.st_size or _changed(status, os.fstat(descriptor)):
+        return None
+    return SmallFile(status, name, data)
 
 
 def regular(descriptor: int) -> BinaryIO:

@@ -317,8 +317,16 @@ class Registry:
     def _find_calls(self, hook: str, registered: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Callable[..., Any]]]:
         for implementation in getattr(self._hooks.hook, hook).get_hookimpls():
             name = implementation.plugin_name
-            others = [plugin for known, plugin in registered if known != name]
-            yield name, partial(_first, self._hooks.subset_hook_caller(hook, others))
+            if implementation.wrapper or implementation.hookwrapper:
+                others = [plugin for known, plugin in registered if known != name]
+                yield name, partial(_first, self._hooks.subset_hook_caller(hook, others))
+            else:
+                yield name, partial(_call, implementation.function, implementation.argnames)
+
+
+def _call(function: Callable[..., Any], names: Sequence[str], **arguments: Any) -> Any:
+    """Call an implementation with the arguments that it takes, as pluggy does."""
+    return function(*[arguments[name] for name in names])
 
 
 def _first(call: Callable[..., list[Any]], **arguments: Any) -> Any:

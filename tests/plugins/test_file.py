@@ -501,6 +501,7 @@ def test_folder_swapped_for_a_link_after_the_check_does_not_leak(
     for folder in (root / "folder", outside):
         folder.mkdir(parents=True)
         (folder / "file").write_text(folder.name)
+    (root / "link").symlink_to(root / "folder")  # without a link, nothing has to be resolved
     resolve = os.path.realpath
 
     def resolve_and_swap(path: Path, *, strict: bool = False) -> str:
@@ -512,7 +513,36 @@ def test_folder_swapped_for_a_link_after_the_check_does_not_leak(
 
     monkeypatch.setattr(os.path, "realpath", resolve_and_swap)
     with pytest.raises(OSError, match="folder"):
-        open_beneath(root, ("folder", "file"))
+        open_beneath(root, ("link", "file"))
+
+
+def test_a_small_file_is_read_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_app(Config.of({}, base=tmp_path))  # imports the plugins
+    representation = sys.modules["streamlab.plugins.file.representation"]
+    file = tmp_path / "file.txt"
+    file.write_bytes(b"12345")
+    pread = os.pread
+    with file.open("rb") as opened:
+        small = representation.read_small(opened.fileno(), "file.txt")
+        assert (small.data, small.size, small.media_type) == (b"12345", 5, "text/plain")
+        assert (
+            small.validators
+            == representation.FileRepresentation(os.fstat(opened.fileno()), "", opened, None).validators
+        )
+
+        def append_and_read(descriptor: int, count: int, offset: int) -> bytes:
+            with file.open("ab") as other:
+                other.write(b"6")
+            return pread(descriptor, count, offset)
+
+        monkeypatch.setattr(os, "pread", append_and_read)
+        assert representation.read_small(opened.fileno(), "file.txt") is None
+        monkeypatch.undo()
+        os.truncate(file, representation.SMALL_BYTES + 1)
+        assert representation.read_small(opened.fileno(), "file.txt") is None
+    folder = os.open(tmp_path, os.O_RDONLY)
+    assert representation.read_small(folder, "folder") is None
+    os.close(folder)
 
 
 # -- files that change while they are sent
