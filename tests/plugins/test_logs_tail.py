@@ -7,10 +7,10 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -954,14 +954,26 @@ async def test_a_failed_read_is_repeated(
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("kind", ["_Inotify", "_Watchfiles"])
+async def test_a_change_is_noticed_at_once(log: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(changes, "watch", getattr(changes, kind))
+    monkeypatch.setattr(changes, "LOOK_MS", 60_000)
+    add(log, "one")
+    async with following(log) as follower:
+        assert await follower.take(1) == ["one"]
+        for text in ("two", "three"):
+            await follower.nothing(0.1)
+            add(log, text)
+            assert await follower.take(1) == [text]
+
+
 async def test_files_are_read_every_second_if_folders_cannot_be_watched(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fail(*folders: str, **options: Any) -> AsyncGenerator[Any, None]:
+    def fail(folders: Collection[str]) -> NoReturn:
         raise OSError(28, "No space left on device")
-        yield
 
-    monkeypatch.setattr(changes, "awatch", fail)
+    monkeypatch.setattr(changes, "watch", fail)
     monkeypatch.setattr(changes, "LOOK_MS", 50)
     add(log, "one")
     async with following(log) as follower:
