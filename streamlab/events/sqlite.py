@@ -31,13 +31,14 @@ from .log import (
     is_replaced,
     within,
 )
+from .wakes import Wakes
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 POLL_SECONDS = 0.02
-"""Interval at which a process checks for commits of other processes of the machine, in seconds."""
+"""Interval at which a process looks for commits of others where these cannot wake it (see Wakes), in seconds."""
 
 SETTLE_SECONDS = 0.1
 """Time for which commits are looked for after a file was seen to change, in seconds.
@@ -138,6 +139,9 @@ class SqliteLog:
         self._background = Threads("eventlog-background", 1)
         """Thread that takes leases and moves the write-ahead log into the file, so that no event waits for either."""
         self._leases = None if path is None else Leases(path.with_name(f"{path.name}-leases"), self._background)
+        self._wakes = None if path is None else Wakes(path.with_name(f"{path.name}-wakes"))
+        self._pipe: int | None = None
+        """The pipe by which other processes report their commits, while the event loop reads it."""
         self._dirty = False
 
     # -- life
@@ -215,6 +219,8 @@ class SqliteLog:
             self._readers.close()
 
     def _close(self) -> None:
+        if self._wakes is not None:
+            self._wakes.close()
         try:
             with self._durably(), self._transaction():
                 self._db.execute("UPDATE meta SET value = value - 1 WHERE name = 'open'")
@@ -423,6 +429,8 @@ class SqliteLog:
             positions = self._commit_once(appends, now)
         if not self._ensure_in_place(2):
             raise _FileReplaced("its file was replaced while this was written")
+        if self._wakes is not None:
+            self._wakes.notify()
         return now, positions
 
     def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position]:
@@ -486,7 +494,7 @@ class SqliteLog:
         )
 
     def watch(self, channel: str, after: Position, deliver: Deliver) -> None:
-        """Deliver the events after a position: own commits at once, those of other processes within POLL_SECONDS."""
+        """Deliver the events after a position: own commits at once, those of others when their process reports them."""
         self._watches[channel] = _Watch(after, deliver, behind=True)
         self._watched.set()
         self._behind.set()
@@ -497,6 +505,12 @@ class SqliteLog:
 
     async def _tail(self) -> None:
         """Read the missing events of every watch that is behind; check for commits of other processes."""
+        try:
+            await self._tail_with_pipe()
+        finally:
+            self._read_pipe(None)
+
+    async def _tail_with_pipe(self) -> None:
         while True:
             if not self._watches:
                 self._watched.clear()
@@ -504,6 +518,7 @@ class SqliteLog:
             await self._wait_for_commits()
             try:
                 version = await self._writing.run(self._check_version)
+                self._read_pipe(None if self._wakes is None else self._wakes.descriptor)
                 if version != self._version:
                     self._version = version
                     for watch in self._watches.values():
@@ -517,19 +532,38 @@ class SqliteLog:
                 self._mark_failed(error)
                 await asyncio.sleep(1)
 
+    def _read_pipe(self, pipe: int | None) -> None:
+        """Read another pipe from now on, or none, and close the one before."""
+        if pipe == self._pipe:
+            return
+        loop = asyncio.get_running_loop()
+        if self._pipe is not None:
+            assert self._wakes is not None
+            loop.remove_reader(self._pipe)
+            self._wakes.release(self._pipe)
+        self._pipe = pipe
+        if pipe is not None:
+            loop.add_reader(pipe, self._on_wake, pipe)
+
+    def _on_wake(self, pipe: int) -> None:
+        with suppress(BlockingIOError):
+            os.read(pipe, 4096)
+        self._behind.set()
+
     async def _wait_for_commits(self) -> None:
         """Return when a watch is behind, or when another process may have committed."""
         loop = asyncio.get_running_loop()
         timer: asyncio.TimerHandle | None = None
+        seconds = POLL_SECONDS if self._pipe is None else CERTAIN_SECONDS
 
         def poll() -> None:
             nonlocal timer
-            timer = loop.call_later(POLL_SECONDS, poll)
+            timer = loop.call_later(seconds, poll)
             if self._may_have_changed(loop.time()):
                 self._behind.set()
 
         if self._path is not None:
-            timer = loop.call_later(POLL_SECONDS, poll)
+            timer = loop.call_later(seconds, poll)
         try:
             await self._behind.wait()
         finally:
@@ -548,7 +582,9 @@ class SqliteLog:
         return True
 
     def _check_version(self) -> int:
-        """Return the data version of the file at the path."""
+        """Return the data version of the file at the path, once other processes can report their commits."""
+        if self._wakes is not None:
+            self._wakes.ensure()
         if not self._damaged:
             self._ensure_in_place(2)
         return self._data_version()

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 CHECK_SECONDS = 0.5
 """Interval at which the credentials of open streams are checked, in seconds."""
 
+OPEN_CHECK_SECONDS = 1.0
+"""The same while everybody may do everything: a reload of the configuration, which ends that, checks by itself."""
+
 MAX_TOKEN = 4096
 """Maximum length of a credential, in characters; a JWT has some hundreds."""
 
@@ -200,7 +203,7 @@ async def end_unauthorized(streams: Streams, authorization: Authorization) -> No
     """End streams whose credentials expire, or do not suffice after a change of the configuration, within a second."""
     interrupted: Collection[OpenStream] = ()
     while True:
-        await asyncio.sleep(CHECK_SECONDS)
+        await asyncio.sleep(OPEN_CHECK_SECONDS if authorization.is_open else CHECK_SECONDS)
         if authorization.is_open or not streams.requests:
             interrupted = ()
         else:

@@ -17,7 +17,7 @@ from streamlab.hookspecs import hookimpl
 from streamlab.streaming.drain import Streams
 from streamlab.streaming.outcome import StreamSummary
 
-LAG_INTERVAL = 0.25
+LAG_INTERVAL = 1.0
 """Interval between two measurements of the event loop's lag, in seconds."""
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

@@ -1,6 +1,7 @@
 """The contract of every engine of the event log: one suite, run on each of them."""
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import time
@@ -27,6 +28,7 @@ from streamlab.events.log import (
     Position,
     Retention,
 )
+from streamlab.events.wakes import Wakes
 from tests.support.valkey import Valkey
 
 KEEP = Retention(1000, 3600)
@@ -406,6 +408,7 @@ async def test_sqlite_uses_no_thread_while_nobody_commits(tmp_path: Path, monkey
         return found[-1]
 
     monkeypatch.setattr(eventlog_sqlite.SqliteLog, "_may_have_changed", recorded)
+    monkeypatch.setattr(Wakes, "ensure", lambda self: None)  # as where there are no named pipes
     url, watcher = f"sqlite:///{tmp_path / 'events.db'}", Watcher()
     async with opened(url) as one, opened(url) as two:
         one.watch("c", ORIGIN, watcher)
@@ -413,6 +416,31 @@ async def test_sqlite_uses_no_thread_while_nobody_commits(tmp_path: Path, monkey
             await publish(two, text)
             assert texts(await watcher.until(ord(text) - ord("a") + 1))[-1] == text
             await until(lambda: len(found) > 20 and not any(found[-20:]))
+
+
+async def test_sqlite_is_woken_by_the_commit_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CERTAIN_SECONDS", "HOUSEKEEPING_SECONDS"):
+        monkeypatch.setattr(eventlog_sqlite, name, 3600)
+    url, watcher = f"sqlite:///{tmp_path / 'events.db'}", Watcher()
+    folder = tmp_path / "events.db-wakes"
+    async with opened(url) as one, opened(url) as two:
+        one.watch("c", ORIGIN, watcher)
+        await until(lambda: folder.exists() and len(list(folder.iterdir())) == 1)
+        os.mkfifo(folder / "dead")  # of a process that was killed
+        for number, text in enumerate("abc", 1):
+            await publish(two, text)
+            assert texts(await watcher.until(number))[-1] == text
+        assert not (folder / "dead").exists()
+        monkeypatch.setattr(eventlog_sqlite, "CERTAIN_SECONDS", 0.05)
+        shutil.rmtree(folder)
+        await publish(two, "unnoticed")
+        assert isinstance(one, eventlog_sqlite.SqliteLog)
+        one._behind.set()  # as it is after a second
+        await watcher.until(4)
+        await until(lambda: folder.exists() and len(list(folder.iterdir())) == 1)
+    assert not folder.exists()
 
 
 async def test_sqlite_finds_a_commit_that_no_file_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

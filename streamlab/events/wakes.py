@@ -1,0 +1,99 @@
+"""Wake the other processes of the machine that watch the same event log: a named pipe of each, in a folder."""
+
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+
+class Wakes:
+    """The pipe of this process, and those of the others. No method blocks; all but `release` belong to one thread.
+
+    Whoever commits writes a byte into each pipe. A pipe that nobody reads any more is that of a process that has died:
+    it is deleted. What is lost with a pipe that is deleted from outside, or that another user may not write to, is
+    only time: everybody looks for commits once a second as well.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._own = folder / uuid.uuid4().hex
+        self.descriptor: int | None = None
+        """The pipe of this process, to be read by the event loop, which releases it; None without one."""
+        self._opened: set[int] = set()
+        self._others: dict[str, int] = {}
+        self._listed: tuple[int, int] | None = None
+
+    def ensure(self) -> None:
+        """Create the pipe of this process unless it is in place; where that is not possible, there is none."""
+        if self.descriptor is not None:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(self.descriptor), self._own.stat()):
+                    return
+        self.descriptor = None
+        unnamed = self._folder / f".{self._own.name}"  # until it is read: a pipe without a reader is deleted
+        with suppress(OSError, AttributeError):  # a system, or a file system, without named pipes
+            self._folder.mkdir(parents=True, exist_ok=True)
+            unnamed.unlink(missing_ok=True)
+            os.mkfifo(unnamed)
+            # Also for writing: it does not end when the last of the others closes it.
+            descriptor = os.open(unnamed, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                unnamed.replace(self._own)
+            except OSError:
+                os.close(descriptor)
+                raise
+            self.descriptor = descriptor
+            self._opened.add(descriptor)
+
+    def release(self, descriptor: int) -> None:
+        """Close a pipe of this process that the event loop reads no longer."""
+        self._opened.discard(descriptor)
+        os.close(descriptor)
+
+    def notify(self) -> None:
+        """Wake all other processes: they look for commits now."""
+        try:
+            status = self._folder.stat()
+        except OSError:
+            return
+        if self._listed != (listed := (status.st_ino, status.st_mtime_ns)):
+            self._listed = listed
+            self._list()
+        for name, other in tuple(self._others.items()):
+            try:
+                os.write(other, b"\0")
+            except BlockingIOError:
+                pass  # it is full: it has not been read since thousands of commits, but will be
+            except OSError:
+                self._forget(name)
+                (self._folder / name).unlink(missing_ok=True)
+
+    def _list(self) -> None:
+        """Open the pipes that have been created since, and close those that are gone."""
+        with suppress(OSError):
+            found = {path.name for path in self._folder.iterdir() if path.name[0] != "."} - {self._own.name}
+            for name in self._others.keys() - found:
+                self._forget(name)
+            for name in found - self._others.keys():
+                path = self._folder / name
+                try:
+                    self._others[name] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                except PermissionError:
+                    continue
+                except OSError:  # nobody reads it
+                    path.unlink(missing_ok=True)
+
+    def _forget(self, name: str) -> None:
+        os.close(self._others.pop(name))
+
+    def close(self) -> None:
+        """Delete the pipe of this process, and close those of the others."""
+        for descriptor in tuple(self._opened):
+            self.release(descriptor)
+        for name in tuple(self._others):
+            self._forget(name)
+        if self.descriptor is not None:
+            self.descriptor = None
+            with suppress(OSError):
+                self._own.unlink(missing_ok=True)
+                self._folder.rmdir()  # unless others are there
