@@ -180,7 +180,7 @@ class Logs(Scenario):
                 read = partial(self._produce, name, source, host, producer)
                 tasks.append(group.create_task(events.run_as_leader(f"logs/{producer}", read)))
             if self.demo:
-                write = partial(demo.serve, demo_log)
+                write = partial(demo.serve, demo_log, pause=self._channels["demo"].wait_until_followed)
                 tasks.append(group.create_task(events.run_as_leader(f"logs/{host}:{demo_log}:writer", write)))
             yield
             for task in tasks:

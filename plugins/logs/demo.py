@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,20 +47,34 @@ _FRAMES = (
 _CAUSE = (("shop/payment.py", 199, "charge", "answer = provider.post(card, total)"),)
 
 
+FIRST_RECORDS = 20
+"""Number of records that are written without a pause, so that there is something to see."""
+
+UNREAD_SECONDS = 10.0
+"""Time between two records that nobody reads, in seconds."""
+
+
 async def serve(
-    path: Path, *, interval: float = 0.5, seed: int | None = None, max_bytes: int = 64 * 1024, backups: int = 3
+    path: Path,
+    *,
+    interval: float = 0.5,
+    seed: int | None = None,
+    max_bytes: int = 64 * 1024,
+    backups: int = 3,
+    pause: Callable[[float], Awaitable[None]] | None = None,
 ) -> None:
     """Append a record of a simulated shop about every `interval` seconds, until cancelled.
 
     Most records are one line; a failed request has a traceback of several. Before the file would exceed
     `max_bytes` it is renamed to `path.1`, that to `path.2`, and so on up to `backups`. The folder is created. A record
     that cannot be written is dropped, with one warning until writing succeeds again. The same `seed` gives the same
-    records, except for their times.
+    records, except for their times. After the first ones, `pause` is called between two with the time for which it may
+    wait, in seconds: while nobody reads them.
     """
     chance = random.Random(seed)  # noqa: S311 - a simulation, not a secret
     failing = False
     async with Threads("demo-log", 1) as threads:
-        for level, logger, message in _records(chance):
+        for number, (level, logger, message) in enumerate(_records(chance)):
             now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             try:
                 await threads.run(_append, path, f"{now} {level} {logger} {message}\n".encode(), max_bytes, backups)
@@ -70,6 +84,8 @@ async def serve(
                     log.warning("The demo log %s cannot be written for now: %s", path.name, error.strerror)
                 failing = True
             await asyncio.sleep(interval * chance.uniform(0.5, 1.5))
+            if pause is not None and number >= FIRST_RECORDS:
+                await pause(UNREAD_SECONDS)
 
 
 class PaymentError(Exception):

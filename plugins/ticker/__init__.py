@@ -40,6 +40,9 @@ Symbol = Annotated[str, StringConstraints(pattern=SYMBOL)]
 MAX_LAST_PRICES = 10_000
 """Maximum number of symbols whose last price is remembered."""
 
+UNFOLLOWED_SECONDS = 10.0
+"""Time between two simulated prices while nobody follows them, in seconds."""
+
 JSON_TYPES = ("application/json", "application/x-ndjson", "application/jsonl")
 
 
@@ -73,7 +76,7 @@ class Ticker(Scenario):
     symbols: tuple[Symbol, ...] = Field(("AAPL", "AMZN", "GOOGL", "MSFT", "TSLA"), min_length=1, max_length=10_000)
     """Symbols that are simulated."""
     interval: float = Field(1.0, ge=0.001, le=3600)
-    """Time between two simulated prices of a symbol, in seconds."""
+    """Time between two simulated prices of a symbol, in seconds; 10 while nobody follows them, unless it is more."""
     seed: int = 1
     """Seed of the simulation: the same seed gives the same prices."""
     file: ConfigPath | None = None
@@ -174,6 +177,8 @@ class Ticker(Scenario):
             async with aclosing(source.prices()) as batches:
                 async for prices, checkpoint in batches:
                     await self._publish(prices, checkpoint=(name, checkpoint), retry_forever=True)
+                    if self.source == "simulate":
+                        await self._channel.wait_until_followed(UNFOLLOWED_SECONDS)
         except InvalidFile as error:
             raise Problem(503, str(error)) from None
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ class Channel:
         finally:
             self.events.release_hub(self)
 
+    async def wait_until_followed(self, seconds: float) -> None:
+        """Wait until somebody follows the channel, or may do so in another process; for `seconds` at most.
+
+        For a source that simulates: while nobody follows it, it need not publish often.
+        """
+        followed = self.events.followed(self.name)
+        if not followed.is_set() and not self.events.log.is_shared():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await followed.wait()
+
     async def delete(self) -> None:
         """Delete the channel, with its events and checkpoints."""
         await self.events.log.delete(self.name)
@@ -160,7 +172,35 @@ class Events:
         self._hubs: dict[str, tuple[Hub, asyncio.Task[None]]] = {}
         self.followers: set[Follower] = set()
         """The followers of all channels, which get heartbeats."""
+        self._counts: Counter[str] = Counter()
+        """The number of followers of each channel that has any."""
+        self._followed: dict[str, asyncio.Event] = {}
+        """Of each channel whose source has asked: set while it has followers here."""
         self._group: asyncio.TaskGroup | None = None
+
+    def add_follower(self, channel: str, follower: Follower) -> None:
+        """Note a follower of a channel."""
+        self.followers.add(follower)
+        self._counts[channel] += 1
+        if (followed := self._followed.get(channel)) is not None:
+            followed.set()
+
+    def remove_follower(self, channel: str, follower: Follower) -> None:
+        """Note that a follower has left."""
+        self.followers.discard(follower)
+        self._counts[channel] -= 1
+        if not self._counts[channel]:
+            del self._counts[channel]
+            if (followed := self._followed.get(channel)) is not None:
+                followed.clear()
+
+    def followed(self, channel: str) -> asyncio.Event:
+        """Return an event that is set while a channel has followers in this process."""
+        if (followed := self._followed.get(channel)) is None:
+            followed = self._followed[channel] = asyncio.Event()
+            if self._counts[channel]:
+                followed.set()
+        return followed
 
     def channel(
         self, name: str, *, retention: Retention | None = None, finite: bool = False, id_prefix: str = ""

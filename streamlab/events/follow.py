@@ -94,12 +94,12 @@ class _Session:
         """The hub of the channel, once the session has read the log."""
         self._expect_contiguous = True
         """Whether there is a gap unless the next event directly follows the position."""
-        channel.events.followers.add(follower)
+        channel.events.add_follower(channel.name, follower)
 
     def close(self) -> None:
         """Leave the hub, and the followers of all channels."""
         channel, follower = self._channel, self._follower
-        channel.events.followers.discard(follower)
+        channel.events.remove_follower(channel.name, follower)
         if self._hub is not None:
             self._hub.leave(follower)
             channel.events.release_hub(channel)

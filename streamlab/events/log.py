@@ -174,6 +174,9 @@ class EventLog(Protocol):
     def unwatch(self, channel: str) -> None:
         """End a watch."""
 
+    def is_shared(self) -> bool:
+        """Return whether other processes may follow channels of this log, as far as is known."""
+
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
 

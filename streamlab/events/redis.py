@@ -194,6 +194,10 @@ class RedisLog:
             self._problem = ""
             log.info("the Redis server of the event log is connected again")
 
+    def is_shared(self) -> bool:
+        """Return True: which processes there are is not known."""
+        return True
+
     def state(self) -> Mapping[str, object]:
         """Return whether the server responds."""
         if self._problem:

@@ -778,6 +778,10 @@ class SqliteLog:
         if self._leases is not None:
             self._leases.release(lease)
 
+    def is_shared(self) -> bool:
+        """Return whether another process watched the log at the last commit of this one, or may have."""
+        return self._wakes is not None and (self._pipe is None or self._wakes.has_others)
+
     def state(self) -> Mapping[str, object]:
         """Return whether events can be written and read, and the reason if not."""
         engine = "sqlite" if self._path else "memory"

@@ -23,6 +23,11 @@ class Wakes:
         self._others: dict[str, int] = {}
         self._listed: tuple[int, int] | None = None
 
+    @property
+    def has_others(self) -> bool:
+        """Whether there were pipes of other processes at the last `notify`."""
+        return bool(self._others)
+
     def ensure(self) -> None:
         """Create the pipe of this process unless it is in place; where that is not possible, there is none."""
         if self.descriptor is not None:

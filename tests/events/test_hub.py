@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from streamlab.events import hub
+from streamlab.events.channel import Events, open_log
 from streamlab.events.hub import Follower, Hub
 from streamlab.events.log import Event, Position
 from streamlab.events.views import EVERYTHING, Filters
@@ -80,3 +81,25 @@ async def test_who_waits_for_news_gets_those_that_directly_follow() -> None:
         one.deliver([event(7)])  # 5 and 6 were deleted
         assert await lost == ()
         running.cancel()
+
+
+async def test_a_source_waits_until_its_channel_is_followed() -> None:
+    events = Events(open_log("sqlite://"))
+    channel, other = events.channel("c"), events.channel("other")
+    one, two = (Follower(RecordingStream(), EVERYTHING, Position(1, 1)) for _ in range(2))  # type: ignore[arg-type]
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await channel.wait_until_followed(0.01)
+        waiting = [group.create_task(each.wait_until_followed(3600)) for each in (channel, other)]
+        await asyncio.sleep(0)
+        events.add_follower("c", one)
+        await waiting[0]
+        events.add_follower("c", two)
+        events.remove_follower("c", one)
+        await channel.wait_until_followed(3600)
+        events.remove_follower("c", two)
+        again = group.create_task(channel.wait_until_followed(3600))
+        await asyncio.sleep(0.01)
+        assert [again.done(), waiting[1].done()] == [False, False]
+        events.add_follower("other", one)
+        await waiting[1]
+        again.cancel()
