@@ -1,9 +1,13 @@
 """Wake the other processes of the machine that watch the same event log: a named pipe of each, in a folder."""
 
 import os
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+TICK_NANOSECONDS = 50_000_000
+"""More than the resolution of the times of a folder, in nanoseconds."""
 
 
 class Wakes:
@@ -62,7 +66,8 @@ class Wakes:
         except OSError:
             return
         if self._listed != (listed := (status.st_ino, status.st_mtime_ns)):
-            self._listed = listed
+            # A pipe that is created in the same tick of the clock as this change leaves no other time.
+            self._listed = listed if time.time_ns() - status.st_mtime_ns > TICK_NANOSECONDS else None
             self._list()
         for name, other in tuple(self._others.items()):
             try:

@@ -418,6 +418,22 @@ async def test_sqlite_uses_no_thread_while_nobody_commits(tmp_path: Path, monkey
             await until(lambda: len(found) > 20 and not any(found[-20:]))
 
 
+def test_a_process_that_begins_in_the_same_tick_as_another_is_woken_as_well(tmp_path: Path) -> None:
+    publisher, follower = Wakes(tmp_path), Wakes(tmp_path)
+    try:
+        publisher.ensure()
+        publisher.notify()
+        before = tmp_path.stat()
+        follower.ensure()
+        os.utime(tmp_path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        publisher.notify()
+        assert follower.descriptor is not None
+        assert os.read(follower.descriptor, 2) == b"\0"
+    finally:
+        publisher.close()
+        follower.close()
+
+
 async def test_sqlite_is_woken_by_the_commit_of_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
