@@ -3,7 +3,7 @@
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar, TypeVar
 
 from aiohttp import web
@@ -173,7 +173,8 @@ class Route:
     """The endpoint's `choices`, bound to the scenario."""
 
 
-def labels(model: type[BaseModel]) -> dict[str, str]:
+@lru_cache(maxsize=1000)
+def labels(model: type[BaseModel]) -> Mapping[str, str]:
     """Return the names of a model's fields by the names that they have in a request."""
     return {field.alias or name: name for name, field in model.model_fields.items()}
 

@@ -341,6 +341,12 @@ class File(Scenario):
             headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(digest).decode()}:"
         body = frame(spans, size=file.size, media_type=file.media_type)
         headers.update(body.headers)
+        if (
+            isinstance(file, SmallFile) and len(body.parts) == 1 and rate is None
+        ):  # complete: there is nothing to wait for
+            ((_, span),) = body.parts
+            data = file.data[span.offset : span.offset + span.count]
+            return web.Response(status=body.status, body=data, headers={**headers, "Content-Type": body.content_type})
         async with open_stream(
             request, body.content_type, status=body.status, headers=headers, length=body.length
         ) as response:

@@ -79,8 +79,8 @@ class Registry:
         self.plugins: list[Plugin] = []
         self._hooks = pluggy.PluginManager(PROJECT)
         self._hooks.add_hookspecs(hookspecs)
-        self._found: dict[str, tuple[Sequence[Any], Sequence[tuple[str, Callable[..., Any]]]]] = {}
-        """The calls of each hook that was called before, and the plugins that were registered then."""
+        self._found: dict[str, Sequence[tuple[str, Callable[..., Any]]]] = {}
+        """The calls of each hook that was called since a plugin was last registered or taken out of service."""
 
     @classmethod
     def load(cls, config: Config) -> "Registry":
@@ -119,7 +119,7 @@ class Registry:
             module = found.load()
             if misspelt := list(_misspelt_hooks(module)):
                 return [Fault(plugin.origin, "", reason) for reason in misspelt]
-            self._hooks.register(_Hooks(module, _marked(module)), name=plugin.name)
+            self.add(plugin.name, _Hooks(module, _marked(module)))
             classes = self._scenario_classes(plugin.name)
             faults = [fault for item in classes for fault in self._build(plugin, item, config, switches)]
         except pluggy.PluginValidationError as error:
@@ -160,7 +160,7 @@ class Registry:
                 plugin.scenarios.append(scenario)
                 names = [name for base in type(scenario).__mro__ for name in _marked(base)]
                 hooks = _Hooks(scenario, {name: getattr(scenario, name) for name in names})
-                self._hooks.register(hooks, name=f"{plugin.name}:{name}")
+                self.add(f"{plugin.name}:{name}", hooks)
             else:
                 plugin.disabled.append(name)
         return faults
@@ -198,8 +198,9 @@ class Registry:
     # -- calling hooks
 
     def add(self, name: str, plugin: object) -> None:
-        """Register hooks of the core itself, as of its metrics and its access log."""
+        """Register hooks: those of a plugin, or of the core itself, as of its metrics and its access log."""
         self._hooks.register(plugin, name=name)
+        self._found.clear()
 
     def tasks(self) -> dict[str, Task]:
         """Return every kind of task of the active plugins, by name; a plugin whose hook raises fails.
@@ -301,24 +302,22 @@ class Registry:
         for known, registered in self._hooks.list_name_plugin():
             if known.partition(":")[0] == owner and registered is not None:
                 self._hooks.unregister(registered)
+        self._found.clear()
 
     def _calls(self, hook: str) -> Sequence[tuple[str, Callable[..., Any]]]:
         """Return each implementation of a hook with the name of its plugin, in the order of registration.
 
         A call takes all arguments of the hook and returns what the implementation returns.
         """
-        registered = tuple(self._hooks.list_name_plugin())
-        known_as, calls = self._found.get(hook, ((), ()))
-        if known_as != registered:
-            calls = tuple(self._find_calls(hook, registered))
-            self._found[hook] = registered, calls
+        if (calls := self._found.get(hook)) is None:
+            calls = self._found[hook] = tuple(self._find_calls(hook))
         return calls
 
-    def _find_calls(self, hook: str, registered: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    def _find_calls(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         for implementation in getattr(self._hooks.hook, hook).get_hookimpls():
             name = implementation.plugin_name
             if implementation.wrapper or implementation.hookwrapper:
-                others = [plugin for known, plugin in registered if known != name]
+                others = [plugin for known, plugin in self._hooks.list_name_plugin() if known != name]
                 yield name, partial(_first, self._hooks.subset_hook_caller(hook, others))
             else:
                 yield name, partial(_call, implementation.function, implementation.argnames)

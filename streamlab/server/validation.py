@@ -1,7 +1,7 @@
 """Validation of a request by the models that its endpoint declares; one error response names every fault."""
 
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, get_args, get_origin
 
 from aiohttp import web
@@ -85,10 +85,12 @@ def _wrong_choices(route: Route, found: dict[str, BaseModel], may: Callable[[str
 
 
 def _read_query(request: web.Request, model: type[BaseModel] | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
-    accepts_others = model is not None and model.model_config.get("extra") == "allow"
     values: dict[str, Any] = {}
     errors: list[dict[str, Any]] = []
+    if not request.rel_url.raw_query_string:
+        return values, errors
+    fields = _query_fields(model) if model else {}
+    accepts_others = model is not None and model.model_config.get("extra") == "allow"
     for name in dict.fromkeys(request.query):
         given = request.query.getall(name)
         if name not in fields and accepts_others:
@@ -96,13 +98,19 @@ def _read_query(request: web.Request, model: type[BaseModel] | None) -> tuple[di
         elif name not in fields:
             known = f"known: {', '.join(sorted(fields))}" if fields else "this route has none"
             errors.append({"in": "query", "name": name[:100], "detail": f"unknown parameter; {known}"})
-        elif _is_list(fields[name].annotation):
+        elif fields[name]:
             values[name] = given
         elif len(given) > 1:
             errors.append({"in": "query", "name": name, "detail": f"given {len(given)} times, expected once"})
         else:
             values[name] = given[0]
     return values, errors
+
+
+@lru_cache(maxsize=1000)
+def _query_fields(model: type[BaseModel]) -> dict[str, bool]:
+    """Return the names that parameters have in a query, each with whether it may be given more than once."""
+    return {field.alias or name: _is_list(field.annotation) for name, field in model.model_fields.items()}
 
 
 def _is_list(annotation: Any) -> bool:

@@ -829,6 +829,7 @@ def test_a_digest_of_a_small_file_does_not_wait_for_that_of_a_large_one(start: C
         assert (status, body) == (200, b"small")
         assert headers["repr-digest"] == f"sha-256=:{base64.b64encode(hashlib.sha256(b'small').digest()).decode()}:"
         assert time.monotonic() - started < 3  # four slices, on a busy machine; the four files take over 20 s
+    server.wait_for_log("streamlab.access request method=GET path=/files/small.txt status=200")  # it was no stream
 
 
 def test_sigterm_ends_the_server_in_time_while_digests_are_computed(start: Callable[..., Running]) -> None:
