@@ -6,18 +6,20 @@ import sys
 from pathlib import Path
 
 from . import gate, page, suite
-from .record import RESULTS, Record, newest
+from .compare import compare
+from .record import RESULTS, Record, newest, newest_two
 
 
 def measure(options: argparse.Namespace) -> int:
     """Run all benchmarks, or the selected ones; store numbers, page and plots; return the exit status."""
-    chosen = [one for name, one in suite.BENCHMARKS.items() if name in (options.only or suite.BENCHMARKS)]
+    usual = [name for name, one in suite.BENCHMARKS.items() if one.short or not options.short]
+    chosen = [one for name, one in suite.BENCHMARKS.items() if name in (options.only or usual)]
     record = Record({})
     path = RESULTS / f"{record.began}.json"
     for name, outcome in suite.measure(chosen, options):
         record.outcomes[name] = outcome
         store(record, path)  # after each one, so that an aborted run keeps its numbers
-    record.full = not options.quick and len(chosen) == len(suite.BENCHMARKS)
+    record.full = not (options.quick or options.short) and len(chosen) == len(suite.BENCHMARKS)
     store(record, path)
     pictures = draw(record, RESULTS, f"{record.began}-")
     path.with_suffix(".md").write_text(page.page(record, [one.name for one in pictures]), encoding="utf-8")
@@ -65,17 +67,30 @@ def main(arguments: list[str] | None = None) -> int:
         help="compare a run with the goals (default: the newest full one)",
     )
     action.add_argument("--write", nargs="?", const="", metavar="FILE", help="write a run into bench/README.md")
+    action.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="FILE",
+        help="print how a run differs from one before, by their files (default: the newest two)",
+    )
     parser.add_argument("--only", nargs="+", choices=suite.BENCHMARKS, help="run only these")
     parser.add_argument("--quick", action="store_true", help="one small round of each")
+    parser.add_argument("--short", action="store_true", help="small rounds of what a change is likely to affect")
     parser.add_argument("--keep", action="store_true", help="draw the plots in bench/plots/, too")
     parser.add_argument("--markdown", action="store_true", help="print the page of the run, too")
     parser.add_argument("--no-pin", action="store_true", help="let servers and client share all CPUs")
     parser.add_argument("--realtime", action="store_true", help="use real-time scheduling (needs root)")
     options = parser.parse_args(arguments)
     file = options.check if options.check is not None else options.write
-    if file is None:
+    if options.compare and len(options.compare) != 2:
+        parser.error("--compare takes the files of two runs, or none")
+    if file is None and options.compare is None:
         return measure(options)
     try:
+        if options.compare is not None:
+            before, after = [Path(one) for one in options.compare] or newest_two(RESULTS)
+            print(compare(Record.read(before), Record.read(after)))
+            return 0
         record = Record.read(Path(file) if file else newest(RESULTS))
     except (OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)

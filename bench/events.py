@@ -192,7 +192,8 @@ def visit_server(
 def measure(run: rig.Run) -> None:
     """Measure all visits, round by round."""
     rig.allow_files(max(run.options.followers) + 1000)
-    found, outcome = servers(), run.outcome
+    outcome, selected = run.outcome, run.options.servers
+    found = {name: server for name, server in servers().items() if name in selected}
     seconds = 0.4 if run.options.quick else 1.0
     outcome.absent |= absent()
     outcome.facts |= {
@@ -267,6 +268,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     usual = [USUAL, 5000]
     parser.add_argument("--followers", type=int, nargs="+", default=usual, help="default: 1000 5000")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=SERVERS, help="measure only these")
 
 
 BENCHMARK = rig.Benchmark(
@@ -287,6 +289,8 @@ BENCHMARK = rig.Benchmark(
     seconds=360,
     full=("--rounds", "5"),
     full_seconds=165,
+    short=("--rounds", "3", "--followers", str(USUAL), "--servers", STREAMLAB, RAW),
+    short_seconds=60,
 )  # fmt: skip
 
 if __name__ == "__main__":

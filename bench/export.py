@@ -611,6 +611,8 @@ BENCHMARK = rig.Benchmark(
     seconds=300,
     full=("--rounds", "5", "--rows", "150000"),
     full_seconds=155,
+    short=("--rounds", "3"),
+    short_seconds=50,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -334,7 +334,7 @@ BENCHMARK = rig.Benchmark(
     tables=tables,
     rounds=3,
     seconds=150,
-    full_seconds=80,
+    full_seconds=64,
 )
 
 if __name__ == "__main__":

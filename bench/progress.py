@@ -295,7 +295,7 @@ BENCHMARK = rig.Benchmark(
     tables=tables,
     rounds=5,
     seconds=240,
-    full_seconds=88,
+    full_seconds=68,
 )
 
 if __name__ == "__main__":

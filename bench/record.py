@@ -85,3 +85,11 @@ def newest(folder: Path) -> Path:
         if Record.read(path).full:
             return path
     raise FileNotFoundError(f"no full run in bench/{folder.name}/: run `make bench` first")
+
+
+def newest_two(folder: Path) -> list[Path]:
+    """Find the newest two runs, the older one first. Raises FileNotFoundError if there are fewer."""
+    found = sorted(folder.glob("[0-9]*.json"))[-2:]
+    if len(found) < 2:
+        raise FileNotFoundError(f'there are no two runs in bench/{folder.name}/: run `make bench ARGS="--short"` twice')
+    return found

@@ -39,6 +39,10 @@ class Benchmark:
     rounds: int = 1
     full: Sequence[str] = ()
     """Options in a run of all benchmarks."""
+    short: Sequence[str] = ()
+    """Options in a short run; none if it has no part in it."""
+    short_seconds: float = 0
+    """Time limit in a short run, in seconds."""
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
 
     def judge(self, outcome: Outcome) -> list[Judgement]:
@@ -201,6 +205,7 @@ def _options(benchmark: Benchmark) -> argparse.Namespace:
     rounds, seconds = benchmark.rounds, benchmark.seconds
     parser.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each kind (default: {rounds})")
     parser.add_argument("--quick", action="store_true", help="one small round")
+    parser.add_argument("--short", action="store_true", help="small rounds")
     parser.add_argument(
         "--at-most", type=float, default=seconds, metavar="SECONDS", help=f"time limit (default: {seconds:g})"
     )
@@ -215,6 +220,7 @@ def _options(benchmark: Benchmark) -> argparse.Namespace:
         parser.error("requires Linux (it reads /proc) and at least one round")
     if options.quick:
         options.rounds = 1
+    options.quick |= options.short
     return options
 
 

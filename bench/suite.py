@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import events, export, file, llm, progress, scale
+from . import events, export, file, llm, progress, requests, scale
 from .record import Outcome, Record
 from .rig import Benchmark
 from .servers import end
 
-BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (file, events, export, llm, progress, scale)}
+MODULES = (file, requests, events, export, llm, progress, scale)
+BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in MODULES}
 SECONDS = 900
 """Maximum time of a full run, in seconds: the limits of all benchmarks, and the time to end each."""
 GRACE_SECONDS = 8
@@ -24,18 +25,25 @@ END_SECONDS = 12
 
 def options_of(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
     """Return the options of a benchmark in a run of all."""
-    passed_on = [f"--{name.replace('_', '-')}" for name in ("quick", "no_pin", "realtime") if getattr(options, name)]
-    return [*benchmark.full, *passed_on, "--at-most", str(benchmark.full_seconds)]
+    names = ("quick", "short", "no_pin", "realtime")
+    passed_on = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    own = benchmark.short if options.short else benchmark.full
+    return [*own, *passed_on, "--at-most", str(seconds_of(benchmark, options))]
+
+
+def seconds_of(benchmark: Benchmark, options: argparse.Namespace) -> float:
+    """Return the time limit of a benchmark in a run of all, in seconds."""
+    return benchmark.short_seconds if options.short else benchmark.full_seconds
 
 
 def measure(chosen: Sequence[Benchmark], options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
     """Run benchmarks; one that fails, or exceeds its limit, does not affect the others."""
-    begun, bound = time.monotonic(), sum(one.full_seconds for one in chosen)
+    begun, bound = time.monotonic(), sum(seconds_of(one, options) for one in chosen)
     with tempfile.TemporaryDirectory(prefix="streamlab-bench-") as folder:
         for benchmark in chosen:
             elapsed = time.monotonic() - begun
             progress_line = (
-                f"{benchmark.name}: at most {benchmark.full_seconds:g} s; {elapsed:.0f} of {bound:g} s elapsed"
+                f"{benchmark.name}: at most {seconds_of(benchmark, options):g} s; {elapsed:.0f} of {bound:g} s elapsed"
             )
             print(f"-- {progress_line}", file=sys.stderr)
             into = Path(folder) / f"{benchmark.name}.json"
@@ -47,25 +55,25 @@ def measure(chosen: Sequence[Benchmark], options: argparse.Namespace) -> Iterato
                 "--into",
                 str(into),
             ]
-            yield benchmark.name, run(command, into, benchmark)
+            yield benchmark.name, run(command, into, benchmark, seconds_of(benchmark, options))
 
 
-def run(command: Sequence[str], into: Path, benchmark: Benchmark) -> Outcome:
+def run(command: Sequence[str], into: Path, benchmark: Benchmark, seconds: float) -> Outcome:
     """Run one benchmark, and end it after its time limit; its measurements until then remain."""
     begun, over = time.monotonic(), ""
     # In its own session: Ctrl-C reaches only this process, which ends the benchmark, which ends its servers.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        process.wait(benchmark.full_seconds + GRACE_SECONDS)
+        process.wait(seconds + GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        over = f"ended after its time limit of {benchmark.full_seconds:g} s"
+        over = f"ended after its time limit of {seconds:g} s"
     finally:
         end(process, END_SECONDS)
     try:
         outcome = Record.read(into).outcomes[benchmark.name]
     except (OSError, ValueError, KeyError):
         outcome = Outcome(failure=f"wrote no numbers, exit status {process.returncode}")
-    outcome.seconds, outcome.budget = round(time.monotonic() - begun, 1), benchmark.full_seconds
+    outcome.seconds, outcome.budget = round(time.monotonic() - begun, 1), seconds
     outcome.failure = over or outcome.failure
     if outcome.failure:
         print(f"-- {benchmark.name}: {outcome.failure}", file=sys.stderr)

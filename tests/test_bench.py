@@ -316,27 +316,27 @@ def test_benchmark_beyond_its_time_limit_is_ended_and_its_numbers_are_stored(
 
     class Slow(subprocess.Popen[bytes]):
         def wait(self, timeout: float | None = None) -> int:
-            if timeout == file.BENCHMARK.full_seconds + suite.GRACE_SECONDS:
+            if timeout == 76 + suite.GRACE_SECONDS:
                 assert ready.read_text() == "noted"  # it is running, and its time limit is reached
                 raise subprocess.TimeoutExpired("bench", timeout)
             return super().wait(timeout)
 
     monkeypatch.setattr(subprocess, "Popen", Slow)
-    outcome = suite.run(_command("threading.Event().wait()", into), into, file.BENCHMARK)
-    assert outcome.failure == f"ended after its time limit of {file.BENCHMARK.full_seconds} s"
+    outcome = suite.run(_command("threading.Event().wait()", into), into, file.BENCHMARK, 76)
+    assert outcome.failure == "ended after its time limit of 76 s"
     assert outcome.measurements == [Measurement("nginx", 1, 4, "rate", 1.0)]
 
 
 def test_numbers_of_a_failed_benchmark_are_stored(tmp_path: Path, ready: Path) -> None:
     into = tmp_path / "into.json"
-    outcome = suite.run(_command("raise KeyError('no such thing')", into), into, file.BENCHMARK)
+    outcome = suite.run(_command("raise KeyError('no such thing')", into), into, file.BENCHMARK, 76)
     assert outcome.failure == "'no such thing'"
     assert outcome.measurements == [Measurement("nginx", 1, 4, "rate", 1.0)]
 
 
 def test_benchmark_without_numbers_is_reported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit(3)"]
-    assert suite.run(command, tmp_path / "into.json", file.BENCHMARK).failure == "wrote no numbers, exit status 3"
+    assert suite.run(command, tmp_path / "into.json", file.BENCHMARK, 76).failure == "wrote no numbers, exit status 3"
 
 
 def test_limits_of_all_benchmarks_fit_into_the_total() -> None:
@@ -368,16 +368,59 @@ def test_selected_benchmarks_are_not_a_full_run(results: Path, monkeypatch: pyte
 
 
 def test_options_are_passed_to_each_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = argparse.Namespace(quick=True, no_pin=False, realtime=False)
+    options = argparse.Namespace(quick=True, short=False, no_pin=False, realtime=False)
+    full = ["--rounds", "9", "--size-mb", "512", "--quick", "--at-most", str(file.BENCHMARK.full_seconds)]
+    assert suite.options_of(file.BENCHMARK, options) == full
+    options = argparse.Namespace(quick=False, short=True, no_pin=True, realtime=False)
     assert suite.options_of(file.BENCHMARK, options) == [
-        "--rounds",
-        "9",
-        "--size-mb",
-        "512",
-        "--quick",
-        "--at-most",
-        "86",
+        *("--rounds", "5", "--short", "--no-pin", "--at-most", str(file.BENCHMARK.short_seconds))
     ]
+
+
+def test_a_short_run_takes_three_minutes_at_most(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "measure", lambda chosen, options: ((one.name, Outcome()) for one in chosen))
+    assert command.main(["--short"]) == 0
+    [stored] = results.glob("*.json")
+    record = Record.read(stored)
+    assert (record.full, list(record.outcomes)) == (False, ["file", "requests", "events", "export"])
+    assert sum(suite.BENCHMARKS[name].short_seconds for name in record.outcomes) <= 180
+
+
+def test_two_runs_are_compared_in_percent_with_their_noise(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def record(rates: list[float]) -> str:
+        peer = [Measurement("FastAPI", number, 1, key, 1.0) for number in (1, 2, 3) for key in ("rate", "cpu")]
+        own = [Measurement("streamlab", number, 1, "rate", rate) for number, rate in enumerate(rates, 1)]
+        own += [Measurement("streamlab", number, 1, "cpu", 1 / rate) for number, rate in enumerate(rates, 1)]
+        path = tmp_path / f"{rates[0]}.json"
+        Record({"file": Outcome(measurements=[*own, *peer])}).write(path, {})
+        return str(path)
+
+    before, noisy, faster = record([10.0, 9.0, 11.0]), record([11.0, 9.0, 13.0]), record([20.0, 19.0, 21.0])
+    slow = record([5.0])
+
+    def compared(*files: str) -> list[list[str]]:
+        assert command.main(["--compare", *files]) == 0
+        return [re.split(r"  +", line)[-2:] for line in capsys.readouterr().out.splitlines()[1:]]
+
+    assert compared(before, noisy) == [
+        ["+10.0 %", "within the noise of 28.2 %"],
+        ["-9.1 %", "within the noise of 28.9 %"],
+    ]
+    assert compared(before, faster) == [["+100.0 %", "better, noise 15.0 %"], ["-50.0 %", "better, noise 15.1 %"]]
+    assert compared(faster, before) == [["-50.0 %", "worse, noise 15.0 %"], ["+100.0 %", "worse, noise 15.1 %"]]
+    assert compared(before, slow)[0] == ["-50.0 %", "one round: its noise is not known"]
+    with pytest.raises(SystemExit):
+        command.main(["--compare", before])
+    assert "--compare takes the files of two runs, or none" in capsys.readouterr().err
+
+
+def test_the_newest_two_runs_are_compared(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--compare"]) == 2
+    assert "there are no two runs" in capsys.readouterr().err
+    for day in (1, 2, 3):
+        Record({}, began=f"2026-11-0{day}").write(results / f"2026-11-0{day}.json", {})
+    assert command.main(["--compare"]) == 0
+    assert capsys.readouterr().out == "these two runs have no ratio in common\n"
 
 
 # -- pages and plots
