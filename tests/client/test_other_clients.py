@@ -15,11 +15,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import httpx
-import httpx_sse
 import pytest
-import requests
-import sseclient
 from playwright.async_api import Browser, Page
 
 from tests.support.browsers import wait_for
@@ -134,6 +130,9 @@ Follow = Callable[[str, str], Iterator[Received]]
 
 
 def with_httpx_sse(url: str, last: str) -> Iterator[Received]:
+    import httpx
+    import httpx_sse
+
     headers = {"Last-Event-ID": last} if last else {}
     with (
         suppress(httpx.TransportError),
@@ -145,6 +144,9 @@ def with_httpx_sse(url: str, last: str) -> Iterator[Received]:
 
 
 def with_sseclient(url: str, last: str) -> Iterator[Received]:
+    import requests
+    import sseclient
+
     headers = {"Last-Event-ID": last} if last else {}
     with suppress(requests.RequestException), requests.get(url, headers=headers, stream=True, timeout=10) as response:
         for event in sseclient.SSEClient(iter(response)).events():

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from streamlab import View
 from tests.support.connections import EventStream, Received, read_all, read_crowd, read_until
@@ -789,6 +788,8 @@ def test_a_log_that_cannot_be_written_is_503_and_degraded_until_it_can(serve: Ca
 def test_followers_get_a_gap_and_new_events_if_the_log_lost_its_data_and_its_clock_is_behind(
     serve: Callable[..., Running], valkey: Valkey
 ) -> None:
+    import redis
+
     server = serve(f'[events]\nurl = "{valkey.url}"\n')
     stream, epoch = "streamlab:{c}:events", int((time.time() + 3600) * 1000)
     fields: dict[Any, Any] = {"t": epoch, "e": "", "k": "", "d": "0"}

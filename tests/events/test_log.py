@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis.asyncio
 
 from streamlab.events import sqlite as eventlog_sqlite
 from streamlab.events.append_queue import PENDING_BYTES
@@ -687,6 +686,8 @@ async def test_redis_append_whose_response_is_lost_is_applied_once_whatever_came
 
 
 async def test_redis_deletes_the_token_of_an_acknowledged_append(valkey: Valkey) -> None:
+    import redis.asyncio
+
     async with opened(valkey.url) as log:
         for number in range(50):
             await publish(log, f"{number}")
@@ -731,6 +732,8 @@ async def lose_everything(valkey: Valkey) -> None:
 
 async def begin_ahead(valkey: Valkey) -> int:
     """Begin a channel as a server whose clock is an hour ahead of what it will be after its data is lost."""
+    import redis.asyncio
+
     epoch = int((time.time() + 3600) * 1000)
     async with redis.asyncio.Redis.from_url(valkey.url) as client:
         fields: dict[Any, Any] = {"t": epoch, "e": "", "k": "", "d": "a"}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from tests.support.connections import EventStream
@@ -357,6 +356,8 @@ def test_a_scope_of_one_resource_reaches_no_other(
 
 
 def test_the_key_of_an_openai_client_is_its_token(served: Served) -> None:
+    import openai
+
     def complete(key: str) -> str:
         with openai.OpenAI(base_url=f"{served.server.url}/v1", api_key=key, max_retries=0) as client:
             hello: Any = [{"role": "user", "content": "Hello"}]
