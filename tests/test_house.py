@@ -28,6 +28,7 @@ WORDS = (
     "slots",
     "sse",
     "threads",
+    "ticks",
 )
 COMMAND_LINE = ("__main__", "cli", "commands", "scaffold", "supervisor")
 PARTS = {

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from streamlab import sse
+from streamlab.ticks import tick, until_tick
 
 from .hub import SLICE, Follower, Hub
 from .log import (
@@ -258,7 +259,7 @@ class Events:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await tick(HEARTBEAT_SECONDS)
             for number, follower in enumerate(tuple(self.followers), start=1):
                 if follower in self.followers:
                     follower.stream.beat()
@@ -309,7 +310,7 @@ class Events:
                     return
             except EventLogError:
                 pass
-            await asyncio.sleep(RENEW_SECONDS)
+            await tick(RENEW_SECONDS)
 
     async def _produce(self, lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
         """Run the producer while the lease is held; return True if it ran to its end."""
@@ -317,7 +318,7 @@ class Events:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(_fenced(lease, produce))
             held_at = loop.time()
-            while not (await asyncio.wait({task}, timeout=RENEW_SECONDS))[0]:
+            while not (await asyncio.wait({task}, timeout=until_tick(RENEW_SECONDS)))[0]:
                 requested_at = loop.time()
                 try:
                     held, held_at = await self.log.hold(lease), requested_at

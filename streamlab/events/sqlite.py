@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from streamlab.threads import Threads
+from streamlab.ticks import tick, until_tick
 
 from .append_queue import AppendQueue
 from .leases import Leases
@@ -46,7 +47,10 @@ SETTLE_SECONDS = 0.1
 The clock of files has steps of some milliseconds, and a commit is visible shortly after it was written.
 """
 
-CERTAIN_SECONDS = 1.0
+LOOK_SECONDS = 1.0
+"""Interval at which it looks for them where they can wake it, in seconds."""
+
+CERTAIN_SECONDS = 5.0
 """Interval at which commits are looked for although no file was seen to change, in seconds."""
 
 HOUSEKEEPING_SECONDS = 2.0
@@ -554,16 +558,16 @@ class SqliteLog:
         """Return when a watch is behind, or when another process may have committed."""
         loop = asyncio.get_running_loop()
         timer: asyncio.TimerHandle | None = None
-        seconds = POLL_SECONDS if self._pipe is None else CERTAIN_SECONDS
+        seconds = POLL_SECONDS if self._pipe is None else LOOK_SECONDS
 
         def poll() -> None:
             nonlocal timer
-            timer = loop.call_later(seconds, poll)
+            timer = loop.call_later(until_tick(seconds), poll)
             if self._may_have_changed(loop.time()):
                 self._behind.set()
 
         if self._path is not None:
-            timer = loop.call_later(seconds, poll)
+            timer = loop.call_later(until_tick(seconds), poll)
         try:
             await self._behind.wait()
         finally:
@@ -707,7 +711,7 @@ class SqliteLog:
     async def _run_housekeeping(self) -> None:
         turn = 0
         while True:
-            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            await tick(HOUSEKEEPING_SECONDS)
             try:
                 await self._writing.run(self._tidy, turn % 10 == 0)
                 if self._path is not None:

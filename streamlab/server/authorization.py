@@ -28,6 +28,7 @@ from streamlab.auth import (
 from streamlab.config import Config, ConfigError
 from streamlab.scenario import ANY, Endpoint, Route, labels
 from streamlab.streaming.drain import OpenStream, Streams
+from streamlab.ticks import tick
 
 from .edge import is_local
 
@@ -203,7 +204,7 @@ async def end_unauthorized(streams: Streams, authorization: Authorization) -> No
     """End streams whose credentials expire, or do not suffice after a change of the configuration, within a second."""
     interrupted: Collection[OpenStream] = ()
     while True:
-        await asyncio.sleep(OPEN_CHECK_SECONDS if authorization.is_open else CHECK_SECONDS)
+        await tick(OPEN_CHECK_SECONDS if authorization.is_open else CHECK_SECONDS)
         if authorization.is_open or not streams.requests:
             interrupted = ()
         else:

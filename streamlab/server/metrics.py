@@ -16,6 +16,7 @@ from streamlab.events.channel import Events
 from streamlab.hookspecs import hookimpl
 from streamlab.streaming.drain import Streams
 from streamlab.streaming.outcome import StreamSummary
+from streamlab.ticks import until_tick
 
 LAG_INTERVAL = 1.0
 """Interval between two measurements of the event loop's lag, in seconds."""
@@ -95,8 +96,9 @@ class Metrics(Collector):
 
     async def _measure_lag(self) -> None:
         while True:
-            due = time.monotonic() + LAG_INTERVAL
-            await asyncio.sleep(LAG_INTERVAL)
+            wait = until_tick(LAG_INTERVAL)
+            due = time.monotonic() + wait
+            await asyncio.sleep(wait)
             self._lag.observe(max(0.0, time.monotonic() - due))
 
     def observe_request(self, scenario: str, route: str, status: int, seconds: float) -> None:

@@ -21,6 +21,7 @@ from streamlab.config import Config
 from streamlab.events.channel import Channel, Events, encode_event
 from streamlab.events.log import EventLogError, Position, Retention
 from streamlab.streaming.drain import OpenStream, Streams
+from streamlab.ticks import tick
 
 from .authorization import CHECK_SECONDS, Authorization
 
@@ -350,7 +351,7 @@ class Sessions:
         """End the streams of sessions that have ended, or were replaced, within a second."""
         interrupted: Collection[OpenStream] = ()
         while True:
-            await asyncio.sleep(CHECK_SECONDS if self.are_used else 2 * CHECK_SECONDS)
+            await tick(CHECK_SECONDS if self.are_used else 2 * CHECK_SECONDS)
             if self.are_used and any(SESSION in request for request in streams.requests):
                 try:
                     async with _in_time():

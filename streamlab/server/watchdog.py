@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from streamlab.ticks import until_tick
+
 from .logging import BufferedLines
 
 log = logging.getLogger(__name__)
@@ -119,7 +121,7 @@ class Watchdog:
 
     def _note_run(self) -> None:
         self._ran_at = time.monotonic()
-        self._tick = self._loop.call_later(TICK_SECONDS, self._note_run)
+        self._tick = self._loop.call_later(until_tick(TICK_SECONDS), self._note_run)
 
     # -- in the thread
 

@@ -436,7 +436,7 @@ def test_a_process_that_begins_in_the_same_tick_as_another_is_woken_as_well(tmp_
 async def test_sqlite_is_woken_by_the_commit_of_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("CERTAIN_SECONDS", "HOUSEKEEPING_SECONDS"):
+    for name in ("LOOK_SECONDS", "CERTAIN_SECONDS", "HOUSEKEEPING_SECONDS"):
         monkeypatch.setattr(eventlog_sqlite, name, 3600)
     url, watcher = f"sqlite:///{tmp_path / 'events.db'}", Watcher()
     folder = tmp_path / "events.db-wakes"
