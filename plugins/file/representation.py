@@ -181,7 +181,7 @@ class FileRepresentation(_State):
             else:
                 await self._read_and_write(out, offset, bulk)
         if held_back:
-            await out.write(await self.threads.run(self._read_verified, offset + bulk, held_back))
+            await out.write(await self.threads.run(self._read_end, offset + bulk, held_back))
 
     async def _read_and_write(self, out: Paced, offset: int, count: int) -> None:
         file = wrap(self.file, executor=self.threads.executor)
@@ -197,10 +197,12 @@ class FileRepresentation(_State):
                     ahead = group.create_task(shielded(file.read(min(CHUNK, count))))
                 await out.write(chunk)
 
-    def _read_verified(self, offset: int, count: int) -> bytes:
-        self.file.seek(offset)
-        data = self.file.read(count)
-        now = os.fstat(self.file.fileno())
+    def _read_end(self, offset: int, count: int) -> bytes:
+        """Read the last bytes that are sent, check that the file has not changed, and close it: one use of a thread."""
+        with self.file:
+            self.file.seek(offset)
+            data = self.file.read(count)
+            now = os.fstat(self.file.fileno())
         if len(data) < count:
             raise EOFError(f"{self.name} ended {count - len(data)} bytes early")
         if _changed(self.status, now):
@@ -252,7 +254,8 @@ async def held(file: BinaryIO, name: str, threads: Threads) -> AsyncIterator[Fil
     try:
         yield FileRepresentation(os.fstat(file.fileno()), name, file, threads)
     finally:
-        await threads.finish(file.close)
+        if not file.closed:
+            await threads.finish(file.close)
 
 
 def open_file(path: Path) -> BinaryIO:
