@@ -262,7 +262,7 @@ class Events:
             await tick(HEARTBEAT_SECONDS)
             for number, follower in enumerate(tuple(self.followers), start=1):
                 if follower in self.followers:
-                    follower.stream.beat()
+                    follower.beat()
                 if number % SLICE == 0:
                     await asyncio.sleep(0)
 

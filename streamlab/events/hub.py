@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from streamlab import sse
-from streamlab.streaming.connection import Chunk, FanoutWriter, Writer
+from streamlab.streaming.connection import Chunk, FanoutWriter, Recipients
 from streamlab.streaming.event_stream import EventStream
 
 from .log import END, ORIGIN, Event, Position
@@ -20,7 +20,7 @@ FRAME_BATCH_BYTES = 64 * 1024
 """Maximum bytes pushed to a follower at once; a larger event is written by the follower's own task."""
 
 SLICE = 32
-"""Number of followers served between two checks of the clock."""
+"""Maximum number of followers served between two checks of the clock."""
 
 TURN_SECONDS = 0.0005
 """Seconds for which followers are served before other tasks of the event loop run."""
@@ -58,13 +58,9 @@ def latest(items: Sequence[Frame]) -> list[Frame]:
 
 
 class Follower(FanoutWriter):
-    """One client of a channel. Either its own task writes (it catches up), or the hub pushes (it is live).
+    """One client of a channel. Either its own task writes (it catches up), or the hub pushes (it is live)."""
 
-    While it is live, a push uses this object and the transport, and no other: with thousands of followers, the cost of
-    an event is memory that is not in the cache of the processor.
-    """
-
-    __slots__ = ("chunked", "id_prefix", "live", "position", "released", "remaining", "stream", "transport", "view")
+    __slots__ = ("_bytes", "_position", "_slice", "chunked", "id_prefix", "released", "remaining", "stream", "view")
 
     def __init__(
         self, stream: EventStream, view: View, position: Position, remaining: int | None = None, id_prefix: str = ""
@@ -74,15 +70,35 @@ class Follower(FanoutWriter):
         self.stream = stream
         stream.fanout = self
         self.view = view
-        self.position = position
-        """Position of the last event that was sent to it or that its view excludes."""
         self.remaining = remaining
         """Number of events until its limit; None for no limit."""
-        self.live = False
+        self.chunked = False
         self.released: asyncio.Future[bool] | None = None
         """While live: done when its task must take over; True if everything has been sent."""
-        self.transport: Writer | None = None
-        self.chunked = False
+        self._slice: Slice | None = None
+        self._position = position
+        self._bytes = 0
+        """Bytes that were pushed to it; while live, less those of its slice."""
+
+    @property
+    def live(self) -> bool:
+        """Whether the hub pushes to it."""
+        return self._slice is not None
+
+    @property
+    def position(self) -> Position:
+        """Position of the last event that was sent to it or that its view excludes."""
+        return self._position if self._slice is None else self._slice.position
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        assert self._slice is None, "the hub pushes to it"
+        self._position = position
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the body that were pushed to it."""
+        return self._bytes if self._slice is None else self._bytes + self._slice.size
 
     @property
     def audience_key(self) -> tuple[View, bool, bool]:
@@ -93,13 +109,30 @@ class Follower(FanoutWriter):
         """Return the id of an event that is not in the log: the position of the follower, and a name."""
         return f"{self.id_prefix}{self.position}.{name}"
 
-    def fall_behind(self) -> None:
+    def beat(self) -> None:
+        """Send a heartbeat."""
+        self.stream.beat()
+        if self._slice is not None:
+            self._slice.recipients.update(self)
+
+    def enter(self, where: "Slice") -> None:
+        """Become live."""
+        self._slice = where
+        self._bytes -= where.size
+
+    def leave(self) -> None:
+        """Be live no longer."""
+        if self._slice is not None:
+            where, self._position, self._bytes, self._slice = self._slice, self.position, self.bytes_written, None
+            where.remove(self)
+
+    def stop_writing(self) -> None:
         """Return it to its task, which waits for the client."""
         self.release(done=False)
 
     def release(self, *, done: bool) -> None:
         """Return a live follower to its task."""
-        self.live = False
+        self.leave()
         if self.released is not None and not self.released.done():
             self.released.set_result(done)
 
@@ -141,7 +174,76 @@ def batch_frames(items: Sequence[Frame], after: Position, *, chunked: bool = Fal
     ]
 
 
-@dataclass(slots=True)
+class Slice:
+    """At most SLICE live followers of an audience that have the same events, and get the next ones in one go.
+
+    What changes with an event is counted once for all of them: with thousands of followers, the cost of an event is
+    memory that is not in the cache of the processor.
+    """
+
+    __slots__ = ("_audience", "_fresh", "position", "recipients", "size")
+
+    def __init__(self, audience: "Audience", position: Position) -> None:
+        self._audience = audience
+        self._fresh: list[Follower] = []
+        """Those that were pushed nothing yet."""
+        self.position = position
+        """Position of its followers."""
+        self.size = 0
+        """Bytes that were pushed to each follower since the slice began."""
+        self.recipients = Recipients[Follower]()
+
+    def add(self, follower: Follower) -> None:
+        """Add a follower that is at the position of the slice."""
+        follower.enter(self)
+        self.recipients.add(follower)
+        self._fresh.append(follower)
+
+    def remove(self, follower: Follower) -> None:
+        """Remove a follower, also within a write to it."""
+        self.recipients.remove(follower)
+        if follower in self._fresh:
+            self._fresh.remove(follower)
+        if not self.recipients:
+            self._audience.slices.remove(self)
+
+    def release(self) -> None:
+        """Return its followers to their tasks, which read the log from their positions."""
+        for follower in self.recipients.all():
+            follower.release(done=False)
+
+    def push(self, batch: FrameBatch) -> None:
+        """Push a batch; whoever has its end or its limit then is released as done, who cannot get it reads the log."""
+        if batch.size > FRAME_BATCH_BYTES:
+            self.release()
+        complete = self._spend(batch.events) if self._audience.limited else []
+        # Before the writes, within which a follower may be released.
+        self.position = batch.after
+        self.size += batch.size
+        for follower in self._fresh:
+            follower.stream.note_first_byte()
+        self._fresh.clear()
+        for follower in self.recipients.all() if batch.is_last else complete:
+            follower.release(done=True)
+            assert follower.writer is not None
+            follower.writer.write(batch.wire)
+        self.recipients.write(batch.wire)
+
+    def _spend(self, events: int) -> list[Follower]:
+        """Reduce the limits by a number of events, and return who has reached its own; release who is beyond it."""
+        complete: list[Follower] = []
+        for follower in self.recipients.all():
+            assert follower.remaining is not None
+            if events > follower.remaining:
+                follower.release(done=False)  # its task reads from the log as many as the limit allows
+            else:
+                follower.remaining -= events
+                if not follower.remaining:
+                    complete.append(follower)
+        return complete
+
+
+@dataclass(slots=True, eq=False)
 class Audience:
     """The live followers that get the same bytes, and the events that a conflating view delays for them."""
 
@@ -149,7 +251,7 @@ class Audience:
     chunked: bool
     limited: bool
     """Whether its followers have a limit."""
-    followers: set[Follower] = field(default_factory=set)
+    slices: list[Slice] = field(default_factory=list)
     held: list[Frame] = field(default_factory=list)
     timer: asyncio.TimerHandle | None = None
 
@@ -160,6 +262,16 @@ class Audience:
     """Position of the last event that its filter has seen."""
     filtering: asyncio.Task[None] | None = None
     """Filters the backlog and pushes the accepted events, until the backlog is empty."""
+
+    def add(self, follower: Follower, position: Position) -> None:
+        """Add a follower that is at a position."""
+        for one in reversed(self.slices):  # the last often has room
+            if one.position == position and len(one.recipients) < SLICE:
+                break
+        else:
+            one = Slice(self, position)
+            self.slices.append(one)
+        one.add(follower)
 
     def select(self, chosen: list[Frame], due: Callable[[], None]) -> list[Frame]:
         """Return which of the chosen events to send now; `due` is called when delayed ones may be sent."""
@@ -180,8 +292,8 @@ class Audience:
     def release(self) -> None:
         """Return the followers to their tasks, which read the log from their positions."""
         self.backlog, self.backlog_bytes = [], 0
-        for follower in self.followers:
-            follower.release(done=False)
+        for one in tuple(self.slices):
+            one.release()
 
     def close(self) -> None:
         """Cancel the timer and the filter: the last follower has left."""
@@ -208,8 +320,6 @@ class Hub:
         self._pending: list[Event] = []
         self._pending_bytes = 0
         self._overrun: Position | None = None
-        self._joins = 0
-        """Number of joins so far. A follower that joins during a push may have the events from the log already."""
         self._news = asyncio.Event()
         self._waiters: set[asyncio.Future[tuple[Position, Sequence[Event]]]] = set()
         self._idle = asyncio.Event()
@@ -255,26 +365,23 @@ class Hub:
         The future is done when its task must take over: True when it has everything, False when it lags.
         """
         follower.position = self.position  # one object for all, while they are idle
-        follower.transport, follower.chunked = follower.stream.attach_writer()
-        key = follower.audience_key
-        audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
-        audience.followers.add(follower)
-        self._joins += 1
-        follower.live = True
         follower.released = asyncio.get_running_loop().create_future()
-        if follower.transport is None:
-            follower.release(done=False)
+        follower.writer, follower.chunked = follower.stream.attach_writer()
+        if follower.writer is None:
+            follower.released.set_result(False)
+        else:
+            key = follower.audience_key
+            audience = self._audiences.get(key) or self._audiences.setdefault(key, Audience(*key))
+            audience.add(follower, self.position)
         return follower.released
 
     def leave(self, follower: Follower) -> None:
         """Stop pushing to a follower."""
-        follower.live = False
+        follower.leave()
         audience = self._audiences.get(follower.audience_key)
-        if audience is not None:
-            audience.followers.discard(follower)
-            if not audience.followers:
-                del self._audiences[follower.audience_key]
-                audience.close()
+        if audience is not None and not audience.slices:
+            del self._audiences[follower.audience_key]
+            audience.close()
 
     async def run(self) -> None:
         """Push the events that are delivered, until cancelled."""
@@ -303,35 +410,33 @@ class Hub:
             if not waiter.done():
                 waiter.set_result((before, () if gap else events))
         items = [] if gap else [make_frame(event, self._id_prefix) for event in events]
-        # Followers that join from here on are past these events, so all audiences are noted before the first await.
-        noted = [(audience, tuple(audience.followers)) for audience in self._audiences.values()]
-        joins, began = self._joins, time.monotonic()
-        for audience, followers in noted:
+        # Followers that join from here on are past these events: in new slices, or in those that have been served.
+        noted = [(audience, tuple(audience.slices)) for audience in self._audiences.values()]
+        began = time.monotonic()
+        for audience, slices in noted:
             if gap:
                 audience.release()
             elif audience.view.accepts is not None:
                 self._leave_to_filter(audience, events)
             else:
                 chosen = audience.select([item for item in items if audience.view.wants(item.event)], self._news.set)
-                began = await self._push(audience, chosen, followers, position, joins, began)
+                began = await self._push(audience, chosen, slices, position, began)
 
     async def _push(
-        self,
-        audience: Audience,
-        chosen: Sequence[Frame],
-        followers: Sequence[Follower],
-        after: Position,
-        joins: int,
-        began: float,
+        self, audience: Audience, chosen: Sequence[Frame], slices: Sequence[Slice], after: Position, began: float
     ) -> float:
-        """Push events to followers, which are at `after` then; return when the event loop last had its turn."""
+        """Push events to slices, which are at `after` then; return when the event loop last had its turn."""
         batches = batch_frames(chosen, after, chunked=audience.chunked)
-        push = self._push_some if audience.limited or audience.view.conflate or len(batches) != 1 else _push_one
-        for start in range(0, len(followers), SLICE):
-            some: Sequence[Follower] = followers[start : start + SLICE]
-            if self._joins != joins:  # one of these may have left and joined again
-                some = [follower for follower in some if follower.position < after]
-            push(some, batches, audience, chosen, after)
+        for one in slices:
+            mine = batches
+            if chosen and one.position >= chosen[0].event.position:
+                # It joined after some of these were delayed for the others, and has them from the log.
+                missing = [item for item in chosen if item.event.position > one.position]
+                mine = batch_frames(missing, after, chunked=audience.chunked)
+            for batch in mine:
+                one.push(batch)
+            if one.position < after and not audience.view.conflate:
+                one.position = after
             if time.monotonic() - began >= TURN_SECONDS:
                 await asyncio.sleep(0)
                 began = time.monotonic()
@@ -360,58 +465,7 @@ class Hub:
             chosen = audience.select([make_frame(event, self._id_prefix) for event in wanted], self._news.set)
             after = events[-1].position if events else audience.filtered
             audience.filtered = after
-            followers = [follower for follower in audience.followers if follower.position < after]
-            await self._push(audience, chosen, followers, after, self._joins, time.monotonic())
+            await self._push(audience, chosen, tuple(audience.slices), after, time.monotonic())
             if not audience.backlog:
                 break
         audience.filtering = None
-
-    def _push_some(
-        self,
-        followers: Sequence[Follower],
-        batches: Sequence[FrameBatch],
-        audience: Audience,
-        chosen: Sequence[Frame],
-        after: Position,
-    ) -> None:
-        """Push several batches, or to followers that do not get all of them."""
-        for follower in followers:
-            mine = batches
-            if audience.view.conflate and chosen and follower.position >= chosen[0].event.position:
-                # It joined after some of these were delayed for the others, and has them from the log.
-                missing = [item for item in chosen if item.event.position > follower.position]
-                mine = batch_frames(missing, after, chunked=audience.chunked)
-            for batch in mine:
-                if batch.size > FRAME_BATCH_BYTES or (
-                    follower.remaining is not None and batch.events > follower.remaining
-                ):
-                    follower.release(done=False)  # its task reads from the log as many as the limit allows
-                if not follower.live:
-                    break
-                if follower.remaining is not None:
-                    follower.remaining -= batch.events
-                _push(follower, batch, batch.is_last or follower.remaining == 0)
-            if follower.live and not chosen and not audience.view.conflate:
-                follower.position = after
-
-
-def _push_one(followers: Sequence[Follower], batches: Sequence[FrameBatch], *_: object) -> None:
-    """Push one batch to followers: the loop in which a server with many clients spends its time."""
-    batch = batches[0]
-    for follower in followers:
-        if batch.size > FRAME_BATCH_BYTES:
-            follower.release(done=False)
-        if follower.live:
-            _push(follower, batch, batch.is_last)
-
-
-def _push(follower: Follower, batch: FrameBatch, done: bool) -> None:
-    """Push a batch to a live follower, which has everything then if `done`."""
-    if done:  # before the write, which may call `fall_behind`: nothing is missing any more
-        follower.release(done=True)
-    assert follower.transport is not None
-    follower.transport.write(batch.wire)
-    if not follower.bytes_written:
-        follower.stream.note_first_byte()
-    follower.bytes_written += batch.size
-    follower.position = batch.after

@@ -154,7 +154,7 @@ class EventStream(Stream, EventSourceResponse):
     def attach_writer(self) -> tuple[Writer | None, bool]:
         """Send the headers, and let `fanout` write to the connection; return the writer, and whether it takes chunks.
 
-        The caller ensures that nothing else writes meanwhile, writes until `fall_behind` is called, and counts the
+        The caller ensures that nothing else writes meanwhile, writes until `stop_writing` is called, and counts the
         bytes. The writer is None while more than HIGH_WATER bytes wait for the client, and after it has disconnected.
         """
         self.send_headers()
