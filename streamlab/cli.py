@@ -1,13 +1,13 @@
 """The command line and its exit codes: 0 success, 1 failure, 2 invalid configuration or arguments."""
 
 import asyncio
-import dataclasses
 import resource
 import shlex
 import sys
+import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,22 @@ from .client.doctor import examine
 from .client.follow import follow as follow_events
 from .client.terminal import LOCAL_URL, UrlOption, exit_on_error, print_error, print_events, printable
 from .commands import DEFAULT_CONFIG, CommandGroup, plugin_views
-from .config import CONFIG, Config, ConfigError, Fault, Server
+from .config import CONFIG, Config, ConfigError, Fault, Server, Source
 from .problems import Problem
 from .scaffold import write_plugin
 from .server import openapi, preflight
 from .server.app import create_app, serve
 from .server.app import work as serve_work
 from .server.edge import reachable
+from .server.listening import RETRY_SECONDS, listen
 from .server.logging import logging_to
 from .server.registry import find
 from .server.reload import hold_reload_requests
 from .server.site import REGISTRY, ROUTES, version
+from .server.worker import Assignment, Report, Worker
 from .supervisor import RESTART_STATUS, supervise
 from .tasks import TASKS
+from .workers import Supervisor
 
 cli = typer.Typer(
     cls=CommandGroup,
@@ -110,7 +113,7 @@ def _count(faults: int) -> str:
 
 
 def _read_config(path: Path | None) -> Config:
-    return Config.read(path if path is not None else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    return Config.read(_config_path(path))
 
 
 @cli.command(
@@ -134,53 +137,95 @@ def run(
             metavar="PORT",
         ),
     ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            help="Start this number of workers instead of `workers` of [server]; auto is one for each processor.",
+            metavar="N",
+        ),
+    ] = None,
     reload: Annotated[
         bool, typer.Option("--reload", help="Take changes of the configuration and the plugins; restart if needed.")
     ] = False,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    worker: Annotated[int | None, typer.Option("--worker", hidden=True)] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
 
     It needs no configuration, and writes only below the folder `var` next to its config.toml, or without one in the
     working directory, unless keys of the configuration name other files.
     """
+    options = {"host": host, "port": port, "workers": workers}
     if reload:
-        _run_reloading(config, host, port)
+        _run_reloading(config, options)
         return
     hold_reload_requests()
+    if worker is not None:
+        _run_worker(worker)
+        return
     with _exit_on_config_error():
-        read = partial(_read_with_options, config, host=host, port=port)
-        settings = read()
+        read = partial(Source.read, _config_path(config), options)
+        source = read()
+        settings = source.config()
         if found := list(preflight.event_log_faults(settings)):
             raise ConfigError(found)  # before the log file is opened, which is usually in the same folder
         server = settings.server
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file):
             _raise_file_limit(server.max_streams)
-            restarts = asyncio.run(serve(settings, on_ready=_announce, read_again=read, may_restart=supervised))
-    if restarts:
-        raise typer.Exit(RESTART_STATUS)
+            if not settings.faults and server.processes > 1:
+                status = _supervise_workers(source, settings, read, may_restart=supervised)
+            else:
+                serving = serve(
+                    settings, on_ready=_announce, read_again=lambda: read().config(), may_restart=supervised
+                )
+                status = RESTART_STATUS if asyncio.run(serving) else 0
+    if status:
+        raise typer.Exit(status)
 
 
-def _read_with_options(path: Path | None, **options: Any) -> Config:
-    """Read the configuration, with the options of the command line that are not None in place of its keys."""
-    settings = _read_config(path)
-    overrides = {name: value for name, value in options.items() if value is not None}
-    if not overrides:
-        return settings
-    keys: dict[tuple[str, ...], str] = {("server", name): f"--{name}" for name in overrides}
-    settings = dataclasses.replace(settings, variables={**settings.variables, **keys})
-    given: dict[str, Any] = settings.server.model_dump(exclude_unset=True)
-    server, faults = settings.decode(Server, given | overrides, "server")
-    return dataclasses.replace(settings, server=server or settings.server, faults=(*settings.faults, *faults))
+def _config_path(given: Path | None) -> Path | None:
+    return given if given is not None else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 
 
-def _run_reloading(config: Path | None, host: str | None, port: int | None) -> None:
+def _supervise_workers(source: Source, settings: Config, read: Callable[[], Source], *, may_restart: bool) -> int:
+    """Run the workers of a server until a signal ends them; return the exit status."""
+    preflight.startable(settings)
+    while (listening := listen(settings)) is None:
+        time.sleep(RETRY_SECONDS)
+    with closing(listening):
+        supervisor = Supervisor(
+            source, settings, listening, read=read, on_ready=partial(print, end="", flush=True), may_restart=may_restart
+        )
+        status = supervisor.run()
+    return RESTART_STATUS if supervisor.restarts else status
+
+
+def _run_worker(lifeline: int) -> None:
+    """Run one of several workers, as the process that supervises them has assigned it."""
+    worker = Worker(Assignment.read(sys.stdin.buffer), lifeline)
+
+    def on_ready(app: web.Application, address: str) -> None:
+        worker.report(Report(_announcement(app, address)))
+
+    try:
+        settings = worker.assignment.source.config()
+        server = settings.server
+        number = worker.assignment.number
+        with logging_to(style=server.log_format, level=server.log_level, file=server.log_file, worker=number):
+            _raise_file_limit(server.max_streams)
+            asyncio.run(serve(settings, on_ready=on_ready, worker=worker))
+    except ConfigError as error:
+        worker.report(Report(faults=error.faults))
+        raise typer.Exit(2) from None
+
+
+def _run_reloading(config: Path | None, options: Mapping[str, Any]) -> None:
     """Run the server as a child process that takes changes of its files, or is restarted; a signal ends both."""
     with _exit_on_config_error():
         settings = _read_config(config)
     command = ["run", "--supervised"]
-    for option, value in (("--config", config), ("--host", host), ("--port", port)):
-        command += [] if value is None else [option, str(value)]
+    for option, value in {"config": config, **options}.items():
+        command += [] if value is None else [f"--{option}", str(value)]
     supervise(command, (config or DEFAULT_CONFIG).absolute(), settings)
 
 
@@ -194,7 +239,12 @@ def _raise_file_limit(streams: int) -> None:
 
 
 def _announce(app: web.Application, address: str) -> None:
-    """Print the plugins, and what a user needs next; the line that ends with the address is for programs, too."""
+    # In one write: a program may stop reading after a line, and a signal handler may print in between.
+    print(_announcement(app, address), end="", flush=True)
+
+
+def _announcement(app: web.Application, address: str) -> str:
+    """Return the plugins, and what a user needs next; the line that ends with the address is for programs, too."""
     table = Table(box=None, pad_edge=False)
     for title in ("plugin", "state", "routes"):
         table.add_column(title)
@@ -204,7 +254,8 @@ def _announce(app: web.Application, address: str) -> None:
     for scenario, reason in app[REGISTRY].degraded().items():
         table.add_row(scenario, "degraded", reason)
     console = Console()
-    console.print(table)
+    with console.capture() as plugins:
+        console.print(table)
     config = app[CONFIG]
     source = "defaults (no config.toml)" if config.source == "defaults" else config.source
     origins = ", ".join(dict.fromkeys([source, *config.variables.values()]))
@@ -217,10 +268,10 @@ def _announce(app: web.Application, address: str) -> None:
         f"streamlab {version()} serves {address}",
         f"configuration: {origins}",
         f"data: {written}",
+        *([f"workers: {config.server.processes}"] if config.server.processes > 1 else ()),
         lab,
     )
-    # In one write: a program may stop reading after the first line, and a signal handler may print in between.
-    print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    return plugins.get() + "".join(f"{line}\n" for line in lines)
 
 
 def _origin(server: Server) -> str:

@@ -9,10 +9,10 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from aiohttp import web
 from pydantic import (
@@ -77,6 +77,20 @@ def _network(text: str) -> str:
     return text if text == SOCKET_PREFIX else str(ipaddress.ip_network(text))
 
 
+MAX_WORKERS = 128
+"""Maximum number of workers of a server."""
+
+
+def _workers(value: Any) -> Any:
+    """Read a number that a variable or an option gives as text, and reject what is not a number of workers."""
+    if value == "auto":
+        return value
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value) else value
+    if type(number) is not int or not 1 <= number <= MAX_WORKERS:
+        raise ValueError(f'must be a number from 1 to {MAX_WORKERS}, or "auto": the number of usable processors')
+    return number
+
+
 def _host(text: str, info: ValidationInfo) -> str:
     if not text.startswith(SOCKET_PREFIX):
         return text
@@ -92,6 +106,8 @@ class Server(Table):
     """The address to listen on, or `unix:PATH` for a Unix socket; by default only local clients can connect."""
     port: int = Field(8000, ge=0, le=65535)
     """The TCP port; 0 is any free one."""
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_workers)] = 1
+    """The number of processes that serve, at most 128; "auto": as many as there are usable processors."""
     drain_seconds: float = Field(5.0, ge=0, le=3600)
     """Maximum time for downloads and exports to end after SIGTERM, in seconds; event streams end at once."""
     start_seconds: float = Field(30.0, ge=0.1, le=3600)
@@ -122,6 +138,14 @@ class Server(Table):
         if self.socket is not None and self.tls_certificate is not None:
             raise ValueError("a Unix socket has no TLS: remove tls_certificate and tls_key, or use another host")
         return self
+
+    @property
+    def processes(self) -> int:
+        """Return the number of processes that serve."""
+        if self.workers != "auto":
+            return self.workers
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(usable, MAX_WORKERS)
 
     @property
     def socket(self) -> Path | None:
@@ -373,11 +397,14 @@ class Config:
         """
         if path is None:
             return cls.of({}, source="defaults", environ=environ)
+        return cls.parse(Source.read(path, {}).text, path, environ)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, environ: Mapping[str, str] = os.environ) -> "Config":
+        """Return the configuration of a TOML file that has been read, as `read` does."""
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError([Fault(str(path), "", error.strerror or "cannot be read")]) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
             raise ConfigError([Fault(str(path), "", str(error))]) from None
         return cls.of(tables, base=path.absolute().parent, source=str(path), environ=environ)
 
@@ -485,6 +512,38 @@ def _keys_at(model: Any, location: tuple[str, ...]) -> list[str]:
             model = next(iter(reversed(get_args(model))), None)
     model = _without_none(model)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+class Source(NamedTuple):
+    """What a configuration is made from: a file as it was read, and options of the command line."""
+
+    path: Path | None
+    """None for the defaults."""
+    text: str = ""
+    options: Mapping[str, Any] = {}
+    """Keys of `[server]`, in place of those of the file and of the variables."""
+
+    @classmethod
+    def read(cls, path: Path | None, options: Mapping[str, Any]) -> "Source":
+        """Read a file; raises ConfigError where that is impossible. Options that are None are not given."""
+        options = {name: value for name, value in options.items() if value is not None}
+        try:
+            return cls(path, "" if path is None else path.read_text(encoding="utf-8"), options)
+        except OSError as error:
+            raise ConfigError([Fault(str(path), "", error.strerror or "cannot be read")]) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError([Fault(str(path), "", str(error))]) from None
+
+    def config(self) -> Config:
+        """Return the configuration; raises ConfigError when the text is not TOML, every other fault is in `faults`."""
+        config = Config.parse(self.text, self.path) if self.path is not None else Config.read(None)
+        if not self.options:
+            return config
+        keys: dict[tuple[str, ...], str] = {("server", name): f"--{name}" for name in self.options}
+        config = replace(config, variables={**config.variables, **keys})
+        given: dict[str, Any] = config.server.model_dump(exclude_unset=True)
+        server, faults = config.decode(Server, given | dict(self.options), "server")
+        return replace(config, server=server or config.server, faults=(*config.faults, *faults))
 
 
 CONFIG = web.AppKey("config", Config)

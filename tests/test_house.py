@@ -30,7 +30,7 @@ WORDS = (
     "threads",
     "ticks",
 )
-COMMAND_LINE = ("__main__", "cli", "commands", "scaffold", "supervisor")
+COMMAND_LINE = ("__main__", "cli", "commands", "scaffold", "supervisor", "workers")
 PARTS = {
     "command line": {"server", "events", "client", "contract", "words"},
     "public names": {"server", "events", "streaming", "contract", "words"},

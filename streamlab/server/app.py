@@ -28,6 +28,7 @@ from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.stream import SCENARIO, STREAM, HeadersOnly, Stream, open_stream
 from streamlab.tasks import TASKS
 from streamlab.threads import Threads
+from streamlab.ticks import tick
 
 from . import preflight
 from .access_log import AccessLog
@@ -47,15 +48,16 @@ from .edge import (
 from .forwarded import Proxies, take_forwarded
 from .lifespans import lifespans
 from .limits import OpenConnections, RequestRate
-from .listening import listening
+from .listening import accepting, listening
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
 from .reload import reload_requests, reloading
 from .sessions import SESSIONS, Sessions
 from .sign_in import SignIn, denied_page
-from .site import OWN, REGISTRY, ROUTES, STARTED_AT, Site
+from .site import OWN, REGISTRY, ROUTES, STARTED_AT, Site, is_degraded
 from .validation import read_authorized
 from .watchdog import Stopped, Watchdog
+from .worker import WORKER, Worker
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +70,21 @@ YOUNG_OBJECTS = 10_000
 STOP_SECONDS = 1.0
 """Maximum time from the end of the drain to the end of the process, in seconds."""
 
+HEARD_SECONDS = 0.25
+"""Maximum time for the first request of a connection to arrive at a worker that stops, in seconds."""
+
+TROUBLE_SECONDS = 1.0
+"""Interval at which a worker reports to the others whether something does not work in it, in seconds."""
+
 CLOSE_SECONDS = 0.3
 """Maximum time from the end of the drain until every plugin must have closed, in seconds."""
 
 
-def create_app(config: Config) -> web.Application:
-    """Build the application; two calls return independent servers. Raises ConfigError with every fault at once."""
+def create_app(config: Config, worker: Worker | None = None) -> web.Application:
+    """Build the application; two calls return independent servers. Raises ConfigError with every fault at once.
+
+    `worker` is this process where it is one of several that serve.
+    """
     registry = Registry.load(config)
     streams = Streams(
         limit=config.server.max_streams,
@@ -81,6 +92,7 @@ def create_app(config: Config) -> web.Application:
         limits_proxies=config.limits.limits_proxies,
         stall_seconds=config.server.stall_seconds,
         on_end=registry.on_stream_end,
+        on_count=None if worker is None else worker.count_streams,
     )
     events = _events(config)
     metrics = Metrics(streams, events)
@@ -88,6 +100,9 @@ def create_app(config: Config) -> web.Application:
     registry.add("streamlab:access-log", AccessLog())
 
     app = web.Application(client_max_size=BODY_LIMIT)
+    if worker is not None:
+        app[WORKER] = worker
+        app.cleanup_ctx.append(_report_trouble)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
     app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
     app[TRUSTED] = Proxies(config.server.trusted_proxies)
@@ -113,9 +128,11 @@ async def serve(
     on_ready: Callable[[web.Application, str], None],
     read_again: Callable[[], Config] | None = None,
     may_restart: bool = False,
+    worker: Worker | None = None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the streams that are still open.
 
+    A `worker` accepts connections of the sockets that its supervisor listens on, and stops when that has died.
     `on_ready` is called with the application and the address once connections are accepted. `read_again` returns the
     configuration at a SIGHUP, and what can change in a running server is taken from it (see `reload`). Where it
     `may_restart`, it ends when other tables have changed; return whether that is why it has ended. Raises
@@ -123,7 +140,7 @@ async def serve(
     hangs for STOP_SECONDS longer than it may drain, it is killed (see Watchdog).
     """
     tls = preflight.startable(config)
-    server, app, loop = config.server, create_app(config), asyncio.get_running_loop()
+    server, app, loop = config.server, create_app(config, worker), asyncio.get_running_loop()
     streams, restarts = app[STREAMS], False
 
     def restart() -> None:
@@ -134,7 +151,11 @@ async def serve(
     # handler_cancellation: without it an idle handler does not notice that its client has disconnected.
     # shutdown_timeout: the drain below has ended every request by then; 0 would mean to wait forever.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    watchdog = Watchdog(stop_seconds=server.drain_seconds + STOP_SECONDS, on_second=streams.cut)
+    watchdog = Watchdog(
+        stop_seconds=server.drain_seconds + STOP_SECONDS,
+        on_second=streams.cut,
+        lifeline=None if worker is None else worker.lifeline,
+    )
     with watchdog, reload_requests() as requests:
         try:
             async with AsyncExitStack() as stack:
@@ -143,14 +164,23 @@ async def serve(
                     await runner.setup()
                     manager = runner.server
                     assert manager is not None
-                    counted = OpenConnections(config.limits.connections_per_client, app[TRUSTED])
+                    counted = OpenConnections(
+                        config.limits.connections_per_client, app[TRUSTED], None if worker is None else worker.row
+                    )
                     connections = partial(EdgeConnection, manager, loop=loop, open_connections=counted)
-                    listener = await stack.enter_async_context(listening(config, connections, tls))
+                    listener = await listening(config) if worker is None else worker.listening(config)
+                    stack.callback(listener.close)
+                    is_ahead = (lambda _: False) if worker is None else worker.is_ahead
+                    acceptor = stack.enter_context(accepting(listener.sockets, connections, tls, is_ahead))
                 _shorten_pauses()
                 on_ready(app, listener.address)
                 async with reloading(requests, app, tls, read_again, restart if may_restart else None):
                     await watchdog.stopping.wait()
-                await listener.stop()
+                listener.remove_file()
+                await acceptor.stop()
+                if worker is not None:  # others serve on: no client that is connected to this one may get an error
+                    await counted.heard(HEARD_SECONDS)
+                    manager.pre_shutdown()
                 log.info("stopping: no new connections; %d streams have up to %g s", len(streams), server.drain_seconds)
                 await streams.drain(server.drain_seconds)
         except Stopped:
@@ -432,6 +462,21 @@ async def _check_credentials(app: web.Application) -> AsyncIterator[None]:
         yield
         for task in checking:
             task.cancel()
+
+
+async def _report_trouble(app: web.Application) -> AsyncIterator[None]:
+    """Let the other workers know whether something does not work in this one, within a second."""
+    row = app[WORKER].row
+
+    async def report() -> None:
+        while True:
+            row.is_degraded = is_degraded(app, app[REGISTRY].degraded())
+            await tick(TROUBLE_SECONDS)
+
+    async with asyncio.TaskGroup() as group:
+        reporting = group.create_task(report())
+        yield
+        reporting.cancel()
 
 
 async def _event_log(app: web.Application) -> AsyncIterator[None]:

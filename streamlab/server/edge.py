@@ -64,7 +64,7 @@ class EdgeConnection(Connection):
     A client has `HEAD_SECONDS` for the head of a request, and `accept_body` bytes for its body, however it is read.
     """
 
-    __slots__ = ("_counted", "_head_timer", "_open_connections")
+    __slots__ = ("_counted", "_head_timer", "_is_silent", "_open_connections")
 
     def __init__(self, *args: Any, open_connections: OpenConnections | None = None, **kwargs: Any) -> None:
         super().__init__(
@@ -76,7 +76,7 @@ class EdgeConnection(Connection):
             **kwargs,
         )
         self._head_timer: asyncio.TimerHandle | None = None
-        self._open_connections, self._counted = open_connections, ""
+        self._open_connections, self._counted, self._is_silent = open_connections, "", False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection for its client, and close it at once where the client has too many."""
@@ -88,7 +88,7 @@ class EdgeConnection(Connection):
                 super().connection_made(transport)
                 self.force_close()
                 return
-            self._counted = counted
+            self._counted, self._is_silent = counted, True
         super().connection_made(transport)
 
     @property
@@ -99,6 +99,8 @@ class EdgeConnection(Connection):
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived, and limit the time and size of what follows."""
+        if self._is_silent:
+            self._hear()
         super().data_received(data)
         if (request := self._current_request) is not None:
             self._limit_body(request)
@@ -112,9 +114,15 @@ class EdgeConnection(Connection):
         """Cancel the timer, and count the connection no longer."""
         self._cancel_head_timer()
         if self._open_connections is not None:
+            self._hear()
             self._open_connections.remove(self._counted)
             self._open_connections = None
         super().connection_lost(exc)
+
+    def _hear(self) -> None:
+        if self._is_silent and self._open_connections is not None:
+            self._is_silent = False
+            self._open_connections.hear()
 
     def _cancel_head_timer(self) -> None:
         if self._head_timer is not None:

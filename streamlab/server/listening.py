@@ -3,21 +3,28 @@
 import asyncio
 import errno
 import fcntl
+import logging
 import os
 import socket
 import ssl
 import stat
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from streamlab.config import Config, ConfigError
 
-ACCEPTS = 64
-"""Maximum number of connections accepted in one iteration of the event loop: a burst delays others by milliseconds.
+log = logging.getLogger(__name__)
 
-asyncio takes it from `backlog`, which also is the length of the kernel's queue until it is set to BACKLOG.
-"""
+ACCEPTS = 64
+"""Maximum number of connections accepted in one iteration of the event loop: a burst delays others by milliseconds."""
+
+YIELD_SECONDS = 0.001
+"""Time in which a worker with fewer connections can accept one, before this one does, in seconds."""
+
+EXHAUSTED_SECONDS = 1.0
+"""Time until it is tried again to accept connections where there are too many open files, in seconds."""
 
 BACKLOG = 1024
 """Maximum number of connections that wait in the kernel to be accepted; TCP of another client retries after 1 s."""
@@ -29,64 +36,150 @@ RETRY_SECONDS = 0.01
 """Interval at which a server looks whether another one has ended to bind a socket in the same folder, in seconds."""
 
 
-class Listener:
-    """The listening sockets of the server, and the file of a Unix socket."""
+class Listening:
+    """The listening sockets of a server, and the file of a Unix socket, unless another process is its owner."""
 
-    def __init__(self, server: asyncio.Server, address: str, path: Path | None) -> None:
-        self.address = address
+    def __init__(self, config: Config, sockets: Sequence[socket.socket], *, owns_file: bool = True) -> None:
+        self.sockets = sockets
+        path, self.address = config.server.socket, config.server.host
         """The address that clients connect to, as `http://127.0.0.1:8000` or `unix:/run/streamlab.sock`."""
-        self._server = server
-        self._path = path
+        if path is None:
+            host, port = sockets[0].getsockname()[:2]
+            scheme = "http" if config.server.tls_certificate is None else "https"
+            self.address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        self._path = path if owns_file else None
         self._file = None if path is None else _identity(path)
 
-    async def stop(self) -> None:
-        """Close the listening sockets, after what was accepted has become a connection that ends as all do.
-
-        asyncio accepts in one iteration of the loop and attaches the connection to the listener in the next, which
-        fails in silence if the listener was closed in between.
-        """
-        self._remove_file()
-        for listening in self._server.sockets:
-            asyncio.get_running_loop().remove_reader(listening)
-        await asyncio.sleep(0)
-        self._server.close()
-
-    def close(self) -> None:
-        """Close the listening sockets, if they still are open."""
-        self._remove_file()
-        self._server.close()
-
-    def _remove_file(self) -> None:
+    def remove_file(self) -> None:
         """Remove the file of the socket, while this is open: then no other file can have its number."""
-        if self._server.is_serving() and self._path is not None and _identity(self._path) == self._file:
+        if self.sockets[0].fileno() >= 0 and self._path is not None and _identity(self._path) == self._file:
             self._path.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Close the sockets of this process, after the file is removed; those of other processes stay open."""
+        self.remove_file()
+        for bound in self.sockets:
+            bound.close()
 
-@asynccontextmanager
-async def listening(
-    config: Config, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
-) -> AsyncIterator[Listener]:
-    """Listen on the address of a configuration during the block; raises ConfigError where that is impossible."""
-    path, loop = config.server.socket, asyncio.get_running_loop()
+
+def listen(config: Config) -> Listening | None:
+    """Listen on the address of a configuration; None while another server binds a socket in the same folder. Blocks.
+
+    Raises ConfigError where that is impossible. What connects waits until something accepts it.
+    """
+    path = config.server.socket
     try:
-        if path is not None:
-            server = await loop.create_server(protocol, sock=await _bound(path), ssl=tls, backlog=ACCEPTS)
-            address = config.server.host
-        else:
-            host, port = config.server.host, config.server.port
-            server = await loop.create_server(protocol, host, port, ssl=tls, backlog=ACCEPTS)
-            host, port = server.sockets[0].getsockname()[:2]
-            address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        if path is None:
+            return Listening(config, _bind_port(config.server.host, config.server.port))
+        return None if (bound := _bind_file(path)) is None else Listening(config, [bound])
     except OSError as error:
         raise _cannot_listen(config, error) from None
-    listener = Listener(server, address, path)
+
+
+async def listening(config: Config) -> Listening:
+    """Listen as `listen` does, once no other server binds a socket in the same folder."""
+    while (found := listen(config)) is None:  # noqa: ASYNC110 - of another process
+        await asyncio.sleep(RETRY_SECONDS)
+    return found
+
+
+class Acceptor:
+    """What accepts the connections of this process, and lets another worker go first that has fewer of them.
+
+    Whoever is awake first would get most of them: the kernel wakes every process that waits for the same socket.
+    """
+
+    def __init__(
+        self, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None, is_ahead: Callable[[int], bool]
+    ) -> None:
+        self._protocol, self._tls, self._is_ahead = protocol, tls, is_ahead
+        self._loop = asyncio.get_running_loop()
+        self._sockets: list[socket.socket] = []
+        self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._beginning: set[asyncio.Task[Any]] = set()
+        """What makes connections of those that were accepted."""
+
+    def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept the connections of listening sockets."""
+        for listener in sockets:
+            listener.setblocking(False)
+            self._sockets.append(listener)
+            self._loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket, *, others_had_time: bool = False) -> None:
+        for _ in range(ACCEPTS):
+            if not others_had_time and self._is_ahead(len(self._beginning)):
+                self._pause(listener, YIELD_SECONDS)
+                return
+            others_had_time = False
+            try:
+                accepted, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                log.error("cannot accept connections for %g s: %s", EXHAUSTED_SECONDS, error.strerror)
+                self._pause(listener, EXHAUSTED_SECONDS)
+                return
+            accepted.setblocking(False)
+            task = self._loop.create_task(self._begin(accepted))
+            self._beginning.add(task)
+            task.add_done_callback(self._beginning.discard)
+
+    async def _begin(self, accepted: socket.socket) -> None:
+        # A handshake of TLS that fails is not an error of the server.
+        with suppress(OSError):
+            await self._loop.connect_accepted_socket(self._protocol, accepted, ssl=self._tls)
+
+    def _pause(self, listener: socket.socket, seconds: float) -> None:
+        self._loop.remove_reader(listener)
+        self._paused[listener] = self._loop.call_later(seconds, self._resume, listener)
+
+    def _resume(self, listener: socket.socket) -> None:
+        del self._paused[listener]
+        self._loop.add_reader(listener, self._accept, listener)
+        self._accept(listener, others_had_time=True)
+
+    async def stop(self) -> None:
+        """Accept no more, after what was accepted has become a connection that ends as all do."""
+        self._stop()
+        await asyncio.sleep(0)
+
+    def _stop(self) -> None:
+        for listener in self._sockets:
+            self._loop.remove_reader(listener)
+            listener.close()
+        for timer in self._paused.values():
+            timer.cancel()
+        self._sockets.clear()
+        self._paused.clear()
+
+    def close(self) -> None:
+        """Close the listening sockets of this process, and give up what has not become a connection."""
+        self._stop()
+        for task in self._beginning:
+            task.cancel()
+
+
+@contextmanager
+def accepting(
+    sockets: Sequence[socket.socket],
+    protocol: Callable[[], asyncio.Protocol],
+    tls: ssl.SSLContext | None,
+    is_ahead: Callable[[int], bool] = lambda accepted: False,
+) -> Iterator[Acceptor]:
+    """Accept connections of listening sockets during the block, and close the sockets after it.
+
+    `is_ahead` is called with the number of those that were accepted and are no connections yet; it returns whether this
+    process has more than others.
+    """
+    acceptor = Acceptor(protocol, tls, is_ahead)
+    acceptor.start(sockets)
     try:
-        for listening in server.sockets:
-            with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
-                duplicate.listen(BACKLOG)
-        yield listener
+        yield acceptor
     finally:
-        listener.close()
+        acceptor.close()
 
 
 def _cannot_listen(config: Config, error: OSError) -> ConfigError:
@@ -100,17 +193,30 @@ def _cannot_listen(config: Config, error: OSError) -> ConfigError:
     return ConfigError([config.fault(("server", "host"), f"cannot listen on it: {error.strerror or error}", host)])
 
 
+def _bind_port(host: str, port: int) -> list[socket.socket]:
+    """Return a socket for each address of a host, bound to a port, as asyncio binds them."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    with ExitStack() as failed:
+        sockets = []
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            try:
+                bound = failed.enter_context(socket.socket(family, kind, protocol))
+            except OSError:
+                continue  # a system without IPv6
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # of 0.0.0.0 there is another one
+            bound.bind(address)
+            bound.listen(BACKLOG)  # or another server could bind the same port
+            sockets.append(bound)
+        failed.pop_all()
+        return sockets
+
+
 # -- the file of a Unix socket
 
 
-async def _bound(path: Path) -> socket.socket:
-    """Return a socket that listens on a path; raises OSError, EADDRINUSE where another server listens on it."""
-    while (bound := _bind(path)) is None:  # noqa: ASYNC110 - of another process
-        await asyncio.sleep(RETRY_SECONDS)
-    return bound
-
-
-def _bind(path: Path) -> socket.socket | None:
+def _bind_file(path: Path) -> socket.socket | None:
     """Return a socket that listens on a path, None while another server binds one in its folder.
 
     The file of a server that has died is replaced. The folder is locked meanwhile: of two servers that start, one would

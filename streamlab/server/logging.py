@@ -1,16 +1,19 @@
 """Log lines: their format, and the thread that writes them."""
 
 import copy
+import fcntl
 import json
 import logging
-import logging.handlers
+import os
 import re
+import select
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,10 @@ MAX_LINES = 10_000
 """Maximum number of lines that wait to be written; further ones are dropped and counted."""
 
 WRITTEN_AT_ONCE = 200
-"""Maximum number of lines of one system call, and by which the file may be larger than it should be."""
+"""Maximum number of lines of one system call."""
+
+FILE_BYTES, OLD_FILES = 10_000_000, 5
+"""Maximum size of the log file, in bytes, and the number of old ones."""
 
 # -- log lines
 
@@ -50,16 +56,18 @@ def _escape(text: str) -> str:
 class LineFormatter(logging.Formatter):
     """A record as one line: `time LEVEL logger message key=value`, or a JSON object; tracebacks follow indented.
 
-    `record.fields`, if present, are its structured part; `record.stack`, if present, follows like a traceback.
+    `record.fields`, if present, are its structured part, after which comes the number of the worker, if this is one;
+    `record.stack`, if present, follows like a traceback.
     """
 
-    def __init__(self, style: str) -> None:
+    def __init__(self, style: str, worker: int | None = None) -> None:
         super().__init__()
         self._json = style == "json"
+        self._common = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record."""
-        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        fields: Mapping[str, Any] = {**getattr(record, "fields", {}), **self._common}
         when = f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
         trace = self.formatException(record.exc_info) if record.exc_info else getattr(record, "stack", "")
         if self._json:
@@ -83,9 +91,11 @@ class BufferedLines(logging.Handler):
     there are no lines, the thread sleeps.
     """
 
-    def __init__(self, style: str, outputs: Sequence[logging.Handler], limit: int = MAX_LINES) -> None:
+    def __init__(
+        self, style: str, outputs: Sequence[logging.Handler], limit: int = MAX_LINES, worker: int | None = None
+    ) -> None:
         super().__init__()
-        self.formatter = LineFormatter(style)
+        self.formatter = LineFormatter(style, worker)
         self._outputs = outputs
         self._limit = limit
         self._lines: list[str | logging.LogRecord] = []
@@ -163,23 +173,85 @@ class BufferedLines(logging.Handler):
                 self._written.set()
 
 
+class SharedStream(logging.StreamHandler[Any]):
+    """A stream that several processes write to: lines arrive whole, up to PIPE_BUF bytes (pipe(7))."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write lines with as few system calls as that takes."""
+        part = ""
+        for line in record.getMessage().splitlines(keepends=True):
+            if part and len(f"{part}{line}\n".encode()) > select.PIPE_BUF:
+                super().emit(logging.makeLogRecord({"msg": part.removesuffix("\n")}))
+                part = ""
+            part += line
+        super().emit(logging.makeLogRecord({"msg": part}))
+
+
+class LogFile(logging.Handler):
+    """A log file that rotates at FILE_BYTES; any number of processes may write it. Raises OSError if it cannot be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write lines."""
+        data = record.getMessage().encode() + b"\n"
+        try:
+            self._lock()
+            try:
+                if self._file.tell() > 0 and self._file.tell() + len(data) > FILE_BYTES:
+                    self._rotate()
+                self._file.write(data)
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        except OSError:
+            self.handleError(record)
+
+    def _lock(self) -> None:
+        """Lock the file of this name, which another process may have rotated, and go to its end."""
+        while True:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                    self._file.seek(0, os.SEEK_END)
+                    return
+            self._open()
+
+    def _rotate(self) -> None:
+        names = [self._path, *(self._path.with_name(f"{self._path.name}.{n}") for n in range(1, OLD_FILES + 1))]
+        for old, older in reversed(tuple(pairwise(names))):
+            with suppress(FileNotFoundError):
+                old.rename(older)
+        self._lock()
+
+    def _open(self) -> None:
+        file = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = file
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
 @contextmanager
-def logging_to(*, style: str, level: str, file: Path | None) -> Iterator[None]:
+def logging_to(*, style: str, level: str, file: Path | None, worker: int | None = None) -> Iterator[None]:
     """Write log lines to stderr, and to a file that rotates at 10 MB, while the block runs.
 
-    A thread writes them: the event loop never waits for a disk.
+    A thread writes them: the event loop never waits for a disk. The lines of a `worker` have its number.
     """
-    outputs: list[logging.Handler] = [logging.StreamHandler()]
+    outputs: list[logging.Handler] = [logging.StreamHandler() if worker is None else SharedStream()]
     warning = ""
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            outputs.append(
-                logging.handlers.RotatingFileHandler(file, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
-            )
+            outputs.append(LogFile(file))
         except OSError as error:
             warning = f"server.log_file - cannot be written: {file}: {error.strerror}; log lines go only to stderr"
-    lines = BufferedLines(style, outputs)
+    lines = BufferedLines(style, outputs, worker=worker)
     # No line has these: without them, a record takes half the time (Python's logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if sys.version_info >= (3, 12):

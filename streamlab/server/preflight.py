@@ -25,6 +25,7 @@ def faults(config: Config) -> list[Fault]:
         *_tls(config)[1],
         *folder_faults(config),
         *event_log_faults(config),
+        *worker_faults(config),
         *_log_file_faults(config),
     ]
 
@@ -32,7 +33,7 @@ def faults(config: Config) -> list[Fault]:
 def startable(config: Config) -> ssl.SSLContext | None:
     """Return the TLS context of the server, or None; raises ConfigError with all that prevents a start. Blocks."""
     context, found = _tls(config)
-    found = [*host_faults(config), *found, *event_log_faults(config)]
+    found = [*host_faults(config), *found, *event_log_faults(config), *worker_faults(config)]
     if found:
         raise ConfigError(found)
     return context
@@ -185,6 +186,16 @@ def event_log_faults(config: Config) -> Iterator[Fault]:
     if file is not None and (reason := _unwritable(file, with_folder=True)):
         reason = f"cannot store events there: {file}: {reason}; sqlite:// stores them in memory"
         yield config.fault(("events", "url"), reason)
+
+
+def worker_faults(config: Config) -> Iterator[Fault]:
+    """Yield a fault if several workers would have an event log each."""
+    if config.events.url == "sqlite://" and config.server.processes > 1:
+        reason = (
+            f"is the memory of one process, and there are {config.server.processes} workers: set a file, as "
+            "sqlite:///var/streamlab.db, or a server, as redis://localhost:6379/0; or workers = 1 in [server]"
+        )
+        yield config.fault(("events", "url"), reason, config.events.url)
 
 
 def _log_file_faults(config: Config) -> Iterator[Fault]:

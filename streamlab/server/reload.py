@@ -114,7 +114,7 @@ async def reload(
 
     def checked() -> "tuple[Config, ssl.SSLContext | None, JsonWebTokens | None]":
         config = read()
-        found = [*config.faults, *app[REGISTRY].faults(config), *_opening_faults(app, config)]
+        found = [*config.faults, *app[REGISTRY].faults(config), *opening_faults(config, app[AUTHORIZATION].is_open)]
         try:
             context, verifier = preflight.startable(config), load_verifier(config)
         except ConfigError as error:
@@ -148,13 +148,13 @@ async def reload(
         log.warning("changes of %s need a restart", changed)
 
 
-def _opening_faults(app: web.Application, config: Config) -> Iterator[Fault]:
+def opening_faults(config: Config, is_open_now: bool) -> Iterator[Fault]:
     """Yield a fault if a server that restricts its clients would be open only because nothing restricts them any more.
 
     That may be a file that was removed, or is being written; or its `host` has become a loopback address, while the
     server still listens on another.
     """
-    if is_open(config) and config.auth.open is None and not app[AUTHORIZATION].is_open:
+    if is_open(config) and config.auth.open is None and not is_open_now:
         reason = (
             "nothing says any more who may do what: set open = true to let everybody do everything, or restart the "
             "server"

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from html import escape
 from itertools import groupby
@@ -27,6 +27,7 @@ from . import openapi
 from .authorization import AUTHORIZATION, may_use
 from .metrics import METRICS
 from .registry import Plugin, Registry
+from .worker import WORKER
 
 REGISTRY = web.AppKey("registry", Registry)
 ROUTES = web.AppKey("routes", list[Route])
@@ -101,21 +102,29 @@ class Site(Scenario):
 
         `status` is `ok`, `degraded` (a plugin is out of service, a scenario or the event log works only in part, or
         there are no current keys for JWTs) or, with 503, `draining`. The states of a scenario are `ready`, `degraded`,
-        `failed` and `disabled`. Without the scope `site:read`, the report has the status only.
+        `failed` and `disabled`. Of several workers the report has the number of the one that responds, and the state of
+        each; the server is `degraded` while one of them is missing. Without the scope `site:read`, the report has the
+        status only.
         """
-        streams, plugins = request.app[STREAMS], request.app[REGISTRY].plugins
-        events, reasons = request.app[EVENTS].state(), request.app[REGISTRY].degraded()
-        keys_missing = request.app[AUTHORIZATION].trouble
-        works = events["state"] == "ok" and not reasons and not keys_missing
-        degraded = not works or any(plugin.state == "failed" for plugin in plugins)
-        status = "draining" if streams.draining else "degraded" if degraded else "ok"
+        streams, plugins, worker = request.app[STREAMS], request.app[REGISTRY].plugins, request.app.get(WORKER)
+        reasons, keys_missing = request.app[REGISTRY].degraded(), request.app[AUTHORIZATION].trouble
+        draining, degraded, open_streams = streams.draining, is_degraded(request.app, reasons), len(streams)
+        workers: dict[str, Any] = {}
+        if worker is not None:
+            others = worker.others
+            draining = draining and not any(row.state == "serving" for row in others)
+            degraded = degraded or not worker.are_complete or any(row.is_degraded for row in others)
+            open_streams += sum(row.streams for row in others)
+            workers = {"worker": worker.row.number, "workers": worker.states()}
+        status = "draining" if draining else "degraded" if degraded else "ok"
         report: dict[str, Any] = {"status": status}
         if request[PRINCIPAL].may(self.name, "read"):
             report |= {
                 "version": version(),
                 "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
-                "open_streams": len(streams),
-                "events": events,
+                "open_streams": open_streams,
+                **workers,
+                "events": request.app[EVENTS].state(),
                 **({"jwt": {"state": "degraded", "reason": keys_missing}} if keys_missing else {}),
                 "scenarios": {
                     name: _state(plugin, name, reasons.get(name, ""))
@@ -125,7 +134,7 @@ class Site(Scenario):
             }
         return web.Response(
             body=msgspec.json.encode(report),
-            status=503 if streams.draining else 200,
+            status=503 if draining else 200,
             headers={"Cache-Control": "no-store", "Content-Type": "application/json; charset=utf-8"},
         )
 
@@ -217,6 +226,12 @@ class Site(Scenario):
         listed = {route.scenario for route in routes}
         scenarios = (*request.app[OWN], *plugins)
         return {scenario.name: _sentence(scenario) for scenario in scenarios if scenario.name in listed}
+
+
+def is_degraded(app: web.Application, reasons: Mapping[str, str]) -> bool:
+    """Return whether something does not work in this process; `reasons` are those of its scenarios."""
+    works = app[EVENTS].state()["state"] == "ok" and not reasons and not app[AUTHORIZATION].trouble
+    return not works or any(plugin.state == "failed" for plugin in app[REGISTRY].plugins)
 
 
 def _listed(request: web.Request) -> list[Route]:

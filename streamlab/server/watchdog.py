@@ -48,12 +48,17 @@ class Watchdog:
     runs `stop_seconds` after the first signal is killed with status 1, and logs the stacks of its threads; this holds
     after the context is left too, until the process has ended. Must be entered in the main thread.
 
+    `lifeline` is a descriptor that another process has opened, too: when that has died, this one stops as by a signal.
+
     Signals reach the thread by a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), so that
     they are handled even where no Python code of the main thread runs.
     """
 
-    def __init__(self, *, stop_seconds: float, on_second: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, *, stop_seconds: float, on_second: Callable[[], None] = lambda: None, lifeline: int | None = None
+    ) -> None:
         self.stopping = asyncio.Event()
+        self._lifeline = lifeline
         self._stop_seconds = stop_seconds
         self._on_second = on_second
         self._loop = asyncio.get_running_loop()
@@ -131,8 +136,15 @@ class Watchdog:
         overdue = False
         while True:
             wait = TICK_SECONDS if ends_at is None else max(0.0, min(TICK_SECONDS, ends_at - time.monotonic()))
-            if self._open and select.select([self._signals], [], [], wait)[0]:
-                for number in os.read(self._signals, 64):
+            watched = [self._signals] if self._lifeline is None else [self._signals, self._lifeline]
+            if self._open and (ready := select.select(watched, [], [], wait)[0]):
+                if self._lifeline in ready:
+                    self._lifeline = None
+                    received = bytes([signal.SIGTERM] if ends_at is None else [])
+                    log.error("the process that supervises this one has died: stopping")
+                else:
+                    received = os.read(self._signals, 64)
+                for number in received:
                     if number not in STOP_SIGNALS:  # plugins may handle others
                         continue
                     now = time.monotonic()

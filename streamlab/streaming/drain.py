@@ -60,7 +60,8 @@ class OpenStream(Protocol):
 class Streams:
     """The open streams of one server: at most `limit`, and all of them end when it drains.
 
-    `on_end` is called once for each stream that has ended; it must not raise.
+    `on_end` is called once for each stream that has ended, `on_count` with their number whenever it changes; they must
+    not raise.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Streams:
         limits_proxies: bool = False,
         stall_seconds: float,
         on_end: Callable[[web.Request, StreamSummary], None],
+        on_count: Callable[[int], None] | None = None,
     ) -> None:
         self.draining = False
         self.drained_at: float | None = None
@@ -83,7 +85,7 @@ class Streams:
         self._clients: Counter[str] = Counter()
         """The number of streams of each client, where there is a limit."""
         self._stall_milliseconds = int(stall_seconds * 1000)
-        self._on_end = on_end
+        self._on_end, self._on_count = on_end, on_count
         self._open: set[OpenStream] = set()
         self._requests: dict[asyncio.Task[Any], web.Request] = {}
         self._changed = asyncio.Event()
@@ -132,6 +134,8 @@ class Streams:
                 raise Problem(429, detail, headers=limited)
             self._clients[client] += 1
         self._open.add(stream)
+        if self._on_count is not None:
+            self._on_count(len(self._open))
         self._bound(request)
 
     def _limited(self, request: web.Request) -> str | None:
@@ -148,6 +152,8 @@ class Streams:
             if not self._clients[client]:
                 del self._clients[client]
         self._open.discard(stream)
+        if self._on_count is not None:
+            self._on_count(len(self._open))
         self._changed.set()
         if stream.outcome is not None:
             self._on_end(request, stream.summary())

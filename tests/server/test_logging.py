@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import queue
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from streamlab.server.logging import MAX_LINES, BufferedLines, LineFormatter, logging_to
+from streamlab.server.logging import MAX_LINES, BufferedLines, LineFormatter, LogFile, SharedStream, logging_to
 
 
 def record(message: str, *arguments: object, **fields: object) -> logging.LogRecord:
@@ -151,3 +152,43 @@ def test_log_file_that_cannot_be_written_is_reported_and_not_fatal(tmp_path: Pat
     lines = capfd.readouterr().err.splitlines()  # type: ignore[attr-defined]
     assert "cannot be written" in lines[0]
     assert lines[1].endswith("streamlab.test still here")
+
+
+def test_processes_that_share_a_log_file_rotate_it_once_and_lose_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamlab.server.logging.FILE_BYTES", 1000)
+    path = tmp_path / "streamlab.log"
+    files = [LogFile(path), LogFile(path)]
+    written = [f"line {number:03}" for number in range(800)]
+    for number, line in enumerate(written):
+        files[number % 3 % 2].handle(record(line))
+    for file in files:
+        file.close()
+    rotated = [*(tmp_path / f"streamlab.log.{number}" for number in range(5, 0, -1)), path]
+    assert sorted(tmp_path.iterdir()) == sorted(rotated)
+    assert [len(file.read_bytes()) for file in rotated[:5]] == [999] * 5
+    lines = [line for file in rotated for line in file.read_text().splitlines()]
+    assert lines == written[-len(lines) :]
+
+
+def test_a_log_file_that_is_moved_is_written_again_at_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "streamlab.log"
+    file = LogFile(path)
+    file.handle(record("first"))
+    path.rename(tmp_path / "moved")
+    file.handle(record("second"))
+    file.close()
+    assert ((tmp_path / "moved").read_text(), path.read_text()) == ("first\n", "second\n")
+
+
+def test_lines_of_several_processes_arrive_whole() -> None:
+    reader, writer = os.pipe2(os.O_DIRECT)  # each read returns one write
+    with open(writer, "w") as stream, open(reader, "rb", buffering=0) as written:  # noqa: PTH123 - descriptors
+        handler = SharedStream(stream)
+        handler.handle(record("\n".join([*("x" * 1000 for _ in range(10)), "y" * 5000, "z"])))
+        pieces: list[bytes] = []
+        while not pieces or not pieces[-1].endswith(b"z\n"):
+            pieces.append(written.read(65536))
+    assert all(piece.endswith(b"\n") for piece in pieces if b"y" not in piece)
+    assert b"".join(pieces) == b"\n".join([*[b"x" * 1000] * 10, b"y" * 5000, b"z", b""])

@@ -1,0 +1,258 @@
+"""`workers` of `[server]`: several processes that listen at one address, and what happens when they die or change."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from streamlab.config import Config
+from tests.support.chaos import TICKER, Follower
+from tests.support.connections import EventStream, read_until
+from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without
+from tests.support.tokens import bearer, table
+
+LOADED_PLUGINS = ("ticker",)
+
+CONFIG = """
+    [server]
+    workers = 2
+    [scenarios.ticker]
+    source = "push"
+"""
+
+Start = Callable[..., Running]
+
+
+def workers(server: Running, headers: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Return what `/health` reports of the workers."""
+    reported: list[dict[str, Any]] = json.loads(server.get("/health", headers)[2])["workers"]
+    return reported
+
+
+def wait_for(reached: Callable[[], bool], what: str, *, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+def is_running(process: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def push(server: Running, price: int) -> str:
+    body = json.dumps({"symbol": "A", "price": price}).encode()
+    status, _, body = server.get(TICKER, {"Content-Type": "application/json"}, method="POST", body=body)
+    assert status == 202, body
+    (event_id,) = json.loads(body)["ids"]
+    return str(event_id)
+
+
+def test_workers_share_connections_and_events_and_end_with_their_supervisor(start: Start) -> None:
+    server = start(CONFIG)
+    assert server.process.stdout is not None
+    announced = [next(server.process.stdout) for _ in range(4)]
+    assert [line.partition(":")[0] for line in announced] == ["configuration", "data", "workers", "lab page"]
+    assert announced[2] == "workers: 2\n"
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(EventStream(server, TICKER, "0-0")) for _ in range(40)]
+        server.wait_for_open_streams(40)
+        reported = workers(server)
+        assert [(one["number"], one["state"]) for one in reported] == [(1, "serving"), (2, "serving")]
+        assert sum(one["open_streams"] for one in reported) == 40
+        assert min(one["open_streams"] for one in reported) >= 10  # 18, unless this machine is very busy
+        ids = [push(server, price) for price in range(10)]
+        for stream in streams:
+            assert [event.id for event in stream.take(10)] == ids
+        server.process.kill()
+        assert [event.event for stream in streams for event in stream] == ["stop"] * 40
+    wait_for(lambda: not any(is_running(one["process"]) for one in reported), "the workers have ended")
+    assert server.log.count("the process that supervises this one has died: stopping") == 2
+    assert re.search(r" INFO streamlab\.access .* worker=[12]\n", server.log)
+
+
+def test_workers_listen_at_a_unix_socket(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    arguments = ["run", "--host", "unix:lab.sock", "--workers", "2"]
+    with (
+        (tmp_path / "log").open("w") as log,
+        ended_at_exit(begin(arguments, environ=without("", ("ticker",)), cwd=tmp_path, stderr=log)) as process,
+    ):
+        assert process.stdout is not None
+        assert any(line.endswith(f" serves unix:{tmp_path}/lab.sock\n") for line in process.stdout)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "lab.sock"))
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b'"workers":[{"number":1,' in read_until(client, b'"ticker"')
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert not (tmp_path / "lab.sock").exists()
+
+
+# -- faults
+
+
+def test_a_fault_of_the_start_is_reported_once(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f"{CONFIG}interval = 'often'\n")
+    status, out, errors = run_streamlab("run", "--port", "0", cwd=tmp_path, **without("", ("ticker",)))
+    assert (status, out) == (2, "")
+    fault, end = [line for line in errors.splitlines() if " INFO " not in line]
+    assert fault.startswith('config.toml: scenarios.ticker.interval = "often" - ')
+    assert end == "streamlab: 1 fault; nothing was started"
+
+
+def test_workers_need_an_event_log_that_they_share(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[events]\nurl = "sqlite://"\n')
+    status, _, errors = run_streamlab("run", "--port", "0", "--workers", "3", cwd=tmp_path, **without("", ()))
+    assert (status, errors) == (
+        2,
+        'config.toml: events.url = "sqlite://" - is the memory of one process, and there are 3 workers: set a file, as '
+        "sqlite:///var/streamlab.db, or a server, as redis://localhost:6379/0; or workers = 1 in [server]\n"
+        "streamlab: 1 fault; nothing was started\n",
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1, 129, 1.5, True, "all", "", "-1"])
+def test_a_number_of_workers_that_is_none_is_a_fault(value: object) -> None:
+    (fault,) = Config.of({"server": {"workers": value}}).faults
+    assert fault.key == "server.workers"
+    assert fault.reason in (
+        'must be a number from 1 to 128, or "auto": the number of usable processors',
+        "must be a number",
+    )
+
+
+@pytest.mark.parametrize(("value", "processes"), [("auto", len(os.sched_getaffinity(0))), ("3", 3), (128, 128)])
+def test_a_number_of_workers(value: object, processes: int) -> None:
+    config = Config.of({"server": {"workers": value}})
+    assert (config.faults, config.server.processes) == ((), processes)
+
+
+# -- a server under load
+
+
+class Load:
+    """Followers, a publisher that pushes numbered prices, and clients that connect all the time."""
+
+    def __init__(self, server: Running) -> None:
+        self.acknowledged: list[str] = []
+        self.lost: list[str] = []
+        """Requests that failed otherwise than by a status of success."""
+        self.followers = [Follower(lambda: server.url) for _ in range(6)]
+        self._server = server
+        self._pushed = 0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=20)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session, asyncio.TaskGroup() as group:
+            news = asyncio.Event()
+            tasks = [group.create_task(follower.run(session, news)) for follower in self.followers]
+            tasks += [group.create_task(self._push(session)), *(group.create_task(self._connect()) for _ in range(4))]
+            try:
+                yield
+                last = int((await self._push_one(session)).rpartition("-")[2])
+                async with asyncio.timeout(20):
+                    while min(follower.offset for follower in self.followers) < last:
+                        news.clear()
+                        await news.wait()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _push(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            try:
+                self.acknowledged.append(await self._push_one(session))
+            except (aiohttp.ClientError, OSError) as error:
+                self.lost.append(f"POST: {error!r}")
+            await asyncio.sleep(0.005)
+
+    async def _push_one(self, session: aiohttp.ClientSession) -> str:
+        self._pushed += 1
+        price = {"symbol": "A", "price": self._pushed}
+        async with session.post(self._server.url + TICKER, json=price, raise_for_status=True) as response:
+            (event_id,) = (await response.json())["ids"]
+            return str(event_id)
+
+    async def _connect(self) -> None:
+        """Connect, and send a request after a moment, as over a network."""
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+                with contextlib.closing(writer):
+                    await asyncio.sleep(0.02)
+                    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                    if not (response := await reader.read()).startswith(b"HTTP/1.1 200 "):
+                        self.lost.append(f"GET: {response!r}")
+                await writer.wait_closed()
+            except OSError as error:
+                self.lost.append(f"GET: {error!r}")
+
+
+async def serving(server: Running, but: set[int], headers: Mapping[str, str] | None = None) -> set[int]:
+    """Wait until two workers serve that are none of these processes; return their processes."""
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(OSError):
+                reported = await asyncio.to_thread(workers, server, headers)
+                found = {one["process"] for one in reported if one["state"] == "serving"}
+                if len(found) == len(reported) == 2 and not found & but:
+                    return found
+            await asyncio.sleep(0.02)
+
+
+async def test_no_event_is_lost_when_a_worker_dies_when_all_are_replaced_and_when_all_stop(
+    start: Start, tmp_path: Path
+) -> None:
+    server = start(CONFIG)
+    load = Load(server)
+    first, second = sorted(one["process"] for one in workers(server))
+    async with load.running():
+        os.kill(first, signal.SIGKILL)
+        assert "was killed by SIGKILL: restarting it in 0.1 s" in await asyncio.to_thread(
+            server.wait_for_log, "SIGKILL"
+        )
+        now = await serving(server, {first})
+        assert second in now
+        # What the dead one had accepted is lost; every other request has been served.
+        assert not any("refused" in lost or " 5" in lost for lost in load.lost), load.lost
+
+        load.lost.clear()
+        tokens = "[auth]\nanonymous = ['ticker:read', 'ticker:write']\n" + table("alice", "site:read")
+        (tmp_path / "config.toml").write_text("[server]\nworkers = 2\n[scenarios.ticker]\nsource = 'pull'\n")
+        server.process.send_signal(signal.SIGHUP)
+        await asyncio.to_thread(server.wait_for_log, "is not reloaded: what was in force before still is")
+        assert await serving(server, {first}) == now
+        (tmp_path / "config.toml").write_text(f"[server]\nworkers = 2\n{tokens}[scenarios.ticker]\nsource = 'push'\n")
+        server.process.send_signal(signal.SIGHUP)
+        await asyncio.to_thread(server.wait_for_log, "replacing the workers by those with its configuration")
+        last = await serving(server, now, bearer("alice"))
+        assert load.lost == []
+    assert len(load.acknowledged) > 50
+    for follower in load.followers:
+        ids = [event_id for event_id, _ in follower.events]
+        assert follower.odd == []
+        assert ids == sorted(set(ids), key=lambda event_id: int(event_id.rpartition("-")[2]))
+        seen = set(ids)
+        assert [event_id for event_id in load.acknowledged if event_id not in seen] == []
+    with EventStream(server, TICKER) as stream:
+        server.process.send_signal(signal.SIGTERM)
+        assert [event.event for event in stream][-1] == "stop"
+        assert server.process.wait(20) == 0
+    assert not any(map(is_running, last))
+    with pytest.raises(ConnectionRefusedError):
+        server.connect()
