@@ -34,6 +34,7 @@ from .server.listening import RETRY_SECONDS, listen
 from .server.logging import logging_to
 from .server.registry import find
 from .server.reload import hold_reload_requests
+from .server.service import Service
 from .server.site import REGISTRY, ROUTES, version
 from .server.worker import Assignment, Report, Worker
 from .supervisor import RESTART_STATUS, supervise
@@ -194,7 +195,13 @@ def _supervise_workers(source: Source, settings: Config, read: Callable[[], Sour
         time.sleep(RETRY_SECONDS)
     with closing(listening):
         supervisor = Supervisor(
-            source, settings, listening, read=read, on_ready=partial(print, end="", flush=True), may_restart=may_restart
+            source,
+            settings,
+            listening,
+            service=Service(),
+            read=read,
+            on_ready=partial(print, end="", flush=True),
+            may_restart=may_restart,
         )
         status = supervisor.run()
     return RESTART_STATUS if supervisor.restarts else status

@@ -20,6 +20,7 @@ from .server.authorization import is_open
 from .server.board import Board
 from .server.listening import Listening
 from .server.reload import Terminal, opening_faults
+from .server.service import Service
 from .server.watchdog import SECOND_SIGNAL_SECONDS, STOP_SIGNALS
 from .server.worker import Assignment, Report
 
@@ -66,9 +67,10 @@ class _Process:
 class Supervisor:
     """The workers of a server, from their start until all have ended. One thread, in which nothing blocks.
 
-    `on_ready` is called with what a worker announces once all of them serve. `read` is called at a SIGHUP: each worker
-    is replaced by one with the configuration that it returns, one after the other, unless that is invalid. With
-    `may_restart`, all of them end where the server has to listen elsewhere; `restarts` is set then.
+    `on_ready` is called with what a worker announces once all of them serve; `service` is notified, too. `read` is
+    called at a SIGHUP: each worker is replaced by one with the configuration that it returns, one after the other,
+    unless that is invalid. With `may_restart`, all of them end where the server has to listen elsewhere; `restarts` is
+    set then.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Supervisor:
         config: Config,
         listening: Listening,
         *,
+        service: Service,
         read: Callable[[], Source],
         on_ready: Callable[[str], None],
         may_restart: bool = False,
@@ -87,6 +90,7 @@ class Supervisor:
         self._listening, self._read, self._on_ready, self._may_restart = listening, read, on_ready, may_restart
         self._board_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of `run`
         self._board = Board(self._board_file.fileno())
+        self._service, self._alive_at = service, 0.0
         self._terminal = Terminal()
         self._selector = selectors.DefaultSelector()
         self._processes: list[_Process] = []
@@ -96,7 +100,7 @@ class Supervisor:
         self._is_serving = self._is_stopping = False
         self._failed: Report | None = None
         """Set when a worker could not start, and so the server."""
-        self._reload_requested = False
+        self._reload_requested = self._is_reloading = False
         self._next: tuple[Source, Config] | None = None
         self._trial: _Process | None = None
         """The first worker with the next configuration: it decides whether that can be used."""
@@ -120,6 +124,7 @@ class Supervisor:
                         self._receive(key.data)
                 self._reap()
                 self._step(time.monotonic())
+                self._report_alive()
         if self._failed is not None and self._failed.faults:
             raise ConfigError(self._failed.faults)
         return self._status
@@ -147,6 +152,8 @@ class Supervisor:
     def _seconds_to_wait(self) -> float | None:
         times = [process.kill_at for process in self._processes if process.kill_at is not None]
         times += () if self._is_stopping else self._due.values()
+        if self._service.alive_seconds is not None:
+            times.append(self._alive_at + self._service.alive_seconds)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     # -- one process
@@ -258,6 +265,7 @@ class Supervisor:
     def _stop(self) -> None:
         if not self._is_stopping:
             self._is_stopping = True
+            self._service.stopping()
             self._listening.close()
         for process in self._processes:
             self._terminate(process)
@@ -275,11 +283,13 @@ class Supervisor:
                 self._is_serving = True
                 assert active[0].report is not None
                 self._on_ready(active[0].report.announcement)
+                self._report_ready()
             return
         if self._trial is not None and self._trial.is_ready:
             self._take_next(self._trial)
         if self._reload_requested and self._trial is None:
-            self._reload_requested = False
+            self._reload_requested, self._is_reloading = False, True
+            self._service.reloading()
             self._reload()
         target = self._config.server.processes
         for number, due in tuple(self._due.items()):
@@ -298,6 +308,17 @@ class Supervisor:
             self._trial = self._start(*self._next)
         elif old or len(active) < target:
             self._start(self._source, self._config)
+        elif self._is_reloading:
+            self._is_reloading = False
+            self._report_ready()
+
+    def _report_ready(self) -> None:
+        self._service.ready(f"serves {self._listening.address} with {self._config.server.processes} workers")
+
+    def _report_alive(self) -> None:
+        if self._service.alive_seconds is not None and time.monotonic() >= self._alive_at + self._service.alive_seconds:
+            self._alive_at = time.monotonic()
+            self._service.alive()
 
     def _reload(self) -> None:
         """Read the configuration again: its first worker decides whether it is taken."""

@@ -52,6 +52,7 @@ from .listening import accepting, listening
 from .metrics import METRICS, Metrics
 from .registry import Plugin, Registry
 from .reload import reload_requests, reloading
+from .service import Service
 from .sessions import SESSIONS, Sessions
 from .sign_in import SignIn, denied_page
 from .site import OWN, REGISTRY, ROUTES, STARTED_AT, Site, is_degraded
@@ -141,7 +142,7 @@ async def serve(
     """
     tls = preflight.startable(config)
     server, app, loop = config.server, create_app(config, worker), asyncio.get_running_loop()
-    streams, restarts = app[STREAMS], False
+    streams, service, restarts = app[STREAMS], Service(), False
 
     def restart() -> None:
         nonlocal restarts
@@ -174,8 +175,12 @@ async def serve(
                     acceptor = stack.enter_context(accepting(listener.sockets, connections, tls, is_ahead))
                 _shorten_pauses()
                 on_ready(app, listener.address)
-                async with reloading(requests, app, tls, read_again, restart if may_restart else None):
+                await stack.enter_async_context(service.watched())
+                service.ready(status := f"serves {listener.address}")
+                taking = partial(service.reload, status)
+                async with reloading(requests, app, tls, read_again, restart if may_restart else None, taking):
                     await watchdog.stopping.wait()
+                service.stopping()
                 listener.remove_file()
                 await acceptor.stop()
                 if worker is not None:  # others serve on: no client that is connected to this one may get an error

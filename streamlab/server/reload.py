@@ -6,7 +6,7 @@ import os
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -73,13 +73,15 @@ async def reloading(
     tls: ssl.SSLContext | None,
     read: Callable[[], Config] | None,
     restart: Callable[[], None] | None = None,
+    taking: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> AsyncIterator[None]:
     """Take the configuration that `read` returns at every request in the block; without `read`, ignore requests.
 
-    `restart` is called, if it is given, where a change needs a restart.
+    `restart` is called, if it is given, where a change needs a restart; a configuration is taken in the context of
+    `taking`.
     """
     async with Threads("reload", 1) as threads, asyncio.TaskGroup() as group:
-        task = group.create_task(_reload_when(requested, app, tls, read, restart, threads))
+        task = group.create_task(_reload_when(requested, app, tls, read, restart, taking, threads))
         yield
         task.cancel()
 
@@ -90,13 +92,15 @@ async def _reload_when(
     tls: ssl.SSLContext | None,
     read: Callable[[], Config] | None,
     restart: Callable[[], None] | None,
+    taking: Callable[[], AbstractContextManager[None]],
     threads: Threads,
 ) -> None:
     while True:
         await requested.wait()
         requested.clear()
         if read is not None:
-            await reload(app, tls, read, restart, threads)
+            with taking():
+                await reload(app, tls, read, restart, threads)
 
 
 async def reload(

@@ -19,6 +19,7 @@ from streamlab.config import Config
 from tests.support.chaos import TICKER, Follower
 from tests.support.connections import EventStream, read_until
 from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without
+from tests.support.service_manager import service_manager
 from tests.support.tokens import bearer, table
 
 LOADED_PLUGINS = ("ticker",)
@@ -218,8 +219,16 @@ async def serving(server: Running, but: set[int], headers: Mapping[str, str] | N
 async def test_no_event_is_lost_when_a_worker_dies_when_all_are_replaced_and_when_all_stop(
     start: Start, tmp_path: Path
 ) -> None:
-    server = start(CONFIG)
-    load = Load(server)
+    with service_manager(f"@{tmp_path}") as manager:
+        server = start(CONFIG, environ=manager.environ)
+        await lose_and_replace_workers(server)
+        reports = [manager.next(name) for name in ("READY", "RELOADING", "READY", "RELOADING", "READY", "STOPPING")]
+        assert {process for process, _ in reports} == {server.process.pid}
+        assert reports[-2][1]["STATUS"] == f"serves {server.url} with 2 workers"
+
+
+async def lose_and_replace_workers(server: Running) -> None:
+    config, load = server.base / "config.toml", Load(server)
     first, second = sorted(one["process"] for one in workers(server))
     async with load.running():
         os.kill(first, signal.SIGKILL)
@@ -233,11 +242,11 @@ async def test_no_event_is_lost_when_a_worker_dies_when_all_are_replaced_and_whe
 
         load.lost.clear()
         tokens = "[auth]\nanonymous = ['ticker:read', 'ticker:write']\n" + table("alice", "site:read")
-        (tmp_path / "config.toml").write_text("[server]\nworkers = 2\n[scenarios.ticker]\nsource = 'pull'\n")
+        config.write_text("[server]\nworkers = 2\n[scenarios.ticker]\nsource = 'pull'\n")
         server.process.send_signal(signal.SIGHUP)
         await asyncio.to_thread(server.wait_for_log, "is not reloaded: what was in force before still is")
         assert await serving(server, {first}) == now
-        (tmp_path / "config.toml").write_text(f"[server]\nworkers = 2\n{tokens}[scenarios.ticker]\nsource = 'push'\n")
+        config.write_text(f"[server]\nworkers = 2\n{tokens}[scenarios.ticker]\nsource = 'push'\n")
         server.process.send_signal(signal.SIGHUP)
         await asyncio.to_thread(server.wait_for_log, "replacing the workers by those with its configuration")
         last = await serving(server, now, bearer("alice"))
