@@ -221,6 +221,7 @@ def _run_worker(lifeline: int) -> None:
         with logging_to(style=server.log_format, level=server.log_level, file=server.log_file, worker=number):
             _raise_file_limit(server.max_streams)
             asyncio.run(serve(settings, on_ready=on_ready, worker=worker))
+            worker.close()
     except ConfigError as error:
         worker.report(Report(faults=error.faults))
         raise typer.Exit(2) from None

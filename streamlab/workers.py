@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from .config import Config, ConfigError, Source
@@ -88,8 +89,9 @@ class Supervisor:
         self._source, self._config, self._generation = source, config, 0
         """What is in force: a worker that dies is restarted with it, whatever the file has become."""
         self._listening, self._read, self._on_ready, self._may_restart = listening, read, on_ready, may_restart
-        self._board_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of `run`
-        self._board = Board(self._board_file.fileno())
+        self._folder = tempfile.TemporaryDirectory(prefix="streamlab-workers-")
+        """For what the workers share."""
+        self._board = Board(Path(self._folder.name))
         self._service, self._alive_at = service, 0.0
         self._terminal = Terminal()
         self._selector = selectors.DefaultSelector()
@@ -111,7 +113,7 @@ class Supervisor:
 
         Raises ConfigError where a worker could not start. A second signal aborts what is still open.
         """
-        with self._signals() as signals, self._board_file:
+        with self._signals() as signals, self._folder:
             self._selector.register(signals, selectors.EVENT_READ)
             for _ in range(self._config.server.processes):
                 self._start(self._source, self._config)
@@ -161,8 +163,8 @@ class Supervisor:
     def _start(self, source: Source, config: Config, number: int | None = None) -> _Process:
         taken = {process.number for process in self._processes} | self._due.keys()
         number = number or next(free for free in range(1, len(taken) + 2) if free not in taken)
-        sockets, board = [listening.fileno() for listening in self._listening.sockets], self._board_file.fileno()
-        assignment = Assignment(number, config.server.processes, sockets, board, source)
+        sockets = [listening.fileno() for listening in self._listening.sockets]
+        assignment = Assignment(number, config.server.processes, sockets, Path(self._folder.name), source)
         connection, inherited = socket.socketpair()
         with inherited, tempfile.TemporaryFile() as file:
             assignment.write(file)
@@ -170,7 +172,7 @@ class Supervisor:
             popen = subprocess.Popen(  # noqa: S603 - this very program
                 [sys.executable, "-m", "streamlab", "run", "--worker", str(inherited.fileno())],
                 stdin=file,
-                pass_fds=[inherited.fileno(), board, *sockets],
+                pass_fds=[inherited.fileno(), *sockets],
                 start_new_session=True,  # Ctrl-C of a terminal is for the supervisor
             )
             signal.pthread_sigmask(signal.SIG_SETMASK, held)

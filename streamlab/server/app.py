@@ -96,7 +96,7 @@ def create_app(config: Config, worker: Worker | None = None) -> web.Application:
         on_count=None if worker is None else worker.count_streams,
     )
     events = _events(config)
-    metrics = Metrics(streams, events)
+    metrics = Metrics(streams, events, worker)
     registry.add("streamlab:metrics", metrics)
     registry.add("streamlab:access-log", AccessLog())
 

@@ -1,8 +1,8 @@
 """What the workers of a server know of each other: a row of numbers of each, in memory that they share."""
 
 import mmap
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from streamlab.config import MAX_WORKERS
@@ -76,13 +76,13 @@ class Row:
 
 
 class Board:
-    """The rows of all workers, in a file that every process has mapped into its memory."""
+    """The rows of all workers, in a file of a folder that every process has mapped into its memory."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, folder: Path) -> None:
         size = 4 * MAX_ROWS * _WIDTH
-        if os.fstat(descriptor).st_size < size:
-            os.ftruncate(descriptor, size)
-        self._numbers = memoryview(mmap.mmap(descriptor, size)).cast("I")
+        with (folder / "board").open("a+b") as file:
+            file.truncate(size)
+            self._numbers = memoryview(mmap.mmap(file.fileno(), size)).cast("I")
         self._rows = [Row(self._numbers, number) for number in range(MAX_ROWS)]
 
     def row(self, number: int) -> Row:

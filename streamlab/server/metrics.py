@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import Counter as Tally
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import prometheus_client
 from aiohttp import web
@@ -17,6 +17,9 @@ from streamlab.hookspecs import hookimpl
 from streamlab.streaming.drain import Streams
 from streamlab.streaming.outcome import StreamSummary
 from streamlab.ticks import until_tick
+
+from .worker import Worker
+from .worker_metrics import WorkerMetrics
 
 LAG_INTERVAL = 1.0
 """Interval between two measurements of the event loop's lag, in seconds."""
@@ -32,7 +35,7 @@ class Metrics(Collector):
     Names and labels are in docs/metrics.md. Source: Prometheus text format 0.0.4, OpenMetrics 1.0 by Accept.
     """
 
-    def __init__(self, streams: Streams, events: Events) -> None:
+    def __init__(self, streams: Streams, events: Events, worker: Worker | None = None) -> None:
         self._streams = streams
         self._events = events
         self._bytes_of_ended: Tally[str] = Tally()
@@ -75,6 +78,8 @@ class Metrics(Collector):
         )
         prometheus_client.ProcessCollector(registry=registry)
         registry.register(self)
+        self._all = None if worker is None else WorkerMetrics(worker, registry)
+        """Those of all workers, if this is one of several."""
 
     @hookimpl
     def on_stream_end(self, summary: StreamSummary) -> None:
@@ -88,8 +93,8 @@ class Metrics(Collector):
     @hookimpl
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Measure the event loop's lag while the server serves."""
-        async with asyncio.TaskGroup() as group:
+        """Measure the event loop's lag while the server serves, and let other workers have the metrics."""
+        async with nullcontext() if self._all is None else self._all.shared(), asyncio.TaskGroup() as group:
             measuring = group.create_task(self._measure_lag())
             yield
             measuring.cancel()
@@ -130,10 +135,13 @@ class Metrics(Collector):
         followers.add_metric(["behind"], len(self._events.followers) - live)
         yield followers
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics in the format that `accept` prefers, and its content type."""
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return the metrics of the server in the format that `accept` prefers, and its content type."""
         encoder, content_type = choose_encoder(accept)
-        return encoder(self.registry), content_type
+        if self._all is None:
+            return encoder(self.registry), content_type
+        await self._all.update()
+        return encoder(self._all), content_type
 
 
 METRICS = web.AppKey("metrics", Metrics)

@@ -141,7 +141,7 @@ class Site(Scenario):
     @endpoint("GET", "/metrics", sends=("text/plain", "application/openmetrics-text"), curl="{url}")
     async def metrics(self, request: web.Request) -> web.Response:
         """Expose the metrics for Prometheus."""
-        body, content_type = request.app[METRICS].exposition(request.headers.get("Accept", ""))
+        body, content_type = await request.app[METRICS].exposition(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
     @endpoint("GET", "/openapi.json", public=True, sends="application/json", curl="{url}")

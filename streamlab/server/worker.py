@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,22 +26,23 @@ class Assignment(NamedTuple):
     """Number of workers of the server."""
     sockets: Sequence[int]
     """Descriptors of the listening sockets."""
-    board: int
-    """Descriptor of the file of the board."""
+    folder: Path
+    """A folder for what the workers share, which is deleted when they have ended."""
     source: Source
 
     def write(self, file: IO[bytes]) -> None:
         """Write it to the beginning of a file."""
         path, text, options = self.source
         source = [None if path is None else str(path), text, options]
-        file.write(json.dumps([self.number, self.processes, list(self.sockets), self.board, source]).encode())
+        file.write(json.dumps([self.number, self.processes, list(self.sockets), str(self.folder), source]).encode())
         file.seek(0)
 
     @classmethod
     def read(cls, file: IO[bytes]) -> "Assignment":
         """Read what `write` has written."""
-        number, processes, sockets, board, (path, text, options) = json.loads(file.read())
-        return cls(number, processes, sockets, board, Source(None if path is None else Path(path), text, options))
+        number, processes, sockets, folder, (path, text, options) = json.loads(file.read())
+        source = Source(None if path is None else Path(path), text, options)
+        return cls(number, processes, sockets, Path(folder), source)
 
 
 class Report(NamedTuple):
@@ -72,9 +74,10 @@ class Worker:
         self.assignment = assignment
         self.lifeline = lifeline
         """Descriptor of a socket that is connected with the supervisor, until that dies."""
-        for inherited in (lifeline, *assignment.sockets, assignment.board):
+        for inherited in (lifeline, *assignment.sockets):
             os.set_inheritable(inherited, False)
-        self.board = Board(assignment.board)
+        self.folder = assignment.folder
+        self.board = Board(self.folder)
         self.row = self.board.row(assignment.number)
 
     def listening(self, config: Config) -> Listening:
@@ -112,6 +115,14 @@ class Worker:
             }
             for row in self.board.rows()
         ]
+
+    def close(self) -> None:
+        """Delete the shared folder if the supervisor, which would, has died."""
+        with socket.socket(fileno=os.dup(self.lifeline)) as connection:
+            connection.setblocking(False)
+            with suppress(BlockingIOError):
+                if not connection.recv(1):
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def report(self, report: Report) -> None:
         """Send a report to the supervisor, if that still runs."""

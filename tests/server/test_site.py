@@ -14,6 +14,7 @@ from urllib.parse import urljoin
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -370,7 +371,7 @@ async def test_the_lag_of_the_event_loop_is_measured(lab: Lab) -> None:
     metrics = client.app[METRICS]
 
     def lags() -> float:
-        return samples(metrics.exposition("")[0].decode(), "streamlab_event_loop_lag_seconds_count")[()]
+        return samples(generate_latest(metrics.registry).decode(), "streamlab_event_loop_lag_seconds_count")[()]
 
     await wait_for(lambda: lags() >= 1)
 

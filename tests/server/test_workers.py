@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from tests.support.chaos import TICKER, Follower
 from tests.support.connections import EventStream, read_until
 from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without
 from tests.support.service_manager import service_manager
-from tests.support.tokens import bearer, table
 
 LOADED_PLUGINS = ("ticker",)
 
@@ -34,9 +33,9 @@ CONFIG = """
 Start = Callable[..., Running]
 
 
-def workers(server: Running, headers: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def workers(server: Running) -> list[dict[str, Any]]:
     """Return what `/health` reports of the workers."""
-    reported: list[dict[str, Any]] = json.loads(server.get("/health", headers)[2])["workers"]
+    reported: list[dict[str, Any]] = json.loads(server.get("/health")[2])["workers"]
     return reported
 
 
@@ -74,6 +73,9 @@ def test_workers_share_connections_and_events_and_end_with_their_supervisor(star
         assert [(one["number"], one["state"]) for one in reported] == [(1, "serving"), (2, "serving")]
         assert sum(one["open_streams"] for one in reported) == 40
         assert min(one["open_streams"] for one in reported) >= 10  # 18, unless this machine is very busy
+        server.wait_for_followers(40)
+        for _ in range(4):  # whichever worker responds
+            assert 'streamlab_open_streams{scenario="ticker"} 40.0' in server.get("/metrics")[2].decode().splitlines()
         ids = [push(server, price) for price in range(10)]
         for stream in streams:
             assert [event.id for event in stream.take(10)] == ids
@@ -152,6 +154,9 @@ class Load:
         self.lost: list[str] = []
         """Requests that failed otherwise than by a status of success."""
         self.followers = [Follower(lambda: server.url) for _ in range(6)]
+        self.counts: list[float] = []
+        """What `/metrics` has reported of acknowledged requests."""
+        self.open_streams = 0.0
         self._server = server
         self._pushed = 0
 
@@ -163,6 +168,7 @@ class Load:
             news = asyncio.Event()
             tasks = [group.create_task(follower.run(session, news)) for follower in self.followers]
             tasks += [group.create_task(self._push(session)), *(group.create_task(self._connect()) for _ in range(4))]
+            tasks.append(group.create_task(self._scrape(session)))
             try:
                 yield
                 last = int((await self._push_one(session)).rpartition("-")[2])
@@ -189,6 +195,18 @@ class Load:
             (event_id,) = (await response.json())["ids"]
             return str(event_id)
 
+    async def _scrape(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                async with session.get(f"{self._server.url}/metrics", raise_for_status=True) as response:
+                    text = await response.text()
+                requests = r'^streamlab_request_seconds_count\{route="/stream/stock-ticker",status="202"\} (.*)$'
+                self.counts += map(float, re.findall(requests, text, re.MULTILINE))
+                self.open_streams = sum(
+                    map(float, re.findall(r"^streamlab_open_streams\{.*\} (.*)$", text, re.MULTILINE))
+                )
+            await asyncio.sleep(0.05)
+
     async def _connect(self) -> None:
         """Connect, and send a request after a moment, as over a network."""
         while True:
@@ -204,12 +222,12 @@ class Load:
                 self.lost.append(f"GET: {error!r}")
 
 
-async def serving(server: Running, but: set[int], headers: Mapping[str, str] | None = None) -> set[int]:
+async def serving(server: Running, but: set[int]) -> set[int]:
     """Wait until two workers serve that are none of these processes; return their processes."""
     async with asyncio.timeout(30):
         while True:
             with contextlib.suppress(OSError):
-                reported = await asyncio.to_thread(workers, server, headers)
+                reported = await asyncio.to_thread(workers, server)
                 found = {one["process"] for one in reported if one["state"] == "serving"}
                 if len(found) == len(reported) == 2 and not found & but:
                     return found
@@ -241,7 +259,7 @@ async def lose_and_replace_workers(server: Running) -> None:
         assert not any("refused" in lost or " 5" in lost for lost in load.lost), load.lost
 
         load.lost.clear()
-        tokens = "[auth]\nanonymous = ['ticker:read', 'ticker:write']\n" + table("alice", "site:read")
+        tokens = "[auth]\nanonymous = ['ticker:read', 'ticker:write', 'site:read']\n"
         config.write_text("[server]\nworkers = 2\n[scenarios.ticker]\nsource = 'pull'\n")
         server.process.send_signal(signal.SIGHUP)
         await asyncio.to_thread(server.wait_for_log, "is not reloaded: what was in force before still is")
@@ -249,8 +267,13 @@ async def lose_and_replace_workers(server: Running) -> None:
         config.write_text(f"[server]\nworkers = 2\n{tokens}[scenarios.ticker]\nsource = 'push'\n")
         server.process.send_signal(signal.SIGHUP)
         await asyncio.to_thread(server.wait_for_log, "replacing the workers by those with its configuration")
-        last = await serving(server, now, bearer("alice"))
+        last = await serving(server, now)
         assert load.lost == []
+        async with asyncio.timeout(20):
+            while load.open_streams != len(load.followers):  # and none of those that have died
+                await asyncio.sleep(0.02)
+    assert load.counts == sorted(load.counts)
+    assert load.counts[-1] >= 50
     assert len(load.acknowledged) > 50
     for follower in load.followers:
         ids = [event_id for event_id, _ in follower.events]
