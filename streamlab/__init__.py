@@ -1,6 +1,6 @@
 """The names a plugin author needs, and no others."""
 
-from .auth import PRINCIPAL, Action, Principal, Scope, client_of, require, require_own
+from .auth import PRINCIPAL, Action, Principal, Scope, client_of, may_be_proxy, require, require_own
 from .config import CONFIG, ConfigPath
 from .events.channel import EVENTS, Channel, Events, encode_event
 from .events.follow import follow
@@ -66,6 +66,7 @@ __all__ = [
     "endpoint",
     "follow",
     "hookimpl",
+    "may_be_proxy",
     "no_more_events",
     "open_event_stream",
     "open_stream",

@@ -29,6 +29,7 @@ from streamlab import (
     client_of,
     encode_event,
     follow,
+    may_be_proxy,
     no_more_events,
     open_event_stream,
     require_own,
@@ -179,7 +180,7 @@ class Generations:
         while self._stored and time.monotonic() - next(iter(self._stored.values()))[0] > self.keep_seconds:
             self._stored.popitem(last=False)
         own, share = sum(owner == client for _, owner in self._stored.values()), -(-self.max_stored // 2)
-        if len(self._stored) >= self.max_stored or own >= share:
+        if len(self._stored) >= self.max_stored or (own >= share and not may_be_proxy(client)):
             detail = f"Too many generations are stored: {own} of this client, and {len(self._stored)} in total."
             raise Failure(429, "too_many_generations", detail, headers={"Retry-After": str(FULL_SECONDS)})
 

@@ -38,7 +38,7 @@ from streamlab import (
 )
 
 from .embedded import EmbeddedEngine
-from .engine import Engine, QueueLimits, StoredLimits
+from .engine import ClientLimit, Engine, QueueLimits, StoredLimits
 from .runner import Runner
 from .store import ID, UNKNOWN_TASK, Record, Store, new_id, now, task_of
 
@@ -143,8 +143,8 @@ class Tasks(Scenario):
 
     def _create_engine(self, app: web.Application) -> Engine:
         self._kinds, self._store = app[TASKS], Store(app[EVENTS], self.keep_seconds)
-        limits = StoredLimits(self._store, total=self.max_stored, per_client=self.max_stored_per_client)
-        self._stored_limits = limits
+        stored = ClientLimit(self.max_stored_per_client, "max_stored_per_client" in self.model_fields_set)
+        self._stored_limits = StoredLimits(self._store, total=self.max_stored, per_client=stored)
         ended = Counter("streamlab_tasks", "Finished tasks.", ["kind", "state"], registry=app[METRICS].registry)
         runner = Runner(
             self._store,
@@ -154,7 +154,8 @@ class Tasks(Scenario):
             on_end=lambda record: ended.labels(record.kind, record.state).inc(),
         )
         events, store = app[EVENTS], self._store
-        queue = QueueLimits(self.max_queued, self.max_queued_per_client)
+        queued = ClientLimit(self.max_queued_per_client, "max_queued_per_client" in self.model_fields_set)
+        queue = QueueLimits(self.max_queued, queued)
         if self.engine == "embedded":
             return EmbeddedEngine(events, store, runner, max_running=self.max_running, queue=queue)
         if (url := app[CONFIG].events.url).startswith("sqlite"):

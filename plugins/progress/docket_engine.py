@@ -89,9 +89,9 @@ class DocketEngine(Engine):
         """Store a new task and put it into the queue; raises Problem 429 where the queue is full."""
         waiting = await self._waiting()
         own = 0
-        if waiting >= self._limits.per_client:
+        if self._limits.per_client.exceeds(record.client, waiting):
             own = sum(other.client == record.client and other.state == "queued" for other in await self.store.all())
-        self._limits.check(waiting, lambda: own)
+        self._limits.check(waiting, record.client, lambda: own)
         await self.run_shielded(self._accept(record))
 
     async def _accept(self, record: Record) -> None:

@@ -53,7 +53,7 @@ class EmbeddedEngine(Engine):
 
     async def submit(self, record: Record) -> None:
         """Store a new task and put it into the queue; raises Problem 429 where the queue is full."""
-        self._limits.check(len(self._queue), lambda: self._queue.count(record.client))
+        self._limits.check(len(self._queue), record.client, lambda: self._queue.count(record.client))
         self._queue.reserve(record.client, record.id)
         await self.run_shielded(self._accept(record))
 

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from streamlab import Events, Ownership, Problem, Retention
+from streamlab import Events, Ownership, Problem, Retention, may_be_proxy
 
 from .runner import Runner
 from .store import Record, Store
@@ -154,18 +154,31 @@ class Engine(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class ClientLimit:
+    """The maximum tasks of one client; one that may be a proxy, for any number of others, has it only where given."""
+
+    maximum: int
+    is_given: bool
+    """Whether the configuration has it."""
+
+    def exceeds(self, client: str, tasks: int) -> bool:
+        """Return whether one more task than these is too many for a client."""
+        return tasks >= self.maximum and (self.is_given or not may_be_proxy(client))
+
+
+@dataclass(frozen=True, slots=True)
 class QueueLimits:
     """Maximum waiting tasks: of all clients together, and of one."""
 
     total: int
-    per_client: int
+    per_client: ClientLimit
 
-    def check(self, waiting: int, of_client: Callable[[], int]) -> None:
-        """Raise Problem 429 where one more task exceeds a limit; `of_client` counts the waiting tasks of its client."""
+    def check(self, waiting: int, client: str, of_client: Callable[[], int]) -> None:
+        """Raise Problem 429 where one more task exceeds a limit; `of_client` counts the waiting tasks of the client."""
         if waiting >= self.total:
             raise _full(f"Too many tasks are waiting (limit {self.total}).")
-        if waiting >= self.per_client and of_client() >= self.per_client:
-            raise _full(f"Too many tasks of this client are waiting (limit {self.per_client}).")
+        if self.per_client.exceeds(client, waiting) and self.per_client.exceeds(client, of_client()):
+            raise _full(f"Too many tasks of this client are waiting (limit {self.per_client.maximum}).")
 
 
 class StoredLimits:
@@ -174,7 +187,7 @@ class StoredLimits:
     They are counted in the event log at intervals, and what this process starts in between is added.
     """
 
-    def __init__(self, store: Store, *, total: int, per_client: int) -> None:
+    def __init__(self, store: Store, *, total: int, per_client: ClientLimit) -> None:
         self._store = store
         self._total = total
         self._per_client = per_client
@@ -195,8 +208,8 @@ class StoredLimits:
         """Return why one more task of a client cannot be stored; empty if it can."""
         if self._stored.total() >= self._total:
             return f"Too many tasks are stored (limit {self._total})."
-        if self._stored[client] >= self._per_client:
-            return f"Too many tasks of this client are stored (limit {self._per_client})."
+        if self._per_client.exceeds(client, self._stored[client]):
+            return f"Too many tasks of this client are stored (limit {self._per_client.maximum})."
         return ""
 
 

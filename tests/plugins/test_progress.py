@@ -566,6 +566,17 @@ def test_the_queue_is_bounded_for_each_client(start_workshop: Callable[..., Work
     assert [ended(workshop.server, task)["result"] for task in tasks] == ["through"] * len(tasks)
 
 
+@pytest.mark.parametrize(
+    ("client", "is_given", "exceeds"),
+    [("127.0.0.1", False, False), ("", False, False), ("127.0.0.1", True, True), ("203.0.113.7", False, True)],
+)
+def test_a_client_that_may_be_a_proxy_has_its_own_limit_of_tasks_only_where_given(
+    client: str, is_given: bool, exceeds: bool
+) -> None:
+    limit = plugin_module("progress", "engine").ClientLimit(2, is_given)
+    assert [limit.exceeds(client, tasks) for tasks in (1, 2)] == [False, exceeds]
+
+
 def test_finished_tasks_are_retained_for_a_while(start_workshop: Callable[..., Workshop]) -> None:
     workshop = start_workshop(keep_seconds=1)
     held = start_task(workshop.server, "hold", gate="go")

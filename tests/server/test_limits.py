@@ -154,6 +154,18 @@ def test_a_client_has_half_of_the_stored_generations(server: Running, ask: Clien
     )
 
 
+def test_a_client_that_may_be_a_proxy_has_all_stored_generations(tmp_path: Path) -> None:
+    with fake_upstream({"default": never_ends}) as upstream, starting_in(tmp_path, ("llm",)) as start:
+        server = start(f'[scenarios.llm]\nurl = "{upstream.url}"\nmodel = "fake-1"\nmax_stored = 3')
+        for number in range(4):
+            with EventStream(server, "/ai/chat-stream-sse?prompt=Hello") as stream:
+                if number == 3:
+                    assert (stream.status, stream.headers["retry-after"]) == (429, "60")
+                    break
+                assert [one.event for one in stream.take(2)] == ["generation", "token"]
+            assert server.get(stream.headers["location"], method="DELETE")[0] == 204
+
+
 def test_a_client_has_half_of_the_filters_of_a_channel(server: Running, ask: Client) -> None:
     with ExitStack() as stack:
         for pattern in ("a", "b", "b"):
