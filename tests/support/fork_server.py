@@ -266,8 +266,8 @@ def _report(status_socket: int, number: int) -> None:
         os.write(status_socket, NUMBER.pack(number))
 
 
-def become(request: bytes, given: int, output: int, errors: int, status_socket: int) -> None:
-    """Give this process the state of `python -m streamlab` at its first line, and run that."""
+def become(request: bytes, given: int, output: int, errors: int, status_socket: int) -> int:
+    """Give this process the state of `python -m streamlab` at its first line, run that, and return its exit status."""
     for standard, stream in enumerate((given, output, errors)):
         os.dup2(stream, standard)
         if stream != standard:
@@ -281,7 +281,13 @@ def become(request: bytes, given: int, output: int, errors: int, status_socket: 
     os.chdir(options["cwd"])
     sys.path[0] = options["cwd"]
     sys.argv[1:] = options["arguments"]
-    runpy.run_module("streamlab", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("streamlab", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        return ended.code or 0
+    return 0
 
 
 def execute_plugins() -> list[str]:
@@ -323,24 +329,53 @@ def _modules_of(plugin: ModuleType) -> dict[str, ModuleType]:
     return {known: module for known, module in sys.modules.items() if known == name or known.startswith(f"{name}.")}
 
 
+AT_EXIT = {"builtins", "sys", "warnings", "linecache"}
+"""The modules that the interpreter uses to report something while it exits."""
+
+
+class LastObject:
+    """Ends the process as soon as the interpreter destroys it.
+
+    As an attribute of `sys`, it outlives all objects that report something at their end. The interpreter would go on
+    to free memory, most of it shared, and so copy it: a tenth of the cost of a short process.
+    """
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+        self._exit = os._exit  # by now, the module may be empty
+
+    def __del__(self) -> None:
+        self._exit(self._status)
+
+
 def hide(modules: Iterable[str]) -> None:
     """Hide modules from the interpreter, which otherwise empties each of them when it exits."""
     for name in modules:
         sys.modules.pop(name, None)
 
 
+def leave(shared: Iterable[str], statuses: Iterable[int]) -> None:
+    """Have the interpreter destroy all but the shared modules, and end this process with its status, if known."""
+    hide(shared)
+    with contextlib.suppress(OSError, ValueError):  # which the interpreter reports, with another status
+        for status in statuses:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.__dict__["_last_object"] = LastObject(status)
+
+
 if __name__ == "__main__":
     # Ctrl-C is for the servers; the tests end this process when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A process that exits would copy the memory of all that it shares to destroy it: a quarter of its cost. It
-    # destroys what it has imported and created itself, and reports as ever what it did not close.
+    # A process that exits would copy the memory of all that it shares to destroy it: half of its cost. It destroys
+    # what it has imported and created itself, reports as ever what it did not close, and ends.
     shared: list[str] = []
-    atexit.register(hide, shared)  # registered first, so called last
-    own = set(sys.modules)
+    statuses: list[int] = []
+    atexit.register(leave, shared, statuses)  # registered first, so called last
     for module in (*COMMON_MODULES, *sys.argv[1:]):
         importlib.import_module(module)
     shared += execute_plugins()
-    shared += sys.modules.keys() - own
+    shared += sys.modules.keys() - AT_EXIT
     forever: list[object] = [*sys.modules.values()]
     forever.append(forever)  # a cycle, which is never collected once it is frozen
     # The garbage collector of a new process would touch, and so copy, the shared memory: most of its cost. A server
@@ -350,4 +385,5 @@ if __name__ == "__main__":
     with socket.socket(fileno=sys.stdin.fileno()) as control:
         request = fork_for_each(control)
     if request is not None:
-        become(request[0], *request[1])
+        statuses.append(become(request[0], *request[1]))
+        sys.exit(statuses[0])
