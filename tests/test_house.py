@@ -27,6 +27,7 @@ WORDS = (
     "served_files",
     "slots",
     "sse",
+    "tally",
     "threads",
     "ticks",
 )

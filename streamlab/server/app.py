@@ -54,6 +54,7 @@ from .registry import Plugin, Registry
 from .reload import reload_requests, reloading
 from .service import Service
 from .sessions import SESSIONS, Sessions
+from .shared_limits import SharedBuckets, SharedTally
 from .sign_in import SignIn, denied_page
 from .site import OWN, REGISTRY, ROUTES, STARTED_AT, Site, is_degraded
 from .validation import read_authorized
@@ -93,7 +94,7 @@ def create_app(config: Config, worker: Worker | None = None) -> web.Application:
         limits_proxies=config.limits.limits_proxies,
         stall_seconds=config.server.stall_seconds,
         on_end=registry.on_stream_end,
-        on_count=None if worker is None else worker.count_streams,
+        **({} if worker is None else _shared_streams(worker)),
     )
     events = _events(config)
     metrics = Metrics(streams, events, worker)
@@ -107,7 +108,9 @@ def create_app(config: Config, worker: Worker | None = None) -> web.Application:
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
     app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
     app[TRUSTED] = Proxies(config.server.trusted_proxies)
-    app[RATE] = RequestRate(config.limits.requests_per_minute)
+    app[RATE] = RequestRate(
+        config.limits.requests_per_minute, buckets=None if worker is None else SharedBuckets(worker)
+    )
     app[AUTHORIZATION], app[CORS] = Authorization(config), Cors(config)
     app[SESSIONS] = Sessions(config, events, app[AUTHORIZATION])
     app[STARTED_AT] = time.monotonic()
@@ -166,7 +169,10 @@ async def serve(
                     manager = runner.server
                     assert manager is not None
                     counted = OpenConnections(
-                        config.limits.connections_per_client, app[TRUSTED], None if worker is None else worker.row
+                        config.limits.connections_per_client,
+                        app[TRUSTED],
+                        row=None if worker is None else worker.row,
+                        open_of=None if worker is None else SharedTally(worker, "connections"),
                     )
                     connections = partial(EdgeConnection, manager, loop=loop, open_connections=counted)
                     listener = await listening(config) if worker is None else worker.listening(config)
@@ -193,6 +199,15 @@ async def serve(
         finally:
             await runner.cleanup()
     return restarts
+
+
+def _shared_streams(worker: Worker) -> dict[str, Any]:
+    """Return what counts the streams of a worker together with those of the others."""
+    return {
+        "on_count": worker.count_streams,
+        "clients": SharedTally(worker, "streams"),
+        "elsewhere": lambda: sum(row.streams for row in worker.others),
+    }
 
 
 async def work(config: Config, *, on_ready: Callable[[web.Application], None]) -> None:

@@ -3,11 +3,13 @@
 import asyncio
 import math
 import time
-from collections import Counter, OrderedDict
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from streamlab.auth import may_be_proxy, network_of
 from streamlab.problems import Problem
+from streamlab.tally import Tally
 
 from .board import Row
 from .forwarded import Proxies
@@ -26,11 +28,11 @@ class OpenConnections:
     worker, in which the number of all is written.
     """
 
-    def __init__(self, limit: int, trusted: Proxies, row: Row | None = None) -> None:
+    def __init__(self, limit: int, trusted: Proxies, row: Row | None = None, open_of: Tally | None = None) -> None:
         self._limit = limit
         self._row = row
         self._trusted = trusted
-        self._open: Counter[str] = Counter()
+        self._open = open_of or Tally()
         self._total = 0
         self._silent = 0
         """Number of those on which nothing has arrived yet."""
@@ -41,19 +43,16 @@ class OpenConnections:
         if not self._limit or may_be_proxy(network) or address in self._trusted:
             self._count(1)
             return ""
-        if self._open[network] >= self._limit:
+        if not self._open.add(network, self._limit):
             return None
         self._count(1)
-        self._open[network] += 1
         return network
 
     def remove(self, counted: str) -> None:
         """Count a connection no longer."""
         self._count(-1)
         if counted:
-            self._open[counted] -= 1
-            if not self._open[counted]:
-                del self._open[counted]
+            self._open.remove(counted)
 
     def hear(self) -> None:
         """Note that the first bytes of a connection have arrived, or its end."""
@@ -74,29 +73,42 @@ class OpenConnections:
             self._row.connections = self._total
 
 
+class Buckets:
+    """The requests that are left to each client, and the time at which that was so; at most MAX_CLIENTS of them."""
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, list[float]] = OrderedDict()
+
+    @contextmanager
+    def bucket(self, client: str, full: tuple[float, float]) -> Iterator[list[float]]:
+        """Yield the bucket of a client, `full` for a new one, to be changed in the block."""
+        bucket = self._buckets.pop(client) if client in self._buckets else [*full]
+        self._buckets[client] = bucket
+        if len(self._buckets) > MAX_CLIENTS:
+            self._buckets.popitem(last=False)
+        yield bucket
+
+
 class RequestRate:
     """A bucket of `per_minute` requests for each client, filled again evenly within a minute; 0: no limit.
 
     Source: draft-ietf-httpapi-ratelimit-headers, sections 2 and 3.
     """
 
-    def __init__(self, per_minute: int, what: str = "sent {limit} requests") -> None:
+    def __init__(self, per_minute: int, what: str = "sent {limit} requests", buckets: Buckets | None = None) -> None:
         self._per_minute = per_minute
         self._done = what.format(limit=per_minute)
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        """Of each client, the requests that are left, and the time at which that was so."""
+        self._buckets = buckets or Buckets()
 
     def admit(self, client: str) -> None:
         """Count a request; raises Problem 429 where the bucket of its client is empty."""
         if not self._per_minute:
             return
         now, rate = time.monotonic(), self._per_minute / 60
-        left, then = self._buckets.pop(client, (float(self._per_minute), now))
-        left = min(float(self._per_minute), left + (now - then) * rate)
-        admitted = left >= 1
-        self._buckets[client] = left - admitted, now
-        if len(self._buckets) > MAX_CLIENTS:
-            self._buckets.popitem(last=False)
+        with self._buckets.bucket(client, (float(self._per_minute), now)) as bucket:
+            left = min(float(self._per_minute), bucket[0] + (now - bucket[1]) * rate)
+            admitted = left >= 1
+            bucket[:] = left - admitted, now
         if not admitted:
             seconds = math.ceil((1 - left) / rate)
             headers = {

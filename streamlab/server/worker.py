@@ -78,6 +78,7 @@ class Worker:
             os.set_inheritable(inherited, False)
         self.folder = assignment.folder
         self.board = Board(self.folder)
+        self.process = os.getpid()
         self.row = self.board.row(assignment.number)
 
     def listening(self, config: Config) -> Listening:

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from aiohttp import web
 
 from streamlab.auth import client_of, may_be_proxy
 from streamlab.problems import Problem
+from streamlab.tally import Tally
 from streamlab.threads import Threads
 
 from .outcome import OnStop, Outcome, Stop, StreamSummary
@@ -61,7 +61,8 @@ class Streams:
     """The open streams of one server: at most `limit`, and all of them end when it drains.
 
     `on_end` is called once for each stream that has ended, `on_count` with their number whenever it changes; they must
-    not raise.
+    not raise. Where several processes serve together, `clients` counts in all of them, and `elsewhere` returns how many
+    streams are open in the others.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Streams:
         stall_seconds: float,
         on_end: Callable[[web.Request, StreamSummary], None],
         on_count: Callable[[int], None] | None = None,
+        clients: Tally | None = None,
+        elsewhere: Callable[[], int] | None = None,
     ) -> None:
         self.draining = False
         self.drained_at: float | None = None
@@ -82,10 +85,11 @@ class Streams:
         self._limit = limit
         self._limit_per_client = limit_per_client
         self._limits_proxies = limits_proxies
-        self._clients: Counter[str] = Counter()
+        self._clients = clients or Tally()
         """The number of streams of each client, where there is a limit."""
         self._stall_milliseconds = int(stall_seconds * 1000)
         self._on_end, self._on_count = on_end, on_count
+        self._elsewhere = elsewhere or (lambda: 0)
         self._open: set[OpenStream] = set()
         self._requests: dict[asyncio.Task[Any], web.Request] = {}
         self._changed = asyncio.Event()
@@ -122,17 +126,16 @@ class Streams:
         """
         if self.draining:
             raise Problem(503, "The server is stopping.", headers={"Retry-After": "5", "Connection": "close"})
-        if len(self._open) >= self._limit:
+        if len(self._open) + self._elsewhere() >= self._limit:
             raise Problem(
                 503, f"This server has {self._limit} streams open, its maximum.", headers={"Retry-After": "5"}
             )
-        if (client := self._limited(request)) is not None:
-            if self._clients[client] >= self._limit_per_client:
-                detail = f"This client has {self._limit_per_client} streams open, its maximum."
-                policy = f'"streams";q={self._limit_per_client};qu="concurrent-requests"'
-                limited = {"Retry-After": "5", "RateLimit-Policy": policy, "RateLimit": '"streams";r=0'}
-                raise Problem(429, detail, headers=limited)
-            self._clients[client] += 1
+        client = self._limited(request)
+        if client is not None and not self._clients.add(client, self._limit_per_client):
+            detail = f"This client has {self._limit_per_client} streams open, its maximum."
+            policy = f'"streams";q={self._limit_per_client};qu="concurrent-requests"'
+            limited = {"Retry-After": "5", "RateLimit-Policy": policy, "RateLimit": '"streams";r=0'}
+            raise Problem(429, detail, headers=limited)
         self._open.add(stream)
         if self._on_count is not None:
             self._on_count(len(self._open))
@@ -148,9 +151,7 @@ class Streams:
     def unregister(self, request: web.Request, stream: OpenStream) -> None:
         """Remove a stream that has ended, and report how."""
         if stream in self._open and (client := self._limited(request)) is not None:
-            self._clients[client] -= 1
-            if not self._clients[client]:
-                del self._clients[client]
+            self._clients.remove(client)
         self._open.discard(stream)
         if self._on_count is not None:
             self._on_count(len(self._open))

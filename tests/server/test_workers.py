@@ -2,20 +2,25 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from streamlab.config import Config
+from streamlab.config import Config, Source
+from streamlab.problems import Problem
+from streamlab.server.limits import RequestRate
+from streamlab.server.shared_limits import SharedBuckets, SharedTally
+from streamlab.server.worker import Assignment, Worker
 from tests.support.chaos import TICKER, Follower
 from tests.support.connections import EventStream, read_until
 from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without
@@ -61,7 +66,7 @@ def push(server: Running, price: int) -> str:
 
 
 def test_workers_share_connections_and_events_and_end_with_their_supervisor(start: Start) -> None:
-    server = start(CONFIG)
+    server = start(f"{CONFIG}[limits]\nstreams_per_client = 40\n")
     assert server.process.stdout is not None
     announced = [next(server.process.stdout) for _ in range(4)]
     assert [line.partition(":")[0] for line in announced] == ["configuration", "data", "workers", "lab page"]
@@ -76,6 +81,7 @@ def test_workers_share_connections_and_events_and_end_with_their_supervisor(star
         server.wait_for_followers(40)
         for _ in range(4):  # whichever worker responds
             assert 'streamlab_open_streams{scenario="ticker"} 40.0' in server.get("/metrics")[2].decode().splitlines()
+        assert [server.get(TICKER)[0] for _ in range(4)] == [429] * 4
         ids = [push(server, price) for price in range(10)]
         for stream in streams:
             assert [event.id for event in stream.take(10)] == ids
@@ -84,6 +90,66 @@ def test_workers_share_connections_and_events_and_end_with_their_supervisor(star
     wait_for(lambda: not any(is_running(one["process"]) for one in reported), "the workers have ended")
     assert server.log.count("the process that supervises this one has died: stopping") == 2
     assert re.search(r" INFO streamlab\.access .* worker=[12]\n", server.log)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[list[Worker]]:
+    """Yield two workers in this process, of which the second has another process id."""
+    with socket.socket() as lifeline:
+        found = [Worker(Assignment(n, 2, [], tmp_path, Source(None)), lifeline.fileno()) for n in (1, 2)]
+        found[1].process = 1
+        for worker in found:
+            worker.row.set("serving", worker.process)
+        yield found
+
+
+def test_a_client_is_counted_in_all_workers_that_live(pair: list[Worker]) -> None:
+    first, second = (SharedTally(worker, "streams") for worker in pair)
+    assert [tally.add("a", 3) for tally in (first, second, first, second, first)] == [True, True, True, False, False]
+    assert second.add("b", 1)
+    assert not first.add("b", 1)
+    first.remove("a")
+    assert second.add("a", 3)
+    assert not first.add("a", 3)
+    pair[1].row.set("none")  # with two of a, and one of b
+    assert [first.add("a", 3) for _ in range(3)] == [True, True, False]
+    assert first.add("b", 1)
+    pair[1].row.set("serving", 1)
+    again = SharedTally(pair[1], "streams")  # as its successor begins
+    assert not again.add("a", 3)
+    assert again.add("a", 4)
+
+
+def test_more_clients_than_a_table_has_places_for_are_counted_all_the_same(
+    pair: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamlab.server.shared_limits._SETS", 1)
+    first, second = (SharedTally(worker, "streams") for worker in pair)
+    clients = [f"client {number}" for number in range(20)]
+    assert all(first.add(client, 1) for client in clients)
+    assert not any(first.add(client, 1) for client in clients)
+    assert [second.add(client, 1) for client in clients] == [False] * 8 + [True] * 12
+    for client in clients:
+        first.remove(client)
+    assert second.add(clients[0], 1)
+
+
+def test_requests_of_a_client_are_counted_in_all_workers(pair: list[Worker], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    rates = [RequestRate(4, buckets=SharedBuckets(worker)) for worker in pair]
+
+    def admitted(client: str) -> int:
+        count = 0
+        with contextlib.suppress(Problem):
+            for rate in itertools.cycle(rates):
+                rate.admit(client)
+                count += 1
+        return count
+
+    assert [admitted("a"), admitted("b"), admitted("a")] == [4, 4, 0]
+    now += 15
+    assert [admitted("a"), admitted("b")] == [1, 1]
 
 
 def test_workers_listen_at_a_unix_socket(tmp_path: Path) -> None:
