@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import NoneType
 from typing import Any, Final
@@ -10,47 +10,18 @@ from typing import Any, Final
 import msgspec
 
 from .encoder import Batch, Column
+from .formula_guard import found, guarded, may_have_formulas, suspects
 from .values import plain_writer, to_text
 
-# Some spreadsheet starts a formula at these characters: those of OWASP, and their wide and small variants. Source:
-# https://owasp.org/www-community/attacks/CSV_Injection. They may be preceded by characters that a spreadsheet may trim,
-# drop or not show: white space, control characters, the Default_Ignorable_Code_Point of Unicode 16
-# (DerivedCoreProperties.txt), and a quote. A cell starts at the start of a text and, in spreadsheets that separate by
-# semicolon or tab, after each of these: quotes around the text do not prevent that, as a quote counts only at the start
-# of a cell.
-FORMULA_MARKS: Final = "=+\\-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b"
-IGNORED_RANGES: Final = (
-    (0x01, 0x08), (0x0A, 0x20), (0x22, 0x22), (0x7F, 0xA0), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C),
-    (0x115F, 0x1160), (0x1680, 0x1680), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2000, 0x200F), (0x2028, 0x202F),
-    (0x205F, 0x206F), (0x3000, 0x3000), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0),
-    (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
-)  # fmt: skip
-"""Ranges of code points that may precede a formula; so may 0, which PostgreSQL does not have."""
-
-_IGNORED: Final = "\0" + "".join(f"{chr(first)}-{chr(last)}" for first, last in IGNORED_RANGES)
-_FORMULA: Final = re.compile(f"(^|[;\t])(?=[{_IGNORED}]*[{FORMULA_MARKS}])")
-_LEADING: Final = frozenset("\t\r\n")
-"""Characters that OWASP wants guarded at the start of a cell, whatever follows."""
-
-_SUSPICIOUS: Final = frozenset(
-    [chr(code) for first, last in ((0, 0), *IGNORED_RANGES) for code in range(first, last + 1)]
-).union(FORMULA_MARKS, "\t") - {"\\"}
-_WIDE_MARKS: Final = tuple(FORMULA_MARKS[5:])
-_CLASSES: Final = bytes(
-    ord("M" if chr(code) in "=+-@" else "B" if code > 0x7F or chr(code) in _SUSPICIOUS or chr(code) == ";" else "o")
-    for code in range(256)
-)
-"""The class of each byte of UTF-8: M, starts a formula; B, may precede one; o, any other."""
-
-
-def _guarded(cell: str) -> str:
-    """Put an apostrophe before each formula that a spreadsheet would run."""
-    cell = _FORMULA.sub(r"\1'", cell)
-    return "'" + cell if cell[:1] in _LEADING else cell
-
-
-_MARKS: Final = ',"\r\n'
+_MARKS: Final = (b",", b'"', b"\r", b"\n")
 """Characters that require quotes around a cell."""
+
+KNOWN_CELLS: Final = 1024
+"""Maximum number of cells of a column that are kept: none in so many first rows, where it would cost more than it
+saves, and none after half as many in excess of half of all were not among them."""
+
+KNOWN_LENGTH: Final = 64
+"""Maximum length of a text whose cell is kept."""
 
 
 class Csv:
@@ -61,8 +32,10 @@ class Csv:
     gets an apostrophe before it, also a name in the header; numbers and the other plain values never do.
 
     A batch is written by columns. The texts of a column are joined and searched as one string for what must be quoted
-    or guarded: most columns contain nothing of the kind and cost no work per cell. Numbers are formatted by msgspec
-    where it writes the same as `repr`.
+    or guarded: most columns contain nothing of the kind and cost no work per cell. Where they do, cells of texts that
+    are repeated are kept. Numbers are formatted by msgspec where it writes the same as `repr`.
+
+    A cell that is not ASCII is UTF-8 as Latin-1: all strings have a byte per character then, which is fastest to join.
     """
 
     media_type = "text/csv; charset=utf-8"
@@ -73,10 +46,14 @@ class Csv:
         self._names = tuple(column.name for column in columns)
         self._guard = formula_guard
         self._header = header
+        self._seen = 0
+        self._known: list[_Known | None] = [None] * len(self._names)
+        self._repeats = [True] * len(self._names)
+        """Whether the texts of a column may be repeated often enough to keep their cells."""
 
     def begin(self) -> bytes:
         """Return the header row."""
-        return self.rows([self._names]) if self._header else b""
+        return (",".join(map(self._text, self._names)) + "\r\n").encode("latin-1") if self._header else b""
 
     def rows(self, batch: Batch) -> bytes:
         """Return a line per row."""
@@ -84,76 +61,118 @@ class Csv:
             return b"\r\n" * len(batch)
         if not batch:
             return b""
-        cells = [self._column(values) for values in zip(*batch, strict=True)]
+        self._seen += len(batch)
+        cells = [self._column(index, values) for index, values in enumerate(zip(*batch, strict=True))]
         if len(cells) == 1:
             # An empty line would not count as a row; NULL and the empty text are written alike, as everywhere.
             lines: Iterable[str] = [cell or '""' for cell in cells[0]]
         else:
             lines = map(",".join, zip(*cells, strict=True))
-        return ("\r\n".join(lines) + "\r\n").encode("utf-8", "replace")
+        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
     def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
         """Return nothing."""
         return b""
 
-    def _column(self, values: tuple[Any, ...]) -> Sequence[str]:
-        first = next((value for value in values if value is not None), None)
+    def _column(self, index: int, values: tuple[Any, ...]) -> Sequence[str]:
+        if (known := self._known[index]) is not None:
+            with contextlib.suppress(TypeError):  # a value that cannot be a key
+                cells = known.cells(values)
+                if known.misses > KNOWN_CELLS // 2:
+                    self._known[index], self._repeats[index] = None, False
+                return cells
+        first = values[0]
         if first is None:
-            return [""] * len(values)
+            first = next((value for value in values if value is not None), None)
+            if first is None:
+                return [""] * len(values)
         kind = type(first)
-        cells: Sequence[str] | None = None
+        others: Sequence[str] | None = None
         if kind is str:
             # str.join rejects all but texts, which is faster than checking the type of each.
             with contextlib.suppress(TypeError):
-                return self._texts(values, "\0".join(values))
+                return self._texts(index, values, "\0".join(values))
             with contextlib.suppress(TypeError):
                 values = tuple(["" if value is None else value for value in values])
-                return self._texts(values, "\0".join(values))
+                return self._texts(index, values, "\0".join(values))
         elif kind is int or kind is float or kind is bool:
-            cells = _numbers(values)
+            others = _numbers(values)
         elif (write := plain_writer(kind)) and {kind, NoneType}.issuperset(map(type, values)):
-            cells = ["" if value is None else write(value) for value in values]
-        return cells or [self._cell(value) for value in values]
+            others = ["" if value is None else write(value) for value in values]
+        return others or [self._cell(value) for value in values]
 
-    def _texts(self, cells: Sequence[str], joined: str) -> Sequence[str]:
-        """Return the cells of texts. `joined` has them with NUL between; a NUL within a text only costs time."""
-        if self._guard and _risky(joined):
-            cells = [
-                _guarded(cell) if cell[:1] in _SUSPICIOUS or ";" in cell or "\t" in cell else cell for cell in cells
-            ]
-            joined = "\0".join(cells)
-        marks = [mark for mark in _MARKS if mark in joined]
-        if not marks:
-            return cells
-        if len(marks) == 1:
-            mark = marks[0]
-            return [_quoted(cell) if mark in cell else cell for cell in cells]
-        return [_quoted(cell) if "," in cell or '"' in cell or "\n" in cell or "\r" in cell else cell for cell in cells]
+    def _texts(self, index: int, texts: Sequence[str], joined: str) -> Sequence[str]:
+        """Return the cells of texts; `joined` has them with NUL between."""
+        data = joined.encode("utf-8", "replace")
+        formulas = suspects(data) if self._guard and may_have_formulas(data) else []
+        marks = [mark for mark in _MARKS if mark in data]
+        if not formulas and not marks and joined.isascii():
+            return texts
+        if data.count(b"\0") >= len(texts):  # one is in a text
+            return [self._text(text) for text in texts]
+        cells = list(texts) if joined.isascii() else data.decode("latin-1").split("\0")
+        for number in _numbers_at(formulas, data):
+            cells[number] = _utf8(guarded(texts[number]))
+        if sum(map(data.count, marks)) > len(texts) // 4:
+            cells = list(map(_quoted, cells))
+        else:
+            for number in _numbers_at(sorted([place for mark in marks for place in found(data, mark)]), data):
+                cells[number] = _quoted(cells[number])
+        if (formulas or marks) and self._repeats[index] and self._seen > KNOWN_CELLS:
+            self._known[index] = _Known(self._cell)
+        return cells
 
     def _cell(self, value: Any) -> str:
         text = to_text(value)
-        if not isinstance(value, str) and (value is None or plain_writer(type(value))):
-            return text
-        if self._guard and not isinstance(value, timedelta):
-            text = _guarded(text)
-        return _quoted(text) if any(mark in text for mark in _MARKS) else text
+        if isinstance(value, str) or (value is not None and not plain_writer(type(value))):
+            return self._text(text, guard=not isinstance(value, timedelta))
+        return text
+
+    def _text(self, text: str, *, guard: bool = True) -> str:
+        return _quoted(_utf8(guarded(text) if self._guard and guard else text))
+
+
+class _Known(dict[str | None, str]):
+    """The cells of texts and NULL that were written before, and what writes others."""
+
+    def __init__(self, write: Callable[[Any], str]) -> None:
+        self._write = write
+        self.misses = 0
+        """How many more cells than half of all were not known."""
+
+    def __missing__(self, value: Any) -> str:
+        self.misses += 2
+        cell = self._write(value)
+        if len(self) < KNOWN_CELLS and (value is None or (type(value) is str and len(value) <= KNOWN_LENGTH)):
+            self[value] = cell
+        return cell
+
+    def cells(self, values: Sequence[Any]) -> Sequence[str]:
+        """Return the cells of some values."""
+        cells = list(map(self.__getitem__, values))
+        self.misses = max(0, self.misses - len(values))
+        return cells
+
+
+def _numbers_at(places: Iterable[int], data: bytes) -> Iterator[int]:
+    """Yield the number of each cell with a byte at one of the ordered places in `data`, the cells joined."""
+    number = start = end = 0
+    for place in places:
+        if place >= end >= 0:
+            number += data.count(b"\0", start, place)
+            yield number
+            start, end = place, data.find(b"\0", place)
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("latin-1")
 
 
 def _quoted(cell: str) -> str:
-    return '"' + cell.replace('"', '""') + '"'
-
-
-def _risky(joined: str) -> bool:
-    """Return whether any of the texts joined by NUL may have to be guarded.
-
-    Takes two passes in C over the classes of the bytes, whatever the texts are.
-    """
-    classes = joined.encode("utf-8", "replace").translate(_CLASSES)
-    if classes[:1] == b"M" or b"BM" in classes:
-        return True
-    if joined[:1] in _LEADING or any("\0" + mark in joined for mark in _LEADING):
-        return True
-    return not joined.isascii() and any(mark in joined for mark in _WIDE_MARKS)
+    """Return a cell with quotes around it, if they are needed."""
+    if '"' in cell:
+        return '"' + cell.replace('"', '""') + '"'
+    return f'"{cell}"' if "," in cell or "\n" in cell or "\r" in cell else cell
 
 
 def _numbers(values: tuple[Any, ...]) -> list[str] | None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .csv_format import FORMULA_MARKS, IGNORED_RANGES
 from .encoder import Column, unique
+from .formula_guard import guarded, guarded_json
+from .postgres_csv import Guard
 
 if TYPE_CHECKING:
     from asyncpg import Attribute
@@ -45,16 +46,6 @@ _CHAR, _OID, _JSON, _FLOAT4 = 18, 26, 114, 700
 _TEXTS = (18, 19, 25, 1043)
 _RECORDS = (2249, 2287)
 
-_IGNORED = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in IGNORED_RANGES)
-_MARKS = "".join(f"\\U{ord(mark):08x}" for mark in FORMULA_MARKS.replace("\\", ""))
-_FORMULA = f"(?=[{_IGNORED}]*[{_MARKS}])"
-
-_HARMLESS = (
-    *((65, 126), (48, 60), (0, 0), (62, 63), (174, 846), (1565, 4446), (4449, 5759), (5761, 6067), (6160, 8191)),
-    *((8304, 12287), (12289, 12643), (12645, 65023)),
-)
-"""Ranges of first code points after which no formula can start, the most frequent first; 0 is the empty text."""
-
 
 @dataclass(frozen=True, slots=True)
 class Field:
@@ -66,7 +57,7 @@ class Field:
     nested: bool
     """Whether it is an array or a composite."""
 
-    def csv(self, *, formula_guard: bool) -> str:
+    def csv(self) -> str:
         """Return the SQL of its cells."""
         match self.column.type:
             case "boolean":
@@ -74,12 +65,20 @@ class Field:
             case "blob":
                 return _base64(self.ref)
             case "any" if self.nested:
-                return _guarded_json(f"to_json({self.ref})::text") if formula_guard else f"to_json({self.ref})::text"
-            case "json" if formula_guard:
-                return _guarded_json(f"{self.ref}::text")
-            case "text" | "any" if formula_guard:
-                return _guarded(self._text())
+                return f"to_json({self.ref})::text"
         return self.ref
+
+    @property
+    def guard(self) -> Guard | None:
+        """What guards its cells in CSV against formulas; None if they cannot be one."""
+        match self.column.type:
+            case "json":
+                return guarded_json
+            case "any" if self.nested:
+                return guarded_json
+            case "text" | "any":
+                return guarded
+        return None
 
     def _text(self) -> str:
         """Return the SQL of its text as PostgreSQL shows it; a cast would trim a bpchar and make IPs nets."""
@@ -105,14 +104,19 @@ class Field:
     def size_check(self, limit: int) -> str:
         """Return the SQL that fails for a value of more than `limit` bytes; empty for types that cannot be that large.
 
-        The failure is a cast to boolean: nothing else raises an error with a text in a plain query. The stored size is
-        checked first, which costs nothing: no compression of PostgreSQL saves more than a factor of COMPRESSION.
+        The failure is a cast to boolean: nothing else raises an error with a text in a plain query. Of types whose
+        text has to be written first, the stored size is checked before: no compression of PostgreSQL saves more than a
+        factor of COMPRESSION.
         """
         if self.column.type not in ("text", "blob", "json", "any"):
             return ""
-        exact = f"octet_length({self.ref})" if self.oid in _SIZED else f"octet_length({self.ref}::text)"
+        if self.oid in _SIZED:  # their length is known without reading them
+            exact = f"octet_length({self.ref})"
+            large = f"{exact} > {limit}"
+        else:
+            exact = f"octet_length({self.ref}::text)"
+            large = f"pg_column_size({self.ref}) > {limit // COMPRESSION} AND {exact} > {limit}"
         message = _literal(f"streamlab: column {self.column.name!r} holds ") + f" || {exact} || ' bytes'"
-        large = f"pg_column_size({self.ref}) > {limit // COMPRESSION} AND {exact} > {limit}"
         return f"CASE WHEN {large} THEN CAST({message} AS boolean) ELSE true END"
 
     def value(self, form: str) -> tuple[str, str]:
@@ -134,19 +138,6 @@ class Field:
             case "any":
                 return self._text(), "text"
         return self.ref, self.column.type
-
-
-def _guarded(text: str) -> str:
-    """Return the SQL of a text guarded as in `csv_format`; most texts are never matched by the regular expression."""
-    first = " OR ".join(f"ascii({text}) BETWEEN {first} AND {last}" for first, last in _HARMLESS)
-    harmless = f"({first}) AND {text} NOT LIKE '%;%' AND {text} NOT LIKE E'%\\t%'"
-    guarded = f"regexp_replace({text}, '(^|[;\\t]){_FORMULA}', '\\1''', 'g')"
-    return f"CASE WHEN {harmless} THEN {text} ELSE regexp_replace({guarded}, '^(?=[\\t\\r\\n])', '''') END"
-
-
-def _guarded_json(text: str) -> str:
-    """Return the SQL of a JSON text in which no semicolon is followed by a formula; JSON never begins with one."""
-    return f"CASE WHEN {text} LIKE '%;%' THEN regexp_replace({text}, '(;){_FORMULA}', '\\1''', 'g') ELSE {text} END"
 
 
 def _literal(text: str) -> str:

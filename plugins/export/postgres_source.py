@@ -22,6 +22,7 @@ from streamlab import Threads, shielded
 
 from .encoder import Column, Encoder, MissingLibrary
 from .formats import make
+from .postgres_csv import CsvLines
 from .postgres_fields import NOT_FINITE, Field, fields_of
 from .postgres_statement import Statement
 from .source import (
@@ -67,10 +68,11 @@ BATCH_ROWS = (16, 1000)
 _TOO_LARGE = re.compile(r"streamlab: (column .* holds [0-9]+ bytes)", re.DOTALL)
 """The error message that `Field.size_check` causes in PostgreSQL."""
 
-# Every row ends with a cell that is always quoted: `,"|"` and the line feed of COPY. Inside a quoted cell each quote is
-# doubled, and a cell that begins with | has no line feed after its second quote, so nothing else in a row matches: one
-# replacement makes every line end CRLF without changing the line feeds within texts.
-_MARK, _MARKED_END, _CRLF = "|", b',"|"\n', b"\r\n"
+READ_BYTES = 64 * 1024
+"""Number of bytes worth reading at once; after fewer, the next are waited for."""
+
+READ_SECONDS = 0.0005
+"""Time to wait, in seconds, rounded up to a millisecond by the loop; PostgreSQL fills the socket meanwhile."""
 
 Put: TypeAlias = Callable[[int, bytes], Awaitable[None]]
 
@@ -527,18 +529,23 @@ async def _receive_csv(
     connection: "Connection", fields: Sequence[Field], rows: str, put: Put, *, formula_guard: bool
 ) -> None:
     """Receive lines of RFC 4180, without a header."""
-    cells = [entry.csv(formula_guard=formula_guard) for entry in fields]
+    cells = [entry.csv() for entry in fields]
     if len(cells) == 1:
         cells = [f"concat({cells[0]})"]  # NULL would be an empty line, which many readers skip
-    shorter = len(_MARKED_END) - len(_CRLF)
+    lines = CsvLines([entry.guard if formula_guard else None for entry in fields])
 
     async def receive(chunk: bytes) -> None:
         # A chunk holds whole rows. Source: PostgreSQL, "Message Formats", CopyData.
-        lines = chunk.replace(_MARKED_END, _CRLF)
-        await put((len(chunk) - len(lines)) // shorter, lines)
+        await put(*lines.lines(bytes(chunk)))
+        await _collect(chunk)
 
-    sql = f"SELECT {', '.join(cells)}, '{_MARK}' AS streamlab_mark {rows}"
-    await connection.copy_from_query(sql, output=receive, format="csv", force_quote=["streamlab_mark"])
+    await connection.copy_from_query(f"SELECT {', '.join(cells)} {rows}", output=receive, format="csv")
+
+
+async def _collect(chunk: bytes) -> None:
+    """Let rows collect in the socket: PostgreSQL sends 8 KiB at a time, and reading so few costs more than the rows."""
+    if len(chunk) < READ_BYTES:
+        await asyncio.sleep(READ_SECONDS)
 
 
 async def _receive_json_lines(
@@ -555,6 +562,7 @@ async def _receive_json_lines(
             pipe.altered += altered
             chunk = chunk.replace(NOT_FINITE, b"null")
         await pipe.put(chunk.count(b"\n"), chunk)
+        await _collect(chunk)
 
     # COPY's text format would double backslashes, its CSV format quotes; JSON escapes the bytes used instead.
     sql = f"SELECT {line} FROM (SELECT {members} {rows}) AS r"  # noqa: S608 - names, quoted

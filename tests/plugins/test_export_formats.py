@@ -23,7 +23,9 @@ from tests.support.servers import plugin_module
 formats = plugin_module("export", "formats")
 vocabulary = plugin_module("export", "encoder")
 Column, MissingLibrary, unique = vocabulary.Column, vocabulary.MissingLibrary, vocabulary.unique
-IGNORED_RANGES = plugin_module("export", "csv_format").IGNORED_RANGES
+guard_module = plugin_module("export", "formula_guard")
+IGNORED_RANGES = guard_module.IGNORED_RANGES
+CsvLines = plugin_module("export", "postgres_csv").CsvLines
 
 UUID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 NOON = datetime(2026, 11, 1, 12, 0, 0, 250, tzinfo=UTC)
@@ -261,7 +263,9 @@ def test_rows_of_another_length_are_rejected() -> None:
         write("csv", columns("a", "b"), [(1, 2), (1,)])
 
 
-TEXT = st.text(st.one_of(st.characters(codec=None), st.sampled_from(MARKS + ',"\r\n\0; \u2028\ud800aé')), max_size=8)
+TEXT = st.text(
+    st.one_of(st.characters(codec=None), st.sampled_from(MARKS + ',"\r\n\0; \u2028\u200b\xa0\ud800aé')), max_size=8
+)
 VALUE = st.one_of(
     TEXT,
     st.none(),
@@ -339,7 +343,57 @@ def by_csv_writer(rows: Sequence[tuple[Any, ...]], guard: bool) -> bytes:
 def test_csv_equals_the_output_of_csv_writer(rows: list[tuple[Any, ...]], guard: bool) -> None:
     width = len(rows[0]) if rows else 1
     declared = columns(*(f"c{index}" for index in range(width)))
-    assert write("csv", declared, rows, formula_guard=guard, header=False) == by_csv_writer(rows, guard)
+    written = write("csv", declared, rows, rows[::-1], formula_guard=guard, header=False)
+    assert written == by_csv_writer(rows + rows[::-1], guard)
+
+
+@pytest.mark.parametrize("distinct", [7, 900, 1_000_000])
+def test_repeated_and_ever_new_texts_are_written_alike(distinct: int) -> None:
+    def text(number: int) -> str | None:
+        texts = (None, f"{number}", f"a,{number}", f"=é{number}", f'"{number}"\n', "x" * 80 + f";-{number}", "", "\0,")
+        return texts[number % len(texts)]
+
+    rows = [(number, text(number * 37 % distinct)) for number in range(6000)]
+    batches = [rows[first : first + 500] for first in range(0, len(rows), 500)]
+    others = [(1, 1), (2, 1.0), (3, True), (4, b"\xff"), (5, [6])]  # 1, 1.0 and True are equal, but not their cells
+    written = write("csv", columns("a", "b"), *batches, others[:-1], others[-1:], header=False)
+    assert written == by_csv_writer([*rows, *others[:-1], (5, "[6]")], guard=True)
+
+
+def by_copy(rows: Sequence[Sequence[str | None]]) -> bytes:
+    """Return rows as PostgreSQL's COPY writes them as CSV (CopyAttributeOutCSV)."""
+
+    def cell(text: str | None, alone: bool) -> str:
+        if text is None:
+            return ""
+        special = not text or (alone and text == "\\.") or any(mark in text for mark in ',"\r\n')
+        return '"' + text.replace('"', '""') + '"' if special else text
+
+    return "".join(",".join(cell(text, len(row) == 1) for text in row) + "\n" for row in rows).encode()
+
+
+COPIED = st.text(st.sampled_from(MARKS + '",\n|\\.;aé5 \u200b\uff1d'), max_size=7) | st.sampled_from(
+    ["\\.", "", "-5", '",']
+)
+
+
+@settings(max_examples=1000, deadline=None, database=None)
+@given(st.integers(1, 4).flatmap(lambda width: st.lists(st.lists(COPIED | st.none(), min_size=width, max_size=width))))
+@example([["\\."], ["x"], ["\\."]])
+@example([["a", None, '"\n', "-1"], ["-1", "-1", "-1", "=1"]])
+@example([["1", "-1"] * 60 + ["-2", '",', "=3", "-4"], ["-5"] * 124])
+def test_lines_of_copy_become_those_of_csv(rows: list[list[str | None]]) -> None:
+    width = len(rows[0]) if rows else 1
+    if width == 1:
+        rows = [[row[0] or ""] for row in rows]  # as its SQL does
+    guards = [None] * (width - 4) + [guard_module.guarded, None, guard_module.guarded_json, guard_module.guarded]
+    guards = guards[:width]
+    expected = [[text and (guard or str)(text) for guard, text in zip(guards, row, strict=True)] for row in rows]
+    for apply, wanted in ((guards, expected), ([None] * width, rows)):
+        count, lines = CsvLines(apply).lines(by_copy(rows))
+        # Only PostgreSQL quotes a lone backslash and dot.
+        ends = by_copy([[*row, "x"] for row in wanted]).replace(b",x\n", b"\r\n")
+        assert (count, lines) == (len(rows), ends)
 
 
 @settings(max_examples=400, deadline=None, database=None)
