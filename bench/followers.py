@@ -342,9 +342,8 @@ class Followers:
                 for one in events:
                     data = _read(sockets[one])
                     chunks[one].append(data)
-                    missing[one] -= data.count(b"}")
-                    if not missing[one]:
-                        wanted -= 1
+                    had, missing[one] = missing[one], missing[one] - data.count(b"}")
+                    wanted -= had > 0 == missing[one]  # once: a heartbeat may follow
                 self._pause_before_poll(events, silence)
         return chunks
 
