@@ -116,7 +116,10 @@ class Supervisor:
         with self._signals() as signals, self._folder:
             self._selector.register(signals, selectors.EVENT_READ)
             for _ in range(self._config.server.processes):
-                self._start(self._source, self._config)
+                if self._start(self._source, self._config) is None:
+                    self._status = 1
+                    self._stop()
+                    break
             while self._processes or not self._is_stopping:
                 for key, _ in self._selector.select(self._seconds_to_wait()):
                     if key.data is None:
@@ -160,29 +163,31 @@ class Supervisor:
 
     # -- one process
 
-    def _start(self, source: Source, config: Config, number: int | None = None) -> _Process:
+    def _start(self, source: Source, config: Config, number: int | None = None) -> _Process | None:
+        """Start a worker; return None, and try it later, where the system has no resources for it."""
         taken = {process.number for process in self._processes} | self._due.keys()
         number = number or next(free for free in range(1, len(taken) + 2) if free not in taken)
         sockets = [listening.fileno() for listening in self._listening.sockets]
         assignment = Assignment(number, config.server.processes, sockets, Path(self._folder.name), source)
-        connection, inherited = socket.socketpair()
-        with inherited, tempfile.TemporaryFile() as file:
-            assignment.write(file)
-            held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # one to all processes must not end it
-            popen = subprocess.Popen(  # noqa: S603 - this very program
-                [sys.executable, "-m", "streamlab", "run", "--worker", str(inherited.fileno())],
-                stdin=file,
-                pass_fds=[inherited.fileno(), *sockets],
-                start_new_session=True,  # Ctrl-C of a terminal is for the supervisor
-            )
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        connection.setblocking(False)
+        try:
+            popen, connection = _spawn(assignment)
+        except OSError as error:
+            self._retry(number, 0.0, f"worker {number} cannot be started: {error.strerror}")
+            return None
         drain_seconds = config.server.drain_seconds
         process = _Process(number, self._generation, popen, connection, time.monotonic(), drain_seconds)
         self._processes.append(process)
         self._board.row(number).set("starting", popen.pid)
         self._selector.register(connection, selectors.EVENT_READ, process)
         return process
+
+    def _retry(self, number: int, ran: float, reason: str) -> None:
+        """Start a worker again after a delay, which grows unless it ran for a while."""
+        before = self._delays.get(number, 0) if ran < STEADY_SECONDS else 0
+        delay = self._delays[number] = min(LONGEST_DELAY, max(SHORTEST_DELAY, 2 * before))
+        self._due[number] = time.monotonic() + delay
+        self._board.row(number).set("restarting")
+        log.error("%s: restarting it in %g s", reason, delay)
 
     def _receive(self, process: _Process) -> None:
         """Read what a worker reports."""
@@ -255,12 +260,7 @@ class Supervisor:
             log.error("%s %s before it served", process, how)
             log.error("the configuration is not reloaded: what was in force before still is")
             return
-        ran = time.monotonic() - process.started_at
-        before = self._delays.get(process.number, 0) if ran < STEADY_SECONDS else 0
-        delay = self._delays[process.number] = min(LONGEST_DELAY, max(SHORTEST_DELAY, 2 * before))
-        self._due[process.number] = time.monotonic() + delay
-        self._board.row(process.number).set("restarting")
-        log.error("%s %s: restarting it in %g s", process, how, delay)
+        self._retry(process.number, time.monotonic() - process.started_at, f"{process} {how}")
 
     # -- all of them
 
@@ -300,7 +300,8 @@ class Supervisor:
                 self._board.row(number).set("none")
             elif due <= now:
                 del self._due[number]
-                active.append(self._start(self._source, self._config, number))
+                if (restarted := self._start(self._source, self._config, number)) is not None:
+                    active.append(restarted)
         if self._due or len(active) < len(self._processes) or not all(process.is_ready for process in active):
             return
         old = [process for process in active if process.generation < self._generation]
@@ -354,3 +355,25 @@ class Supervisor:
         self._generation += 1
         first.generation = self._generation
         log.info("reloaded %s: replacing the workers by those with its configuration", self._config.source)
+
+
+def _spawn(assignment: Assignment) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the process of a worker; return it, and the socket at which it reports. Raises OSError."""
+    connection, inherited = socket.socketpair()
+    connection.setblocking(False)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # one to all processes must not end it
+    try:
+        with inherited, tempfile.TemporaryFile() as file:
+            assignment.write(file)
+            process = subprocess.Popen(  # noqa: S603 - this very program
+                [sys.executable, "-m", "streamlab", "run", "--worker", str(inherited.fileno())],
+                stdin=file,
+                pass_fds=[inherited.fileno(), *assignment.sockets],
+                start_new_session=True,  # Ctrl-C of a terminal is for the supervisor
+            )
+    except OSError:
+        connection.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    return process, connection

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -14,6 +15,8 @@ from prometheus_client.samples import Sample
 from streamlab.threads import Threads
 
 from .worker import Worker
+
+log = logging.getLogger(__name__)
 
 REPLY_SECONDS = 1.0
 """Maximum time for another worker to send its metrics, in seconds; then what it sent before is used."""
@@ -50,12 +53,15 @@ class WorkerMetrics:
         """Send the metrics of this worker to the others during the block."""
         path = self._socket(self._worker.row.number)
         path.unlink(missing_ok=True)
-        async with self._threads:
-            server = await asyncio.start_unix_server(self._reply, path)
+        async with self._threads, AsyncExitStack() as stack:
+            try:
+                server = await asyncio.start_unix_server(self._reply, path)
+                stack.callback(server.close)
+            except OSError as error:  # the folder for temporary files has a path that is too long
+                log.warning("other workers cannot ask for the metrics of this one at %s: %s", path, error)
             try:
                 yield
             finally:
-                server.close()
                 await self._own()
 
     async def _reply(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

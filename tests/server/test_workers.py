@@ -23,7 +23,7 @@ from streamlab.server.shared_limits import SharedBuckets, SharedTally
 from streamlab.server.worker import Assignment, Worker
 from tests.support.chaos import TICKER, Follower
 from tests.support.connections import EventStream, read_until
-from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without
+from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without, write_plugins
 from tests.support.service_manager import service_manager
 
 LOADED_PLUGINS = ("ticker",)
@@ -152,8 +152,25 @@ def test_requests_of_a_client_are_counted_in_all_workers(pair: list[Worker], mon
     assert [admitted("a"), admitted("b")] == [1, 1]
 
 
-def test_workers_listen_at_a_unix_socket(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text(CONFIG)
+HANGS = """
+    import time
+    from streamlab import Scenario, endpoint, hookimpl
+
+    class Hangs(Scenario):
+        @endpoint("GET", "/hangs", sends="text/plain")
+        async def hang(self, request):
+            print("a worker hangs", flush=True)
+            time.sleep(1e6)
+
+    @hookimpl
+    def register_scenarios():
+        return [Hangs]
+"""
+
+
+def test_workers_at_a_unix_socket_stop_even_if_one_hangs(tmp_path: Path) -> None:
+    write_plugins(tmp_path, {"hangs": HANGS})
+    (tmp_path / "config.toml").write_text(CONFIG.replace("[server]", "[server]\n    drain_seconds = 0.2"))
     arguments = ["run", "--host", "unix:lab.sock", "--workers", "2"]
     with (
         (tmp_path / "log").open("w") as log,
@@ -165,8 +182,13 @@ def test_workers_listen_at_a_unix_socket(tmp_path: Path) -> None:
             client.connect(str(tmp_path / "lab.sock"))
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b'"workers":[{"number":1,' in read_until(client, b'"ticker"')
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+            client.sendall(b"GET /hangs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert any("a worker hangs" in line for line in process.stdout)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 1
+    lines = (tmp_path / "log").read_text()
+    assert lines.count("not stopped 1.2 s after the signal: killing the process") == 1
+    assert len(re.findall(r"streamlab\.workers worker [12] \(process \d+\) has stopped", lines)) == 2
     assert not (tmp_path / "lab.sock").exists()
 
 
@@ -321,6 +343,10 @@ async def lose_and_replace_workers(server: Running) -> None:
         )
         now = await serving(server, {first})
         assert second in now
+        (again,) = now - {second}
+        os.kill(again, signal.SIGKILL)
+        await asyncio.to_thread(server.wait_for_log, "was killed by SIGKILL: restarting it in 0.2 s")
+        now = await serving(server, {again})
         # What the dead one had accepted is lost; every other request has been served.
         assert not any("refused" in lost or " 5" in lost for lost in load.lost), load.lost
 
