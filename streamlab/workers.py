@@ -281,12 +281,12 @@ class Supervisor:
             return
         active = [process for process in self._processes if process.kill_at is None]
         if not self._is_serving:
-            if all(process.is_ready for process in active):
-                self._is_serving = True
-                assert active[0].report is not None
-                self._on_ready(active[0].report.announcement)
-                self._report_ready()
-            return
+            if not all(process.is_ready for process in active):
+                return
+            self._is_serving = True
+            assert active[0].report is not None
+            self._on_ready(active[0].report.announcement)
+            self._report_ready()
         if self._trial is not None and self._trial.is_ready:
             self._take_next(self._trial)
         if self._reload_requested and self._trial is None:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -82,8 +82,9 @@ class WorkerMetrics:
     def _write(self, data: bytes) -> None:
         file = self._file(self._worker.row.number)
         new = file.with_suffix(".new")
-        new.write_bytes(data)
-        new.replace(file)
+        with suppress(FileNotFoundError):  # all end, since the supervisor has died, and another has deleted the folder
+            new.write_bytes(data)
+            new.replace(file)
 
     def _read(self, number: int) -> list[Metric]:
         try:

@@ -153,7 +153,11 @@ def test_requests_of_a_client_are_counted_in_all_workers(pair: list[Worker], mon
 
 
 HANGS = """
+    import os
+    import signal
     import time
+    from pathlib import Path
+
     from streamlab import Scenario, endpoint, hookimpl
 
     class Hangs(Scenario):
@@ -165,10 +169,16 @@ HANGS = """
     @hookimpl
     def register_scenarios():
         return [Hangs]
+
+    try:
+        Path("reloads").mkdir()
+        os.kill(os.getppid(), signal.SIGHUP)
+    except FileExistsError:
+        pass
 """
 
 
-def test_workers_at_a_unix_socket_stop_even_if_one_hangs(tmp_path: Path) -> None:
+def test_workers_at_a_unix_socket_reload_also_while_they_start_and_stop_even_if_one_hangs(tmp_path: Path) -> None:
     write_plugins(tmp_path, {"hangs": HANGS})
     (tmp_path / "config.toml").write_text(CONFIG.replace("[server]", "[server]\n    drain_seconds = 0.2"))
     arguments = ["run", "--host", "unix:lab.sock", "--workers", "2"]
@@ -178,17 +188,19 @@ def test_workers_at_a_unix_socket_stop_even_if_one_hangs(tmp_path: Path) -> None
     ):
         assert process.stdout is not None
         assert any(line.endswith(f" serves unix:{tmp_path}/lab.sock\n") for line in process.stdout)
+        reloaded = re.compile(r"reloaded config.toml(.*\n)+.* has stopped(.*\n)+.* has stopped")
+        wait_for(lambda: bool(reloaded.search((tmp_path / "log").read_text())), "both are replaced")
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(tmp_path / "lab.sock"))
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b'"workers":[{"number":1,' in read_until(client, b'"ticker"')
+            assert read_until(client, b'"ticker"').count(b'"state":"serving"') == 2
             client.sendall(b"GET /hangs HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert any("a worker hangs" in line for line in process.stdout)
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 1
     lines = (tmp_path / "log").read_text()
     assert lines.count("not stopped 1.2 s after the signal: killing the process") == 1
-    assert len(re.findall(r"streamlab\.workers worker [12] \(process \d+\) has stopped", lines)) == 2
+    assert len(re.findall(r"streamlab\.workers worker [123] \(process \d+\) has stopped", lines)) == 4
     assert not (tmp_path / "lab.sock").exists()
 
 
