@@ -70,7 +70,7 @@ GOALS = (
     ),
     Goal(
         "JSONL rate / sqlite3 -json", SQLITE3, 1, "jsonl rate", ">=", 0.75, floor=0.5,
-        short="the same: msgspec takes 0.5 microseconds of a row.",
+        short="the same: the encoder takes 0.4 microseconds of a row, sqlite3 1.0.",
     ),
     Goal(
         "CSV rate / psql", PSQL, 1, "csv million rate", ">=", 0.7, POSTGRES, floor=0.35,

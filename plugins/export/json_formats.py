@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from itertools import repeat, starmap
+from itertools import starmap
 from operator import itemgetter
 from types import NoneType
 from typing import Any, Final
@@ -62,6 +62,7 @@ class JsonLines:
         self._seen = 0
         self._names = tuple(column.name for column in columns)
         self._row = _row_type(self._names)
+        self._with_nulls: Sequence[int] = ()
         self._embedded = [index for index, column in enumerate(columns) if column.type == "json"]
         # msgspec writes a Decimal NaN as it is. Searching every line for it would take half as long as writing it.
         self._decimals = [index for index, column in enumerate(columns) if column.type in {"decimal", "json", "any"}]
@@ -80,9 +81,12 @@ class JsonLines:
             batch = list(zip(*columns, strict=True))
         lines = self._encoded(batch)
         # Infinity is written as null. Checking each value would take half as long as writing it, so the nulls are
-        # compared with the NULLs first.
-        if b":null" in lines and lines.count(b":null") != sum(map(tuple.count, map(tuple, batch), repeat(None))):
-            self._note(batch)
+        # compared with the NULLs first, at best with those of the columns that have had some.
+        if (nulls := lines.count(b":null")) and nulls != _count_nulls(batch, self._with_nulls):
+            others = set(range(len(self._names))).difference(self._with_nulls)
+            self._with_nulls = [*self._with_nulls, *(index for index in others if _count_nulls(batch, [index]))]
+            if nulls != _count_nulls(batch, self._with_nulls):
+                self._note(batch)
         self._seen += len(batch)
         return lines
 
@@ -141,6 +145,10 @@ class JsonArray(JsonLines):
     def end(self, rows: int, digest: str | None, altered: int = 0) -> bytes:
         """Return the closing bracket."""
         return b"\n]\n" if self._between else b"]\n"
+
+
+def _count_nulls(batch: Batch, columns: Sequence[int]) -> int:
+    return sum(list(map(itemgetter(index), batch)).count(None) for index in columns)
 
 
 def _is_finite(value: Any) -> bool:

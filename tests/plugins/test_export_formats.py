@@ -574,6 +574,16 @@ def test_json_lines_and_arrays_are_valid_and_have_the_values(rows: list[tuple[An
                 assert isinstance(expected, float) or type(member) is type(expected)
 
 
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.lists(st.lists(st.tuples(*[st.sampled_from([None, 1.5, math.inf, math.nan, ":null", '":null'])] * 3))))
+def test_each_number_that_json_cannot_represent_is_counted(batches: list[list[tuple[Any, ...]]]) -> None:
+    encoder = formats.make("jsonl", columns("a", "b", "c"))
+    for batch in batches:
+        encoder.rows(batch)
+    values = [value for batch in batches for row in batch for value in row if isinstance(value, float)]
+    assert encoder.altered == len(values) - values.count(1.5)
+
+
 # Arrow and Parquet
 
 WORLD = [
