@@ -22,7 +22,7 @@ import pytest
 from streamlab.client.follow import MAX_RETRY_SECONDS, Pause, backoff, follow
 from streamlab.client.http import ConnectionLost, RequestRejected, retry_after_seconds
 from streamlab.client.sse import MAX_BYTES, Event, Parser
-from tests.support.servers import REPOSITORY, Running, command, ended_at_exit, free_port, write_plugins
+from tests.support.servers import REPOSITORY, Running, command, ended_at_exit, free_port, starting_in
 
 
 def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002
@@ -388,29 +388,9 @@ ENVIRONMENT |= {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error", "PYTHO
 
 @contextlib.contextmanager
 def serving(folder: Path, *, port: int = 0) -> Iterator[Running]:
-    """Yield a server with the plugin above; it ends with the block."""
-    write_plugins(folder, {"lab": LAB})
-    (folder / "config.toml").write_text(f"[server]\nport = {port}\n")
-    errors = folder / "stderr.log"
-    with errors.open("a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "streamlab", "run"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=ENVIRONMENT,
-        )
-    with ended_at_exit(process):
-        try:
-            assert process.stdout is not None
-            address = next((line.split()[-1] for line in process.stdout if " serves http" in line), None)
-            assert address is not None, errors.read_text()
-            yield Running(process, address, folder, errors)
-        finally:
-            process.terminate()
-            process.wait(15)
-    assert "Traceback" not in errors.read_text(), errors.read_text()
+    """Yield a server with the plugin above only; it ends with the block."""
+    with starting_in(folder, ()) as start:
+        yield start(port=port, lab=LAB)
 
 
 @pytest.fixture(scope="module")
