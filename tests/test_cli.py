@@ -530,9 +530,7 @@ def test_a_broken_plugin_costs_only_its_own_commands(tmp_path: Path) -> None:
 
 def test_register_views_adds_a_view_of_a_plugin(start: Callable[..., Running]) -> None:
     server = start(hello=COMMANDS)
-    words = [*STREAMLAB, "client", "hello", "--url", server.url]
-    done = subprocess.run(words, cwd=server.base, env=environment(), capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "shown\n", "")
+    assert streamlab(server.base, "client", "hello", "--url", server.url) == (0, "shown\n", "")
 
 
 # -- new

@@ -3,10 +3,7 @@
 import ast
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 
 from streamlab import hookspecs
 from streamlab.server.registry import HOOKS
-from tests.support.servers import ENVIRONMENT, REPOSITORY, Running, begin, run_streamlab, starting_in, write_plugins
+from tests.support.servers import REPOSITORY, Running, begin, run_streamlab, starting_in, write_plugins
 
 PAGE = (REPOSITORY / "docs" / "hooks.md").read_text(encoding="utf-8")
 
@@ -152,7 +149,5 @@ def test_register_commands_adds_a_command(tmp_path: Path) -> None:
 
 def test_register_views_adds_a_view(start: Callable[..., Running], tmp_path: Path) -> None:
     server = start(**example("register_views"))
-    command = [sys.executable, "-m", "streamlab", "client", "state", "--url", server.url]
-    environ = {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "the server is ok\n", "")
+    done = run_streamlab("client", "state", "--url", server.url, cwd=tmp_path)
+    assert done == (0, "the server is ok\n", "")

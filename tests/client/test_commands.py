@@ -22,7 +22,7 @@ import pytest
 from streamlab.client.follow import MAX_RETRY_SECONDS, Pause, backoff, follow
 from streamlab.client.http import ConnectionLost, RequestRejected, retry_after_seconds
 from streamlab.client.sse import MAX_BYTES, Event, Parser
-from tests.support.servers import REPOSITORY, Running, command, ended_at_exit, free_port, starting_in
+from tests.support.servers import REPOSITORY, Command, Running, command, ended_at_exit, free_port, starting_in
 
 
 def event(data: str, *, name: str = "message", id: str = "", retry: int | None = None) -> Event:  # noqa: A002
@@ -611,26 +611,30 @@ def run(*words: str, **variables: str) -> tuple[int, bytes, str]:
 
 
 @contextlib.contextmanager
-def following(*words: str, stdout: int | IO[bytes] = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a command that follows; it ends with the block."""
+def following(*words: str, stdout: int | IO[bytes] | None = None) -> Iterator[Command]:
+    """Yield a command that follows; it ends with the block. Without another stdout, that is a pipe."""
+    if stdout is None:
+        with command("follow", *words, cwd=Path.cwd()) as forked:
+            yield forked
+        return
     # A shell without job control starts its background processes with SIGINT ignored, and that is inherited.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = subprocess.Popen([*FOLLOW, *words], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        process = subprocess.Popen([*FOLLOW, *words], stdout=stdout, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     finally:
         signal.signal(signal.SIGINT, before)
     with ended_at_exit(process):
         yield process
 
 
-def lines(process: subprocess.Popen[bytes], count: int) -> list[bytes]:
+def lines(process: Command, count: int) -> list[str]:
     assert process.stdout is not None
     return [process.stdout.readline() for _ in range(count)]
 
 
-def errors(process: subprocess.Popen[bytes]) -> str:
+def errors(process: Command) -> str:
     assert process.stderr is not None
-    return process.stderr.read().decode()
+    return process.stderr.read()
 
 
 SHAPES = b"one\ntwo\n  lines\ngap: {}\n\xe2\x82\xac\n\x1bx: a\x1b[31m\tb\x00\x7f\xc2\x9b\nc\nend: {}\n"
@@ -721,7 +725,7 @@ def test_the_command_rejects_an_invalid_url_with_status_2() -> None:
 @pytest.mark.parametrize("path", ["/held", "/held?count=100000"], ids=["a quiet stream", "a busy stream"])
 def test_the_command_exits_quietly_when_the_reader_of_its_pipe_exits(lab: Running, path: str) -> None:
     with logging(lab, 'outcome="client left"'), following(f"{lab.url}{path}") as process:
-        assert lines(process, 3) == [b"1\n", b"2\n", b"3\n"]
+        assert lines(process, 3) == ["1\n", "2\n", "3\n"]
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(20) == 0
@@ -746,7 +750,7 @@ def test_the_command_reports_that_it_cannot_write(lab: Running) -> None:
 
 def test_ctrl_c_ends_the_command_quietly_with_status_130(lab: Running) -> None:
     with logging(lab, 'outcome="client left"'), following(f"{lab.url}/held") as process:
-        assert lines(process, 3) == [b"1\n", b"2\n", b"3\n"]
+        assert lines(process, 3) == ["1\n", "2\n", "3\n"]
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert errors(process) == ""
@@ -758,14 +762,14 @@ def test_the_command_survives_a_killed_server_and_continues_with_the_next(tmp_pa
         with serving(tmp_path, port=port) as server:
             process = stack.enter_context(following(f"127.0.0.1:{port}/held?count=2"))
             assert process.stderr is not None
-            assert lines(process, 2) == [b"1\n", b"2\n"]
+            assert lines(process, 2) == ["1\n", "2\n"]
             assert server.terminate(signal.SIGKILL)[0] == -signal.SIGKILL
-            assert process.stderr.readline() == b"connection lost; retrying in 0.0 s after id 2\n"
-            assert re.fullmatch(rb"cannot connect: .*; retrying in 0\.[12] s after id 2\n", process.stderr.readline())
+            assert process.stderr.readline() == "connection lost; retrying in 0.0 s after id 2\n"
+            assert re.fullmatch(r"cannot connect: .*; retrying in 0\.[12] s after id 2\n", process.stderr.readline())
         with serving(tmp_path, port=port) as server:
-            assert lines(process, 2) == [b"3\n", b"4\n"]
+            assert lines(process, 2) == ["3\n", "4\n"]
             assert server.terminate()[0] == 0
-            notice = next(line for line in process.stderr if not line.startswith(b"cannot connect: "))
-            assert re.fullmatch(rb"stream ended; retrying in \d+\.\d s after id 4\n", notice)
+            notice = next(line for line in process.stderr if not line.startswith("cannot connect: "))
+            assert re.fullmatch(r"stream ended; retrying in \d+\.\d s after id 4\n", notice)
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 130
