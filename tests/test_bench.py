@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench import file, followers, page, rig, scale, suite
+from bench import file, followers, page, rig, scale, suite, workers
 from bench.event_peers import raw_asyncio
 from bench.record import Outcome, Record
 from bench.report import Goal, Measurement, Numbers, judge, number, spread
-from bench.rig import Run, Step
+from bench.rig import Benchmark, Run, Step
 from tests.support.servers import REPOSITORY
 
 NUMBERS = {  # numbers that meet every goal of the downloads, by server and number of streams
@@ -207,9 +207,8 @@ def test_inconsistent_goals_are_rejected(wrong: dict[str, Any]) -> None:
         replace(Goal("x", "them", 1, "rate", ">=", 2.0), **wrong)
 
 
-@pytest.mark.parametrize("name", suite.BENCHMARKS)
-def test_every_goal_concerns_a_measured_number(name: str) -> None:
-    benchmark = suite.BENCHMARKS[name]
+@pytest.mark.parametrize("benchmark", [*suite.BENCHMARKS.values(), workers.BENCHMARK], ids=lambda one: one.name)
+def test_every_goal_concerns_a_measured_number(benchmark: Benchmark) -> None:
     for goal in benchmark.goals:
         assert {goal.server, goal.peer or goal.server} <= set(benchmark.servers), goal
         assert {goal.key, goal.by or goal.key} <= set(benchmark.keys), goal

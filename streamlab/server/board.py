@@ -10,9 +10,6 @@ from streamlab.config import MAX_WORKERS
 MAX_ROWS = MAX_WORKERS + 2
 """Maximum number of rows: while workers are replaced there is one more than configured; the first has their number."""
 
-LEAD = 4
-"""Number of connections that a worker may have more than another one that could accept the next."""
-
 State = Literal["none", "starting", "serving", "stopping", "restarting"]
 
 _STATES: tuple[State, ...] = ("none", "starting", "serving", "stopping", "restarting")
@@ -97,4 +94,4 @@ class Board:
 
     def is_ahead(self, connections: int) -> bool:
         """Return whether a worker with this number of connections has more than another one that accepts them."""
-        return any(connections > row.connections + LEAD for row in self.rows() if row.state == "serving")
+        return any(connections > row.connections for row in self.rows() if row.state == "serving")
