@@ -80,7 +80,7 @@ from .writes import writes
 log = logging.getLogger(__name__)
 
 THREADS = 8
-"""Number of threads that run queries of SQLite."""
+"""Number of threads that begin queries of SQLite."""
 
 EVENT_ENDS = (16, 80, 336)
 """Number of rows at the end of each of the first events, which are small so that they arrive early."""
@@ -304,13 +304,13 @@ class Exports(Scenario):
             self._making = await stack.enter_async_context(Threads("export-sample", 1))
             self._files = Files(self.folder, keep_seconds=self.keep_seconds, keep_bytes=self.keep_mb * 1_000_000)
             await stack.enter_async_context(self._files.opened())
-            turn = asyncio.Lock()
+            turns = await stack.enter_async_context(Threads("export-turns", 1))
             databases = dict(self.databases)
             if self.sample:
                 databases.setdefault(SAMPLE, Database(url=f"{SQLITE}{self._sample_path}"))
             for name, database in databases.items():
                 if (path := database.path) is not None:
-                    self._sources[name] = SqliteSource(path, threads, turn, max_cell=self._max_cell)
+                    self._sources[name] = SqliteSource(path, threads, turns, max_cell=self._max_cell)
                     continue
                 try:
                     self._sources[name] = await _open_postgres(stack, database.url, self.max_seconds, self._max_cell)

@@ -1,6 +1,5 @@
 """Results of a SQLite file: read-only, in threads that take turns."""
 
-import asyncio
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -222,8 +221,7 @@ class _SqliteExport:
     version: str
     begin: bytes
     _reading: _Reading
-    _threads: Threads
-    _turn: asyncio.Lock
+    _turns: Threads
     _first: tuple[int, bytes]
     _encoder: Encoder
     rows: int = 0
@@ -241,28 +239,28 @@ class _SqliteExport:
             self.rows += count
             yield data
             number = min(number + 1, len(BATCHES) - 1)
-            async with self._turn:
-                try:
-                    batch, interrupt = self._reading.batch, self._reading.interrupt
-                    count, data = await self._threads.run(batch, BATCHES[number], interrupt=interrupt)
-                except sqlite3.Error as error:
-                    raise Interrupted(f"the query failed after {self.rows} rows: {error}") from error
+            try:
+                batch, interrupt = self._reading.batch, self._reading.interrupt
+                count, data = await self._turns.run(batch, BATCHES[number], interrupt=interrupt)
+            except sqlite3.Error as error:
+                raise Interrupted(f"the query failed after {self.rows} rows: {error}") from error
 
 
 class SqliteSource:
     """A SQLite file that is only read. `path` must exist when a result is requested.
 
-    Exports take turns: `turn` is one lock for all sources. SQLite acquires and releases the interpreter's lock at every
-    row, and concurrent threads spend their time on that lock: thirty clients at once are served two to three times
-    faster in turns. First batches need no turn, since they may sort or aggregate for long with the lock released.
+    Exports take turns: `turns` is one thread for all sources. SQLite acquires and releases the interpreter's lock at
+    every row, and concurrent threads spend their time on that lock: thirty clients at once are served two to three
+    times faster in turns. First batches run in `threads`, since they may sort or aggregate for long with the lock
+    released.
     `max_cell` is the maximum size of a cell in bytes.
     """
 
-    def __init__(self, path: Path, threads: Threads, turn: asyncio.Lock, *, max_cell: int) -> None:
+    def __init__(self, path: Path, threads: Threads, turns: Threads, *, max_cell: int) -> None:
         self._path = path
         self._max_cell = max_cell
         self._threads = threads
-        self._turn = turn
+        self._turns = turns
         self._known: dict[str, tuple[int, Sequence[str]]] = {}
         """The types of results by SQL, each with the version of the schema that they are valid for."""
 
@@ -298,8 +296,7 @@ class SqliteSource:
                 opened.version,
                 opened.begin,
                 reading,
-                self._threads,
-                self._turn,
+                self._turns,
                 opened.first,
                 opened.encoder,
             )
