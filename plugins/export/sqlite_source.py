@@ -1,4 +1,4 @@
-"""Results of a SQLite file: read-only, in threads that take turns."""
+"""Results of a SQLite file: read-only, begun in several threads, and continued by turns in one."""
 
 import re
 import sqlite3
@@ -252,8 +252,7 @@ class SqliteSource:
     Exports take turns: `turns` is one thread for all sources. SQLite acquires and releases the interpreter's lock at
     every row, and concurrent threads spend their time on that lock: thirty clients at once are served two to three
     times faster in turns. First batches run in `threads`, since they may sort or aggregate for long with the lock
-    released.
-    `max_cell` is the maximum size of a cell in bytes.
+    released. `max_cell` is the maximum size of a cell in bytes.
     """
 
     def __init__(self, path: Path, threads: Threads, turns: Threads, *, max_cell: int) -> None:
