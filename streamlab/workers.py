@@ -36,6 +36,9 @@ STEADY_SECONDS = 10.0
 KILL_SECONDS = 0.5
 """Maximum time for a worker to kill itself, as its watchdog does, before it is killed, in seconds."""
 
+KILL_AGAIN_SECONDS = 60.0
+"""Time after which a process is killed again that the kernel has not ended, in seconds."""
+
 _HANDLED = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGCHLD)
 
 
@@ -194,16 +197,21 @@ class Supervisor:
         try:
             while data := process.connection.recv(65536):
                 process.received += data
+            self._close(process)  # its end follows by SIGCHLD
         except BlockingIOError:
             pass
         except ConnectionError:
-            data = b""
-        else:
-            self._selector.unregister(process.connection)  # its end follows by SIGCHLD
+            self._close(process)
         if process.report is None and process.received.endswith(b"\n"):
             process.report = Report.decode(process.received)
             if process.is_ready and process.kill_at is None:
                 self._board.row(process.number).set("serving", process.process.pid)
+
+    def _close(self, process: _Process) -> None:
+        """Close the connection with a worker, if it is open."""
+        if process.connection.fileno() >= 0:
+            self._selector.unregister(process.connection)
+            process.connection.close()
 
     def _terminate(self, process: _Process) -> None:
         """Let a worker drain, or abort what it drains; kill it if it takes longer than its watchdog allows."""
@@ -218,31 +226,24 @@ class Supervisor:
     def _reap(self) -> None:
         """Take note of the processes that have ended, and kill those that should have."""
         for process in tuple(self._processes):
-            if process.process.poll() is None:
-                if process.kill_at is not None and time.monotonic() >= process.kill_at:
-                    log.error("%s has not stopped: killing it", process)
-                    process.process.kill()
-                    process.process.wait()
-                else:
-                    continue
-            if process.connection in (key.fileobj for key in self._selector.get_map().values()):
-                self._receive(process)
-            self._forget(process)
-            self._note_end(process)
-
-    def _forget(self, process: _Process) -> None:
-        self._processes.remove(process)
-        self._board.row(process.number).set("none")
-        if process.connection in (key.fileobj for key in self._selector.get_map().values()):
-            self._selector.unregister(process.connection)
-        process.connection.close()
+            if process.process.poll() is not None:
+                if process.connection.fileno() >= 0:
+                    self._receive(process)
+                self._close(process)
+                self._processes.remove(process)
+                self._board.row(process.number).set("none")
+                self._note_end(process)
+            elif process.kill_at is not None and (now := time.monotonic()) >= process.kill_at:
+                log.error("%s has not stopped: killing it", process)
+                process.process.kill()
+                process.kill_at = now + KILL_AGAIN_SECONDS
 
     def _note_end(self, process: _Process) -> None:
         """Decide what follows the end of a process."""
         status = process.process.returncode
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        how = f"was killed by {_name(-status)}" if status < 0 else f"ended with status {status}"
         if process.kill_at is not None:  # as it should
-            if status in (1, -signal.SIGKILL):
+            if self._is_stopping and status in (1, -signal.SIGKILL):
                 self._status = 1
             log.info("%s has stopped", process)
             return
@@ -355,6 +356,13 @@ class Supervisor:
         self._generation += 1
         first.generation = self._generation
         log.info("reloaded %s: replacing the workers by those with its configuration", self._config.source)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _spawn(assignment: Assignment) -> tuple[subprocess.Popen[bytes], socket.socket]:
