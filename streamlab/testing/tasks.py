@@ -5,9 +5,11 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import and_
 from typing import Any
 
 from . import wire
@@ -210,9 +212,13 @@ class TaskCases:
             raise Broken("it goes on after its end was published: let CancelledError through")
         if seconds > CANCEL_SECONDS + SLACK_SECONDS:
             raise Broken(f"ended {seconds:.1f} s after DELETE")
-        after = await asyncio.to_thread(
-            server.wait_for_state, lambda state: not _left(before, state), seconds=LEFT_SECONDS
-        )
+        after: list[State] = []
+
+        def is_clean(state: State) -> bool:
+            after.append(state)
+            return not _left(before, [state])
+
+        await asyncio.to_thread(server.wait_for_state, is_clean, seconds=LEFT_SECONDS)
         if left := _left(before, after):
             raise Broken(f"{LEFT_SECONDS:g} s after its end there are more than before: {left}")
         return f"cancelled {seconds:.2f} s after DELETE, and nothing of its work is left"
@@ -268,11 +274,15 @@ def _waited(
     return asyncio.to_thread(wait_for_task, server, id, accept, seconds=seconds)
 
 
-def _left(before: State, after: State) -> str:
-    """Return what there is more of than before; empty if nothing is."""
+def _left(before: State, after: Sequence[State]) -> str:
+    """Return what there is more of than before in each of some states; empty if nothing is.
+
+    The server opens and closes files and connections of its own, also in the moment of a state.
+    """
     found = []
     for what in ("tasks", "files", "children"):
-        more = Counter(getattr(after, what)) - Counter(getattr(before, what))
-        if more.total() > (Counter(getattr(before, what)) - Counter(getattr(after, what))).total():
+        earlier, later = Counter(getattr(before, what)), [Counter(getattr(state, what)) for state in after]
+        more = reduce(and_, (each - earlier for each in later))
+        if more.total() > (earlier - later[-1]).total():
             found.append(f"{what} ({', '.join(sorted(more))[:200]})")
     return ", ".join(found)
