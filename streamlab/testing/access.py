@@ -310,6 +310,8 @@ def _check_end(subject: Subject, ended: Ended) -> str:
     events = parsed(response)
     last = events[-1] if events else None
     if response.ending != "complete" or last is None or last.event not in ("unauthorized", "end"):
+        if response.ending == "complete" and ended.was_finished:  # in a form without the event `end`, as OpenAI's
+            return "ended before"
         raise Broken(f"{response.ending} after {why}; the last event is {last or 'missing'}, not `unauthorized`")
     if not last.id and any(event.id for event in events[:-1]):
         raise Broken(f"the event `unauthorized` has no id to resume from: {last}")
