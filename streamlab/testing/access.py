@@ -127,6 +127,7 @@ class Access:
     ) -> dict[str, list[Ended]]:
         """Return how streams of each endpoint ended whose token expired, and was removed; they are opened once."""
         if self._ended is None:
+            begun_at = time.monotonic()
             at = {EXPIRING: math.inf, REMOVED: math.inf}
             found = {form.label: [Ended(name) for name in (EXPIRING, REMOVED)] for form in forms}
             async with asyncio.TaskGroup() as group:
@@ -141,7 +142,8 @@ class Access:
                 at[REMOVED] = await self._reload()
                 at[EXPIRING] = time.monotonic() + expires.timestamp() - time.time()
             state = await asyncio.to_thread(self.server.state)
-            finished = [one["route"] for one in state.ended if one["outcome"] == "finished"]
+            ended = [one for one in state.ended if one["at"] >= begun_at]
+            finished = [one["route"] for one in ended if one["outcome"] == "finished"]
             for form in forms:
                 for one in found[form.label]:
                     one.was_finished = any(is_route(route, form.template) for route in finished)
@@ -310,8 +312,8 @@ def _check_end(subject: Subject, ended: Ended) -> str:
     events = parsed(response)
     last = events[-1] if events else None
     if response.ending != "complete" or last is None or last.event not in ("unauthorized", "end"):
-        if response.ending == "complete" and ended.was_finished:  # in a form without the event `end`, as OpenAI's
-            return "ended before"
+        if response.ending == "complete" and ended.was_finished and not any(event.id for event in events):
+            return "ended before"  # in a form that has no event `end`, as OpenAI's
         raise Broken(f"{response.ending} after {why}; the last event is {last or 'missing'}, not `unauthorized`")
     if not last.id and any(event.id for event in events[:-1]):
         raise Broken(f"the event `unauthorized` has no id to resume from: {last}")
