@@ -1050,6 +1050,14 @@ WATCH = """
     document.addEventListener("securitypolicyviolation", event => window.violations.push(event.blockedURI));
 """
 
+FIRST_PAINT = """
+    () => new Promise(resolve =>
+        new PerformanceObserver(list =>
+            list.getEntriesByName("first-contentful-paint").forEach(entry => resolve(entry.startTime))
+        ).observe({ type: "paint", buffered: true })
+    )
+"""  # may come after the page is ready: a busy browser reports it late
+
 
 async def test_900_points_per_second_shift_no_layout_and_lose_nothing(shared_server: Running, browser: Browser) -> None:
     page = await browser.new_page(viewport={"width": 1280, "height": 800})
@@ -1081,11 +1089,7 @@ async def test_page_is_small_and_paints_without_layout_shifts(shared_server: Run
         responses.clear()
         await page.goto(f"{shared_server.url}/lab")
         await expect(page.locator("#bench")).not_to_have_attribute("aria-busy", "true")
-        paints.append(
-            await page.evaluate(
-                "performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)[0]"
-            )
-        )
+        paints.append(await page.evaluate(FIRST_PAINT))
         assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
         if len(paints) == 1:  # the others come from the browser's cache
             sizes = {response.url: len(await response.body()) for response in responses}
