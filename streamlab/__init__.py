@@ -4,7 +4,21 @@ from .auth import PRINCIPAL, Action, Principal, Scope, client_of, may_be_proxy, 
 from .config import CONFIG, ConfigPath
 from .events.channel import EVENTS, Channel, Events, encode_event
 from .events.follow import follow
-from .events.log import END, ORIGIN, EncodedEvent, Event, EventLogError, LeaseLost, Position, Retention
+from .events.log import (
+    END,
+    FOREVER,
+    LATEST,
+    ORIGIN,
+    Batch,
+    Conflict,
+    Copy,
+    EncodedEvent,
+    Event,
+    EventLogError,
+    LeaseLost,
+    Position,
+    Retention,
+)
 from .events.ownership import Ownership
 from .events.views import View
 from .hookspecs import hookimpl
@@ -30,13 +44,18 @@ __all__ = [
     "END",
     "EVENTS",
     "FILES",
+    "FOREVER",
+    "LATEST",
     "METRICS",
     "ORIGIN",
     "PRINCIPAL",
     "TASKS",
     "Action",
+    "Batch",
     "Channel",
     "ConfigPath",
+    "Conflict",
+    "Copy",
     "EncodedEvent",
     "ErrorFormat",
     "Event",

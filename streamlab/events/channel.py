@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from aiohttp import web
@@ -16,11 +17,14 @@ from streamlab.ticks import tick, until_tick
 
 from .hub import SLICE, Follower, Hub
 from .log import (
+    BATCH_BYTES,
     LATEST,
     LEASE_SECONDS,
     ORIGIN,
     RENEW_SECONDS,
     Append,
+    Batch,
+    Copy,
     EncodedEvent,
     Event,
     EventLog,
@@ -44,6 +48,8 @@ RETRY_SECONDS = 1.0
 EVENT_BYTES = 8 * 1024 * 1024
 """Maximum data of an event, in bytes."""
 
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 _LEASE: ContextVar[str] = ContextVar("lease", default="")
 """The lease under which the running code publishes: its events are rejected once the lease is lost."""
@@ -92,19 +98,54 @@ class Channel:
         """
         if not drafts and checkpoint is None:
             return []
-        append = Append(self.name, drafts, self.retention, checkpoint, _LEASE.get())
+        checkpoints = {} if checkpoint is None else {checkpoint[0]: checkpoint[1]}
         while True:
             try:
-                last = await self.events.log.append(append)
-                break
+                last = await self.append(drafts, checkpoints=checkpoints)
+                return self.ids(last, len(drafts))
             except EventLogError as error:
                 if not retry_forever or isinstance(error, LeaseLost):
                     raise
                 log.warning("publishing on %s is retried: %s", self.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def append(
+        self,
+        drafts: Sequence[EncodedEvent],
+        *,
+        checkpoints: Mapping[str, str] = _NOTHING,
+        expected: Mapping[str, str | None] = _NOTHING,
+        counts: Mapping[str, int] = _NOTHING,
+        copy: Copy | None = None,
+    ) -> Position:
+        """Add events together with checkpoints, or nothing at all, and return the position of the last event.
+
+        `expected` are the texts that checkpoints must have before (None: must not exist), or Conflict is raised with
+        those that they have: so two clients cannot both change what only one may. `counts` are added to checkpoints
+        that count. `copy` are events of another channel, for the beginning of a new one. Without events the channel
+        exists nevertheless. Raises EventLogError as `publish` does.
+        """
+        append = Append(self.name, drafts, self.retention, checkpoints, expected, counts, copy, _LEASE.get())
+        last = await self.events.log.append(append)
         await self.events.wait_for_capacity(self.name)
-        first = last.offset - len(drafts) + 1
-        return [f"{self.id_prefix}{Position(last.epoch, first + number)}" for number in range(len(drafts))]
+        return last
+
+    def ids(self, last: Position, count: int) -> list[str]:
+        """Return the ids of the last `count` events that were appended together."""
+        return [f"{self.id_prefix}{Position(last.epoch, last.offset - back)}" for back in reversed(range(count))]
+
+    async def look(
+        self, after: Position, names: Sequence[str] = (), *, limit: int = BATCH_EVENTS, size: int = BATCH_BYTES
+    ) -> Batch:
+        """Return up to `limit` events after a position, the last position, and checkpoints by name, of one moment.
+
+        They have at most `size` bytes of data, but there is at least one, if there are any.
+        """
+        return await self.events.log.read(self.name, after, limit, size, names)
+
+    async def extend(self, seconds: float) -> None:
+        """Delete the channel, if it expires, not before `seconds` from now."""
+        await self.events.log.extend(self.name, seconds)
 
     async def checkpoint(self, name: str) -> str | None:
         """Return the text that was last published under a name; None if there is none."""

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 END = "end"
@@ -84,10 +85,12 @@ class Event(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Result of a read: events in order, and the last position of the channel."""
+    """Result of a read: events in order, the last position of the channel, and checkpoints, all of one moment."""
 
     events: Sequence[Event]
     last: Position
+    checkpoints: Mapping[str, str] = MappingProxyType({})
+    """Those of the names that were read which the channel has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +102,42 @@ class Retention:
     seconds: float = 86_400
     """Maximum age of an event, in seconds."""
     idle_seconds: float | None = None
-    """Seconds without a new event after which the whole channel is deleted; None for never."""
+    """Seconds without a new event, or a call of `extend`, after which the channel is deleted; None for never."""
+    expires_at: float | None = None
+    """Unix time at which the whole channel is deleted, in seconds; None for never."""
+
+
+FOREVER = Retention(2**31 - 1, 3e9)
+"""Retention of a channel whose events are deleted only with it."""
+
+
+class Copy(NamedTuple):
+    """The events of another channel up to a position, to which they keep; its last event, if named `end`, is left out.
+
+    The events that follow have a new epoch, so that no position ever names two events of one channel.
+    """
+
+    channel: str
+    until: Position
 
 
 class Append(NamedTuple):
-    """Events to be added to a channel together, in order, or not at all."""
+    """Events to be added to a channel together with checkpoints, in order, or not at all.
+
+    Without events it makes an empty channel exist, at offset 0 of its epoch.
+    """
 
     channel: str
     drafts: Sequence[EncodedEvent]
     retention: Retention
-    checkpoint: tuple[str, str] | None = None
-    """A name and a text, stored with the events or not at all: the position of their producer."""
+    checkpoints: Mapping[str, str] = MappingProxyType({})
+    """Texts by name, stored with the events or not at all: the state of their producers."""
+    expected: Mapping[str, str | None] = MappingProxyType({})
+    """Texts that checkpoints must have before, None for one that must not exist: compare and set."""
+    counts: Mapping[str, int] = MappingProxyType({})
+    """Numbers by which checkpoints, which count, are increased: whoever else increases them, none is lost."""
+    copy: Copy | None = None
+    """Events that precede the others; only for a channel that does not exist yet."""
     lease: str = ""
     """Lease that the publisher must hold, from the call of `append` on; empty for none."""
     fence: str = ""
@@ -118,7 +146,7 @@ class Append(NamedTuple):
     @property
     def size(self) -> int:
         """Return its approximate size, in bytes."""
-        return sum(len(draft.data) for draft in self.drafts) + 64 * len(self.drafts)
+        return sum(len(draft.data) for draft in self.drafts) + 64 * (len(self.drafts) + len(self.checkpoints))
 
 
 def within(events: Iterable[Event], size: int) -> list[Event]:
@@ -146,6 +174,15 @@ class LeaseLost(EventLogError):
         super().__init__("This process has lost the lease that it needs to publish this.")
 
 
+class Conflict(EventLogError):
+    """A checkpoint had not the expected text, or there is nothing to copy, or no place for it: nothing was stored."""
+
+    def __init__(self, found: Mapping[str, str | None]) -> None:
+        super().__init__("Another client has changed this meanwhile.")
+        self.found = found
+        """The texts that the expected checkpoints had, by name; None for one that does not exist."""
+
+
 class EventLog(Protocol):
     """The protocol of every engine. All methods are called on the event loop and do not block it."""
 
@@ -153,17 +190,24 @@ class EventLog(Protocol):
         """Hold the log open; raises EventLogError if it cannot be opened."""
 
     async def append(self, append: Append) -> Position:
-        """Add events (or only a checkpoint) and return the position of the last one, once they are stored.
+        """Add events (or only checkpoints) and return the position of the last one, once they are stored.
 
         Waits while the server of the engine is unavailable, and is never applied twice. Raises EventLogError if it was
-        not applied: LeaseLost if it names a lease that this process has not held since the call.
+        not applied: LeaseLost if it names a lease that this process has not held since the call, Conflict if a
+        checkpoint has not the expected text.
         """
 
-    async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
+    async def read(
+        self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES, names: Sequence[str] = ()
+    ) -> Batch:
         """Return up to `limit` events after a position, with at most `size` bytes of data, but at least one.
 
-        Waits while the server of the engine is unavailable.
+        The checkpoints with the given names come with them. A channel that has expired does not exist. Waits while the
+        server of the engine is unavailable.
         """
+
+    async def extend(self, channel: str, seconds: float) -> None:
+        """Delete a channel not before `seconds` from now: a retention with `idle_seconds` that reads extend."""
 
     def watch(self, channel: str, after: Position, deliver: Deliver) -> None:
         """Call `deliver`, from now on, with the events after a position: in order, each once.

@@ -1,6 +1,7 @@
 """The event log in Redis or Valkey streams, shared by the processes of many machines."""
 
 import asyncio
+import json
 import logging
 import random
 import re
@@ -26,6 +27,7 @@ from .log import (
     ORIGIN,
     Append,
     Batch,
+    Conflict,
     Deliver,
     Event,
     EventLogError,
@@ -245,8 +247,8 @@ class RedisLog:
             pipe = self._redis.pipeline(transaction=False)
             for number in todo:
                 append = appends[number]
-                keys = [*_keys(append.channel), _token_key(append.channel, tokens[number])]
-                keys += [_lease_key(append.lease)] if append.lease else []
+                keys = [*_keys(append.channel), _token_key(append.channel, tokens[number]), _lease_key(append.lease)]
+                keys += [] if append.copy is None else [_stream(append.copy.channel)]
                 pipe.evalsha(sha, len(keys), *keys, *_arguments(append, self._seen, self._last_of(append.channel)))
             for key in self._acknowledged:
                 pipe.unlink(key)
@@ -258,6 +260,9 @@ class RedisLog:
                     raise reply
                 elif isinstance(reply, ResponseError) and str(reply).startswith("LEASELOST"):
                     results[number] = LeaseLost()
+                elif isinstance(reply, list) and reply[0] == b"CONFLICT":
+                    texts = (None if text is None else _text(text) for text in reply[1:])
+                    results[number] = Conflict(dict(zip(appends[number].expected, texts, strict=False)))
                 elif isinstance(reply, Exception):
                     log.error("events cannot be stored: %s", reply)
                     results[number] = EventLogError("The Redis server of the event log rejects writes.")
@@ -362,31 +367,36 @@ class RedisLog:
 
     # -- reading
 
-    async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
-        """Return up to `limit` events after a position, and about `size` bytes."""
+    async def read(
+        self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES, names: Sequence[str] = ()
+    ) -> Batch:
+        """Return up to `limit` events after a position, and about `size` bytes, with checkpoints."""
         limit = min(limit, 1 + size // self._sizes.get(channel, TYPICAL_BYTES))
 
         async def fetch() -> Sequence[Any]:
-            pipe = self._redis.pipeline(transaction=False)
+            pipe = self._redis.pipeline(transaction=bool(names))  # then all of it is of one moment
             pipe.xinfo_stream(_stream(channel))  # before the events: `last` must not be later than they are
             pipe.xrange(_stream(channel), f"({after}", "+", limit)
+            if names:
+                pipe.hmget(_keys(channel)[1], names)
             replies = await pipe.execute(raise_on_error=False)
             for reply in replies:
                 if isinstance(reply, DISCONNECTED):
                     raise reply
             return replies
 
-        info, entries = await self._retry_while_disconnected(fetch)
+        info, entries, *texts = await self._retry_while_disconnected(fetch)
         if isinstance(entries, Exception):
             raise EventLogError("The Redis server of the event log rejects reads.") from entries
         last = ORIGIN if isinstance(info, ResponseError) else Position.parse(_text(info["last-generated-id"])) or ORIGIN
         self._seen = max(self._seen, last.epoch)
         if is_replaced(after, last):
-            return await self.read(channel, ORIGIN, limit, size)
+            return await self.read(channel, ORIGIN, limit, size, names)
         events = [_event(entry) for entry in entries]
         if events:
             self._record_size(channel, sum(len(event.data) for event in events) // len(events))
-        return Batch(within(events, size), last)
+        found = zip(names, texts[0], strict=True) if texts else ()
+        return Batch(within(events, size), last, {name: _text(text) for name, text in found if text is not None})
 
     def _record_size(self, channel: str, size: int) -> None:
         """Record the size of the events of a channel: the server limits their number, not their bytes."""
@@ -447,6 +457,17 @@ class RedisLog:
         self._aging.pop(channel, None)
         await self._retry_while_disconnected(fetch)
 
+    async def extend(self, channel: str, seconds: float) -> None:
+        """Move the expiry of a channel."""
+
+        async def fetch() -> None:
+            pipe = self._redis.pipeline()
+            for key in _keys(channel):
+                pipe.pexpire(key, max(1, int(seconds * 1000)), xx=True)
+            await pipe.execute()
+
+        await self._retry_while_disconnected(fetch)
+
     # -- leases
 
     async def hold(self, lease: str) -> bool:
@@ -499,12 +520,25 @@ def _lease_key(lease: str) -> str:
     return f"streamlab:lease:{lease}"
 
 
-def _arguments(append: Append, seen: int, last: Position) -> Iterator[str | int | bytes]:
-    idle = append.retention.idle_seconds
-    yield from (append.retention.events, 0 if idle is None else max(1, int(idle * 1000)))
-    yield from (seen, append.fence, TOKEN_SECONDS * 1000)
-    yield from last
-    yield from append.checkpoint or ("", "")
+def _arguments(append: Append, seen: int, last: Position) -> Iterator[str | bytes]:
+    retention = append.retention
+    options = {
+        "keep": retention.events,
+        "idle": None if retention.idle_seconds is None else max(1, int(retention.idle_seconds * 1000)),
+        "expires": None if retention.expires_at is None else int(retention.expires_at * 1000),
+        "lease": bool(append.lease),
+        "fence": append.fence,
+        "token_seconds": TOKEN_SECONDS,
+        # As texts: to a script, numbers are floating-point.
+        "seen": str(seen),
+        "epoch": str(last.epoch),
+        "offset": str(last.offset),
+        "checkpoints": [*append.checkpoints.items()],
+        "counts": [*append.counts.items()],
+        "expected": [[name, text or "", text is not None] for name, text in append.expected.items()],
+        "copy_until": None if append.copy is None else str(append.copy.until),
+    }
+    yield json.dumps({name: value for name, value in options.items() if value is not None}, ensure_ascii=False)
     for draft in append.drafts:
         yield from (draft.event, draft.key, draft.data)
 

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
@@ -20,9 +20,11 @@ from .append_queue import AppendQueue
 from .leases import Leases
 from .log import (
     BATCH_BYTES,
+    END,
     ORIGIN,
     Append,
     Batch,
+    Conflict,
     Deliver,
     Event,
     EventLogError,
@@ -88,6 +90,9 @@ _SCHEMA = """
     ) WITHOUT ROWID;
 """
 
+
+_LIVES = "(expires IS NULL OR expires > ?)"
+"""Condition on a channel at a time: one that has expired does not exist, though its rows are deleted later."""
 
 _Identity = tuple[int, int] | None
 """Device and inode of a file; None if it does not exist."""
@@ -411,40 +416,52 @@ class SqliteLog:
 
     async def _commit_all(self, appends: Sequence[Append]) -> Sequence[Position | EventLogError]:
         try:
-            now, positions = await self._writing.run(self._commit, appends)
+            now, results = await self._writing.run(self._commit, appends)
         except (OSError, sqlite3.Error, _FileReplaced) as error:
             failure = self._mark_failed(error)
             return [failure for _ in appends]
         self._dirty = True
-        self._seen = max(self._seen, *(position.epoch for position in positions))
-        for append, last in zip(appends, positions, strict=True):
-            if watch := self._watches.get(append.channel):
-                self._deliver_commit(watch, append, last, now)
-        return positions
+        for append, last in zip(appends, results, strict=True):
+            if isinstance(last, Position):
+                self._seen = max(self._seen, last.epoch)
+                if watch := self._watches.get(append.channel):
+                    self._deliver_commit(watch, append, last, now)
+        return results
 
-    def _commit(self, appends: Sequence[Append]) -> tuple[int, list[Position]]:
+    def _commit(self, appends: Sequence[Append]) -> tuple[int, list[Position | Conflict]]:
         if self._damaged:
             self._ensure_in_place()
         now = _now()
         try:
-            positions = self._commit_once(appends, now)
+            results = self._commit_once(appends, now)
         except sqlite3.IntegrityError:  # another process has copied this file into a new one
             self._ensure_in_place(2)
-            positions = self._commit_once(appends, now)
+            results = self._commit_once(appends, now)
         if not self._ensure_in_place(2):
             raise _FileReplaced("its file was replaced while this was written")
         if self._wakes is not None:
             self._wakes.notify()
-        return now, positions
+        return now, results
 
-    def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position]:
+    def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position | Conflict]:
         with self._transaction():
             return [self._add(append, now) for append in appends]
 
-    def _add(self, append: Append, now: int) -> Position:
+    def _add(self, append: Append, now: int) -> Position | Conflict:
         db, retention = self._db, append.retention
-        expires = None if retention.idle_seconds is None else now + int(retention.idle_seconds * 1000)
-        row = db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (append.channel,)).fetchone()
+        row = db.execute("SELECT id, epoch, last, expires FROM channels WHERE name = ?", (append.channel,)).fetchone()
+        if row is not None and row[3] is not None and row[3] <= now:
+            self._forget([row[:1]])
+            row = None
+        if append.expected:
+            before = {} if row is None else self._checkpoints_of(db, row[0], append.expected)
+            if any(before.get(name) != text for name, text in append.expected.items()):
+                return Conflict({name: before.get(name) for name in append.expected})
+        source = None
+        if append.copy is not None:
+            source = db.execute(f"SELECT id FROM channels WHERE name = ? AND {_LIVES}", (append.copy.channel, now))  # noqa: S608
+            if (source := source.fetchone()) is None or row is not None:
+                return Conflict({})
         if row is None:
             epoch, last = self._new_epoch(), 0
             (channel,) = db.execute(
@@ -453,7 +470,13 @@ class SqliteLog:
                 (append.channel, epoch, retention.events, retention.seconds),
             ).fetchone()
         else:
-            channel, epoch, last = row
+            channel, epoch, last, _ = row
+        if append.copy is not None and source is not None:
+            db.execute(
+                "INSERT INTO events SELECT ?, epoch, offset, time, event, key, data FROM events "
+                "WHERE channel = ? AND (epoch, offset) <= (?, ?) AND event != ?",
+                (channel, *source, *append.copy.until, END),
+            )
         db.executemany(
             "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
@@ -464,10 +487,17 @@ class SqliteLog:
         end = last + len(append.drafts)
         db.execute(
             "UPDATE channels SET last = ?, expires = ?, keep_events = ?, keep_seconds = ? WHERE id = ?",
-            (end, expires, retention.events, retention.seconds, channel),
+            (end, _expiry(retention, now), retention.events, retention.seconds, channel),
         )
-        if append.checkpoint is not None:
-            db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", (channel, *append.checkpoint))
+        if append.checkpoints:
+            rows = [(channel, name, text) for name, text in append.checkpoints.items()]
+            db.executemany("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", rows)
+        if append.counts:
+            db.executemany(
+                "INSERT INTO checkpoints VALUES (?1, ?2, ?3) "
+                "ON CONFLICT DO UPDATE SET value = CAST(value AS INTEGER) + ?3",
+                [(channel, name, count) for name, count in append.counts.items()],
+            )
         step = max(1, retention.events // 8)
         if end // step != last // step:  # seldom, and then many at once
             self._delete_surplus(channel, epoch, end - retention.events)
@@ -613,17 +643,20 @@ class SqliteLog:
         except sqlite3.Error as error:
             raise self._mark_failed(error) from error
 
-    async def read(self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES) -> Batch:
-        """Return up to `limit` events after a position, and about `size` bytes."""
-        batch = await self._run_read(self._read, channel, after, limit, size)
+    async def read(
+        self, channel: str, after: Position, limit: int, size: int = BATCH_BYTES, names: Sequence[str] = ()
+    ) -> Batch:
+        """Return up to `limit` events after a position, and about `size` bytes, with checkpoints."""
+        batch = await self._run_read(self._read, channel, after, limit, size, names)
         self._seen = max(self._seen, batch.last.epoch)
         return batch
 
-    def _read(self, channel: str, after: Position, limit: int, size: int) -> Batch:
+    def _read(self, channel: str, after: Position, limit: int, size: int, names: Sequence[str]) -> Batch:
         db = self._reader()
-        db.execute("BEGIN")  # one snapshot for both queries
+        db.execute("BEGIN")  # one snapshot for all queries
         try:
-            row = db.execute("SELECT id, epoch, last FROM channels WHERE name = ?", (channel,)).fetchone()
+            query = f"SELECT id, epoch, last FROM channels WHERE name = ? AND {_LIVES}"  # noqa: S608
+            row = db.execute(query, (channel, _now())).fetchone()
             if row is None:
                 return Batch((), ORIGIN)
             number, epoch, last = row
@@ -635,9 +668,19 @@ class SqliteLog:
                 (number, *after, limit),
             )
             events = (Event(Position(row[0], row[1]), *row[2:]) for row in rows)
-            return Batch(within(events, size), Position(epoch, last))
+            checkpoints = self._checkpoints_of(db, number, names) if names else {}
+            return Batch(within(events, size), Position(epoch, last), checkpoints)
         finally:
             db.execute("COMMIT")
+
+    @staticmethod
+    def _checkpoints_of(db: sqlite3.Connection, channel: int, names: Collection[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in names:  # each a look-up by the primary key
+            row = db.execute("SELECT value FROM checkpoints WHERE channel = ? AND name = ?", (channel, name)).fetchone()
+            if row is not None:
+                found[name] = row[0]
+        return found
 
     async def checkpoint(self, channel: str, name: str) -> str | None:
         """Return the text that was last appended under a name."""
@@ -647,8 +690,9 @@ class SqliteLog:
         row = (
             self._reader()
             .execute(
-                "SELECT value FROM checkpoints WHERE name = ? AND channel = (SELECT id FROM channels WHERE name = ?)",
-                (name, channel),
+                "SELECT value FROM checkpoints WHERE name = ? AND channel = "  # noqa: S608
+                f"(SELECT id FROM channels WHERE name = ? AND {_LIVES})",
+                (name, channel, _now()),
             )
             .fetchone()
         )
@@ -660,9 +704,9 @@ class SqliteLog:
 
     def _read_checkpoints(self, prefix: str, name: str) -> Mapping[str, str]:
         rows = self._reader().execute(
-            "SELECT channels.name, value FROM channels JOIN checkpoints ON channel = id "
-            "WHERE channels.name >= ? AND channels.name < ? AND checkpoints.name = ?",
-            (prefix, prefix + "\U0010ffff", name),
+            "SELECT channels.name, value FROM channels JOIN checkpoints ON channel = id "  # noqa: S608
+            f"WHERE channels.name >= ? AND channels.name < ? AND checkpoints.name = ? AND {_LIVES}",
+            (prefix, prefix + "\U0010ffff", name, _now()),
         )
         return dict(rows.fetchall())
 
@@ -703,10 +747,23 @@ class SqliteLog:
 
     def _delete(self, condition: str, value: object) -> None:
         with self._transaction():
-            found = self._db.execute(f"SELECT id FROM channels WHERE {condition}", (value,)).fetchall()  # noqa: S608
-            for channel in found:
-                for table, column in (("events", "channel"), ("checkpoints", "channel"), ("channels", "id")):
-                    self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", channel)  # noqa: S608
+            self._forget(self._db.execute(f"SELECT id FROM channels WHERE {condition}", (value,)).fetchall())  # noqa: S608
+
+    def _forget(self, channels: Sequence[tuple[int]]) -> None:
+        for channel in channels:
+            for table, column in (("events", "channel"), ("checkpoints", "channel"), ("channels", "id")):
+                self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", channel)  # noqa: S608
+
+    async def extend(self, channel: str, seconds: float) -> None:
+        """Move the expiry of a channel that has one and has not expired."""
+        await self._run_write(self._extend, channel, int(seconds * 1000))
+
+    def _extend(self, channel: str, milliseconds: int) -> None:
+        now = _now()
+        with self._transaction():
+            self._db.execute(
+                "UPDATE channels SET expires = ? WHERE name = ? AND expires > ?", (now + milliseconds, channel, now)
+            )
 
     async def _run_housekeeping(self) -> None:
         turn = 0
@@ -818,6 +875,13 @@ def _inode(path: Path | None) -> str:
 def _reason(error: Exception) -> str:
     """Return the reason for clients, without a path."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+
+
+def _expiry(retention: Retention, now: int) -> int | None:
+    """Return when a channel expires that gets events now, in milliseconds since 1970."""
+    if retention.expires_at is not None:
+        return int(retention.expires_at * 1000)
+    return None if retention.idle_seconds is None else now + int(retention.idle_seconds * 1000)
 
 
 def _now() -> int:

@@ -19,6 +19,8 @@ from streamlab.events.log import (
     LATEST,
     ORIGIN,
     Append,
+    Conflict,
+    Copy,
     EncodedEvent,
     Event,
     EventLog,
@@ -120,7 +122,7 @@ async def test_reading_begins_after_a_position_and_ends_at_the_limit(url: str) -
 
 async def test_a_channel_without_events_is_empty(url: str) -> None:
     async with opened(url) as log:
-        events, last = await log.read("nothing", ORIGIN, 10)
+        events, last, _ = await log.read("nothing", ORIGIN, 10)
         assert (list(events), last) == ([], ORIGIN)
 
 
@@ -167,9 +169,9 @@ async def test_a_cancelled_publisher_cancels_no_other(url: str) -> None:
 async def test_a_checkpoint_is_stored_with_its_events(url: str) -> None:
     async with opened(url) as log:
         assert await log.checkpoint("c", "file") is None
-        await log.append(Append("c", [EncodedEvent(b"a")], KEEP, ("file", "10")))
-        await log.append(Append("c", [EncodedEvent(b"b")], KEEP, ("file", "20")))
-        await log.append(Append("c", [EncodedEvent(b"c")], KEEP, ("other", "é")))
+        await log.append(Append("c", [EncodedEvent(b"a")], KEEP, {"file": "10"}))
+        await log.append(Append("c", [EncodedEvent(b"b")], KEEP, {"file": "20"}))
+        await log.append(Append("c", [EncodedEvent(b"c")], KEEP, {"other": "é"}))
         assert [await log.checkpoint("c", name) for name in ("file", "other")] == ["20", "é"]
         assert await log.checkpoint("d", "file") is None
 
@@ -178,12 +180,128 @@ async def test_a_checkpoint_can_be_stored_alone(url: str) -> None:
     async with opened(url) as log:
         watcher = Watcher()
         log.watch("c", ORIGIN, watcher)
-        await log.append(Append("c", [], KEEP, ("file", "0")))
+        await log.append(Append("c", [], KEEP, {"file": "0"}))
         assert await log.checkpoint("c", "file") == "0"
         last = await publish(log, "a")
-        await log.append(Append("c", [], KEEP, ("file", "1")))
+        await log.append(Append("c", [], KEEP, {"file": "1"}))
         assert [await log.checkpoint("c", "file"), (await publish(log, "b")).offset] == ["1", last.offset + 1]
         assert texts(await watcher.until(2)) == ["a", "b"]
+
+
+# -- operations for streams of several writers
+
+
+async def test_an_append_that_expects_another_checkpoint_stores_nothing(url: str) -> None:
+    async with opened(url) as log:
+        first = Append("c", [EncodedEvent(b"a")], KEEP, {"seq": "1", "open": "é"}, {"seq": None})
+        last = await log.append(first)
+        with pytest.raises(Conflict) as again:
+            await log.append(first)
+        assert again.value.found == {"seq": "1"}
+        with pytest.raises(Conflict) as wrong:
+            await log.append(
+                Append("c", [EncodedEvent(b"b")], KEEP, {"seq": "2"}, {"open": "é", "none": "", "seq": "1"})
+            )
+        assert wrong.value.found == {"open": "é", "none": None, "seq": "1"}
+        assert await log.append(Append("c", [EncodedEvent(b"c")], KEEP, {"seq": "2"}, {"seq": "1"})) == (last[0], 2)
+        batch = await log.read("c", ORIGIN, 10, names=("seq", "none", "open"))
+        assert (texts(batch.events), batch.checkpoints) == (["a", "c"], {"seq": "2", "open": "é"})
+
+
+async def test_one_of_many_that_expect_the_same_is_stored(url: str, shared: str) -> None:
+    async def claim(log: EventLog, name: str) -> bool:
+        try:
+            await log.append(Append("c", [EncodedEvent(name.encode())], KEEP, {"owner": name}, {"owner": None}))
+        except Conflict:
+            return False
+        return True
+
+    async with opened(shared) as one, opened(shared) as two:
+        await publish(one, "first")
+        both = [claim(log, f"{number}") for number in range(20) for log in (one, two)]
+        assert sum(await asyncio.gather(*both)) == 1
+        batch = await one.read("c", ORIGIN, 100, names=("owner",))
+        assert texts(batch.events) == ["first", batch.checkpoints["owner"]]
+
+
+async def test_counts_of_concurrent_appends_add_up(url: str) -> None:
+    async with opened(url) as log:
+        appends = (log.append(Append("c", [], KEEP, counts={"bytes": number, "all": -1})) for number in range(50))
+        await asyncio.gather(*appends)
+        assert (await log.read("c", LATEST, 1, names=("bytes", "all"))).checkpoints == {"bytes": "1225", "all": "-50"}
+
+
+async def test_an_empty_channel_exists_at_offset_0_of_its_epoch(url: str) -> None:
+    async with opened(url) as log:
+        begun = await log.append(Append("c", [], KEEP, {"closed": "true"}))
+        assert (begun.offset, await log.append(Append("c", [], KEEP, {"closed": "no"}))) == (0, begun)
+        batch = await log.read("c", begun, 10, names=["closed"])
+        assert (list(batch.events), batch.last, batch.checkpoints) == ([], begun, {"closed": "no"})
+        watcher = Watcher()
+        log.watch("c", begun, watcher)
+        assert await publish(log, "a") == (begun.epoch, 1)
+        assert texts(await watcher.until(1)) == ["a"]
+
+
+async def test_a_copy_has_the_positions_of_its_source_and_goes_on_in_a_later_epoch(url: str) -> None:
+    async with opened(url) as log:
+        last = await publish(log, *"abc")
+        await log.append(Append("c", [EncodedEvent(b"", "end")], KEEP))
+        until = last._replace(offset=2)
+        own = await log.append(
+            Append("fork", [EncodedEvent(b"X")], KEEP, {"from": "c"}, {"from": None}, copy=Copy("c", until))
+        )
+        assert own.epoch > last.epoch
+        assert own.offset == 1
+        await publish(log, "d")
+        await publish(log, "Y", channel="fork")
+        whole = await log.append(Append("whole", [], KEEP, copy=Copy("c", last._replace(offset=4))))
+        empty = await log.append(Append("empty", [], KEEP, copy=Copy("c", ORIGIN)))
+        assert (whole.offset, empty.offset) == (0, 0)
+        fork = await log.read("fork", ORIGIN, 10)
+        assert [(event.position, event.data) for event in fork.events] == [
+            (last._replace(offset=1), b"a"),
+            (until, b"b"),
+            (own, b"X"),
+            (own._replace(offset=2), b"Y"),
+        ]
+        assert (await log.read("fork", until, 10)).events[0].position == own
+        assert texts((await log.read("whole", ORIGIN, 10)).events) == ["a", "b", "c"]
+        assert (await log.read("whole", ORIGIN, 10)).last == whole
+        assert (await log.read("empty", ORIGIN, 10))[:2] == ([], empty)
+
+
+async def test_what_does_not_exist_is_not_copied_and_nothing_is_copied_onto_a_channel(url: str) -> None:
+    async with opened(url) as log:
+        with pytest.raises(Conflict):
+            await log.append(Append("fork", [EncodedEvent(b"X")], KEEP, copy=Copy("none", LATEST)))
+        last = await publish(log, "a")
+        await publish(log, "b", channel="fork")
+        with pytest.raises(Conflict):
+            await log.append(Append("fork", [EncodedEvent(b"X")], KEEP, copy=Copy("c", last)))
+        assert texts((await log.read("fork", ORIGIN, 10)).events) == ["b"]
+
+
+async def test_a_channel_expires_at_a_time_or_when_nobody_extends_it(url: str) -> None:
+    async def missing(log: EventLog, channel: str) -> None:
+        async with asyncio.timeout(20):
+            while (await log.read(channel, ORIGIN, 1, names=["a"])).checkpoints:
+                await asyncio.sleep(0.02)
+        assert await log.checkpoint(channel, "a") is None
+        assert channel not in await log.checkpoints(channel, "a")
+
+    async with opened(url) as log:
+        now, idle = time.time(), Retention(1000, 3600, idle_seconds=0.3)
+        first = await log.append(Append("at", [EncodedEvent(b"x")], Retention(1000, 3600, None, now + 0.3), {"a": "1"}))
+        for channel in ("idle", "extended"):
+            await log.append(Append(channel, [EncodedEvent(b"x")], idle, {"a": "1"}))
+        await log.extend("extended", 600)
+        await log.extend("none", 600)
+        for channel in ("at", "idle"):
+            await missing(log, channel)
+        assert time.time() >= now + 0.3
+        assert (await log.append(Append("at", [], KEEP, {"a": "2"}, {"a": None}))).epoch > first.epoch
+        assert (await log.read("extended", ORIGIN, 1, names=["a"])).checkpoints == {"a": "1"}
 
 
 # -- watching
@@ -258,7 +376,7 @@ async def test_trim_retains_the_configured_number_and_positions_continue(url: st
         assert batch.last == last
         await asyncio.sleep(0.005)  # an event is older than 0 s from the next millisecond on
         await log.trim("c", Retention(10, 0))
-        assert await log.read("c", ORIGIN, 100) == ([], last)
+        assert (await log.read("c", ORIGIN, 100))[:2] == ([], last)
         assert (await publish(log, "next")) == last._replace(offset=51)
 
 
@@ -283,9 +401,9 @@ async def test_appending_deletes_events_beyond_the_retention(url: str) -> None:
 
 async def test_a_channel_that_is_deleted_leaves_nothing_and_begins_a_new_epoch(url: str) -> None:
     async with opened(url) as log:
-        last = await log.append(Append("c", [EncodedEvent(b"a")], KEEP, ("file", "10")))
+        last = await log.append(Append("c", [EncodedEvent(b"a")], KEEP, {"file": "10"}))
         await log.delete("c")
-        assert await log.read("c", ORIGIN, 10) == ([] if "sqlite" not in url else (), ORIGIN)
+        assert (await log.read("c", ORIGIN, 10))[:2] == ([] if "sqlite" not in url else (), ORIGIN)
         assert await log.checkpoint("c", "file") is None
         again = await publish(log, "b")
         assert (again.epoch > last.epoch, again.offset) == (True, 1)
@@ -310,8 +428,8 @@ async def test_a_channel_that_is_idle_for_too_long_is_deleted(url: str, monkeypa
 async def test_checkpoints_are_found_by_the_prefix_of_their_channels(url: str) -> None:
     async with opened(url) as log:
         for channel in ("task/a", "task/b", "task", "tasks/c", "ta*/d"):
-            await log.append(Append(channel, [EncodedEvent(b"x")], KEEP, ("state", f"of {channel}")))
-        await log.append(Append("task/e", [EncodedEvent(b"x")], KEEP, ("other", "text")))
+            await log.append(Append(channel, [EncodedEvent(b"x")], KEEP, {"state": f"of {channel}"}))
+        await log.append(Append("task/e", [EncodedEvent(b"x")], KEEP, {"other": "text"}))
         assert dict(await log.checkpoints("task/", "state")) == {"task/a": "of task/a", "task/b": "of task/b"}
         assert dict(await log.checkpoints("ta*/", "state")) == {"ta*/d": "of ta*/d"}
         assert dict(await log.checkpoints("none/", "state")) == {}
@@ -321,7 +439,7 @@ async def test_checkpoints_of_many_channels_are_all_found(url: str) -> None:
     async with opened(url) as log:
         async with asyncio.TaskGroup() as group:
             for number in range(2500):
-                append = Append(f"task/{number}", [], KEEP, ("state", str(number)))
+                append = Append(f"task/{number}", [], KEEP, {"state": str(number)})
                 group.create_task(log.append(append))
         found = await log.checkpoints("task/", "state")
         assert found == {f"task/{number}": str(number) for number in range(2500)}
@@ -701,7 +819,7 @@ async def test_redis_rejects_appends_of_a_holder_that_lost_its_lease(
     from streamlab.events import redis as eventlog_redis
 
     monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 0.3)
-    append = Append("c", [EncodedEvent(b"stale")], KEEP, ("place", "old"), lease="l")
+    append = Append("c", [EncodedEvent(b"stale")], KEEP, {"place": "old"}, lease="l")
     async with opened(valkey.url) as one, opened(valkey.url) as two:
         with pytest.raises(LeaseLost):
             await one.append(append)  # it never held that lease
@@ -712,7 +830,7 @@ async def test_redis_rejects_appends_of_a_holder_that_lost_its_lease(
                 await asyncio.sleep(0.02)
         monkeypatch.setattr(eventlog_redis, "LEASE_SECONDS", 60)
         assert await two.hold("l")
-        await two.append(Append("c", [EncodedEvent(b"new")], KEEP, ("place", "new"), lease="l"))
+        await two.append(Append("c", [EncodedEvent(b"new")], KEEP, {"place": "new"}, lease="l"))
         with pytest.raises(LeaseLost):
             await one.append(append)
         await two.release("l")
