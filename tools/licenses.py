@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.metadata
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET = REPOSITORY / "THIRD_PARTY_LICENSES.md"
+NODE_LOCK = REPOSITORY / "tests" / "node" / "package-lock.json"
 
 # Permissive licences, by their SPDX identifiers: they require no more than that notices are retained.
 ALLOWED = {
@@ -25,6 +27,7 @@ CONDITIONS = {
     "certifi": "A list of certificates, used unchanged by test and development tools.",
     "docutils": "Public domain, some files BSD. Its only file under the GPL, a mode for Emacs, is not in the wheel.",
     "hypothesis": "A test tool, used unchanged; it is not distributed with streamlab.",
+    "lightningcss": "A library of vitest, used unchanged; it is not distributed with streamlab.",
     "matplotlib": "Permissive, modelled on PSF-2.0. It draws the plots of the benchmarks.",
     "pathspec": "A library of mypy, used unchanged; it is not distributed with streamlab.",
 }
@@ -101,6 +104,31 @@ class Row:
         return f"| {self.name} | {self.version} | {self.license} | {self.source} | {self.used_by} |"
 
 
+@dataclass(frozen=True, order=True)
+class NodeRow:
+    """A version locked in tests/node/package-lock.json, and its licence as that file states it."""
+
+    name: str
+    version: str
+    license: str
+
+    def __str__(self) -> str:
+        """Return the row as Markdown."""
+        return f"| {self.name} | {self.version} | {self.license} |"
+
+
+def node_rows() -> list[NodeRow]:
+    """Return the rows of the Node packages; those of another platform are as their siblings and left out."""
+    packages = json.loads(NODE_LOCK.read_text())["packages"]
+    return sorted(
+        {
+            NodeRow(path.rpartition("node_modules/")[2], package["version"], package["license"])
+            for path, package in packages.items()
+            if path and "os" not in package
+        }
+    )
+
+
 def locked() -> list[tuple[str, str]]:
     """Return name and version of each line in constraints.txt."""
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
@@ -118,7 +146,7 @@ def installed(name: str) -> importlib.metadata.Distribution | None:
 
 def is_allowed(expression: str) -> bool:
     """Return whether an SPDX expression allows a choice of permissive licences."""
-    return any(set(choice.split(" AND ")) <= ALLOWED for choice in expression.split(" OR "))
+    return any(set(choice.split(" AND ")) <= ALLOWED for choice in expression.strip("()").split(" OR "))
 
 
 def license_of(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
@@ -232,12 +260,13 @@ def model_license() -> str:
     return str(value, "ascii")
 
 
-def document(found: list[Row], model: Row, model_license: str) -> str:
+def document(found: list[Row], node: list[NodeRow], model: Row, model_license: str) -> str:
     """Return the text of THIRD_PARTY_LICENSES.md."""
     titles = "| package | version | licence | source | used by |\n| --- | --- | --- | --- | --- |\n"
     lines = "\n".join(map(str, found))
+    node_lines = "\n".join(map(str, node))
     conditions = "".join(
-        f"| {row.name} | {row.license} | {CONDITIONS[row.name]} |\n" for row in found if not is_allowed(row.license)
+        f"| {row.name} | {row.license} | {CONDITIONS[row.name]} |\n" for row in conditional(found, node)
     )
     return f"""\
 {HEAD}
@@ -259,17 +288,32 @@ of the model states its licence as `{model_license}`.
 documentation and other tools of this repository.
 
 {titles}{lines}
+
+## Node packages
+
+Tests and benchmarks run these; `make node` installs them. Their source is `tests/node/package-lock.json`. Packages for
+one platform only, which contain binaries of a package that is listed, are left out.
+
+| package | version | licence |
+| --- | --- | --- |
+{node_lines}
 """
+
+
+def conditional(found: list[Row], node: list[NodeRow]) -> list[Row | NodeRow]:
+    """Return the rows whose licence has conditions, by name."""
+    everything: list[Row | NodeRow] = [*found, *node]
+    return sorted((row for row in everything if not is_allowed(row.license)), key=lambda row: row.name)
 
 
 def main() -> None:
     """Write the file."""
-    found = rows()
-    unknown = [row.name for row in found if not is_allowed(row.license) and row.name not in CONDITIONS]
+    found, node = rows(), node_rows()
+    unknown = [row.name for row in conditional(found, node) if row.name not in CONDITIONS]
     if unknown:
         raise SystemExit(f"add the reason to CONDITIONS, or use something else: {', '.join(unknown)}")
-    TARGET.write_text(document(found, model_row(), model_license()))
-    sys.stdout.write(f"{TARGET.name}: {len(found)} packages\n")
+    TARGET.write_text(document(found, node, model_row(), model_license()))
+    sys.stdout.write(f"{TARGET.name}: {len(found) + len(node)} packages\n")
 
 
 if __name__ == "__main__":
