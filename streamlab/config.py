@@ -325,6 +325,8 @@ class EventSettings(Table):
 
     url: Annotated[str, AfterValidator(_event_log_url)] = "sqlite:///var/streamlab.db"
     """The event log: a file for one machine, `redis://host:port/0` for several, `sqlite://` for memory."""
+    durability: Literal["process", "machine"] = "process"
+    """What a stored event survives: `kill -9` of the server, or also a power failure (commits wait for the disk)."""
     keep_events: int = Field(10_000, ge=1, le=10_000_000)
     """Maximum number of events of a channel that are stored for clients that resume."""
     keep_seconds: float = Field(86_400.0, ge=1, le=366 * 86_400)

@@ -385,19 +385,20 @@ async def _fenced(lease: str, produce: Callable[[], Awaitable[None]]) -> bool:
     return not lost
 
 
-def open_log(url: str) -> EventLog:
+def open_log(url: str, *, synced: bool = False) -> EventLog:
     """Return the engine for a URL: `sqlite:///PATH`, `sqlite://` (in memory), `redis://`, `rediss://`, `unix://`.
 
+    With `synced`, an append returns only after its events are on the disk, so that they survive a power failure.
     Opens nothing yet. Raises EventLogError for a missing library of the engine or an invalid URL.
     """
     scheme, _, rest = url.partition("://")
     if scheme == "sqlite":
-        return SqliteLog(Path(rest.removeprefix("/")) if rest else None)
+        return SqliteLog(Path(rest.removeprefix("/")) if rest else None, synced=synced)
     try:
         from .redis import RedisLog
     except ModuleNotFoundError as error:
         raise EventLogError(f"needs the Python module {error.name!r}: pip install 'streamlab[redis]'") from None
-    return RedisLog(url)
+    return RedisLog(url, synced=synced)
 
 
 EVENTS = web.AppKey("events", Events)

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,12 @@ SIZES = 1000
 SCAN_KEYS = 1000
 """Number of keys that the server scans in one step."""
 
+SYNC_SECONDS = 4.0
+"""Maximum seconds for which the server may write an append to its disk before the append is sent again.
+
+Less than COMMAND_SECONDS; `appendfsync everysec` takes up to two seconds.
+"""
+
 TOKEN_SECONDS = 86_400
 """Seconds for which the server remembers an append whose acknowledgement may have been lost."""
 
@@ -100,15 +106,22 @@ class _Watch:
     deliver: Deliver
 
 
+class _Unfit(RedisConnectionError):
+    """The server responds, but does not do what `synced` requires; it is waited for as one that is disconnected."""
+
+
 class RedisLog:
     """An event log in a Redis >= 7 or Valkey server. `url` is redis://, rediss:// or unix://.
 
     While the server is disconnected, appends and reads wait, and continue by themselves. The durability of an append is
     that of the server: enable its append-only file, with `appendfsync always`. With `everysec` the server acknowledges
     events up to two seconds before it writes them, while its disk is busy. Where it loses events, a new epoch begins.
+
+    If `synced`, an append is acknowledged only after the server has reported that its append-only file is on its disk
+    (WAITAOF, Redis >= 7.2 and Valkey); followers of a server with `everysec` get events before that.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, synced: bool = False) -> None:
         never = Retry(NoBackoff(), 0)  # `_retry_while_disconnected` waits instead, and reports it
         options: dict[str, Any] = {"retry": never, "socket_connect_timeout": COMMAND_SECONDS, "protocol": 2}
         try:
@@ -118,6 +131,9 @@ class RedisLog:
             self._blocking = redis.asyncio.Redis.from_url(url, socket_timeout=patience, **options)
         except ValueError as error:
             raise EventLogError(f"is not a valid URL of a Redis server: {error}") from None
+        self._synced = synced
+        self._checked = False
+        """Whether the server that is connected was found to do what `synced` requires."""
         self._queue = AppendQueue(self._commit)
         self._watches: dict[str, _Watch] = {}
         self._changed = asyncio.Event()
@@ -134,6 +150,8 @@ class RedisLog:
         """Keys of tokens that the server no longer needs."""
         self._sizes: dict[str, int] = {}
         self._problem = ""
+        self._unfit = ""
+        """Why the last change could not be acknowledged, though the server responds."""
         self._scripts: dict[str, str] = {}
 
     # -- life
@@ -142,12 +160,7 @@ class RedisLog:
     async def opened(self) -> AsyncIterator[None]:
         """Serve until the block ends; the server may be disconnected at the start."""
         try:
-            await self._check_server()
-        except DISCONNECTED as error:
-            self._mark_disconnected(error)
-        except RedisError as error:
-            raise EventLogError(f"the server rejects commands: {error}") from None
-        try:
+            await self._check_at_start()
             async with asyncio.TaskGroup() as group:
                 works = (self._queue.run, self._tail, self._wake_reader, self._run_housekeeping)
                 tasks = [group.create_task(work()) for work in works]
@@ -163,9 +176,31 @@ class RedisLog:
             await self._redis.aclose()
             await self._blocking.aclose()
 
+    async def _check_at_start(self) -> None:
+        try:
+            await self._check_server()
+        except _Unfit as error:
+            raise EventLogError(f'does not suit durability = "machine": {error}') from None
+        except DISCONNECTED as error:
+            self._mark_disconnected(error)
+        except RedisError as error:
+            raise EventLogError(f"the server rejects commands: {error}") from None
+
     async def _check_server(self) -> None:
         info = await self._redis.info("persistence")
-        if not info.get("aof_enabled"):
+        if self._synced:
+            if not info.get("aof_enabled"):
+                raise _Unfit("The Redis server has no append-only file; set appendonly yes.")
+            pipe: Any = self._redis.pipeline(transaction=False)
+            pipe.execute_command("WAITAOF", 0, 0, 1)
+            (found,) = await pipe.execute(raise_on_error=False)
+            if isinstance(found, ResponseError):
+                raise _Unfit("The Redis server has no command WAITAOF; Redis >= 7.2 and Valkey have.")
+            with suppress(ResponseError):  # a server may forbid the command; WAITAOF reports it then, by its timeout
+                if (await self._redis.config_get("appendfsync")).get("appendfsync") == "no":
+                    raise _Unfit("The Redis server never waits for its disk; set appendfsync always.")
+            self._checked = True
+        elif not info.get("aof_enabled"):
             log.warning(
                 "the Redis server has no append-only file: events that it loses in a crash become gaps for clients"
             )
@@ -187,7 +222,10 @@ class RedisLog:
                 return result
 
     def _mark_disconnected(self, error: BaseException) -> None:
-        if not self._problem:
+        self._checked = False
+        if isinstance(error, _Unfit):
+            self._mark_unfit(str(error))
+        elif not self._problem:
             self._problem = "The Redis server of the event log does not respond."
             log.warning("the Redis server of the event log is disconnected (%s); waiting for it", type(error).__name__)
 
@@ -195,6 +233,11 @@ class RedisLog:
         if self._problem:
             self._problem = ""
             log.info("the Redis server of the event log is connected again")
+
+    def _mark_unfit(self, reason: str) -> None:
+        if reason != self._unfit:
+            self._unfit = reason
+            log.warning("%s", reason or "the Redis server of the event log writes to its disk again")
 
     def is_shared(self) -> bool:
         """Return True: which processes there are is not known."""
@@ -204,6 +247,8 @@ class RedisLog:
         """Return whether the server responds."""
         if self._problem:
             return {"engine": "redis", "state": "disconnected", "reason": self._problem}
+        if self._unfit:
+            return {"engine": "redis", "state": "degraded", "reason": self._unfit}
         return {"engine": "redis", "state": "ok"}
 
     async def _call(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
@@ -242,6 +287,8 @@ class RedisLog:
         results: list[Position | EventLogError | None] = [None] * len(appends)
 
         async def send() -> None:
+            if self._synced and not self._checked:
+                await self._check_server()
             todo = [number for number, result in enumerate(results) if result is None]
             sha = await self._sha(_APPEND)
             pipe = self._redis.pipeline(transaction=False)
@@ -252,7 +299,7 @@ class RedisLog:
                 pipe.evalsha(sha, len(keys), *keys, *_arguments(append, self._seen, self._last_of(append.channel)))
             for key in self._acknowledged:
                 pipe.unlink(key)
-            replies = await pipe.execute(raise_on_error=False)
+            replies = await self._execute(pipe)
             for number, reply in zip(todo, replies, strict=False):
                 if isinstance(reply, NoScriptError):
                     self._scripts.clear()
@@ -277,6 +324,24 @@ class RedisLog:
             if isinstance(result, Position):
                 self._acknowledged.append(_token_key(append.channel, token))
         return [result for result in results if result is not None]
+
+    async def _execute(self, pipe: Any) -> list[Any]:
+        """Run commands that change the log; return their replies, errors included. Wait for the disk if `synced`."""
+        if not self._synced:
+            return list(await pipe.execute(raise_on_error=False))
+        # Of the same connection: it waits for what that has written. A retry of an append, which finds its token, waits
+        # for all that the server has written so far.
+        pipe.execute_command("WAITAOF", 1, 0, int(SYNC_SECONDS * 1000))
+        replies: list[Any] = await pipe.execute(raise_on_error=False)
+        synced = replies.pop()
+        if isinstance(synced, DISCONNECTED):
+            raise synced
+        if isinstance(synced, Exception):
+            raise _Unfit(f"The Redis server cannot report what is on its disk: {synced}.")
+        if synced[0] < 1:
+            raise _Unfit("The disk of the Redis server does not keep up.")
+        self._mark_unfit("")
+        return replies
 
     def _note_appended(self, channel: str, position: Position) -> None:
         self._seen = max(self._seen, position.epoch)
@@ -452,7 +517,11 @@ class RedisLog:
         """Delete a channel, with its events and checkpoints."""
 
         async def fetch() -> None:
-            await self._redis.delete(*_keys(channel))
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.delete(*_keys(channel))
+            for reply in await self._execute(pipe):
+                if isinstance(reply, Exception):
+                    raise reply
 
         self._aging.pop(channel, None)
         await self._retry_while_disconnected(fetch)

@@ -114,7 +114,9 @@ class SqliteLog:
     """An event log in one file in WAL mode; in memory, for this process alone, if `path` is None.
 
     A commit survives the death of the process (SIGKILL). When the machine fails, the last seconds may be lost: every
-    channel then begins a new epoch at the next start, so that clients get a gap.
+    channel then begins a new epoch at the next start, so that clients get a gap. If `synced`, a commit is acknowledged,
+    and visible to followers, only after the disk has it, and nothing is lost: the appends that wait meanwhile share the
+    next commit.
 
     A commit is acknowledged only after the paths of the database and its write-ahead log have been found to name the
     open files. If one was deleted, the content of the open files is copied into a new database in its place, and
@@ -122,8 +124,9 @@ class SqliteLog:
     rejects all events until it is moved away or replaced. Source: sqlite.org/howtocorrupt.html, section 2.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, synced: bool = False) -> None:
         self._path = path
+        self._synced = synced
         self._files = () if path is None else tuple(path.with_name(path.name + suffix) for suffix in SUFFIXES)
         self._opened: tuple[_Identity, ...] = ()
         """Identities of the open files."""
@@ -192,7 +195,7 @@ class SqliteLog:
         )
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if self._synced else 'NORMAL'}")
             # Housekeeping moves the log into the file, so that no commit waits for a disk.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
             connection.execute("PRAGMA journal_size_limit = 16777216")
@@ -205,7 +208,10 @@ class SqliteLog:
 
     def _open(self) -> None:
         if self._path is not None:
+            missing = [folder for folder in self._path.absolute().parents if not folder.exists()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in missing if self._synced else ():  # SQLite does so for the folder of the file
+                _sync_folder(folder.parent)
         self._db = self._connect("mode=rwc")
         try:
             self._db.executescript(_SCHEMA)
@@ -231,8 +237,9 @@ class SqliteLog:
         if self._wakes is not None:
             self._wakes.close()
         try:
-            with self._durably(), self._transaction():
-                self._db.execute("UPDATE meta SET value = value - 1 WHERE name = 'open'")
+            if not self._synced:
+                with self._durably(), self._transaction():
+                    self._db.execute("UPDATE meta SET value = value - 1 WHERE name = 'open'")
         except sqlite3.Error as error:
             log.warning("the event log could not be closed cleanly: %s", error)
         with self._keeper_lock:
@@ -243,7 +250,8 @@ class SqliteLog:
         """Begin new epochs if the machine was restarted while the file was open, and count this opening.
 
         With `synchronous = NORMAL`, commits of the last seconds are lost if the machine fails. A client may have
-        received them, and must not take the events published from now on for their continuation.
+        received them, and must not take the events published from now on for their continuation. An opening that is
+        `synced` loses none, and is not counted.
         """
         boot, meta = _boot_id(), dict(self._db.execute("SELECT name, value FROM meta"))
         opened = int(meta.get("open", "0"))
@@ -253,7 +261,7 @@ class SqliteLog:
                 self._renew_epochs()
             opened = 0
         self._set_meta("boot", boot)
-        self._set_meta("open", str(opened + 1))
+        self._set_meta("open", str(opened if self._synced else opened + 1))
         self._set_meta("inode", _inode(self._path))
 
     def _renew_epochs(self) -> None:
@@ -277,7 +285,7 @@ class SqliteLog:
 
     @contextmanager
     def _durably(self) -> Iterator[None]:
-        """Make commits of the block survive a failure of the machine."""
+        """Make commits of the block survive a failure of the machine, though the log is not `synced`."""
         self._db.execute("PRAGMA synchronous = FULL")
         try:
             yield
@@ -345,6 +353,7 @@ class SqliteLog:
                 os.fsync(file.fileno())
             index.unlink(missing_ok=True)
             copy.replace(database)
+            _sync_folder(database.parent)
             for change in ("INSERT", "UPDATE"):
                 self._db.execute(
                     f"CREATE TRIGGER {MOVED}_{change} BEFORE {change} ON channels "
@@ -857,6 +866,15 @@ def _identity(path: Path) -> _Identity:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

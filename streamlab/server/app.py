@@ -456,9 +456,11 @@ async def _complete_headers(request: web.Request, response: web.StreamResponse) 
 
 
 def _events(config: Config) -> Events:
-    retention = Retention(config.events.keep_events, config.events.keep_seconds)
+    settings = config.events
+    retention = Retention(settings.keep_events, settings.keep_seconds)
     try:
-        return Events(open_log(config.events.url), retention=retention, max_filters=config.events.max_filters)
+        engine = open_log(settings.url, synced=settings.durability == "machine")
+        return Events(engine, retention=retention, max_filters=settings.max_filters)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
 

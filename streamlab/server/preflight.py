@@ -181,7 +181,13 @@ def _event_file(config: Config) -> Path | None:
 
 
 def event_log_faults(config: Config) -> Iterator[Fault]:
-    """Yield a fault if the file of the event log can be neither written nor created."""
+    """Yield a fault if the file of the event log can be neither written nor created, or memory is to survive."""
+    if config.events.url == "sqlite://" and config.events.durability == "machine":
+        reason = (
+            "is impossible with url = sqlite://, which is memory: set a file, as sqlite:///var/streamlab.db, or a "
+            "server, as redis://localhost:6379/0"
+        )
+        yield config.fault(("events", "durability"), reason, config.events.durability)
     file = _event_file(config)
     if file is not None and (reason := _unwritable(file, with_folder=True)):
         reason = f"cannot store events there: {file}: {reason}; sqlite:// stores them in memory"
