@@ -31,6 +31,7 @@ from .served_files import FILES
 from .server.metrics import METRICS
 from .slots import Slots
 from .sse import sse_event
+from .streaming.drain import waiting
 from .streaming.event_stream import EventStream, open_event_stream
 from .streaming.outcome import Outcome, StreamSummary
 from .streaming.resume import ResumeQuery, no_more_events, resume_id
@@ -97,6 +98,7 @@ __all__ = [
     "resume_id",
     "shielded",
     "sse_event",
+    "waiting",
     "wants_events",
     "weights",
 ]

@@ -111,8 +111,9 @@ ERROR_FORMATS = web.AppKey("error_formats", Sequence[ErrorFormat])
 
 
 def error_format_of(path: str, formats: Sequence[ErrorFormat]) -> ErrorFormat | None:
-    """Return the form of error responses at a path; None where they are problem documents."""
-    return next((each for each in formats if path.startswith(each.prefix)), None)
+    """Return the form of error responses at a path: that of the longest prefix; None for problem documents."""
+    matching = (each for each in formats if path.startswith(each.prefix))
+    return max(matching, key=lambda each: len(each.prefix), default=None)
 
 
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|\(/[^)]*\)|(?<![\w.])/[^\s'",;:)]+""")

@@ -160,7 +160,7 @@ def test_wheel_serves_from_an_empty_folder(site: Path, tmp_path: Path) -> None:
     assert (listed.returncode, listed.stdout, listed.stderr) == (
         0,
         "comparison: ready\ncountdown: ready\nexport: ready\nfile: ready\n"
-        "llm: ready\nlogs: ready\nprogress: ready\nticker: ready\n",
+        "llm: ready\nlogs: ready\nprogress: ready\nstreams: ready\nticker: ready\n",
         "",
     )
 
@@ -182,7 +182,7 @@ def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env=environ, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (
-        done.stdout
-        == "comparison: ready\nexport: ready\nfile: ready\nllm: ready\nlogs: ready\nprogress: ready\nticker: ready\n"
+        done.stdout == "comparison: ready\nexport: ready\nfile: ready\nllm: ready\nlogs: ready\n"
+        "progress: ready\nstreams: ready\nticker: ready\n"
     )
     assert "needs the Python module 'no_such_module': install the package that contains" in done.stderr

@@ -143,6 +143,18 @@ class Channel:
         """
         return await self.events.log.read(self.name, after, limit, size, names)
 
+    @asynccontextmanager
+    async def watched(self, after: Position) -> AsyncIterator[Callable[[Position], Awaitable[Sequence[Event]]]]:
+        """Yield a function that waits until an event after a position has come, from `after` on.
+
+        It returns those that directly follow the position, or none where they are not in memory: read them then.
+        """
+        hub = self.events.acquire_hub(self, after)
+        try:
+            yield hub.wait_past
+        finally:
+            self.events.release_hub(self)
+
     async def extend(self, seconds: float) -> None:
         """Delete the channel, if it expires, not before `seconds` from now."""
         await self.events.log.extend(self.name, seconds)
@@ -164,18 +176,15 @@ class Channel:
 
     async def listen(self, after: Position) -> AsyncIterator[Event]:
         """Yield the events after a position, and all that will be published."""
-        hub = self.events.acquire_hub(self, after)
-        try:
+        async with self.watched(after) as wait_past:
             while True:
                 async for event in self.read(after):
                     yield event
                     after = event.position
-                while events := await hub.wait_past(after):
+                while events := await wait_past(after):
                     for event in events:
                         yield event
                         after = event.position
-        finally:
-            self.events.release_hub(self)
 
     async def wait_until_followed(self, seconds: float) -> None:
         """Wait until somebody follows the channel, or may do so in another process; for `seconds` at most.

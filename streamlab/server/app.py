@@ -205,7 +205,7 @@ def _shared_streams(worker: Worker) -> dict[str, Any]:
     """Return what counts the streams of a worker together with those of the others."""
     return {
         "on_count": worker.count_streams,
-        "clients": SharedTally(worker, "streams"),
+        "clients": SharedTally(worker, "open-streams"),
         "elsewhere": lambda: sum(row.streams for row in worker.others),
     }
 

@@ -7,13 +7,18 @@ from streamlab.config import Config
 
 EXPOSED = (
     "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
-    "Location, RateLimit, RateLimit-Policy, Repr-Digest, Retry-After, WWW-Authenticate"
+    "Location, RateLimit, RateLimit-Policy, Repr-Digest, Retry-After, WWW-Authenticate, "
+    # Durable Streams, PROTOCOL.md, 5
+    "Producer-Epoch, Producer-Expected-Seq, Producer-Received-Seq, Producer-Seq, Stream-Closed, Stream-Cursor, "
+    "Stream-Expires-At, Stream-Next-Offset, Stream-SSE-Data-Encoding, Stream-TTL, Stream-Up-To-Date"
 )
 """Header fields that a page may read, besides those that every page may: what resuming needs, and what errors say."""
 
 ACCEPTED = (
     "Accept, Authorization, Cache-Control, Content-Type, Idempotency-Key, If-Match, If-Modified-Since, If-None-Match, "
-    "If-Range, If-Unmodified-Since, Last-Event-ID, Range"
+    "If-Range, If-Unmodified-Since, Last-Event-ID, Range, "
+    "Producer-Epoch, Producer-Id, Producer-Seq, Stream-Closed, Stream-Expires-At, Stream-Fork-Offset, "
+    "Stream-Fork-Sub-Offset, Stream-Forked-From, Stream-Seq, Stream-TTL"
 )
 """Header fields that a page may send."""
 

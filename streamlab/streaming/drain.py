@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -93,6 +93,8 @@ class Streams:
         self._open: set[OpenStream] = set()
         self._requests: dict[asyncio.Task[Any], web.Request] = {}
         self._changed = asyncio.Event()
+        self._waits: set[asyncio.Timeout] = set()
+        """The timeouts of requests that wait for something to happen."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -195,6 +197,16 @@ class Streams:
                     request.transport.close()
         return found
 
+    @asynccontextmanager
+    async def waiting(self, seconds: float) -> AsyncIterator[None]:
+        """Raise TimeoutError out of the block after `seconds`, or when the server begins to stop."""
+        async with asyncio.timeout(0 if self.draining else seconds) as timeout:
+            self._waits.add(timeout)
+            try:
+                yield
+            finally:
+                self._waits.discard(timeout)
+
     async def drain(self, seconds: float) -> None:
         """End every stream and request: event streams now, with a farewell, the others within `seconds`.
 
@@ -206,6 +218,8 @@ class Streams:
         self.draining = True
         started = asyncio.get_running_loop().time()
         self.drained_at = started + seconds
+        for timeout in self._waits:
+            timeout.reschedule(started)
         for stream in self:
             if stream.on_stop == "end":
                 stream.stop("end")
@@ -234,4 +248,12 @@ class Streams:
         return reached()
 
 
-STREAMS = web.AppKey("streams", Streams)
+STREAMS = web.AppKey("open_streams", Streams)
+
+
+def waiting(request: web.Request, seconds: float) -> AbstractAsyncContextManager[None]:
+    """Limit a block in which a request waits for something to happen, before it has a response (a long poll).
+
+    TimeoutError is raised out of it after `seconds`, or when the server begins to stop, so that no drain waits for it.
+    """
+    return request.config_dict[STREAMS].waiting(seconds)

@@ -73,6 +73,10 @@ ROWS = {
     "GET /process/tasks/{id}": Row("progress:read", "/process/tasks/{task}", 404, owner=200),
     "DELETE /process/tasks/{id}": Row("progress:write", "/process/tasks/{task}", 404, owner=202),
     "GET /process/long-task": Row("progress:write", "/process/long-task?kind=rehearsal&steps=1&delay=0"),
+    "PUT /v1/stream/{path}": Row("streams:write", "/v1/stream/new", 201, headers={"Content-Type": "application/json"}),
+    "POST /v1/stream/{path}": Row("streams:write", "/v1/stream/new", 204, body={}),
+    "GET /v1/stream/{path}": Row("streams:read", "/v1/stream/new"),
+    "DELETE /v1/stream/{path}": Row("streams:write", "/v1/stream/new", 204),
     "GET /stream/stock-ticker": Row("ticker:read", "/stream/stock-ticker"),
     "POST /stream/stock-ticker": Row("ticker:write", "/stream/stock-ticker", 202, body={"symbol": "ACME", "price": 1}),
 }
@@ -107,6 +111,7 @@ CONFIG = f"""
     [scenarios.logs.sources.second]
     path = "second.log"
     [scenarios.progress]
+    [scenarios.streams]
     [scenarios.ticker]
     source = "push"
     [scenarios.llm]
@@ -255,7 +260,8 @@ def test_without_the_scope_every_route_is_rejected_and_nothing_runs(served: Serv
                 assert given == status, (method, route, credentials, problem)
                 assert re.fullmatch(f'Bearer realm="streamlab"{challenge}', headers["www-authenticate"]), route
                 if problem is not None:
-                    assert "error" in problem if "/v1/" in route else problem["status"] == status
+                    is_openai = "/v1/" in route and "/v1/stream/" not in route
+                    assert "error" in problem if is_openai else problem["status"] == status
                 expected[scenario, str(status)] = expected.get((scenario, str(status)), 0) + 1
     assert served.done() == before
     assert served.rejected() == expected

@@ -155,7 +155,7 @@ async def test_every_reference_resolves(aiohttp_client: Client, tmp_path: Path) 
     references = {node["$ref"] for node in walk(api) if "$ref" in node}
     bodies = ("ChatBody", "Message", "NewTask", "Order", "Part", "Problem")
     openai = ("ChatCompletionRequest", "ChatMessage", "StreamOptions", "ResponseFormat", "NamedSchema", "JsonValue")
-    errors = ("ErrorResponse", "ErrorObject")
+    errors = ("ErrorResponse", "ErrorObject", "StreamProblem")
     assert references == {f"#/components/schemas/{name}" for name in (*bodies, *openai, *errors)}
     for reference in references:
         assert reference.removeprefix("#/components/schemas/") in api["components"]["schemas"]
@@ -198,7 +198,8 @@ async def test_every_operation_has_a_unique_id_a_summary_and_its_error_responses
     assert len(ids) == len(set(ids))
     for path, _, operation in operations(api):
         assert operation["summary"], path
-        media_type = "application/json" if path.startswith("/v1/") else "application/problem+json"
+        is_openai = path.startswith("/v1/") and not path.startswith("/v1/stream/")
+        media_type = "application/json" if is_openai else "application/problem+json"
         assert list(operation["responses"]["default"]["content"]) == [media_type]
 
 
