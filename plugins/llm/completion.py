@@ -23,13 +23,10 @@ class Completion:
     first: float | None = None
     last: float = 0.0
 
-    async def blocks(self) -> AsyncGenerator[Block, None]:
+    def blocks(self) -> AsyncGenerator[Block, None]:
         """Yield blocks of whole events as they arrive, and count them; raises Failure where the stream breaks off."""
         assert self.response is not None
-        async with aclosing(self.response.blocks()) as blocks:
-            async for block in blocks:
-                self._count(block)
-                yield block
+        return self.response.blocks(self._count)
 
     async def texts(self) -> AsyncGenerator[list[str], None]:
         """Yield the texts that arrived together, each of whole characters."""
@@ -51,7 +48,8 @@ class Completion:
             if chunk.text:
                 self.completion_tokens += 1
                 self.last = time.monotonic()
-                self.first = self.first or self.last
+                if self.first is None:
+                    self.first = self.last
             else:
                 self.finish_reason = chunk.finish_reason or self.finish_reason
             if chunk.usage is not None:

@@ -138,8 +138,11 @@ class Chunk(msgspec.Struct):
     @property
     def text(self) -> str:
         """The text that it adds to the first of the choices."""
-        first = (choice.delta for choice in self.choices if not choice.index)
-        return "".join(delta.content for delta in first if delta and delta.content)
+        text = ""
+        for choice in self.choices:  # nearly always one: no generator and no join
+            if not choice.index and choice.delta is not None and choice.delta.content:
+                text += choice.delta.content
+        return text
 
     @property
     def finish_reason(self) -> str | None:
@@ -188,13 +191,17 @@ class EventSplitter:
             data = (b"\r" if self._ends_in_cr else b"") + data
             self._ends_in_cr = data.endswith(b"\r")  # an LF of the same line end may follow
             data = (data[:-1] if self._ends_in_cr else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        data = self._tail + data
-        end = data.rfind(b"\n\n") + 2
-        if end < 2:
-            self._tail = data
-            return Block(error="an event that does not end" if len(data) > EVENT_BYTES else "")
-        self._tail = data[end:]
-        return self._block(data[:end])
+        if self._tail:
+            data = self._tail + data
+        if not data.endswith(b"\n\n"):
+            end = data.rfind(b"\n\n") + 2
+            if end < 2:
+                self._tail = data
+                return Block(error="an event that does not end" if len(data) > EVENT_BYTES else "")
+            self._tail = data[end:]
+            return self._block(data[:end])
+        self._tail = b""
+        return self._block(data)
 
     @staticmethod
     def _block(whole: bytes) -> Block:
@@ -212,7 +219,7 @@ class EventSplitter:
                 break
             if chunk is not None:
                 block.chunks.append(chunk)
-        block.raw = whole[:passed]
+        block.raw = whole if passed == len(whole) else whole[:passed]
         return block
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -186,23 +186,33 @@ class Response:
         self._deadline = deadline
         self._time = asyncio.get_running_loop().time
 
-    async def blocks(self) -> AsyncGenerator[Block, None]:
+    async def blocks(self, count: Callable[[Block], None]) -> AsyncGenerator[Block, None]:
         """Yield blocks of whole events as they arrive, up to `[DONE]`; an empty block during silence.
 
-        Silence is time without an event that has data: comments do not end it. Raises Failure where the stream breaks
-        off, stalls, exceeds the deadline, or sends an error or an invalid event. Everything before that has been
-        yielded, except what had not been read when the connection was reset (aiohttp drops that).
+        Each is counted first. Silence is time without an event that has data: comments do not end it. Raises Failure
+        where the stream breaks off, stalls, exceeds the deadline, or sends an error or an invalid event. Everything
+        before that has been yielded, except what had not been read when the connection was reset (aiohttp drops that).
         """
         upstream, splitter, silence = self._upstream, EventSplitter(), 0.0
+        # Nearly every token is a turn of this loop: it awaits one coroutine, and reads the clock twice.
+        read, time, deadline = self._response.content.readany, self._time, self._deadline
         with _ReadTimeout(min(HEARTBEAT_SECONDS, upstream.stall_seconds, upstream.max_seconds)) as timeout:
             while True:
-                started = self._time()
-                part = await self._read(timeout)
-                now = self._time()
+                started = timeout.since = time()
+                part: bytes | None = None
+                try:
+                    part = await read()
+                except asyncio.CancelledError:
+                    if not timeout.has_expired():
+                        raise
+                except aiohttp.ClientError as error:
+                    raise self._broken_off(error) from None
+                timeout.since, now = None, time()
                 silence += now - started  # the time that our own client takes does not count
                 block = Block() if part is None else splitter.feed(part)
                 if block.chunks or block.done:
                     silence = 0.0
+                    count(block)
                 if part is None or block.raw:
                     yield block
                 if block.error:
@@ -212,7 +222,7 @@ class Response:
                     return
                 if part == b"":
                     raise Failure(502, "upstream_closed", BROKE_OFF)
-                if now >= self._deadline:
+                if now >= deadline:
                     raise self._deadline_exceeded()
                 if silence >= upstream.stall_seconds:
                     raise Failure(504, "upstream_stalled", STALLED)
@@ -233,11 +243,21 @@ class Response:
 
     async def _read(self, timeout: "_ReadTimeout") -> bytes | None:
         """Return the bytes that have arrived, b"" at the end, None where none arrive within the timeout."""
+        timeout.since = self._time()
         try:
-            return await timeout.wait(self._response.content.readany())
+            return await self._response.content.readany()
+        except asyncio.CancelledError:
+            if not timeout.has_expired():
+                raise
+            return None
         except aiohttp.ClientError as error:
-            self._upstream.log_error(error)
-            raise Failure(502, "upstream_closed", BROKE_OFF) from None
+            raise self._broken_off(error) from None
+        finally:
+            timeout.since = None
+
+    def _broken_off(self, error: Exception) -> Failure:
+        self._upstream.log_error(error)
+        return Failure(502, "upstream_closed", BROKE_OFF)
 
     def _deadline_exceeded(self) -> Failure:
         detail = f"The generation took longer than the limit of {self._upstream.max_seconds:g} s."
@@ -247,17 +267,20 @@ class Response:
 class _ReadTimeout:
     """A timeout for each of many reads of one task, with one timer for all of them.
 
-    It works like `asyncio.timeout`, which would set and cancel a timer for each read.
+    It works like `asyncio.timeout`, which would set and cancel a timer for each read. The task sets `since` to the
+    time at which a read begins, and to None after it; a read must not lose data when it is cancelled.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.since: float | None = None
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
-        self._since: float | None = None
-        self._expired = False
+        self._cancelling = 0
+        """Cancellations of the task by others, when its timeout cancelled it; -1 where it has not."""
 
     def __enter__(self) -> "_ReadTimeout":
+        self._cancelling = -1
         self._timer = self._loop.call_later(self.seconds, self._check)
         return self
 
@@ -265,24 +288,16 @@ class _ReadTimeout:
         self._timer.cancel()
 
     def _check(self) -> None:
-        due = self.seconds if self._since is None else self._since + self.seconds - self._loop.time()
+        due = self.seconds if self.since is None else self.since + self.seconds - self._loop.time()
         if due <= 0 and self._task is not None:
-            self._expired, due = True, self.seconds
+            due, self._cancelling = self.seconds, self._task.cancelling()
             self._task.cancel()
         self._timer = self._loop.call_later(due, self._check)
 
-    async def wait(self, read: Coroutine[None, None, bytes]) -> bytes | None:
-        """Return what is read, or None after the timeout; `read` must not lose data when it is cancelled."""
-        assert self._task is not None
-        self._since, cancelling = self._loop.time(), self._task.cancelling()
-        try:
-            return await read
-        except asyncio.CancelledError:
-            if self._expired and self._task.uncancel() <= cancelling:
-                return None
-            raise
-        finally:
-            self._since, self._expired = None, False
+    def has_expired(self) -> bool:
+        """Return whether this timeout has cancelled a read, and nothing else has; reset that."""
+        cancelling, self._cancelling = self._cancelling, -1
+        return self._task is not None and cancelling >= 0 and self._task.uncancel() <= cancelling
 
 
 def _phrase(status: int) -> str:

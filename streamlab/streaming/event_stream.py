@@ -124,7 +124,10 @@ class EventStream(Stream, EventSourceResponse):
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send whole events that are encoded already; `send` encodes them."""
-        await self._write_events(data, self.position)
+        if len(data) <= STEP_BYTES and self._can_push and self.push(Chunk(bytes(data))):
+            await self._yield_after(len(data))
+        else:
+            await self._write_events(data, self.position)
 
     async def _write_events(self, data: bytes | bytearray | memoryview, position: str) -> None:
         """Write whole events; a large one in steps, so that a slow client does not fill this process with it."""
