@@ -174,7 +174,7 @@ class Logs(Scenario):
             asyncio.TaskGroup() as group,
         ):
             await self._check_all()
-            tasks = [group.create_task(self._keep_checking())]
+            tasks = [group.create_task(self._keep_checking())] if self.sources else []
             for name, source in served.items():
                 producer = f"{host}:{source.path or shlex.join(source.command)}"
                 read = partial(self._produce, name, source, host, producer)
@@ -337,7 +337,8 @@ class Logs(Scenario):
         read = self._read_file if source.path else self._run
         self._reported.pop(name, None)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_reporting(name, host))
+            if name in self.sources:
+                group.create_task(self._keep_reporting(name, host))
             await read(name, source, host, producer)
 
     async def _read_file(self, name: str, source: Source, host: str, producer: str) -> None:

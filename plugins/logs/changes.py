@@ -1,4 +1,4 @@
-"""Wait for changes in folders: by notifications of the operating system, and at least once a second."""
+"""Wait for changes in folders: by notifications of the operating system, and every few seconds even so."""
 
 import asyncio
 import ctypes
@@ -16,7 +16,10 @@ from . import disk
 log = logging.getLogger(__name__)
 
 LOOK_MS = 1000
-"""Maximum time between two looks at the disk, in milliseconds."""
+"""Maximum time between two looks at the disk, in milliseconds: a network file system does not report all changes."""
+
+MAX_LOOKS = 5
+"""Factor by which that time grows while nothing changes."""
 
 SETTLE_SECONDS = 0.015
 """Time after a change for which others are waited for, so that lines that are written one by one are read together."""
@@ -31,8 +34,8 @@ _INOTIFY_MASK = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
 class _Watch(Protocol):
     """What reports changes in folders."""
 
-    async def wait(self) -> None:
-        """Return after a change, at once if there was one since the last call; at the latest after LOOK_MS."""
+    async def wait(self, seconds: float) -> None:
+        """Return after a change, at once if there was one since the last call; at the latest after `seconds`."""
 
     async def aclose(self) -> None:
         """Stop watching."""
@@ -62,9 +65,9 @@ class _Inotify:
             os.read(self._descriptor, _INOTIFY_BYTES)
         self._changed.set()
 
-    async def wait(self) -> None:
+    async def wait(self, seconds: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_MS / 1000):
+            async with asyncio.timeout(seconds):
                 await self._changed.wait()
                 await asyncio.sleep(SETTLE_SECONDS)
         self._changed.clear()  # before the look, which sees what changed until now
@@ -88,7 +91,7 @@ class _Watchfiles:
             recursive=False,
         )
 
-    async def wait(self) -> None:
+    async def wait(self, seconds: float) -> None:
         try:
             await anext(self._changes)
         except (RuntimeError, StopAsyncIteration) as error:
@@ -111,10 +114,11 @@ class Changes:
         self._watch: _Watch | None = None
         self._warned = False
 
-    async def wait(self, folders: dict[str, disk.Identity]) -> None:
+    async def wait(self, folders: dict[str, disk.Identity], looks: int = 1) -> None:
         """Return after a change in one of the folders, or at once if there was one since the last call.
 
-        It also returns after `LOOK_MS`. A folder with another identity is watched again: it was recreated.
+        It also returns after `LOOK_MS`, or `looks` times that where changes are reported. A folder with another
+        identity is watched again: it was recreated.
         """
         if folders != self._folders:
             await self.aclose()
@@ -125,7 +129,7 @@ class Changes:
                 await asyncio.sleep(SETTLE_SECONDS)  # what changed before is not reported: look once more
                 return
             if self._watch is not None:
-                await self._watch.wait()
+                await self._watch.wait(looks * LOOK_MS / 1000)
                 return
         except OSError as error:
             if not self._warned:

@@ -23,7 +23,7 @@ from typing import Any
 from streamlab import Threads
 
 from . import disk
-from .changes import Changes
+from .changes import MAX_LOOKS, Changes
 from .chunks import Line
 from .content import Content
 from .followed_path import ITEMS, FollowedPath
@@ -115,6 +115,7 @@ class Tail:
     async def _batches(self, threads: Threads, changes: Changes) -> AsyncGenerator[Batch, None]:
         yielded: Cursors | None = None if self._first else dict(self._cursors)
         self._cursors.setdefault(str(self.pattern), [])
+        quiet = 0
         try:
             while True:
                 again = await threads.run(self._look)
@@ -141,8 +142,10 @@ class Tail:
                 if items or self._cursors != yielded:
                     yielded = dict(self._cursors)
                     yield Batch(items, dict(yielded))
+                    quiet = 0
                 elif failed or not again:
-                    await changes.wait(self._folders)
+                    quiet = 1 if failed else min(quiet + 1, MAX_LOOKS)
+                    await changes.wait(self._folders, quiet)
         finally:
             await threads.finish(self._close)
 

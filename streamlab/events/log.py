@@ -252,5 +252,5 @@ class EventLog(Protocol):
 LEASE_SECONDS = 6.0
 """Seconds after which a lease that is not renewed expires."""
 
-RENEW_SECONDS = 1.5
+RENEW_SECONDS = 2.0
 """Interval at which a holder renews its lease, and other processes try to take it, in seconds."""

@@ -49,14 +49,17 @@ SETTLE_SECONDS = 0.1
 The clock of files has steps of some milliseconds, and a commit is visible shortly after it was written.
 """
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
 """Interval at which it looks for them where they can wake it, in seconds."""
 
-CERTAIN_SECONDS = 5.0
+CERTAIN_SECONDS = 20.0
 """Interval at which commits are looked for although no file was seen to change, in seconds."""
 
 HOUSEKEEPING_SECONDS = 2.0
-"""Interval at which the write-ahead log is moved into the file, and expired events are deleted, in seconds."""
+"""Interval at which the write-ahead log is moved into the file, and expired channels are deleted, in seconds."""
+
+QUIET_TURNS = 10
+"""Turns of housekeeping of which one is done although no file was seen to change; it deletes expired events, too."""
 
 BUSY_SECONDS = 10.0
 """Maximum seconds that a commit waits for one of another process."""
@@ -775,13 +778,17 @@ class SqliteLog:
             )
 
     async def _run_housekeeping(self) -> None:
-        turn = 0
+        turn, seen = 0, None
         while True:
             await tick(HOUSEKEEPING_SECONDS)
+            state = [_state(file) for file in self._files]  # three system calls of a microsecond each
+            if turn % QUIET_TURNS and state == seen and not self._dirty and not self._problems:
+                turn += 1
+                continue
+            seen, dirty, self._dirty = state, self._dirty, False
             try:
-                await self._writing.run(self._tidy, turn % 10 == 0)
+                await self._writing.run(self._tidy, turn % QUIET_TURNS == 0)
                 if self._path is not None:
-                    dirty, self._dirty = self._dirty, False
                     await self._background.run(self._visit_file, dirty)
             except (OSError, sqlite3.Error) as error:
                 self._mark_failed(error)

@@ -15,7 +15,7 @@ class Wakes:
 
     Whoever commits writes a byte into each pipe. A pipe that nobody reads any more is that of a process that has died:
     it is deleted. What is lost with a pipe that is deleted from outside, or that another user may not write to, is
-    only time: everybody looks for commits once a second as well.
+    only time: everybody looks for commits every two seconds as well.
     """
 
     def __init__(self, folder: Path) -> None:

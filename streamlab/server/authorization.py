@@ -204,8 +204,9 @@ async def end_unauthorized(streams: Streams, authorization: Authorization) -> No
     """End streams whose credentials expire, or do not suffice after a change of the configuration, within a second."""
     interrupted: Collection[OpenStream] = ()
     while True:
+        await streams.wait_until_used()
         await tick(OPEN_CHECK_SECONDS if authorization.is_open else CHECK_SECONDS)
-        if authorization.is_open or not streams.requests:
+        if authorization.is_open:
             interrupted = ()
         else:
             interrupted = await streams.end_unauthorized(authorization.deciding(), interrupted)

@@ -21,7 +21,7 @@ from streamlab.ticks import until_tick
 from .worker import Worker
 from .worker_metrics import WorkerMetrics
 
-LAG_INTERVAL = 1.0
+LAG_INTERVAL = 2.0
 """Interval between two measurements of the event loop's lag, in seconds."""
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

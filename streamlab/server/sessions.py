@@ -351,6 +351,7 @@ class Sessions:
         """End the streams of sessions that have ended, or were replaced, within a second."""
         interrupted: Collection[OpenStream] = ()
         while True:
+            await streams.wait_until_used()
             await tick(CHECK_SECONDS if self.are_used else 2 * CHECK_SECONDS)
             if self.are_used and any(SESSION in request for request in streams.requests):
                 try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import select
+import selectors
 import signal
 import sys
 import threading
@@ -14,8 +15,6 @@ from contextlib import asynccontextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from streamlab.ticks import until_tick
-
 from .logging import BufferedLines
 
 log = logging.getLogger(__name__)
@@ -24,10 +23,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals that stop the server: the first one drains it, the second one aborts what is open."""
 
 TICK_SECONDS = 1.0
-"""Interval at which the event loop reports that it runs, in seconds."""
+"""Interval at which the thread checks whether the event loop runs, in seconds."""
 
 BLOCKED_SECONDS = 2.0
-"""Time without a report of the event loop after which it counts as blocked, in seconds."""
+"""Time without a wait or a report of the event loop after which it counts as blocked, in seconds."""
+
+_WAIT = selectors.DefaultSelector.select.__code__
+"""What an event loop without work is in: it is left alone, so that an idle process does not wake it."""
 
 SECOND_SIGNAL_SECONDS = 2.0
 """Maximum time from the second stop signal to the end of the process, in seconds."""
@@ -64,8 +66,9 @@ class Watchdog:
         self._loop = asyncio.get_running_loop()
         self._main = threading.get_ident()
         self._start: asyncio.Timeout | None = None
-        self._tick: asyncio.TimerHandle | None = None
         self._ran_at = time.monotonic()
+        self._is_requested = False
+        """Whether the loop has been requested to note that it runs, and has not yet."""
         self._open = True
         self._signals, self._signalled = -1, -1
         self._previous: dict[int, Any] = {}
@@ -77,7 +80,7 @@ class Watchdog:
         os.set_blocking(self._signalled, False)
         self._previous_fd = signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._on_python_signal) for number in STOP_SIGNALS}
-        self._note_run()
+        self._ran_at = time.monotonic()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -86,8 +89,6 @@ class Watchdog:
     ) -> None:
         """Restore the signal handlers; the thread continues only if the process is about to end."""
         self._open = False
-        if self._tick is not None:
-            self._tick.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
@@ -125,10 +126,19 @@ class Watchdog:
             self._start.reschedule(self._loop.time())
 
     def _note_run(self) -> None:
-        self._ran_at = time.monotonic()
-        self._tick = self._loop.call_later(until_tick(TICK_SECONDS), self._note_run)
+        self._ran_at, self._is_requested = time.monotonic(), False
 
     # -- in the thread
+
+    def _check_loop(self) -> None:
+        """Note that the event loop waits, or let it note that it runs."""
+        frame = sys._current_frames().get(self._main)
+        if frame is not None and frame.f_code is _WAIT:
+            self._ran_at = time.monotonic()
+        elif not self._is_requested:
+            self._is_requested = True
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._note_run)
 
     def _watch(self) -> None:
         ends_at: float | None = None
@@ -158,6 +168,7 @@ class Watchdog:
                 time.sleep(wait)
             if ends_at is not None and time.monotonic() >= ends_at:
                 self._kill()
+            self._check_loop()
             # Twice in a row: a process that was stopped and continued does not have a blocked loop.
             was_overdue, overdue = overdue, time.monotonic() - self._ran_at > BLOCKED_SECONDS
             if self._open and overdue and was_overdue and reported_for != self._ran_at:

@@ -95,6 +95,8 @@ class Streams:
         self._changed = asyncio.Event()
         self._waits: set[asyncio.Timeout] = set()
         """The timeouts of requests that wait for something to happen."""
+        self._used = asyncio.Event()
+        """Set when a request began; cleared by whoever finds that none is in progress."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -107,12 +109,19 @@ class Streams:
         """The requests in progress: those of open streams, and others, as of a WebSocket."""
         return tuple(self._requests.values())
 
+    async def wait_until_used(self) -> None:
+        """Wait until a request is in progress."""
+        while not self._requests:
+            self._used.clear()
+            await self._used.wait()
+
     def begin_request(self, request: web.Request) -> asyncio.Task[Any]:
         """Return the current task, a request in progress until `end_request`: a drain waits for it, then cancels it."""
         # Not a context manager: its generator would cost each open stream 400 bytes.
         task = asyncio.current_task()
         assert task is not None
         self._requests[task] = request
+        self._used.set()
         return task
 
     def end_request(self, task: asyncio.Task[Any]) -> None:

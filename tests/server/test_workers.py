@@ -267,10 +267,12 @@ class Load:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session, asyncio.TaskGroup() as group:
             news = asyncio.Event()
             tasks = [group.create_task(follower.run(session, news)) for follower in self.followers]
-            tasks += [group.create_task(self._push(session)), *(group.create_task(self._connect()) for _ in range(4))]
+            pushing = group.create_task(self._push(session))
+            tasks += [pushing, *(group.create_task(self._connect()) for _ in range(4))]
             tasks.append(group.create_task(self._scrape(session)))
             try:
                 yield
+                pushing.cancel()  # nothing is acknowledged after the last, for which the followers are waited
                 last = int((await self._push_one(session)).rpartition("-")[2])
                 async with asyncio.timeout(20):
                     while min(follower.offset for follower in self.followers) < last:
