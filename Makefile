@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(dir $(wildcard plugins/*/__init__.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test node lint format check docs screenshot bench bench-check bench-file bench-events bench-export bench-llm bench-progress bench-scale strangers soak image lock licenses dist clean
+.PHONY: help run test node lint format check docs screenshot bench bench-check bench-file bench-events bench-streams bench-export bench-llm bench-progress bench-scale strangers soak image lock licenses dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -49,7 +49,7 @@ docs: $(VENV)/docs.stamp  ## build the documentation into build/docs/, without a
 screenshot: $(VENV)/dev.stamp  ## retake docs/lab.png, the picture in README (needs port 8000)
 	@$(BIN)/python -m tools.screenshot
 
-bench: $(VENV)/bench.stamp  ## run all benchmarks, at most 15 minutes (make bench ARGS="--quick")
+bench: $(VENV)/bench.stamp  ## run all benchmarks, at most 17 minutes (make bench ARGS="--quick")
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-check: $(VENV)/bench.stamp  ## compare the ratios of the latest run with the goals (make bench-check ARGS=FILE)
@@ -60,6 +60,9 @@ bench-file: $(VENV)/bench.stamp  ## compare downloads with FastAPI, Starlette an
 
 bench-events: $(VENV)/bench.stamp  ## compare fan-out with FastAPI, sse-starlette, aiohttp-sse, Nchan and raw asyncio
 	@$(BIN)/python -m bench.events $(ARGS)
+
+bench-streams: $(VENV)/bench.stamp  ## compare Durable Streams with the reference server and rakaia-streams (after make node)
+	@$(BIN)/python -m bench.streams $(ARGS)
 
 bench-export: $(VENV)/bench.stamp  ## compare exports with FastAPI, SQLAlchemy, sqlite3 and psql
 	@$(BIN)/python -m bench.export $(ARGS)

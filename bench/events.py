@@ -18,9 +18,10 @@ from .report import Goal, Measurement, Numbers, Table, filesystem, ratio_rows, s
 from .servers import START_SECONDS, Running, Server, nginx, nginx_binary, python, running, started, streamlab, uvicorn
 
 STREAMLAB, MEMORY, VALKEY = "streamlab", "streamlab in memory", "streamlab on Valkey"
+MACHINE = "streamlab, durability machine"
 FASTAPI, SSE_STARLETTE, AIOHTTP_SSE = "FastAPI", "sse-starlette", "aiohttp-sse"
 NCHAN, RAW = "Nchan", "raw asyncio"
-ENGINES = (STREAMLAB, MEMORY, VALKEY)
+ENGINES = (STREAMLAB, MACHINE, MEMORY, VALKEY)
 SERVERS = (*ENGINES, FASTAPI, SSE_STARLETTE, AIOHTTP_SSE, NCHAN, RAW)
 PLUGINS = Path(__file__).parents[1] / "plugins"
 CLIENT_SECONDS = 60
@@ -31,6 +32,7 @@ FIXED = (
     "an event costs as much as 80 to 150 deliveries whatever the number of followers: the POST, its JSON, the commit in"
     " a thread, turns of the loop; a delivery costs no more than raw asyncio's."
 )
+FSYNC = "each commit waits for the disk, and the POSTs of eight publishers share few; it depends on the disk alone."
 SHARED = "a delivery costs less than raw asyncio's; both depend on what else the machine does."
 GOALS = (
     Goal(
@@ -56,6 +58,7 @@ GOALS = (
         " all events take 1.1 to 1.6 times as long.",
     ),
     Goal("rate / in memory", MEMORY, 1000, "one rate", ">=", 0.85),
+    Goal("POST rate / durability process", STREAMLAB, 0, "single rate", ">=", 0.5, MACHINE, floor=0.05, short=FSYNC),
     Goal("RSS per idle follower", None, 1000, "idle", "<=", 12, unit="KiB"),
     Goal("RSS per idle follower", None, 5000, "idle", "<=", 12, unit="KiB"),
     Goal(
@@ -66,7 +69,7 @@ GOALS = (
 )  # fmt: skip
 
 
-def config(url: Callable[[Path], str]) -> Callable[[Path], str]:
+def config(url: Callable[[Path], str], durability: str = "process") -> Callable[[Path], str]:
     """Return streamlab's configuration; `url` returns the URL of the event log for the folder of the server."""
     built_in = {path.parent.name for path in PLUGINS.glob("*/__init__.py")} | {
         path.stem for path in PLUGINS.glob("*.py")
@@ -75,7 +78,7 @@ def config(url: Callable[[Path], str]) -> Callable[[Path], str]:
     return lambda folder: (
         # The peers do not write an access log either.
         "[server]\nlog_file = ''\nlog_level = 'WARNING'\nmax_streams = 100000\n"
-        f"[events]\nurl = '{url(folder)}'\n"
+        f"[events]\nurl = '{url(folder)}'\ndurability = '{durability}'\n"
         "[scenarios.ticker]\nsource = 'push'\n"
         f"{others}"
     )
@@ -85,6 +88,7 @@ def servers() -> dict[str, Server]:
     """Return every available server, by name."""
     found = [
         streamlab(STREAMLAB, config(lambda folder: f"sqlite:///{folder}/events.db")),
+        streamlab(MACHINE, config(lambda folder: f"sqlite:///{folder}/events.db", "machine")),
         streamlab(MEMORY, config(lambda _: "sqlite://")),
         uvicorn(FASTAPI, "bench.event_peers.fastapi_app:app"),
         uvicorn(SSE_STARLETTE, "bench.event_peers.sse_starlette_app:app"),
@@ -176,7 +180,7 @@ def visits(round_number: int, followers: Sequence[int], here: Sequence[str], qui
         else:
             more = {STREAMLAB: ["health"]} if count > USUAL else {}
             planned += [Visit(name, count, ["one", *more.get(name, [])]) for name in in_turn if name in FASTEST]
-    engines = [name for name in in_turn if name == STREAMLAB or (first and name in ENGINES)]
+    engines = [name for name in in_turn if name in (STREAMLAB, MACHINE) or (first and name in ENGINES)]
     return planned + [Visit(name, 0, ["lines", "single", "resume"]) for name in engines]
 
 
@@ -265,9 +269,12 @@ def tables(numbers: Numbers) -> list[Table]:
         "rate": "one rate", "CPU per delivery": "one cpu",
         "burst rate": "burst rate", "burst CPU per delivery": "burst cpu",
     }  # fmt: skip
+    price = {f"1 a POST, {PUBLISHERS} at once: rate": "single rate", "CPU each": "single cpu",
+             f"{LINES} per POST: rate": "lines rate"}  # fmt: skip
     columns = (one, burst | paced, health, engine)
     return [
         ratio_rows(numbers, STREAMLAB, SERVERS[1:], "followers", ratios),
+        ratio_rows(numbers, MACHINE, [STREAMLAB], "followers", price),
         *(stream_rows(numbers, SERVERS, "followers", keys) for keys in columns),
     ]
 

@@ -58,9 +58,10 @@ class Connection:
         elif b"\r\n\r\n" in self._head:
             fields, _, body = self._head.partition(b"\r\n\r\n")
             length = re.search(rb"(?im)^content-length: *(\d+)\r?$", fields)
-            if length is None or not fields.startswith(self._status):
+            has_none = fields.startswith(b"HTTP/1.1 204 ")  # nor a Content-Length
+            if not (length or has_none) or not fields.startswith(self._status):
                 raise ValueError(f"not {self._status!r} with a Content-Length: {fields!r}")
-            self._left = int(length[1]) - len(body)
+            self._left = (int(length[1]) if length else 0) - len(body)
         return self._left == 0
 
 
