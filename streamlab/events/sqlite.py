@@ -506,8 +506,8 @@ class SqliteLog:
             db.executemany("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", rows)
         if append.counts:
             db.executemany(
-                "INSERT INTO checkpoints VALUES (?1, ?2, ?3) "
-                "ON CONFLICT DO UPDATE SET value = CAST(value AS INTEGER) + ?3",
+                "INSERT INTO checkpoints VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET value = CAST(value AS INTEGER) + excluded.value",
                 [(channel, name, count) for name, count in append.counts.items()],
             )
         step = max(1, retention.events // 8)

@@ -1093,7 +1093,9 @@ async def test_page_is_small_and_paints_without_layout_shifts(shared_server: Run
         assert await page.evaluate("[window.shifts, window.violations]") == [[], []]
         if len(paints) == 1:  # the others come from the browser's cache
             sizes = {response.url: len(await response.body()) for response in responses}
-    assert sum(sizes.values()) < 175_000, sizes
+    description = sizes.pop(f"{shared_server.url}/openapi.json")  # grows with each route
+    assert description < 50_000
+    assert sum(sizes.values()) < 140_000, sizes
     assert len(sizes) > 10
     assert all(paint > 0 for paint in paints)
 
