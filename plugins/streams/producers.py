@@ -83,7 +83,9 @@ def plan_append(state: State, request: AppendRequest, limits: Limits) -> Plan:
             return Plan((), {}, {}, {}, {**fields, **_fields(producer.epoch, done)}, 204)
         checkpoints[name] = f"{producer.epoch} {producer.seq}"
         fields = {**fields, **_fields(producer.epoch, producer.seq)}
-        counts |= {PRODUCERS: 1} if before is None else {}
+        if before is None:
+            expected[PRODUCERS] = state.get(PRODUCERS)
+            counts[PRODUCERS] = 1
     if CLOSED in state:
         if request.closes and not request.body and producer is None:
             return Plan((), {}, {}, {}, {CLOSED_FIELD: "true"}, 204)

@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import os
 import re
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,16 +17,17 @@ from typing import Any
 import pytest
 
 from tests.support.connections import EventStream, Received
+from tests.support.node import FOLDER, node_command
 from tests.support.servers import Running, starting_in
 from tests.support.tokens import bearer, table
 from tests.support.valkey import Valkey
 
 SETTINGS = """
     [scenarios.streams]
-    long_poll_seconds = 3.0
-    max_message_bytes = 4096
-    max_stream_bytes = 8192
-    max_producers = 2
+    long_poll_seconds = 1.0
+    max_message_bytes = 200_000
+    max_stream_bytes = 300_000
+    max_producers = 10
     [cors]
     origins = ["*"]
 """
@@ -103,6 +106,28 @@ def client(server: Running) -> Client:
     return Client(server, {})
 
 
+# -- what others say
+
+
+def test_the_conformance_suite_of_the_protocol_passes(client: Client, tmp_path: Path) -> None:
+    """All tests that the suite runs by default: it leaves out those of subscriptions, which are not served here."""
+    command = node_command("node_modules/vitest/vitest.mjs", package="@durable-streams/server-conformance-tests")
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [*command, "run", "--config", "streams.config.mjs", "--reporter", "json", "--outputFile", str(report)],
+        cwd=FOLDER,
+        env={**os.environ, "STREAMS_URL": client.server.url},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert report.exists(), done.stdout + done.stderr
+    tests = [test for file in json.loads(report.read_text())["testResults"] for test in file["assertionResults"]]
+    failed = {test["fullName"]: test["failureMessages"] for test in tests if test["status"] == "failed"}
+    assert failed == {}
+    assert sum(test["status"] == "passed" for test in tests) == 332
+
+
 # -- appending
 
 
@@ -137,7 +162,7 @@ def test_a_rejection_names_what_is_wrong_and_what_is_allowed(client: Client) -> 
         ),
         (400, "must be given together", client("POST", "wrong", {**JSON, "Producer-Id": "p"}, b"1")),
         (404, "PUT creates it", client("GET", "none")),
-        (413, "larger than 4096 bytes", client("POST", "wrong", JSON, b"1" * 4097)),
+        (413, "larger than 200000 bytes", client("POST", "wrong", JSON, b"1" * 200_001)),
         (400, "Invalid parameters: path", client("PUT", "a" * 501, JSON)),
     ):
         document = json.loads(response.body)
@@ -146,13 +171,17 @@ def test_a_rejection_names_what_is_wrong_and_what_is_allowed(client: Client) -> 
 
 
 def test_streams_have_limits(client: Client) -> None:
-    client("PUT", "full", TEXT, b"x" * 4096)
-    assert client.post("full", b"x" * 4096).status == 204
-    assert "more than 8192 bytes" in client.post("full", b"x").body.decode()
-    for number, expected in enumerate((200, 200, 429)):
+    client("PUT", "full", TEXT, b"x" * 150_000)
+    assert client.post("full", b"x" * 150_000).status == 204
+    assert "more than 300000 bytes" in client.post("full", b"x").body.decode()
+    client("PUT", "crowded", TEXT)
+
+    def produce(number: int) -> int:
         given = {"Producer-Id": f"p{number}", "Producer-Epoch": "0", "Producer-Seq": "0"}
-        client("PUT", "crowded", TEXT)
-        assert client("POST", "crowded", {**TEXT, **given}, b"x").status == expected
+        return client("POST", "crowded", {**TEXT, **given}, b"x").status
+
+    with ThreadPoolExecutor(12) as threads:
+        assert sorted(threads.map(produce, range(12))) == [200] * 10 + [429] * 2
 
 
 def test_a_producer_that_sends_again_or_out_of_order_is_stored_once_and_in_order(client: Client) -> None:
@@ -281,8 +310,10 @@ def test_a_killed_server_loses_nothing_that_it_acknowledged(engine: str, tmp_pat
 
         with ThreadPoolExecutor(producers + 4) as threads:
             followers = [threads.submit(follow, number) for number in range(4)]
-            [*threads.map(produce, range(producers))]
-            assert other("POST", "chaos", {"Stream-Closed": "true"}).status == 204
+            try:
+                [*threads.map(produce, range(producers))]
+            finally:
+                assert other("POST", "chaos", {"Stream-Closed": "true"}).status == 204
             for follower in followers:
                 received = follower.result()
                 assert received == json.loads(other("GET", "chaos").body)
