@@ -110,6 +110,8 @@ class Server(Table):
     """The number of processes that serve, at most 128; "auto": as many as there are usable processors."""
     drain_seconds: float = Field(5.0, ge=0, le=3600)
     """Maximum time for downloads and exports to end after SIGTERM, in seconds; event streams end at once."""
+    hang_seconds: float = Field(30.0, ge=3, le=3600)
+    """Maximum time for which a worker of several may hang, in seconds; then it is killed, and replaced."""
     start_seconds: float = Field(30.0, ge=0.1, le=3600)
     """Maximum time for a plugin to start, in seconds; after it the plugin is out of service, and the others serve."""
     stall_seconds: float = Field(120.0, ge=1, le=3600)

@@ -36,6 +36,9 @@ STEADY_SECONDS = 10.0
 KILL_SECONDS = 0.5
 """Maximum time for a worker to kill itself, as its watchdog does, before it is killed, in seconds."""
 
+CHECK_SECONDS = 1.0
+"""Interval at which it is checked whether workers hang, in seconds."""
+
 KILL_AGAIN_SECONDS = 60.0
 """Time after which a process is killed again that the kernel has not ended, in seconds."""
 
@@ -58,6 +61,9 @@ class _Process:
     """None while it starts."""
     kill_at: float | None = None
     """When it is killed; None unless it stops."""
+    beat: int = 0
+    """What its row had when it was last seen to run, and the time of that."""
+    ran_at: float = 0.0
 
     @property
     def is_ready(self) -> bool:
@@ -96,6 +102,7 @@ class Supervisor:
         """For what the workers share."""
         self._board = Board(Path(self._folder.name))
         self._service, self._alive_at = service, 0.0
+        self._checked_at = 0.0
         self._terminal = Terminal()
         self._selector = selectors.DefaultSelector()
         self._processes: list[_Process] = []
@@ -131,6 +138,7 @@ class Supervisor:
                     else:
                         self._receive(key.data)
                 self._reap()
+                self._kill_hung(time.monotonic())
                 self._step(time.monotonic())
                 self._report_alive()
         if self._failed is not None and self._failed.faults:
@@ -160,6 +168,8 @@ class Supervisor:
     def _seconds_to_wait(self) -> float | None:
         times = [process.kill_at for process in self._processes if process.kill_at is not None]
         times += () if self._is_stopping else self._due.values()
+        if self._is_serving and not self._is_stopping:
+            times.append(self._checked_at + CHECK_SECONDS)
         if self._service.alive_seconds is not None:
             times.append(self._alive_at + self._service.alive_seconds)
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -237,6 +247,21 @@ class Supervisor:
                 log.error("%s has not stopped: killing it", process)
                 process.process.kill()
                 process.kill_at = now + KILL_AGAIN_SECONDS
+
+    def _kill_hung(self, now: float) -> None:
+        """Kill workers whose event loops have not run for too long: their connections are lost, but no others wait."""
+        if now < self._checked_at + CHECK_SECONDS:
+            return
+        was_suspended = now > self._checked_at + 2 * CHECK_SECONDS  # this process, and maybe all others with it
+        self._checked_at = now
+        for process in self._processes:
+            beat = self._board.row(process.number).beat
+            if not process.is_ready or was_suspended or beat != process.beat:
+                process.beat, process.ran_at = beat, now
+            elif process.kill_at is None and now - process.ran_at > (seconds := self._config.server.hang_seconds):
+                log.error("%s has not run for %g s: killing it", process, seconds)
+                process.process.kill()
+                process.ran_at = now + KILL_AGAIN_SECONDS
 
     def _note_end(self, process: _Process) -> None:
         """Decide what follows the end of a process."""

@@ -159,6 +159,7 @@ async def serve(
         stop_seconds=server.drain_seconds + STOP_SECONDS,
         on_second=streams.cut,
         lifeline=None if worker is None else worker.lifeline,
+        on_check=(lambda _: None) if worker is None else worker.row.ran_at,
     )
     with watchdog, reload_requests() as requests:
         try:

@@ -17,7 +17,7 @@ _STATES: tuple[State, ...] = ("none", "starting", "serving", "stopping", "restar
 _WIDTH = 16
 """Numbers of a row: 64 bytes, so that no two processors write to the same line of their caches."""
 
-_STATE, _PROCESS, _CONNECTIONS, _STREAMS, _DEGRADED = range(5)
+_STATE, _PROCESS, _CONNECTIONS, _STREAMS, _DEGRADED, _BEAT = range(6)
 
 
 class Row:
@@ -63,6 +63,15 @@ class Row:
     @is_degraded.setter
     def is_degraded(self, value: bool) -> None:
         self._numbers[_DEGRADED] = value
+
+    @property
+    def beat(self) -> int:
+        """A number that changes every second or so while its event loop runs."""
+        return self._numbers[_BEAT]
+
+    def ran_at(self, moment: float) -> None:
+        """Note when its event loop was last known to run: by the monotonic clock, in seconds."""
+        self._numbers[_BEAT] = int(moment * 1000) & 0xFFFFFFFF
 
     def set(self, state: State, process: int = 0) -> None:
         """Set the state of its process; another process begins with nothing open."""

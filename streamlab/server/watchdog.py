@@ -52,17 +52,25 @@ class Watchdog:
 
     `lifeline` is a descriptor that another process has opened, too: when that has died, this one stops as by a signal.
 
+    `on_check` is called in the thread once a second, with the monotonic time at which the loop last ran or waited.
+
     Signals reach the thread by a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), so that
     they are handled even where no Python code of the main thread runs.
     """
 
     def __init__(
-        self, *, stop_seconds: float, on_second: Callable[[], None] = lambda: None, lifeline: int | None = None
+        self,
+        *,
+        stop_seconds: float,
+        on_second: Callable[[], None] = lambda: None,
+        lifeline: int | None = None,
+        on_check: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.stopping = asyncio.Event()
         self._lifeline = lifeline
         self._stop_seconds = stop_seconds
         self._on_second = on_second
+        self._on_check = on_check
         self._loop = asyncio.get_running_loop()
         self._main = threading.get_ident()
         self._start: asyncio.Timeout | None = None
@@ -139,6 +147,7 @@ class Watchdog:
             self._is_requested = True
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._note_run)
+        self._on_check(self._ran_at)
 
     def _watch(self) -> None:
         ends_at: float | None = None

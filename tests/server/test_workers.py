@@ -243,6 +243,24 @@ def test_a_number_of_workers(value: object, processes: int) -> None:
     assert (config.faults, config.server.processes) == ((), processes)
 
 
+def test_a_worker_that_hangs_is_killed_and_replaced_while_the_other_serves(start: Start) -> None:
+    server = start(CONFIG.replace("workers = 2", "workers = 2\nhang_seconds = 5"))
+    first, second = sorted(one["process"] for one in workers(server))
+    os.kill(first, signal.SIGSTOP)
+    server.wait_for_log(f"(process {first}) has not run for 5 s: killing it")
+    server.wait_for_log("was killed by SIGKILL: restarting it in 0.1 s")
+    states: list[dict[str, Any]] = []
+
+    def is_complete() -> bool:
+        states[:] = workers(server)
+        return [one["state"] for one in states] == ["serving", "serving"]
+
+    wait_for(is_complete, "another worker serves in its place")
+    assert not is_running(first)
+    assert second in {one["process"] for one in states}
+    assert server.log.count("killing it") == 1
+
+
 # -- a server under load
 
 
