@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from streamlab.cli import cli
 from streamlab.config import Config
 from streamlab.server.app import create_app
 from streamlab.server.site import REGISTRY
+from tests.support import node
 from tests.support.connections import EventStream
 from tests.support.docs import COUNTDOWN, PAGES, README, THUMBNAILS, VOTES, blocks
+from tests.support.node import node_command
 from tests.support.servers import REPOSITORY, Running, disabled, run_streamlab, starting_in, write_plugins
 from tools.reference import Reference
 
@@ -113,6 +116,25 @@ def test_every_curl_command_works(
             assert (tmp_path / "large-file").read_bytes() == (shared.base / "var/files/large-file.bin").read_bytes()
         if "-r 0-99" in line:
             assert [path.stat().st_size for path in tmp_path.iterdir() if path.stat().st_size == 100] == [100]
+
+
+@pytest.mark.parametrize("client", ["@durable-streams/client", "aiohttp", "durable_streams"])
+def test_clients_of_the_streams_page_append_and_read(shared: Running, client: str) -> None:
+    (code,) = (
+        block
+        for language in ("js", "python")
+        for block in blocks("docs/streams.md", language)
+        if re.search(rf"^(import|from|import \{{.*\}} from) \"?{client}\b", block, re.MULTILINE)
+    )
+    if client.startswith("@"):
+        command = [node_command("-", package=client)[0], "--input-type=module", "-"]
+    else:
+        pytest.importorskip(client, reason=f"{client} is not installed")
+        command = [sys.executable, "-"]
+    code = code.replace("http://127.0.0.1:8000", shared.url)
+    # Node searches packages from its folder on.
+    done = subprocess.run(command, input=code, cwd=node.FOLDER, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "tea\nmilk\n", "")
 
 
 def test_pages_with_curl_commands_are_found() -> None:
