@@ -1,10 +1,9 @@
 """Stream the tokens of a language model: a small embedded one, or any OpenAI-compatible upstream."""
 
-import os
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import cached_property
 from typing import Annotated, Any, Literal, cast
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from pydantic import (
@@ -24,6 +23,7 @@ from streamlab import (
     METRICS,
     PRINCIPAL,
     ErrorFormat,
+    Principal,
     Problem,
     ResumeQuery,
     Scenario,
@@ -38,29 +38,18 @@ from streamlab import (
 )
 
 from .completion import Completion
-from .completion_request import ChatCompletionRequest, LimitField, Rules, check_extra_field
-from .embedded import MODEL, EmbeddedModel, missing
-from .gateway import Gateway, GenerationSlots
+from .completion_request import ChatCompletionRequest, LimitField
+from .embedded import MODEL, missing
+from .gateway import Gateway
 from .generations import Generations, generation_of
+from .models import LIMITS, ConfiguredModel, ExtraFields, ModelSettings, Name, Url
 from .openai import ErrorResponse, OpenAIError, openai_errors
-from .upstream import Upstream
 
 BODY_BYTES = 256 * 1024
 """Maximum request body, in bytes."""
 
 KEEP_ALIVE = b": the model is at work\n\n"
 """The comment that a client of /v1 receives while the upstream is silent."""
-
-
-def _base_url(url: str) -> str:
-    parts = urlsplit(url)
-    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ValueError("must be an http:// or https:// URL, without /chat/completions")
-    if parts.username or parts.password:
-        raise ValueError("must not contain a password: api_key_env names the variable that holds the key")
-    if parts.query or parts.fragment:
-        raise ValueError("must not have a query or a fragment")
-    return url
 
 
 def _as_list(stop: object) -> object:
@@ -143,12 +132,18 @@ class Llm(Scenario):
 
     error_formats = (ErrorFormat("/v1/", "application/json", ErrorResponse, OpenAIError.of),)
 
-    url: Annotated[str, AfterValidator(_base_url)] = ""
+    url: Url = ""
     """URL of an OpenAI-compatible upstream, without /chat/completions; where it is empty, a small model runs here."""
     model: str = ""
     """Name of the upstream's model."""
     api_key_env: str = ""
     """Environment variable that holds the upstream's key."""
+    fallback: list[Name] = Field([], max_length=10)
+    """Models of the tables below that a request is sent to, in turn, where this one fails before the first token."""
+    models: dict[Name, ConfiguredModel] = Field({}, max_length=100)
+    """Models by the names under which clients know them. Without `url` above, the first is the default."""
+    retry_seconds: float = Field(2.0, ge=0, le=60)
+    """Maximum Retry-After of an upstream's 429 or 503 that is waited for, once; a longer one is passed on."""
     max_generations: int = Field(4, ge=1, le=1000)
     """Maximum concurrent generations; a request for several responses (`n`) counts as that many."""
     max_waiting: int = Field(16, ge=0, le=10_000)
@@ -161,7 +156,7 @@ class Llm(Scenario):
     """Name under which the upstream takes that limit."""
     max_prompt_tokens: int = Field(1024, ge=1, le=10_000_000)
     """Maximum tokens of a prompt, with tools and schemas; for an upstream, a token counts as four bytes."""
-    extra_fields: list[Annotated[str, AfterValidator(check_extra_field)]] = Field([], max_length=50)
+    extra_fields: ExtraFields = Field([])
     """Fields of requests to /v1 that are sent to the model although docs/openai.md does not list them."""
     max_seconds: float = Field(300.0, ge=0.1, le=86_400)
     """Maximum duration of a generation, in seconds, from the moment it has its slot."""
@@ -178,82 +173,96 @@ class Llm(Scenario):
     _generations: Generations = PrivateAttr()
 
     @model_validator(mode="after")
-    def _upstream_is_complete(self) -> "Llm":
+    def _models_are_complete(self) -> "Llm":
         if self.url and not self.model:
             raise ValueError("url needs model, the name of the upstream's model")
         if not self.url and (self.model or self.api_key_env):
             raise ValueError("model and api_key_env belong to an upstream; url is missing")
-        if not self.url and self.limit_field != "max_tokens":
+        if not self.url and not self.models and self.limit_field != "max_tokens":
             raise ValueError("limit_field belongs to an upstream; url is missing")
+        if not self.url and self.models and self.fallback:
+            raise ValueError("fallback belongs to the model of url, which is missing; each table of models has its own")
+        self._check_models()
         return self
 
-    @property
-    def _rules(self) -> Rules:
-        return Rules(
-            model=self.model_name,
-            max_tokens=self.max_tokens,
-            max_choices=self.max_generations,
-            embedded=not self.url,
-            limit_field=self.limit_field,
-            extra_fields=frozenset(self.extra_fields),
+    def _check_models(self) -> None:
+        """Raise ValueError, which names the table, where the models do not fit together."""
+        if self.url and self.model in self.models:
+            raise ValueError(f"models.{self.model}: the model of url has this name already")
+        embedded = [name for name, model in self.models.items() if not model.url]
+        if len(embedded) > 1:
+            raise ValueError(f"models.{embedded[1]}: url is missing; only one model, {embedded[0]}, can be embedded")
+        for name in embedded:
+            if self.models[name].model or self.models[name].api_key_env:
+                raise ValueError(f"models.{name}: model and api_key_env belong to an upstream; url is missing")
+        for settings in self.model_settings:
+            for other in settings.fallback:
+                if other == settings.name or other not in self.models:
+                    others = ", ".join(sorted(set(self.models) - {settings.name})) or "none"
+                    raise ValueError(f"fallback of {settings.name}: {other!r} is not another model of models: {others}")
+
+    @cached_property
+    def model_settings(self) -> Sequence[ModelSettings]:
+        """Every model with its limits; the first is the default."""
+        tables = dict(self.models)
+        if self.url or not tables:
+            first = ConfiguredModel(
+                url=self.url, model=self.model, api_key_env=self.api_key_env, fallback=self.fallback
+            )
+            tables = {self.model or MODEL: first, **tables}
+        return [self._settings(name, table) for name, table in tables.items()]
+
+    def _settings(self, name: str, table: ConfiguredModel) -> ModelSettings:
+        limits = {key: getattr(self if getattr(table, key) is None else table, key) for key in LIMITS}
+        return ModelSettings(
+            name=name,
+            url=table.url,
+            model=(table.model or name) if table.url else MODEL,
+            api_key_env=table.api_key_env,
+            fallback=tuple(table.fallback),
+            wait_seconds=self.wait_seconds,
+            retry_seconds=self.retry_seconds,
+            **{**limits, "extra_fields": tuple(limits["extra_fields"])},
         )
 
-    @property
-    def model_name(self) -> str:
-        """The name under which clients know the model."""
-        return self.model or MODEL
+    def settings_of(self, name: str | None, principal: Principal) -> ModelSettings:
+        """Return the settings of a model, or of the default one; raises OpenAIError 404, which has the names.
+
+        The names are those of the models that the client may use.
+        """
+        every = self.model_settings
+        if name is None:
+            return every[0]
+        if (found := next((settings for settings in every if settings.name == name), None)) is not None:
+            return found
+        names = ", ".join(map(repr, principal.visible(self.name, [settings.name for settings in every])))
+        detail = f"Unknown model; this server has {names or 'none for you'}{' only' if len(every) == 1 else ''}."
+        raise OpenAIError(404, detail, param="model", code="model_not_found")
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """Run the embedded model, or hold connections to the upstream, while the server runs."""
-        async with AsyncExitStack() as stack:
-            embedded = None
-            if self.url:
-                if reason := self._missing_key():
-                    raise Problem(503, reason)
-                upstream = Upstream(self.url, key=self._key())
-            else:
-                embedded = EmbeddedModel(slots=self.max_generations, context=self.max_prompt_tokens + self.max_tokens)
-                await stack.enter_async_context(embedded.running())
-                upstream = Upstream("http://localhost", socket=embedded.socket)
-            upstream.stall_seconds, upstream.max_seconds = self.stall_seconds, self.max_seconds
-            await stack.enter_async_context(upstream.opened())
-            gateway = self._gateway = Gateway(
-                upstream,
-                GenerationSlots(self.max_generations, self.max_waiting, wait_seconds=self.wait_seconds),
-                embedded=embedded,
-                max_prompt_tokens=self.max_prompt_tokens,
-                extra_fields=self.extra_fields,
-                registry=app[METRICS].registry,
-            )
-            self._generations = Generations(
-                app[EVENTS], gateway, self.keep_seconds, self.abandon_seconds, self.max_stored
-            )
-            await stack.enter_async_context(self._generations.opened())
+        """Run the embedded model, and hold connections to the upstreams, while the server runs."""
+        gateway = Gateway(self.model_settings, registry=app[METRICS].registry)
+        self._generations = Generations(app[EVENTS], gateway, self.keep_seconds, self.abandon_seconds, self.max_stored)
+        async with gateway.opened(), self._generations.opened():
+            self._gateway = gateway
             yield
-
-    def _key(self) -> str:
-        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
-
-    def _missing_key(self) -> str | None:
-        """Return why there is no key for the upstream; None if there is one, or none is needed."""
-        if self.api_key_env and not self._key():
-            return f"the environment variable {self.api_key_env} does not hold the upstream's key"
-        return None
 
     @hookimpl
     def check(self) -> Iterator[tuple[str, str]]:
-        """Report a missing key; no upstream is connected to."""
-        if reason := self._missing_key():
-            yield "api_key_env", reason
+        """Report missing keys; no upstream is connected to."""
+        for settings in self.model_settings:
+            if reason := settings.missing_key:
+                is_table = settings.name in self.models
+                yield (f"models.{settings.name}.api_key_env" if is_table else "api_key_env"), reason
 
     @hookimpl
     def health(self) -> str | None:
-        """Return why there is no model: not installed, not running, or the upstream's last request failed."""
+        """Return why a model is unavailable: not installed, not running, or its upstream's last request failed."""
         if self._gateway is not None:
             return self._gateway.trouble
-        return None if self.url else missing()
+        return None if all(settings.url for settings in self.model_settings) else missing()
 
     def _complete(self, request: web.Request, body: Mapping[str, Any]) -> AbstractAsyncContextManager[Completion]:
         assert self._gateway is not None, "the server has not started"
@@ -261,9 +270,15 @@ class Llm(Scenario):
 
     # -- text
 
-    def _require_model(self, request: web.Request) -> None:
-        """Raise Problem 401 or 403 unless the client may use the model, which is the resource of its scopes."""
-        require(request, Scope(self.name, "write", self.model_name))
+    def _require_model(self, request: web.Request, name: str | None = None) -> ModelSettings:
+        """Return the model of a name, or the default one.
+
+        Raises Problem 401 or 403 unless the client may use it (it is the resource of its scopes), 404 for an unknown
+        one.
+        """
+        settings = self.settings_of(name, request[PRINCIPAL])
+        require(request, Scope(self.name, "write", settings.name))
+        return settings
 
     @endpoint("GET", "/ai/chat-stream", query=ChatQuery, resource=ANY, starts_work=True, sends="text/plain")
     async def text(self, request: web.Request, query: ChatQuery) -> web.StreamResponse:
@@ -367,11 +382,11 @@ class Llm(Scenario):
     # -- the OpenAI API
 
     @endpoint("GET", "/v1/models", resource=ANY, sends="application/json", curl="{url}")
-    async def models(self, request: web.Request) -> web.Response:
-        """List the model if the client may use it, as the OpenAI API does."""
-        visible = request[PRINCIPAL].visible(self.name, [self.model_name])
-        models = {"object": "list", "data": [self._model_object() for _ in visible]}
-        return web.json_response(models, headers={"Cache-Control": "no-cache"})
+    async def list_models(self, request: web.Request) -> web.Response:
+        """List the models that the client may use, as the OpenAI API does."""
+        names = [settings.name for settings in self.model_settings]
+        data = [_model_object(name) for name in request[PRINCIPAL].visible(self.name, names)]
+        return web.json_response({"object": "list", "data": data}, headers={"Cache-Control": "no-cache"})
 
     @endpoint(
         "GET",
@@ -384,13 +399,8 @@ class Llm(Scenario):
     )
     async def model_of(self, request: web.Request, path: ModelPath) -> web.Response:
         """Describe the model, as the OpenAI API does."""
-        if path.id != self.model_name:
-            detail = f"Unknown model; this server has {self.model_name!r} only."
-            raise OpenAIError(404, detail, param="model", code="model_not_found")
-        return web.json_response(self._model_object(), headers={"Cache-Control": "no-cache"})
-
-    def _model_object(self) -> dict[str, Any]:
-        return {"id": self.model_name, "object": "model", "created": 0, "owned_by": "streamlab"}
+        settings = self.settings_of(path.id, request[PRINCIPAL])
+        return web.json_response(_model_object(settings.name), headers={"Cache-Control": "no-cache"})
 
     @endpoint(
         "POST",
@@ -406,8 +416,8 @@ class Llm(Scenario):
 
         Unknown fields are rejected with 400; docs/openai.md lists the known ones.
         """
-        self._require_model(request)
-        async with self._complete(request, self._rules.upstream_body(body)) as completion:
+        settings = self._require_model(request, body.model)
+        async with self._complete(request, settings.rules.upstream_body(body)) as completion:
             if not body.stream:
                 return web.Response(body=await completion.read(), content_type="application/json")
             async with open_event_stream(request) as stream:
@@ -419,19 +429,24 @@ class Llm(Scenario):
 
     def _body(self, sampling: Sampling, messages: list[dict[str, str]]) -> dict[str, Any]:
         """Return the body of a request to the upstream; raises Problem 422 for more tokens than are allowed."""
-        if sampling.max_tokens is not None and sampling.max_tokens > self.max_tokens:
-            raise Problem.parameter("max_tokens", f"must be at most {self.max_tokens}")
+        settings = self.model_settings[0]
+        if sampling.max_tokens is not None and sampling.max_tokens > settings.max_tokens:
+            raise Problem.parameter("max_tokens", f"must be at most {settings.max_tokens}")
         body = sampling.model_dump(include={"temperature", "seed"}, exclude_none=True)
         if sampling.stop:
             body["stop"] = sampling.stop
         return {
-            "model": self.model_name,
+            "model": settings.name,
             "messages": messages,
-            self.limit_field: sampling.max_tokens or self.max_tokens,
+            settings.limit_field: sampling.max_tokens or settings.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
             **body,
         }
+
+
+def _model_object(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "streamlab"}
 
 
 def _messages(body: ChatBody) -> list[dict[str, str]]:

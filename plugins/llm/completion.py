@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
-from .openai import Block, SurrogateJoiner, read_completion
+from .openai import EVENT_BYTES, Block, SurrogateJoiner, begins, read_completion
 from .upstream import Response
 
 
@@ -22,11 +22,39 @@ class Completion:
     finish_reason: str | None = None
     first: float | None = None
     last: float = 0.0
+    _body: bytes | None = None
+    """The response, where it is not streamed and has been read."""
+    _begun: AsyncGenerator[Block, None] | None = None
+    """The rest of a stream that has been read up to its first token."""
+    _held: list[Block] = field(default_factory=list)
+    """What was read of it."""
 
     def blocks(self) -> AsyncGenerator[Block, None]:
         """Yield blocks of whole events as they arrive, and count them; raises Failure where the stream breaks off."""
         assert self.response is not None
-        return self.response.blocks(self._count)
+        return self.response.blocks(self._count) if self._begun is None else self._resumed(self._begun)
+
+    async def _resumed(self, rest: AsyncGenerator[Block, None]) -> AsyncGenerator[Block, None]:
+        for block in self._held:
+            yield block
+        self._held.clear()
+        async for block in rest:
+            yield block
+
+    async def wait_for_token(self, stack: AsyncExitStack) -> None:
+        """Read the stream up to its first token, and hold it for `blocks`; the stack closes it.
+
+        Raises Failure where the stream breaks off before that. Events with a role only are not tokens.
+        """
+        assert self.response is not None
+        rest = self._begun = await stack.enter_async_context(aclosing(self.response.blocks(self._count)))
+        size = 0
+        async for block in rest:
+            if block.raw:  # silence is not held
+                self._held.append(block)
+            size += len(block.raw)
+            if begins(block.raw) or size > EVENT_BYTES:
+                return
 
     async def texts(self) -> AsyncGenerator[list[str], None]:
         """Yield the texts that arrived together, each of whole characters."""
@@ -39,9 +67,10 @@ class Completion:
     async def read(self) -> bytes:
         """Return a response that is not streamed: a `chat.completion` as the upstream wrote it."""
         assert self.response is not None
-        body = await self.response.read()
-        self._count(read_completion(body))
-        return body
+        if self._body is None:
+            self._body = await self.response.read()
+            self._count(read_completion(self._body))
+        return self._body
 
     def _count(self, block: Block) -> None:
         for chunk in block.chunks:

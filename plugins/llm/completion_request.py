@@ -230,6 +230,7 @@ class Rules:
     """The limits and the fields of requests to one model."""
 
     model: str
+    """The name under which clients know it."""
     max_tokens: int
     """Maximum tokens of a response."""
     max_choices: int
@@ -257,9 +258,6 @@ class Rules:
         for name in request.model_extra or {}:
             if name not in self.extra_fields:
                 raise _rejected(name[:100], f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter")
-        if request.model is not None and request.model != self.model:
-            detail = f"Unknown model; this server has {self.model!r} only."
-            raise OpenAIError(404, detail, param="model", code="model_not_found")
         for name in ("max_tokens", "max_completion_tokens"):
             if (getattr(request, name) or 0) > self.max_tokens:
                 raise _rejected(name, f"{name} must be at most {self.max_tokens}.")

@@ -1,133 +1,97 @@
-"""The gateway to the model: count a prompt's tokens, wait for slots, call the upstream, account for the outcome."""
+"""The gateway to the models: choose one for a request, and another where it fails before the first token."""
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import msgspec
 from prometheus_client import CollectorRegistry, Counter
 
-from streamlab import Slots
+from streamlab import Problem
 
 from .completion import Completion
-from .completion_request import prompt_bytes
-from .embedded import EmbeddedModel
+from .models import Model, ModelSettings
 from .openai import Failure
-from .upstream import Upstream
+from .upstream import REJECTED
 
 log = logging.getLogger(__name__)
 
-BYTES_PER_TOKEN = 4
-"""Bytes assumed per token where the tokenizer is unknown, as an upstream's is."""
-
-TEMPLATE_TOKENS = 32
-"""Maximum tokens that the embedded model's template adds to each message, and once to all of them."""
-
-STUCK = frozenset({"upstream_stalled", "upstream_timeout"})
-"""Failures after which the embedded model is restarted: only a new process ends what occupies the old one."""
-
-
-RETRY_SECONDS = 2
-"""Retry-After of a request that got no slot, in seconds."""
-
-
-class GenerationSlots(Slots):
-    """The slots for generations; a rejection has a code, as every error of the gateway."""
-
-    def rejection(self, reason: str, *, of_client: bool = False) -> Failure:
-        """Return the Failure of a request that gets no slot."""
-        headers = {"Retry-After": str(RETRY_SECONDS)}
-        return Failure(429, "too_many_generations", f"Too many generations: {reason}.", headers=headers)
+OF_THE_REQUEST = frozenset({400, 409, 413, 415, 422})
+"""Statuses of an upstream about the request, which another model would not change."""
 
 
 class Gateway:
-    """The only path to the model, for routes and generations alike. `embedded` is None in front of an upstream."""
+    """The only path to the models, for routes and generations alike; the first one is the default."""
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        slots: GenerationSlots,
-        *,
-        embedded: EmbeddedModel | None,
-        max_prompt_tokens: int,
-        extra_fields: Collection[str],
-        registry: CollectorRegistry,
-    ) -> None:
-        self._upstream = upstream
-        self._slots = slots
-        self._embedded = embedded
-        self._max_prompt_tokens = max_prompt_tokens
-        self._extra_fields = extra_fields
-        self._path = "/v1/chat/completions" if embedded else "/chat/completions"
+    def __init__(self, models: Sequence[ModelSettings], *, registry: CollectorRegistry) -> None:
+        self._models = {settings.name: Model(settings, self._account) for settings in models}
         self._ended = Counter("streamlab_llm_generations", "Generations, by outcome.", ["outcome"], registry=registry)
         self._tokens = Counter("streamlab_llm_tokens", "Tokens, of prompts and responses.", ["kind"], registry=registry)
+        self._fallbacks = Counter(
+            "streamlab_llm_fallbacks", "Requests that another model took over, by the one that failed.", ["model"],
+            registry=registry,
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Run or connect every model while the block lasts."""
+        async with AsyncExitStack() as stack:
+            for model in self._models.values():
+                await stack.enter_async_context(model.opened())
+            yield
 
     @property
     def trouble(self) -> str | None:
-        """Why there is no model at present: it is not running, or the upstream's last request failed."""
-        return self._upstream.trouble if self._embedded is None else self._embedded.trouble
+        """Why a model is unavailable at present; its name is added where there are several."""
+        for name, model in self._models.items():
+            if reason := model.trouble:
+                return f"{name}: {reason}" if len(self._models) > 1 else reason
+        return None
 
     @asynccontextmanager
     async def complete(self, body: Mapping[str, Any], client: str) -> AsyncIterator[Completion]:
-        """Wait for slots of a client, call the upstream, and yield the completion; leaving the block stops the work.
+        """Call the model that `body` names, and yield the completion; leaving the block stops the work.
 
-        Every outcome is accounted for. Raises Failure where no slot becomes free, the prompt is too long, or the
-        upstream rejects the request or fails.
+        Where the model fails before the first token, its fallbacks are called in turn; nothing of a failed response has
+        been yielded then. After the first token a failure is the caller's: raised from reading the completion. Raises
+        Failure where no slot becomes free, the prompt is too long, or the last model rejects the request or fails.
         """
-        prompt_tokens = await self._prompt_tokens(body)
-        async with self._slots.held(body.get("n") or 1, client=client):
-            completion, outcome, code = Completion(prompt_tokens), "failed", None
-            request = self._upstream.post(self._path, msgspec.json.encode(body), events=bool(body.get("stream")))
+        async with AsyncExitStack() as stack:
+            yield await self._begin(stack, body, client)
+
+    async def _begin(self, stack: AsyncExitStack, body: Mapping[str, Any], client: str) -> Completion:
+        chosen = self._models[body["model"]]
+        chain = [(chosen, body)]
+        for name in chosen.settings.fallback:
             try:
-                async with request as response:
-                    completion.response = response
-                    yield completion
-                outcome = "finished"
-            except (asyncio.CancelledError, ConnectionError):
-                outcome = "stopped"
-                raise
+                chain.append((self._models[name], self._models[name].body_from(body)))
+            except Problem as problem:  # images for a model of text, for example
+                log.debug("%s cannot take over a request: %s", name, problem.detail)
+        for number, (model, sent) in enumerate(chain):
+            is_last = number == len(chain) - 1
+            if not is_last and model.is_resting:
+                self._fall_back(model, "it has requested a pause")
+                continue
+            try:
+                return await stack.enter_async_context(model.complete(sent, client, replaceable=not is_last))
             except Failure as failure:
-                code = failure.code
-                if self._embedded is not None and code in STUCK:
-                    self._embedded.restart()
-                raise
-            finally:
-                self._account(completion, outcome, code)
+                if is_last or not _is_of_the_model(failure):
+                    raise
+                self._fall_back(model, failure.code)
+        raise AssertionError("the last model returns or raises")
 
-    async def _prompt_tokens(self, body: Mapping[str, Any]) -> int:
-        """Return the tokens of a prompt, and of all that becomes prompt; raises Failure where they are too many."""
-        messages = body["messages"]
-        size = prompt_bytes(body, self._extra_fields)
-        tokens = size // BYTES_PER_TOKEN
-        if self._embedded is not None:
-            await self._embedded.check()
-            if size + TEMPLATE_TOKENS * (len(messages) + 1) > self._max_prompt_tokens:  # a token has at least one byte
-                others = size - len(msgspec.json.encode(messages))
-                tokens = await self._count_tokens(messages) + others // BYTES_PER_TOKEN
-        if tokens > self._max_prompt_tokens:
-            about = "" if self._embedded else "about "
-            detail = f"The prompt has {about}{tokens} tokens; the limit is {self._max_prompt_tokens}."
-            raise Failure(422, "context_length_exceeded", detail, param="messages")
-        return tokens
+    def _fall_back(self, model: Model, reason: str) -> None:
+        self._fallbacks.labels(model.settings.name).inc()
+        log.warning("the model %s is replaced by its fallback: %s", model.settings.name, reason)
 
-    async def _count_tokens(self, messages: Any) -> int:
-        """Return the number of tokens that the embedded model counts, after its template has been applied."""
-        prompt = await self._call_embedded("/apply-template", {"messages": messages}, "prompt")
-        return len(await self._call_embedded("/tokenize", {"content": prompt, "parse_special": True}, "tokens"))
-
-    async def _call_embedded(self, path: str, body: Any, name: str) -> Any:
-        async with self._upstream.post(path, msgspec.json.encode(body)) as response:
-            return msgspec.json.decode(await response.read())[name]
-
-    def _account(self, completion: Completion, outcome: str, code: str | None) -> None:
+    def _account(self, model: str, completion: Completion, outcome: str, code: str | None) -> None:
         """Count a completion in the metrics, and log it."""
         usage = completion.usage
         self._ended.labels(outcome).inc()
         self._tokens.labels("prompt").inc(usage["prompt_tokens"])
         self._tokens.labels("completion").inc(usage["completion_tokens"])
         fields = {
+            "model": model,
             "outcome": outcome,
             **({"code": code} if code else {}),
             **usage,
@@ -135,3 +99,10 @@ class Gateway:
             "ttft_ms": completion.ttft_ms,
         }
         log.info("generation", extra={"fields": fields})
+
+
+def _is_of_the_model(failure: Failure) -> bool:
+    """Return whether a failure is the model's, or a temporary one, and not about the request."""
+    if failure.code == "context_length_exceeded":
+        return False
+    return not (failure.code == REJECTED and failure.status in OF_THE_REQUEST)

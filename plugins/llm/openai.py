@@ -223,6 +223,21 @@ class EventSplitter:
         return block
 
 
+def begins(events: bytes) -> bool:
+    """Return whether events contain more than the role of a message: text, a tool call, a reason to end, usage."""
+    for line in events.split(b"\n"):
+        if not line.startswith(b"data:"):
+            continue
+        try:
+            chunk = json.loads(line[5:])
+            deltas = [{**choice.get("delta", {}), "end": choice.get("finish_reason")} for choice in chunk["choices"]]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return True  # `[DONE]`, or nothing that is known
+        if not deltas or any(value for delta in deltas for name, value in delta.items() if name != "role"):
+            return True
+    return False
+
+
 _DONE = Chunk()
 
 

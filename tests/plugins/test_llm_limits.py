@@ -221,7 +221,7 @@ def test_n_responses_take_n_slots(gateway: Gateway) -> None:
 
 
 async def test_slots_are_acquired_in_the_order_of_requests_whatever_each_needs() -> None:
-    slots = plugin_module("llm", "gateway").GenerationSlots(3, 10, wait_seconds=30)
+    slots = plugin_module("llm", "models").GenerationSlots(3, 10, wait_seconds=30)
     order: list[str] = []
     leave = {name: asyncio.Event() for name in "abcde"}
 
@@ -252,7 +252,7 @@ async def test_slots_are_acquired_in_the_order_of_requests_whatever_each_needs()
 
 
 async def test_a_slot_that_becomes_free_at_the_moment_of_a_cancellation_is_not_lost() -> None:
-    slots = plugin_module("llm", "gateway").GenerationSlots(1, 10, wait_seconds=30)
+    slots = plugin_module("llm", "models").GenerationSlots(1, 10, wait_seconds=30)
 
     async def wait() -> None:
         async with slots.held():

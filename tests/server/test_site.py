@@ -315,6 +315,7 @@ async def test_metrics_are_prometheus_text_with_a_name_for_everything_measured(l
         "streamlab_event_loop_lag_seconds": "histogram",
         "streamlab_followers": "gauge",
         "streamlab_asyncio_tasks": "gauge",
+        "streamlab_llm_fallbacks": "counter",
         "streamlab_llm_generations": "counter",
         "streamlab_llm_tokens": "counter",
         "streamlab_tasks": "counter",
