@@ -86,12 +86,17 @@ class Field:
             return f"{self.ref}::text"
         return f"CASE WHEN {self.ref} IS NOT NULL THEN concat({self.ref}) END"
 
-    def json(self) -> str:
-        """Return the SQL of its values in a JSON object."""
+    @property
+    def has_numbers(self) -> bool:
+        """Whether its values are numbers that may be NaN or infinity."""
+        return self.column.type in ("real", "decimal")
+
+    def json(self, marked: bool) -> str:
+        """Return the SQL of its values in a JSON object; if `marked`, with NOT_FINITE for NaN and infinity."""
         match self.column.type:
             case "integer" if self.oid == _OID:
                 return f"{self.ref}::int8"  # to_json would make it a string
-            case "real" | "decimal":
+            case "real" | "decimal" if marked:
                 # Not 0 for NaN and infinity.
                 finite = f"{self.ref} - {self.ref} = 0 OR {self.ref} IS NULL"
                 return f"CASE WHEN {finite} THEN to_json({self.ref}) ELSE E'{NOT_FINITE_SQL}'::json END"

@@ -23,7 +23,8 @@ from streamlab import Threads, shielded
 from .encoder import Column, Encoder, MissingLibrary
 from .formats import make
 from .postgres_csv import CsvLines
-from .postgres_fields import NOT_FINITE, Field, fields_of
+from .postgres_fields import Field, fields_of
+from .postgres_json import JsonLines
 from .postgres_statement import Statement
 from .source import (
     BadParameter,
@@ -36,7 +37,6 @@ from .source import (
     Unavailable,
     UnknownColumn,
     UnrepresentableValue,
-    quoted,
 )
 
 if TYPE_CHECKING:
@@ -552,20 +552,18 @@ async def _receive_json_lines(
     connection: "Connection", fields: Sequence[Field], rows: str, pipe: _Pipe, *, strict: bool
 ) -> None:
     """Receive an object a line; count the numbers that JSON cannot represent, or raise UnrepresentableValue for one."""
-    members = ", ".join(f"{entry.json()} AS {quoted(entry.column.name)}" for entry in fields)
-    line = "row_to_json(r.*)::text"  # r alone would be a column of that name
+    lines = JsonLines(fields)
 
     async def receive(chunk: bytes) -> None:
-        if altered := chunk.count(NOT_FINITE):
-            if strict:
-                raise UnrepresentableValue("a number is not finite, which JSON cannot represent")
-            pipe.altered += altered
-            chunk = chunk.replace(NOT_FINITE, b"null")
-        await pipe.put(chunk.count(b"\n"), chunk)
-        await _collect(chunk)
+        altered, data = lines.lines(chunk)
+        if altered and strict:
+            raise UnrepresentableValue("a number is not finite, which JSON cannot represent")
+        pipe.altered += altered
+        await pipe.put(data.count(b"\n"), data)
+        await _collect(data)
 
     # COPY's text format would double backslashes, its CSV format quotes; JSON escapes the bytes used instead.
-    sql = f"SELECT {line} FROM (SELECT {members} {rows}) AS r"  # noqa: S608 - names, quoted
+    sql = lines.sql(rows)
     await connection.copy_from_query(sql, output=receive, format="csv", quote="\x01", delimiter="\x02")
 
 

@@ -37,6 +37,7 @@ module = plugin_module("export", "postgres_source")
 formats = plugin_module("export", "formats")
 Column = plugin_module("export", "encoder").Column
 IGNORED_RANGES = plugin_module("export", "formula_guard").IGNORED_RANGES
+quoted = plugin_module("export", "source").quoted
 PostgresSource, Query, Selection, Statement = module.PostgresSource, module.Query, module.Selection, module.Statement
 BadQuery, BadValue, Interrupted = module.BadQuery, module.BadValue, module.Interrupted
 Unavailable, UnknownColumn = module.Unavailable, module.UnknownColumn
@@ -398,6 +399,27 @@ async def test_the_guard_is_that_of_the_encoder(source: Any, admin: Any) -> None
         source, """SELECT '{"a": "x;=1"}'::json AS j, ARRAY['x;=1'] AS a, '-5'::json AS n""", guard=True
     )
     assert nested.cells == [['{"a": "x;\'=1"}', '["x;\'=1"]', "-5"]]
+
+
+async def test_a_text_that_looks_like_a_number_that_is_not_finite_is_not_one(source: Any) -> None:
+    names = ["r", 'r"', 'x"r', 'x,"r', "t", 'é\n\\"', "n"]
+    values = [
+        "float8 'NaN'",
+        "text 'Infinity'",
+        "text 'NaN'",
+        "text 'NaN'",
+        """text ',"r":"NaN"'""",
+        "float4 '-Infinity'",
+    ]
+    columns = [f"{value} AS {quoted(name)}" for value, name in zip([*values, "numeric 'NaN'"], names, strict=True)]
+    async with source.export(Query(f"SELECT {', '.join(columns)}"), Selection(), "jsonl", formula_guard=True) as (
+        export,
+        _,
+    ):
+        [line] = [chunk async for chunk in export.chunks()]
+        assert export.altered == 3
+    texts = ["Infinity", "NaN", "NaN", ',"r":"NaN"']
+    assert json.loads(line) == dict(zip(names, [None, *texts, None, None], strict=True))
 
 
 async def test_numbers_that_json_cannot_represent_are_counted_or_rejected(source: Any) -> None:
