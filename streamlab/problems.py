@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -74,10 +75,19 @@ class Problem(Exception):
 
     def response(self) -> web.Response:
         """Return the complete response; it is never cached."""
-        text = encodable(json.dumps(self.document(), ensure_ascii=False)) + "\n"
-        headers = {"Cache-Control": "no-store", **self.headers}
-        reason = phrase(self.status)
-        return web.Response(status=self.status, reason=reason, text=text, content_type=MEDIA_TYPE, headers=headers)
+        headers = {"Content-Type": f"{MEDIA_TYPE}; charset=utf-8", "Cache-Control": "no-store", **self.headers}
+        is_usual = type(self) is Problem and not self.errors
+        body = _body_of(self.status, self.detail) if is_usual else self._body()
+        return web.Response(status=self.status, reason=phrase(self.status), body=body, headers=headers)
+
+    def _body(self) -> bytes:
+        return encodable(json.dumps(self.document(), ensure_ascii=False) + "\n").encode()
+
+
+@lru_cache(maxsize=100)
+def _body_of(status: int, detail: str) -> bytes:
+    """Return the body of a problem without errors; many requests get the same, as that of an unknown path."""
+    return Problem(status, detail)._body()
 
 
 def encodable(text: str) -> str:
@@ -142,7 +152,7 @@ def from_aiohttp(error: Exception) -> Problem | None:
         return Problem(400, detail, headers={"Connection": "close"})
     if not isinstance(error, web.HTTPException):
         return None
-    headers = {name: value for name, value in error.headers.items() if name in ("Allow", "Retry-After", "Location")}
+    headers = {name: error.headers[name] for name in ("Allow", "Retry-After", "Location") if name in error.headers}
     detail = _DETAILS.get(error.status, error.reason)
     if isinstance(error, web.HTTPMethodNotAllowed):
         detail = f"Allowed methods: {', '.join(sorted(error.allowed_methods))}."

@@ -35,6 +35,7 @@ from .access_log import AccessLog
 from .authorization import AUTHORIZATION, Authorization, authorize, end_unauthorized
 from .cors import CORS, Cors
 from .credentials import authenticate, complete, take_ticket
+from .dispatch import Dispatch, Respond
 from .edge import (
     BODY_LIMIT,
     SAFE_METHODS,
@@ -116,7 +117,7 @@ def create_app(config: Config, worker: Worker | None = None) -> web.Application:
     app[STARTED_AT] = time.monotonic()
     app[ROUTES] = _add_routes(app, registry, config)
     app[ERROR_FORMATS] = tuple(dict.fromkeys(route.error_format for route in app[ROUTES] if route.error_format))
-    app.middlewares.append(_error_middleware(app, AllowedHosts(config.server)))
+    Dispatch.install(app, _responding(app, AllowedHosts(config.server)))
     app.on_response_prepare.append(_complete_headers)
     app.cleanup_ctx.append(_compression_threads)
     app.cleanup_ctx.append(_check_credentials)
@@ -279,7 +280,7 @@ def _add_routes(app: web.Application, registry: Registry, config: Config) -> lis
             handler: Any = _bind(app, route, plugin) if route else _reject_lost(plugin)
             try:
                 for verb in (method, "HEAD") if method == "GET" else (method,):
-                    app.router.add_route(verb, path, handler, expect_handler=_check_expect)
+                    app.router.add_route(verb, path, handler)
             except ValueError as error:
                 faults.append(Fault(plugin.origin, "", f"{method} {path} is not a valid path: {error}"))
             routes += [route] if route else []
@@ -293,7 +294,7 @@ TRUSTED = web.AppKey("trusted", Proxies)
 RATE = web.AppKey("rate", RequestRate)
 
 _Begin = Callable[[web.Request], Awaitable[Awaitable[web.StreamResponse]]]
-"""Checks a request and returns the coroutine of its handler, which the middleware awaits."""
+"""Checks a request and returns the coroutine of its handler, which `_responding` awaits."""
 
 
 def _bind(app: web.Application, route: Route, plugin: Plugin) -> _Begin:
@@ -328,12 +329,6 @@ async def _send_continue(request: web.Request) -> None:
     if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # of the response, which has not begun
-
-
-async def _check_expect(request: web.Request) -> None:
-    """Raise HTTPExpectationFailed for what is not 100-continue; `_send_continue` sends 100 after the checks."""
-    if request.headers["Expect"].lower() != "100-continue":
-        raise web.HTTPExpectationFailed
 
 
 async def _send_headers_only(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
@@ -376,11 +371,10 @@ def _out_of_service(request: web.Request, plugin: Plugin) -> Problem:
 # -- every request and response
 
 
-def _error_middleware(app: web.Application, hosts: AllowedHosts) -> Any:
+def _responding(app: web.Application, hosts: AllowedHosts) -> Respond:
     """Return what checks each request, turns whatever its handler raises into a response, and counts and logs it."""
     streams, trusted, cors, rate, metrics = app[STREAMS], app[TRUSTED], app[CORS], app[RATE], app[METRICS]
 
-    @web.middleware
     async def respond(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> web.StreamResponse:
         started = time.monotonic()
         response: web.StreamResponse | web.HTTPException
@@ -392,8 +386,9 @@ def _error_middleware(app: web.Application, hosts: AllowedHosts) -> Any:
             hosts.check(request)
             if (answer := cors.preflight(request)) is not None:
                 return answer
-            if request.match_info.http_exception is not None:  # no route, so that nothing else counts it
+            if (missing := request.match_info.http_exception) is not None:  # no route, so that nothing else counts it
                 rate.admit(client_of(request))
+                raise from_aiohttp(missing) or missing
             handling = await handler(request)  # see _bind
             response = await handling
             if not isinstance(response, web.StreamResponse):

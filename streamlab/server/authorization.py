@@ -230,6 +230,8 @@ def may_use(request: web.Request, route: Route) -> bool:
 
 def authorize(request: web.Request, route: Route) -> None:
     """Raise Problem 401 or 403 where no scope of the principal is for the endpoint."""
+    if request[PRINCIPAL] is EVERYBODY:
+        return
     scope = Scope(route.scenario, route.endpoint.action)
     if not may_use(request, route):
         raise denied(request[PRINCIPAL], scope)
@@ -240,7 +242,7 @@ def authorize(request: web.Request, route: Route) -> None:
 def authorize_resources(request: web.Request, route: Route, parameters: Mapping[str, BaseModel]) -> None:
     """Raise Problem 401 or 403 where the principal may not use the endpoint for every resource that a request names."""
     endpoint = route.endpoint
-    if endpoint.public:
+    if endpoint.public or request[PRINCIPAL] is EVERYBODY:
         return
     for resource in _resources(endpoint, parameters):
         require(request, Scope(route.scenario, endpoint.action, resource or None))

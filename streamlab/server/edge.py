@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from streamlab.config import Server
-from streamlab.problems import Problem, from_aiohttp
+from streamlab.problems import Problem
 from streamlab.streaming.connection import Connection
 
 from .forwarded import host_of
@@ -151,14 +151,6 @@ class EdgeConnection(Connection):
         response.force_close()
         return response
 
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Send a response; what aiohttp rejects before any middleware (an Expect, 417) is a problem document too."""
-        if isinstance(resp, web.HTTPException) and (problem := from_aiohttp(resp)) is not None and resp.status >= 400:
-            resp = problem.response()
-        return await super().finish_response(request, resp, start_time)
-
     def log_exception(self, *args: object, **kwargs: Any) -> None:
         """Log an error outside any handler; a body that is broken or too large is not a fault of the server."""
         error = kwargs.get("exc_info")
@@ -193,9 +185,9 @@ def set_common_headers(headers: CIMultiDict[str]) -> None:
 
 
 def reject_unsupported(request: web.Request) -> None:
-    """Reject an unsupported version, framing, form of target, or method.
+    """Reject an unsupported version, framing, form of target, method, or expectation.
 
-    Source: RFC 9110, 9.1, 9.3.6 and 15.6; RFC 9112, 3.2, 6.1 and 6.3.
+    Source: RFC 9110, 9.1, 9.3.6, 10.1.1 and 15.6; RFC 9112, 3.2, 6.1 and 6.3.
     """
     version, close = request._version, {"Connection": "close"}
     if version not in (HttpVersion10, HttpVersion11):
@@ -212,6 +204,8 @@ def reject_unsupported(request: web.Request) -> None:
         raise Problem(405, "OPTIONS needs a path; * is not supported.", headers={"Allow": ""})
     if request.method not in _METHODS and request.match_info.http_exception is not None:
         raise Problem(501, "The method of this request is not implemented.", headers=close)
+    if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+        raise Problem(417, "The only supported expectation is 100-continue.")
 
 
 def accept_body(request: web.Request, limit: int) -> None:

@@ -66,6 +66,14 @@ class Plugin:
         """Return the names of its scenarios, built or not."""
         return [*(scenario.name for scenario in self.scenarios), *self.disabled]
 
+    def state_of(self, scenario: str, reason: str) -> Mapping[str, str]:
+        """Return the state of one of its scenarios, with a reason if it is degraded, as it reports, or failed."""
+        if scenario in self.disabled:
+            return {"state": "disabled"}
+        if reason:
+            return {"state": "degraded", "reason": reason}
+        return {"state": self.state, **({"reason": self.reason} if self.reason else {})}
+
     @property
     def routes(self) -> Iterator[Route]:
         """Return the routes of its scenarios."""
@@ -81,6 +89,8 @@ class Registry:
         self._hooks.add_hookspecs(hookspecs)
         self._found: dict[str, Sequence[tuple[str, Callable[..., Any]]]] = {}
         """The calls of each hook that was called since a plugin was last registered or taken out of service."""
+        self._states: tuple[Mapping[str, str], Mapping[str, Mapping[str, str]]] | None = None
+        """The states of the scenarios, with the reasons that they reported then; None once a plugin has failed."""
 
     @classmethod
     def load(cls, config: Config) -> "Registry":
@@ -178,7 +188,7 @@ class Registry:
 
     def _unknown_tables(self, config: Config) -> list[Fault]:
         """Return faults for tables that nothing reads, and for keys of tables that can only disable a plugin."""
-        if any(plugin.state == "failed" for plugin in self.plugins):
+        if self.has_failed:
             return []  # a table may be meant for a scenario that could not be imported
         scenarios = {name for plugin in self.plugins for name in plugin.scenario_names}
         active = {plugin.name for plugin in self.plugins if plugin.state == "ready"}
@@ -266,6 +276,22 @@ class Registry:
                 reasons |= dict.fromkeys([scenario] if scenario else scenarios, " ".join(reason.split()))
         return reasons
 
+    def states(self, reasons: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
+        """Return the state of each scenario, with a reason where it is degraded (`reasons`) or failed."""
+        if self._states is None or self._states[0] != reasons:
+            states = {
+                name: plugin.state_of(name, reasons.get(name, ""))
+                for plugin in self.plugins
+                for name in (plugin.scenario_names or [plugin.name])
+            }
+            self._states = reasons, states
+        return self._states[1]
+
+    @property
+    def has_failed(self) -> bool:
+        """Return whether a plugin is out of service."""
+        return any(plugin.state == "failed" for plugin in self.plugins)
+
     def check(self, config: Config) -> Iterator[tuple[str, Fault]]:
         """Yield what cannot work on this machine, by the hook `check`, each with the name of its plugin. Blocks.
 
@@ -303,6 +329,7 @@ class Registry:
             if known.partition(":")[0] == owner and registered is not None:
                 self._hooks.unregister(registered)
         self._found.clear()
+        self._states = None
 
     def _calls(self, hook: str) -> Sequence[tuple[str, Callable[..., Any]]]:
         """Return each implementation of a hook with the name of its plugin, in the order of registration.

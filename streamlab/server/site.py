@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 from pydantic import BaseModel, Field
 
-from streamlab.auth import PRINCIPAL
+from streamlab.auth import EVERYBODY, PRINCIPAL
 from streamlab.events.channel import EVENTS
 from streamlab.pages import account_link, public_path
 from streamlab.problems import Problem
@@ -106,9 +106,10 @@ class Site(Scenario):
         each; the server is `degraded` while one of them is missing. Without the scope `site:read`, the report has the
         status only.
         """
-        streams, plugins, worker = request.app[STREAMS], request.app[REGISTRY].plugins, request.app.get(WORKER)
-        reasons, keys_missing = request.app[REGISTRY].degraded(), request.app[AUTHORIZATION].trouble
-        draining, degraded, open_streams = streams.draining, is_degraded(request.app, reasons), len(streams)
+        app, principal = request.app, request[PRINCIPAL]
+        streams, registry, worker = app[STREAMS], app[REGISTRY], app.get(WORKER)
+        reasons, keys_missing = registry.degraded(), app[AUTHORIZATION].trouble
+        draining, degraded, open_streams = streams.draining, is_degraded(app, reasons), len(streams)
         workers: dict[str, Any] = {}
         if worker is not None:
             others = worker.others
@@ -118,19 +119,15 @@ class Site(Scenario):
             workers = {"worker": worker.row.number, "workers": worker.states()}
         status = "draining" if draining else "degraded" if degraded else "ok"
         report: dict[str, Any] = {"status": status}
-        if request[PRINCIPAL].may(self.name, "read"):
+        if principal is EVERYBODY or principal.may(self.name, "read"):
             report |= {
                 "version": version(),
-                "seconds_up": round(time.monotonic() - request.app[STARTED_AT], 3),
+                "seconds_up": round(time.monotonic() - app[STARTED_AT], 3),
                 "open_streams": open_streams,
                 **workers,
-                "events": request.app[EVENTS].state(),
+                "events": app[EVENTS].state(),
                 **({"jwt": {"state": "degraded", "reason": keys_missing}} if keys_missing else {}),
-                "scenarios": {
-                    name: _state(plugin, name, reasons.get(name, ""))
-                    for plugin in plugins
-                    for name in (plugin.scenario_names or [plugin.name])
-                },
+                "scenarios": registry.states(reasons),
             }
         return web.Response(
             body=msgspec.json.encode(report),
@@ -231,7 +228,7 @@ class Site(Scenario):
 def is_degraded(app: web.Application, reasons: Mapping[str, str]) -> bool:
     """Return whether something does not work in this process; `reasons` are those of its scenarios."""
     works = app[EVENTS].state()["state"] == "ok" and not reasons and not app[AUTHORIZATION].trouble
-    return not works or any(plugin.state == "failed" for plugin in app[REGISTRY].plugins)
+    return not works or app[REGISTRY].has_failed
 
 
 def _listed(request: web.Request) -> list[Route]:
@@ -263,15 +260,6 @@ def _effort(route: Route) -> tuple[Any, ...]:
         sends == ("application/json",),
         len(fields),
     )
-
-
-def _state(plugin: Plugin, scenario: str, reason: str) -> dict[str, str]:
-    """Return what /health reports of a scenario: its state, with a reason if it is degraded or failed."""
-    if scenario in plugin.disabled:
-        return {"state": "disabled"}
-    if reason:
-        return {"state": "degraded", "reason": reason}
-    return {"state": plugin.state, **({"reason": plugin.reason} if plugin.reason else {})}
 
 
 def _section(title: str, text: str, items: Iterable[str], style: str = "") -> str:
