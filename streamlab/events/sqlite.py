@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from streamlab.threads import Threads
 from streamlab.ticks import tick, until_tick
@@ -26,6 +29,7 @@ from .log import (
     Batch,
     Conflict,
     Deliver,
+    EncodedEvent,
     Event,
     EventLogError,
     LeaseLost,
@@ -34,7 +38,7 @@ from .log import (
     is_replaced,
     within,
 )
-from .wakes import Wakes
+from .wakes import Commit, Wakes
 
 log = logging.getLogger(__name__)
 
@@ -437,7 +441,7 @@ class SqliteLog:
             if isinstance(last, Position):
                 self._seen = max(self._seen, last.epoch)
                 if watch := self._watches.get(append.channel):
-                    self._deliver_commit(watch, append, last, now)
+                    self._deliver_commit(watch, append.drafts, last, now)
         return results
 
     def _commit(self, appends: Sequence[Append]) -> tuple[int, list[Position | Conflict]]:
@@ -452,7 +456,13 @@ class SqliteLog:
         if not self._ensure_in_place(2):
             raise _FileReplaced("its file was replaced while this was written")
         if self._wakes is not None:
-            self._wakes.notify()
+            self._wakes.notify(
+                lambda: [
+                    Commit(append.channel, last.epoch, last.offset, now, append.drafts)
+                    for append, last in zip(appends, results, strict=True)
+                    if isinstance(last, Position)
+                ]
+            )
         return now, results
 
     def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position | Conflict]:
@@ -522,11 +532,11 @@ class SqliteLog:
 
     # -- delivering
 
-    def _deliver_commit(self, watch: _Watch, append: Append, last: Position, now: int) -> None:
-        """Deliver a commit of this process, unless events of another process precede it."""
-        if not append.drafts:
+    def _deliver_commit(self, watch: _Watch, drafts: Sequence[EncodedEvent], last: Position, now: int) -> None:
+        """Deliver a commit, unless others precede it that have not been delivered."""
+        if not drafts:
             return
-        first = Position(last.epoch, last.offset - len(append.drafts) + 1)
+        first = Position(last.epoch, last.offset - len(drafts) + 1)
         if watch.behind or not watch.position.precedes(first):
             watch.behind = True
             self._behind.set()
@@ -535,7 +545,7 @@ class SqliteLog:
         watch.deliver(
             [
                 Event(Position(last.epoch, offset), now, draft.data, draft.event, draft.key)
-                for offset, draft in enumerate(append.drafts, first.offset)
+                for offset, draft in enumerate(drafts, first.offset)
             ]
         )
 
@@ -592,9 +602,19 @@ class SqliteLog:
             loop.add_reader(pipe, self._on_wake, pipe)
 
     def _on_wake(self, pipe: int) -> None:
-        with suppress(BlockingIOError):
-            os.read(pipe, 4096)
-        self._behind.set()
+        """Deliver what other processes have sent, without a thread: it is in the file before they send it."""
+        assert self._wakes is not None
+        try:
+            commits = self._wakes.read(pipe)
+        except (msgspec.MsgspecError, struct.error):  # not by this program
+            commits = None
+        if commits is None:
+            self._behind.set()
+            return
+        for commit in commits:
+            watch, last = self._watches.get(commit.channel), Position(commit.epoch, commit.last)
+            if watch is not None and last > watch.position:
+                self._deliver_commit(watch, commit.drafts, last, commit.time)
 
     async def _wait_for_commits(self) -> None:
         """Return when a watch is behind, or when another process may have committed."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import shutil
 import sqlite3
 import time
@@ -19,6 +20,7 @@ from streamlab.events.log import (
     LATEST,
     ORIGIN,
     Append,
+    Batch,
     Conflict,
     Copy,
     EncodedEvent,
@@ -574,6 +576,60 @@ async def test_sqlite_is_woken_by_the_commit_of_another_process(
         await watcher.until(4)
         await until(lambda: folder.exists() and len(list(folder.iterdir())) == 1)
     assert not folder.exists()
+
+
+async def test_sqlite_gets_events_of_another_process_without_reading_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOOK_SECONDS", "CERTAIN_SECONDS", "HOUSEKEEPING_SECONDS"):
+        monkeypatch.setattr(eventlog_sqlite, name, 3600)
+    url, watcher, reads = f"sqlite:///{tmp_path / 'events.db'}", Watcher(), list[Position]()
+    read = eventlog_sqlite.SqliteLog._read
+
+    def recorded(log: eventlog_sqlite.SqliteLog, channel: str, after: Position, *others: Any) -> Batch:
+        reads.append(after)
+        return read(log, channel, after, *others)
+
+    monkeypatch.setattr(eventlog_sqlite.SqliteLog, "_read", recorded)
+    async with opened(url) as one, opened(url) as two:
+        assert isinstance(one, eventlog_sqlite.SqliteLog)
+        assert isinstance(two, eventlog_sqlite.SqliteLog)
+        one.watch("c", ORIGIN, watcher)
+        await until(lambda: one._pipe is not None and len(reads) == 1)
+        small = await publish(two, "a", "\N{SNOWMAN}")
+        await watcher.until(2)
+        await publish(two, "of another channel", channel="d")
+        assert len(reads) == 1
+        await publish(two, "b" * select.PIPE_BUF)  # more than is sent
+        await watcher.until(3)
+        assert small in reads
+        with monkeypatch.context() as patch:
+            patch.setattr(Wakes, "notify", lambda *_: None)  # as with a pipe that is full
+            await publish(two, "lost")
+        await publish(two, "c")
+        await watcher.until(5)
+        assert (await two.read("c", ORIGIN, 10)).events == watcher.events
+        count = len(reads)
+        await publish(two, "d")
+        assert texts(await watcher.until(6))[-1] == "d"
+        assert len(reads) == count
+
+
+async def test_sqlite_reads_the_file_where_what_was_sent_may_be_incomplete(tmp_path: Path) -> None:
+    url, watcher = f"sqlite:///{tmp_path / 'events.db'}", Watcher()
+    async with opened(url) as one, opened(url) as two:
+        assert isinstance(one, eventlog_sqlite.SqliteLog)
+        one.watch("c", ORIGIN, watcher)
+        await until(lambda: one._pipe is not None)
+        for number, sent in enumerate((b"\0", b"\1\0\2\xc1\xc1", b"\1", b"\1\0\0" * 21_000), 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Wakes, "notify", lambda *_: None)
+                await publish(two, f"{number}")
+            (pipe,) = (tmp_path / "events.db-wakes").iterdir()
+            with pipe.open("wb", buffering=0) as file:
+                file.write(sent)
+            await watcher.until(number)
+    assert texts(watcher.events) == ["1", "2", "3", "4"]
 
 
 async def test_sqlite_finds_a_commit_that_no_file_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
