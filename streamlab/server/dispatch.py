@@ -1,10 +1,14 @@
 """Which route a request is for: found once for a path without parameters, and by aiohttp's router otherwise."""
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 from aiohttp.web_urldispatcher import MatchInfoError
+
+_PLAIN = re.compile(r"/([\w.~-]+)(?:/|$)", re.ASCII)
+"""The first segment of a path, where nothing in it is escaped, or must be."""
 
 Respond = Callable[[web.Request, Callable[[web.Request], Awaitable[Any]]], Awaitable[web.StreamResponse]]
 """Responds to a request by the handler of its route."""
@@ -47,10 +51,10 @@ class Dispatch:
         return await self._respond(request, match.handler)
 
     def _is_unknown(self, path: str) -> bool:
-        """Return whether no route can have a target: it is a path whose first segment, as it is, none begins with."""
-        if not path.startswith("/") or "%" in path or "#" in path or "{" in self._first:
+        """Return whether no route can have a target: it is a path whose first segment, as written, none begins with."""
+        if "{" in self._first or (segment := _PLAIN.match(path)) is None:
             return False
-        return path[1:].partition("/")[0] not in self._first
+        return segment[1] not in self._first
 
     def _complete(self, match: web.UrlMappingMatchInfo) -> web.UrlMappingMatchInfo:
         match.add_app(self._app)
