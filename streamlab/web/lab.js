@@ -4,7 +4,7 @@ import { followed, linkTo } from "./address.js";
 import { Figures } from "./figures.js";
 import { build } from "./forms.js";
 import { History } from "./history.js";
-import { curl, itemsOf, load, matching, request } from "./routes.js";
+import { curl, itemsOf, load, matching, request, siblings } from "./routes.js";
 import { Run } from "./run.js";
 import { Output, element, prose } from "./views.js";
 
@@ -112,7 +112,12 @@ function itemLinks(record) {
 }
 
 function command() {
-  at("curl").textContent = curl(operation, request(operation, form.values()));
+  const values = form.values();
+  at("curl").textContent = curl(operation, request(operation, values));
+  const others = siblings(operations, operation, Object.entries(values.path));
+  const targets = others.map(({ operation, entries }) => [operation.method, linkTo(operation, entries)]);
+  const anchors = targets.flatMap(([method, href]) => [" ", element("a", { href }, method)]);
+  at("methods").replaceChildren(...(anchors.length ? ["With this path:", ...anchors] : []));
 }
 
 window.addEventListener("hashchange", () => {

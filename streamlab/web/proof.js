@@ -1,6 +1,6 @@
 // Checks that no data was lost across a cut: consecutive ids of events; size and SHA-256 of a download.
 
-import { position } from "./sse.js";
+import { position, rowsOf } from "./sse.js";
 
 const number = new Intl.NumberFormat("en");
 
@@ -24,17 +24,24 @@ export class EventProof {
   #gap = null;
   #lost = 0;
   #epochs = 0;
+  #joined = false;
 
   add(event, json) {
     if (event.event === "gap")
       this.#gap = typeof json?.missing === "number" ? events(json.missing) : "an unknown number of events";
     const here = event.hasOwnId && position(event.id);
-    if (!here) return;
+    if (!here || event.event === "control") return; // which repeats the position of the data before it
     const last = this.#last;
-    // A batch of rows has the position of its last row as its id.
-    const step = Array.isArray(json?.rows) ? json.rows.length : 1;
     const follows = last !== null && here.epoch === last.epoch;
-    const missing = follows ? here.offset - last.offset - step : 0;
+    const distance = follows ? here.offset - last.offset : here.offset;
+    // A batch has the position of its last part as its id. One of a stream may have fewer offsets than parts: an
+    // append of several values has one; and the parts of a stream that is not JSON are not known.
+    const isBatch = event.event === "data";
+    const parts = isBatch && !Array.isArray(json) ? Infinity : (rowsOf(event, json)?.length ?? 1);
+    const joined = isBatch && distance < parts && (distance > 0 || !follows);
+    const step = joined ? Math.max(1, distance) : parts;
+    const missing = follows ? distance - step : 0;
+    this.#joined ||= joined;
     if (last !== null && !follows) this.#epochs++;
     if (missing < 0) {
       this.#repeated++;
@@ -47,7 +54,7 @@ export class EventProof {
     this.#first ??= here.offset - step + 1;
     this.#isCut = false;
     this.#last = here;
-    this.#count++;
+    this.#count += isBatch ? step : 1;
   }
 
   /** The connection was lost: the next event must be consecutive. */
@@ -64,6 +71,11 @@ export class EventProof {
       return { mark: "warn", text: `No longer retained by the server (event gap): ${this.#gap}.` };
     if (!seam) return { mark: "", text: "" };
     const across = `offset ${seam.before} was followed by ${seam.after}`;
+    if (this.#joined)
+      return {
+        mark: "",
+        text: `No duplicates: ${across}. Appends arrive joined here, so losses among them cannot be excluded.`,
+      };
     if (this.#jumps)
       return {
         mark: "",

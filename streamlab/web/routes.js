@@ -42,7 +42,7 @@ function body({ content }, document) {
   const first = content[types[0]];
   const named = (first.schema?.$ref ?? "").split("/").at(-1);
   const schema = document.components.schemas[named] ?? first.schema ?? {};
-  const example = first.example ?? schema.examples?.[0] ?? {};
+  const example = first.example ?? schema.examples?.[0] ?? (first.schema ? {} : "");
   const short = JSON.stringify(example);
   const text = typeof example === "string" ? example : short.length < 80 ? short : JSON.stringify(example, null, 2);
   return { types, example: text, description: schema.description ?? "" };
@@ -57,17 +57,38 @@ export function matching(operations, method, url) {
   const { origin, pathname, searchParams } = new URL(url, location.href);
   if (!`${origin}${pathname}`.startsWith(`${server}/`)) return null;
   const path = `${origin}${pathname}`.slice(server.length);
-  for (const candidate of operations.filter((one) => one.method === method)) {
-    const names = [...candidate.path.matchAll(/\{(\w+)\}/g)].map(([, name]) => name);
-    const pattern = candidate.path.replace(/[.*+?^$()|[\]\\]/g, "\\$&").replace(/\{\w+\}/g, "([^/]+)");
-    const found = new RegExp(`^${pattern}$`).exec(path);
-    if (found)
-      return {
-        operation: candidate,
-        entries: [...names.map((name, at) => [name, decodeURIComponent(found[at + 1])]), ...searchParams],
-      };
-  }
+  // A parameter at the end of a path may have slashes; a path that fits without is preferred.
+  for (const last of ["([^/]+)", "(.+)"])
+    for (const candidate of operations.filter((one) => one.method === method)) {
+      const names = [...candidate.path.matchAll(/\{(\w+)\}/g)].map(([, name]) => name);
+      const pattern = candidate.path.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
+      const parts = pattern.replace(/\{\w+\}$/, last).replace(/\{\w+\}/g, "([^/]+)");
+      const found = new RegExp(`^${parts}$`).exec(path);
+      if (found) {
+        const entries = names.map((name, at) => [name, decodeURIComponent(found[at + 1])]);
+        return { operation: candidate, entries: following(candidate, [...entries, ...searchParams]) };
+      }
+    }
   return null;
+}
+
+/** Return the other operations of a path, each with the entries of its form: what they have in common is filled in. */
+export function siblings(operations, { path, method }, entries) {
+  const names = [...path.matchAll(/\{(\w+)\}/g)].map(([, name]) => name);
+  const common = entries.filter(([name]) => names.includes(name));
+  return names.length
+    ? operations
+        .filter((one) => one.path === path && one.method !== method)
+        .map((operation) => ({ operation, entries: following(operation, common) }))
+    : [];
+}
+
+/** Add to the entries of a form what follows a stream live, as its parameters show by their examples. */
+function following({ parameters }, entries) {
+  const names = entries.map(([name]) => name);
+  if (names.includes("live") || !parameters.some(({ name }) => name === "live")) return entries;
+  const shown = parameters.filter(({ name, example }) => ["offset", "live"].includes(name) && example !== undefined);
+  return [...entries, ...shown.filter(({ name }) => !names.includes(name)).map(({ name, example }) => [name, [example].flat()[0]])];
 }
 
 /** Return the operations on an item of the list that a route returns, each with the name of the path parameter. */

@@ -166,7 +166,9 @@ export class Run {
           : "The connection was lost: the data is incomplete.",
       );
     }
-    if (this.#lastEvent?.event === "stop") return this.#reconnect("The server is stopping.");
+    const last = this.#lastEvent;
+    if (last?.event === "stop") return this.#reconnect("The server is stopping.");
+    if (last?.event === "control" && !parsed(last.data)?.streamClosed) return this.#reconnect("The stream goes on.");
     if (this.proof instanceof DownloadProof) await this.proof.finish(this.#request.url);
     if (response.ok) return this.#setState("done");
     this.errors = parsed(this.#errorText)?.errors ?? [];

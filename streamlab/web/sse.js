@@ -74,10 +74,16 @@ function lineEnd(text, from) {
 }
 
 /**
- * Return the position of an event in its channel, from an id `<epoch>-<offset>` or `<prefix>:<epoch>-<offset>`; null
- * for other ids. Events outside the channel (`gap`, `stop`, `end` of a query) have a suffix in the id, and no position.
+ * Return the position of an event in its channel, from an id `<epoch>-<offset>`, `<prefix>:<epoch>-<offset>`, or
+ * `<epoch>_<offset>` of a stream; null for other ids. Events outside the channel (`gap`, `stop`, `end` of a query) have a suffix in the id, and no position.
  */
 export function position(id) {
-  const found = /^(.*?)-(\d+)$/.exec(id);
+  const found = /^(.*?)[-_](\d+)$/.exec(id);
   return found && { epoch: found[1], offset: Number(found[2]) };
+}
+
+/** Return the rows of an event that has several: `rows` of an export, or the messages of a stream; null for others. */
+export function rowsOf({ event }, json) {
+  if (event === "data" && Array.isArray(json)) return json;
+  return Array.isArray(json?.rows) ? json.rows : null;
 }

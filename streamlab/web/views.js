@@ -2,6 +2,7 @@
 
 import { LineChart } from "./charts.js";
 import { remaining, rounded, size } from "./figures.js";
+import { rowsOf } from "./sse.js";
 
 const number = new Intl.NumberFormat("en");
 const finer = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
@@ -119,7 +120,7 @@ export class Output {
     if (!records) return;
     const table = new Rows(null, this.#itemLinks);
     table.follows = false; // a list that is complete is read from its beginning
-    table.event(null, { rows: records });
+    table.event({}, { rows: records });
     this.#set([table, ...this.#views], this.#chosen ? this.#shown : table);
   }
 
@@ -408,8 +409,8 @@ class Events extends List {
 
 /** Records as a table: JSON lines, CSV, or events with rows. */
 class Rows extends List {
-  static shows(_, json) {
-    return Array.isArray(json?.rows) && json.rows.every((row) => row && typeof row === "object");
+  static shows(event, json) {
+    return Boolean(rowsOf(event, json)?.every((row) => row && typeof row === "object"));
   }
 
   #names = [];
@@ -429,8 +430,9 @@ class Rows extends List {
     this.#read?.(text);
   }
 
-  event(_, json) {
-    if (Array.isArray(json?.rows)) json.rows.forEach((row) => this.#addRecord(row));
+  event(event, json) {
+    for (const row of rowsOf(event, json) ?? [])
+      this.#addRecord(row && typeof row === "object" ? row : { value: row });
   }
 
   #addRecord(record) {

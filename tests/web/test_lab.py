@@ -522,6 +522,41 @@ async def test_event_stream_resumes_without_loss_after_a_cut(shared_server: Runn
     await expect(lab.announcement).to_have_text(re.compile("^Nothing was lost"))
 
 
+async def test_stream_of_two_tabs_is_followed_and_resumes_after_a_cut(
+    shared_server: Running, open_lab: OpenLab
+) -> None:
+    follower = await open_lab(shared_server, "/lab#PUT/v1/stream/{path}")
+    await follower.page.locator("#field-path").fill("team/board")
+    await follower.page.keyboard.press("Control+Enter")
+    await follower.page.get_by_role("button", name="Open ").click()
+    await expect(follower.route).to_have_text("GET /v1/stream/{path}")
+    await follower.page.keyboard.press("Enter")
+    await expect(follower.state).to_have_text("Running.")
+
+    address = await follower.page.locator("#methods").get_by_role("link", name="POST").get_attribute("href")
+    first = await open_lab(shared_server, f"/lab{address}")
+    second = await open_lab(shared_server, f"/lab{address}", viewport={"width": 390, "height": 844})
+
+    async def append(tab: Lab, text: str) -> None:
+        await tab.page.locator("#body").fill(json.dumps({"text": text}))
+        await tab.run.click()
+        await expect(tab.page.locator("#status")).to_have_text("204")
+        await expect(tab.state).to_have_text("Done: the response is complete.")
+
+    cells = follower.page.locator(".panel:not([hidden]) td")
+    await append(first, "one")
+    await append(second, "two")
+    await expect(cells).to_have_text(["one", "two"])
+    await follower.cut.click()
+    await expect(follower.state).to_have_text("Cut.")
+    await append(first, "three")
+    await append(second, "four")
+    await follower.resume.click()
+    await expect(follower.verdict).to_contain_text("Nothing was lost: offset 2 was followed by 3, ")
+    await expect(cells).to_have_text(["one", "two", "three", "four"])
+    await follower.stop.click()
+
+
 async def test_download_resumes_after_a_cut_and_matches_the_file(shared_server: Running, open_lab: OpenLab) -> None:
     lab = await open_lab(shared_server)
     await lab.select("GET /download/large-file")
