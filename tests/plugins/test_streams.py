@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.connections import EventStream, Received
 from tests.support.node import FOLDER, node_command
-from tests.support.servers import Running, starting_in
+from tests.support.servers import Running, free_port, starting_in
 from tests.support.tokens import bearer, table
 from tests.support.valkey import Valkey
 
@@ -320,6 +320,29 @@ def test_a_killed_server_loses_nothing_that_it_acknowledged(engine: str, tmp_pat
         assert killed.is_set()
         for number in range(producers):
             assert [one["seq"] for one in received if one["producer"] == number] == [*range(count)]
+
+
+def test_the_official_client_continues_after_its_server_was_killed(tmp_path: Path) -> None:
+    command = node_command("streams_client.mjs", package="@durable-streams/client")
+    with starting_in(tmp_path) as start:
+        server = start(SETTINGS, port=(port := free_port()))
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "STREAM_URL": f"{server.url}/v1/stream/numbers"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            lines = map(json.loads, process.stdout)
+            for _ in range(2):
+                assert next(lines)["begun"] is True  # each follower has some of them
+            server.process.kill()
+            server.process.wait()
+            start(SETTINGS, port=port)
+            received = {line["live"]: line["received"] for line in (next(lines), next(lines))}
+            assert next(lines) == {"failed": []}
+    assert received == {"sse": [*range(200)], "long-poll": [*range(200)]}
 
 
 def test_a_scope_is_for_the_streams_whose_paths_it_names(tmp_path: Path) -> None:
