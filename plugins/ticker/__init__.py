@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
@@ -13,6 +14,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PrivateAttr, StringC
 from streamlab import (
     EVENTS,
     ORIGIN,
+    PRINCIPAL,
     Channel,
     ConfigPath,
     EventLogError,
@@ -28,6 +30,7 @@ from streamlab import (
     read_body,
 )
 
+from .once import Claim, Keys
 from .prices import InvalidPrices, LastPrices, Price, read_prices
 from .sources import InvalidFile, Replay, Simulation, fault
 
@@ -87,6 +90,7 @@ class Ticker(Scenario):
     """Whether a replay starts again at the end of the file."""
 
     _channel: Channel = PrivateAttr()
+    _keys: Keys = PrivateAttr()
     _last_prices: LastPrices = PrivateAttr(default_factory=lambda: LastPrices(MAX_LAST_PRICES))
     _loaded: asyncio.Event = PrivateAttr(default_factory=asyncio.Event)
     """Set once the last prices have been read from the event log."""
@@ -109,6 +113,7 @@ class Ticker(Scenario):
         """Publish prices while the server runs, in one of the processes that share the event log."""
         events = app[EVENTS]
         self._channel = events.channel("ticker")
+        self._keys = Keys(self._channel)
         async with asyncio.TaskGroup() as group:
             if self.source == "push":
                 task = group.create_task(self._track_last_prices())
@@ -142,6 +147,7 @@ class Ticker(Scenario):
             202: "The prices are stored. The body has their event ids.",
             409: "This ticker does not accept prices by POST.",
             413: "The body is larger than 1 MiB.",
+            422: "A price is invalid, or the Idempotency-Key was used for others.",
         },
         curl='--json \'{"symbol": "ACME", "price": 12.5}\' {url}',
     )
@@ -149,7 +155,8 @@ class Ticker(Scenario):
         """Publish prices: one JSON object with `symbol` and `price`, or JSON lines of them.
 
         `change` and `time` are added where they are missing; every other field is published unchanged. Either all
-        prices are published, in order, or none.
+        prices are published, in order, or none. With an `Idempotency-Key` they are published once, however often the
+        request is sent; the last 10,000 keys are remembered.
         """
         if self.source != "push":
             raise Problem(409, f'The prices of this ticker come from source = "{self.source}", not by POST.')
@@ -159,7 +166,13 @@ class Ticker(Scenario):
         except InvalidPrices as error:
             raise Problem(422 if error.errors else 400, str(error), errors=error.errors) from None
         await self._loaded.wait()
-        stored = msgspec.json.encode({"ids": await self._publish(prices)})
+        key = request.headers.get("Idempotency-Key")
+        if key is None:
+            ids = await self._publish(prices)
+        else:
+            client = request[PRINCIPAL].name
+            ids = await self._keys.once(client, key, body, len(prices), partial(self._publish, prices))
+        stored = msgspec.json.encode({"ids": ids})
         return web.Response(body=stored, status=202, headers={"Content-Type": "application/json; charset=utf-8"})
 
     async def _publish_source(self) -> None:
@@ -183,13 +196,23 @@ class Ticker(Scenario):
             raise Problem(503, str(error)) from None
 
     async def _publish(
-        self, prices: Sequence[Price], *, checkpoint: tuple[str, str] | None = None, retry_forever: bool = False
+        self,
+        prices: Sequence[Price],
+        claim: Claim | None = None,
+        *,
+        checkpoint: tuple[str, str] | None = None,
+        retry_forever: bool = False,
     ) -> list[str]:
         """Publish prices, each with its change since the previous one, and return their ids."""
         last_prices, stored = self._last_prices, None
         texts = last_prices.add_changes(prices)
         events = [encode_event(text, key=price.symbol) for price, text in zip(prices, texts, strict=True)]
         try:
+            if claim is not None:
+                stored = await self._channel.append(
+                    events, checkpoints=claim.checkpoints, expected=claim.expected, located=claim.located
+                )
+                return self._channel.ids(stored, len(events))
             ids = await self._channel.publish_all(events, checkpoint=checkpoint, retry_forever=retry_forever)
             stored = Position.parse(ids[-1])
             return ids

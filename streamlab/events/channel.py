@@ -98,7 +98,7 @@ class Channel:
         """
         if not drafts and checkpoint is None:
             return []
-        checkpoints = {} if checkpoint is None else {checkpoint[0]: checkpoint[1]}
+        checkpoints = dict((checkpoint,)) if checkpoint else {}
         while True:
             try:
                 last = await self.append(drafts, checkpoints=checkpoints)
@@ -113,19 +113,21 @@ class Channel:
         self,
         drafts: Sequence[EncodedEvent],
         *,
-        checkpoints: Mapping[str, str] = _NOTHING,
+        checkpoints: Mapping[str, str | None] = _NOTHING,
         expected: Mapping[str, str | None] = _NOTHING,
         counts: Mapping[str, int] = _NOTHING,
+        located: str = "",
         copy: Copy | None = None,
     ) -> Position:
         """Add events together with checkpoints, or nothing at all, and return the position of the last event.
 
+        The text None deletes a checkpoint; `located` is the one before whose text that position is stored.
         `expected` are the texts that checkpoints must have before (None: must not exist), or Conflict is raised with
         those that they have: so two clients cannot both change what only one may. `counts` are added to checkpoints
         that count. `copy` are events of another channel, for the beginning of a new one. Without events the channel
         exists nevertheless. Raises EventLogError as `publish` does.
         """
-        append = Append(self.name, drafts, self.retention, checkpoints, expected, counts, copy, _LEASE.get())
+        append = Append(self.name, drafts, self.retention, checkpoints, expected, counts, located, copy, _LEASE.get())
         last = await self.events.log.append(append)
         await self.events.wait_for_capacity(self.name)
         return last

@@ -130,12 +130,14 @@ class Append(NamedTuple):
     channel: str
     drafts: Sequence[EncodedEvent]
     retention: Retention
-    checkpoints: Mapping[str, str] = MappingProxyType({})
-    """Texts by name, stored with the events or not at all: the state of their producers."""
+    checkpoints: Mapping[str, str | None] = MappingProxyType({})
+    """Texts by name, stored with the events or not at all, as the state of their producers; None deletes one."""
     expected: Mapping[str, str | None] = MappingProxyType({})
     """Texts that checkpoints must have before, None for one that must not exist: compare and set."""
     counts: Mapping[str, int] = MappingProxyType({})
     """Numbers by which checkpoints, which count, are increased: whoever else increases them, none is lost."""
+    located: str = ""
+    """Name of a checkpoint before whose text the position of the last event is stored, and a space; "" for none."""
     copy: Copy | None = None
     """Events that precede the others; only for a channel that does not exist yet."""
     lease: str = ""

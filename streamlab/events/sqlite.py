@@ -512,8 +512,13 @@ class SqliteLog:
             (end, _expiry(retention, now), retention.events, retention.seconds, channel),
         )
         if append.checkpoints:
-            rows = [(channel, name, text) for name, text in append.checkpoints.items()]
+            texts = {name: text for name, text in append.checkpoints.items() if text is not None}
+            if append.located:
+                texts[append.located] = f"{Position(epoch, end)} {texts[append.located]}"
+            rows = [(channel, name, text) for name, text in texts.items()]
             db.executemany("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)", rows)
+            removed = [(channel, name) for name in append.checkpoints.keys() - texts.keys()]
+            db.executemany("DELETE FROM checkpoints WHERE channel = ? AND name = ?", removed)
         if append.counts:
             db.executemany(
                 "INSERT INTO checkpoints VALUES (?, ?, ?) "

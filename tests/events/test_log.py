@@ -233,6 +233,16 @@ async def test_counts_of_concurrent_appends_add_up(url: str) -> None:
         assert (await log.read("c", LATEST, 1, names=("bytes", "all"))).checkpoints == {"bytes": "1225", "all": "-50"}
 
 
+async def test_a_checkpoint_may_say_where_its_events_are_and_be_deleted(url: str) -> None:
+    async with opened(url) as log:
+        drafts = [EncodedEvent(b"a"), EncodedEvent(b"b")]
+        last = await log.append(Append("c", drafts, KEEP, {"at": "two é", "other": "x"}, located="at"))
+        batch = await log.read("c", LATEST, 1, names=("at", "other"))
+        assert batch.checkpoints == {"at": f"{last} two é", "other": "x"}
+        await log.append(Append("c", [], KEEP, {"other": None, "none": None}, {"other": "x"}))
+        assert (await log.read("c", LATEST, 1, names=("at", "other"))).checkpoints == {"at": f"{last} two é"}
+
+
 async def test_an_empty_channel_exists_at_offset_0_of_its_epoch(url: str) -> None:
     async with opened(url) as log:
         begun = await log.append(Append("c", [], KEEP, {"closed": "true"}))

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from streamlab import Events, encode_event
+from streamlab.events.channel import open_log
 from tests.support.connections import EventStream, Received
 from tests.support.servers import Running, run_streamlab
 
@@ -44,6 +47,7 @@ def load(name: str) -> Any:
 
 load("prices")
 sources = load("sources")
+once = load("once")
 
 Serve = Callable[..., Running]
 
@@ -327,6 +331,42 @@ def test_a_process_learns_the_prices_that_were_pushed_to_another(serve: Serve) -
             if next(events).json["change"] == 2:
                 break
             assert time.monotonic() < deadline
+
+
+def test_prices_with_a_key_are_published_once_by_whichever_process_and_after_a_crash(serve: Serve) -> None:
+    one, other = serve('source = "push"'), serve('source = "push"')
+    body, key = '{"symbol": "A", "price": 1}\n{"symbol": "B", "price": 2}', {"Idempotency-Key": "é" * 100}
+    with ThreadPoolExecutor(8) as threads:
+        sent = [threads.submit(post, server, body, "application/x-ndjson", **key) for server in (one, other) * 4]
+        ((status, first), *others) = [each.result() for each in sent]
+    assert (status, len(first["ids"])) == (202, 2)
+    assert others == [(202, first)] * 7
+    one.terminate(signal.SIGKILL)
+    assert post(serve('source = "push"'), body, "application/x-ndjson", **key) == (202, first)
+    assert post(other, '{"symbol": "A", "price": 9}', **key)[0] == 422
+    assert post(other, body, "application/x-ndjson", **{"Idempotency-Key": "x" * 256})[0] == 400
+    last = publish(other, {"symbol": "C", "price": 3})
+    assert [event.id for event in first_events(other, 3)] == [*first["ids"], *last]
+
+
+async def test_the_oldest_key_is_forgotten_for_a_new_one() -> None:
+    events = Events(open_log("sqlite://"))
+    async with events.opened():
+        channel = events.channel("c")
+        keys = once.Keys(channel, remembered=3)
+
+        async def publish(claim: Any) -> list[str]:
+            last = await channel.append(
+                [encode_event("x")], checkpoints=claim.checkpoints, expected=claim.expected, located=claim.located
+            )
+            return channel.ids(last, 1)
+
+        async def send(key: str) -> int:
+            (id,) = await keys.once("client", key, b"", 1, publish)  # noqa: A001
+            return int(id.partition("-")[2])
+
+        assert [await send(key) for key in "abcabc"] == [1, 2, 3, 1, 2, 3]
+        assert [await send(key) for key in "dbcda"] == [4, 2, 3, 4, 5]
 
 
 def test_a_change_that_overflows_is_null(serve: Serve) -> None:

@@ -56,7 +56,11 @@ if #ARGV == 1 and begins then -- the channel exists, though it is empty
     redis.call('XSETID', stream, epoch .. '-0')
 end
 redis.call('XTRIM', stream, 'MAXLEN', options.keep)
-for _, checkpoint in ipairs(options.checkpoints) do redis.call('HSET', state, checkpoint[1], checkpoint[2]) end
+for _, checkpoint in ipairs(options.checkpoints) do
+    local name, text = checkpoint[1], checkpoint[2]
+    redis.call('HSET', state, name, name == options.located and epoch .. '-' .. last .. ' ' .. text or text)
+end
+for _, name in ipairs(options.removed) do redis.call('HDEL', state, name) end
 for _, count in ipairs(options.counts) do redis.call('HINCRBY', state, count[1], count[2]) end
 if options.expires then
     redis.call('PEXPIREAT', stream, options.expires)
