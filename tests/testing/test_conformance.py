@@ -1,5 +1,6 @@
 """Every built-in plugin passes the conformance suite."""
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,3 +150,34 @@ class TestPushedTicker(Conformance):
     plugin = "ticker"
     settings = '[scenarios.ticker]\nsource = "push"'
     skipped = {("*", "GET /stream/stock-ticker"): "its prices are pushed here, and none are pushed"}
+
+
+READ = "GET /v1/stream/{path}"
+
+
+class TestStreams(Conformance):
+    plugin = "streams"
+    settings = "[scenarios.streams]\nsse_seconds = 1.0"
+    skipped = {  # Durable Streams is another protocol, and has its own suite
+        (case, endpoint): reason
+        for case, endpoint, reason in (
+            ("head_has_the_headers_of_get", READ, "HEAD describes the stream, GET the part that is read"),
+            ("unknown_parameters_are_rejected_by_name", READ, "the protocol ignores them: caches add some"),
+            ("invalid_bodies_are_rejected", "PUT /v1/stream/{path}", "without a body the stream is empty"),
+            ("invalid_bodies_are_rejected", "POST /v1/stream/{path}", "another type than that of the stream is 409"),
+            (
+                "events_are_complete",
+                READ,
+                "data and the control event after it have one id, from which both are resumed",
+            ),
+            ("bad_ids_get_a_gap_event", READ, "an offset that is none is 400"),
+            ("finite_stream_ends_with_end_event", READ, "a closed stream ends with a control event, `streamClosed`"),
+        )
+    }
+
+    @classmethod
+    def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
+        path = f"made/{uuid.uuid4().hex}"
+        if form.method != "PUT":
+            server.request(f"/v1/stream/{path}", method="PUT", body=[{"number": number} for number in range(20)])
+        return {"path": path, **({} if form.carries_events else {"live": []})}
