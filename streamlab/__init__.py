@@ -36,6 +36,7 @@ from .streaming.event_stream import EventStream, open_event_stream
 from .streaming.outcome import Outcome, StreamSummary
 from .streaming.resume import ResumeQuery, no_more_events, resume_id
 from .streaming.stream import Stream, open_stream
+from .tally import SHARED, Shared
 from .tasks import TASKS, Progress, Task
 from .threads import Threads, shielded
 
@@ -50,6 +51,7 @@ __all__ = [
     "METRICS",
     "ORIGIN",
     "PRINCIPAL",
+    "SHARED",
     "TASKS",
     "Action",
     "Batch",
@@ -74,6 +76,7 @@ __all__ = [
     "Retention",
     "Scenario",
     "Scope",
+    "Shared",
     "Slots",
     "Stream",
     "StreamSummary",

@@ -1,6 +1,7 @@
 """Slots: how many requests do something costly at once, and how many wait for their turn."""
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,13 @@ from dataclasses import dataclass
 
 from .auth import may_be_proxy
 from .problems import Problem
+from .tally import Tally
+
+LOOK_SECONDS = 0.02
+"""Interval at which a request that waits looks for slots that another process has released, in seconds."""
+
+_HELD, _QUEUED = "slots", "queue"
+"""Names under which slots, and requests in the queue, are counted; each client has one, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +41,10 @@ class Slots:
 
     `limit` is the number of slots, `waiting` the maximum number of requests in the queue, and `wait_seconds` the
     maximum wait of each; None is no limit. `what` names the requests in the detail of a rejection.
+
+    With a `tally` of all workers of a server (`app[SHARED].tally(NAME)`), the slots, the queue and the part of a client
+    are those of all of them together. Clients take turns in each worker; of the workers in which requests wait, the one
+    that looks first takes a slot.
     """
 
     def __init__(
@@ -44,12 +56,13 @@ class Slots:
         what: str = "requests",
         status: int = 503,
         retry_seconds: int = 5,
+        tally: Tally | None = None,
     ) -> None:
         self.limit = limit
         """Slots, free and held."""
         self.waiting = waiting
         """Maximum number of requests in the queue."""
-        self._free = limit
+        self._tally = tally or Tally()
         self._wait_seconds = wait_seconds
         self._what = what
         self._status = status
@@ -63,7 +76,7 @@ class Slots:
     @property
     def in_use(self) -> int:
         """Number of slots held now."""
-        return self.limit - self._free
+        return self._tally.total(_HELD)
 
     @asynccontextmanager
     async def held(self, count: int = 1, *, client: str = "") -> AsyncIterator[None]:
@@ -74,15 +87,16 @@ class Slots:
         """
         if not 0 < count <= self.limit:
             raise ValueError(f"{count} is not a number of slots (1 to {self.limit})")
-        self._check_share(count, client)
-        if count <= self._free and not self._queue:
-            self._take(count, client)
-        else:
-            await self._wait(count, client)
+        self._count(count, client)
         try:
-            yield
+            if self._tally.total(_QUEUED) or not self._take(count, client):
+                await self._wait(count, client)
+            try:
+                yield
+            finally:
+                self._release(count, client)
         finally:
-            self._release(count, client)
+            self._tally.remove(_part(client), count)
 
     def rejection(self, reason: str, *, of_client: bool = False) -> Problem:
         """Return the Problem of a request that gets no slot; a subclass may return another one.
@@ -93,49 +107,67 @@ class Slots:
         status = 429 if of_client else self._status
         return Problem(status, f"Too many {self._what}: {reason}.", headers=headers)
 
-    def _check_share(self, count: int, client: str) -> None:
+    def _count(self, count: int, client: str) -> None:
         """Raise Problem where a client that has slots, or waits for them, would have more than its share."""
-        if may_be_proxy(client):
-            return
         share = -(-(self.limit + self.waiting) // 2)
-        used = self._held[client] + sum(one.count for one in self._queue if one.client == client)
-        if used and used + count > share:
+        limit = sys.maxsize if may_be_proxy(client) else max(share, count)
+        if not self._tally.add(_part(client), limit, count):
+            used = self._tally.total(_part(client))
             raise self.rejection(f"this client has {used} of the {share} that one may have", of_client=True)
 
-    def _take(self, count: int, client: str) -> None:
-        self._free -= count
+    def _take(self, count: int, client: str) -> bool:
+        """Take slots for a client; return whether there were enough."""
+        if not self._tally.add(_HELD, self.limit, count):
+            return False
         self._held[client] += count
         self._turns[client] = max(self._turns.values(), default=0) + 1
+        return True
 
     async def _wait(self, count: int, client: str) -> None:
-        if len(self._queue) >= self.waiting:
-            queued = f", {len(self._queue)} waiting" if self.waiting else ""
+        if not self._tally.add(_QUEUED, self.waiting):
+            queued = f", {self._tally.total(_QUEUED)} waiting" if self.waiting else ""
             raise self.rejection(f"{self.in_use} of {self.limit} in progress{queued}")
-        turn = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(count, client, turn))
+        one = _Waiting(count, client, asyncio.get_running_loop().create_future())
+        self._queue.append(one)
         try:
             async with asyncio.timeout(self._wait_seconds):
-                await turn
+                while self._tally.is_shared and not (await asyncio.wait({one.turn}, timeout=LOOK_SECONDS))[0]:
+                    self._pass_on()
+                await one.turn
         except BaseException as error:
             # Its turn may have come in the moment in which it gave up; else the next one may need less than this one.
-            self._release(0 if turn.cancelled() else count, client)
+            if waits := one in self._queue:
+                self._leave_queue(one)
+            self._release(0 if waits else count, client)
             if isinstance(error, TimeoutError):
                 raise self.rejection(f"none ended within {self._wait_seconds:g} s") from None
             raise
 
+    def _leave_queue(self, one: _Waiting) -> None:
+        self._queue.remove(one)
+        self._tally.remove(_QUEUED)
+
     def _release(self, count: int, client: str) -> None:
-        """Return slots of a client, and pass them to the requests that wait, in their order."""
-        self._free += count
+        """Return slots of a client, and pass them to the requests that wait, unless some wait in other processes."""
+        self._tally.remove(_HELD, count)
         self._held[client] -= count
         if not self._held[client]:
             del self._held[client]
-        self._queue = [one for one in self._queue if not one.turn.cancelled()]
         if client not in self._held and all(one.client != client for one in self._queue):
             self._turns.pop(client, None)
-        while self._queue:
-            following = min(self._queue, key=lambda one: (self._held[one.client], self._turns.get(one.client, 0)))
-            if following.count > self._free:
+        if self._tally.total(_QUEUED) <= len(self._queue):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give free slots to the requests that wait here, in their order."""
+        while waiting := [one for one in self._queue if not one.turn.cancelled()]:
+            following = min(waiting, key=lambda one: (self._held[one.client], self._turns.get(one.client, 0)))
+            if not self._take(following.count, following.client):
                 break
-            self._queue.remove(following)
-            self._take(following.count, following.client)
+            self._leave_queue(following)
             following.turn.set_result(None)
+
+
+def _part(client: str) -> str:
+    """Return the name under which the slots of a client are counted, with those that it waits for."""
+    return f"client {client}"

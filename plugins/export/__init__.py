@@ -32,6 +32,7 @@ from streamlab import (
     CONFIG,
     FILES,
     PRINCIPAL,
+    SHARED,
     ConfigPath,
     Problem,
     ResumeQuery,
@@ -298,7 +299,7 @@ class Exports(Scenario):
         base = app[CONFIG].base
         self._sample_path = base / "var/sample.db"
         self._file_url = app[FILES].url
-        self._slots = Slots(self.max_exports, what="exports")
+        self._slots = Slots(self.max_exports, what="exports", tally=app[SHARED].tally("exports"))
         async with AsyncExitStack() as stack:
             threads = await stack.enter_async_context(Threads("export", THREADS))
             self._making = await stack.enter_async_context(Threads("export-sample", 1))

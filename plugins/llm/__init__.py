@@ -22,6 +22,7 @@ from streamlab import (
     EVENTS,
     METRICS,
     PRINCIPAL,
+    SHARED,
     ErrorFormat,
     Principal,
     Problem,
@@ -243,7 +244,7 @@ class Llm(Scenario):
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
         """Run the embedded model, and hold connections to the upstreams, while the server runs."""
-        gateway = Gateway(self.model_settings, registry=app[METRICS].registry)
+        gateway = Gateway(self.model_settings, registry=app[METRICS].registry, shared=app[SHARED])
         self._generations = Generations(app[EVENTS], gateway, self.keep_seconds, self.abandon_seconds, self.max_stored)
         async with gateway.opened(), self._generations.opened():
             self._gateway = gateway

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 
-from streamlab import Problem
+from streamlab import Problem, Shared
 
 from .completion import Completion
 from .models import Model, ModelSettings
@@ -23,8 +23,8 @@ OF_THE_REQUEST = frozenset({400, 409, 413, 415, 422})
 class Gateway:
     """The only path to the models, for routes and generations alike; the first one is the default."""
 
-    def __init__(self, models: Sequence[ModelSettings], *, registry: CollectorRegistry) -> None:
-        self._models = {settings.name: Model(settings, self._account) for settings in models}
+    def __init__(self, models: Sequence[ModelSettings], *, registry: CollectorRegistry, shared: Shared) -> None:
+        self._models = {settings.name: Model(settings, self._account, shared) for settings in models}
         self._ended = Counter("streamlab_llm_generations", "Generations, by outcome.", ["outcome"], registry=registry)
         self._tokens = Counter("streamlab_llm_tokens", "Tokens, of prompts and responses.", ["kind"], registry=registry)
         self._fallbacks = Counter(

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from streamlab import Problem, Slots
+from streamlab import Problem, Shared, Slots
 
 from .completion import Completion
 from .completion_request import ChatCompletionRequest, LimitField, Rules, check_extra_field, prompt_bytes
@@ -149,11 +149,15 @@ Account = Callable[[str, Completion, str, str | None], None]
 class Model:
     """A model that serves requests: it counts a prompt's tokens, waits for slots, and calls the upstream."""
 
-    def __init__(self, settings: ModelSettings, account: Account) -> None:
+    def __init__(self, settings: ModelSettings, account: Account, shared: Shared) -> None:
         self.settings = settings
+        self._shared = shared
         self._account = account
         self._slots = GenerationSlots(
-            settings.max_generations, settings.max_waiting, wait_seconds=settings.wait_seconds
+            settings.max_generations,
+            settings.max_waiting,
+            wait_seconds=settings.wait_seconds,
+            tally=shared.tally(f"model {settings.name}"),
         )
         self._path = "/chat/completions" if settings.url else "/v1/chat/completions"
         self._upstream: Upstream

@@ -35,7 +35,7 @@ from .log import (
 )
 from .replay import BATCH_EVENTS, Reads
 from .sqlite import SqliteLog
-from .views import MAX_FILTERS, Filters
+from .views import Filters
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +217,9 @@ def encode_event(data: Any, event: str = "", *, key: str = "") -> EncodedEvent:
 class Events:
     """The channels of one server: their log, and their followers."""
 
-    def __init__(self, log: EventLog, *, retention: Retention | None = None, max_filters: int = MAX_FILTERS) -> None:
+    def __init__(self, log: EventLog, *, retention: Retention | None = None, filters: Filters | None = None) -> None:
         self.log = log
-        self.filters = Filters(max_filters)
+        self.filters = filters or Filters()
         self.reads = Reads(log, self.filters)
         self._retention = retention or Retention()
         self._hubs: dict[str, tuple[Hub, asyncio.Task[None]]] = {}

@@ -1,5 +1,6 @@
 """Views: which events of a channel a follower gets, decided in threads where a plugin's code decides."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -9,6 +10,7 @@ from typing import Self
 
 from streamlab.auth import may_be_proxy
 from streamlab.problems import Problem
+from streamlab.tally import Tally
 from streamlab.threads import Threads
 
 from .log import END, Event
@@ -80,8 +82,10 @@ class Filters:
     threads that only slow ones share.
     """
 
-    def __init__(self, max_filters: int = MAX_FILTERS) -> None:
+    def __init__(self, max_filters: int = MAX_FILTERS, tally: Tally | None = None) -> None:
         self.max_filters = max_filters
+        self._tally = tally or Tally()
+        """The number of filters in use of each channel, and of each client of it."""
         self._quick = Threads("filters", FILTER_THREADS)
         self._slow = Threads("slow-filters", FILTER_THREADS)
         self._used: dict[str, dict[View, _Use]] = {}
@@ -109,12 +113,17 @@ class Filters:
             return
         used, share = self._used.get(channel, {}), -(-self.max_filters // 2)
         headers = {"Retry-After": str(RETRY_SECONDS)}
-        if view not in used and len(used) >= self.max_filters:
+        is_new = view not in used
+        if is_new and not self._tally.add(channel, self.max_filters):
             detail = f"The streams of this channel use {self.max_filters} different filters, the maximum; try again."
             raise Problem(429, detail, headers=headers)
-        own = sum(client in use.followers for use in used.values())
-        if own >= share and not may_be_proxy(client) and not (view in used and client in used[view].followers):
-            raise Problem(429, f"Streams of this client use {own} different filters, its maximum.", headers=headers)
+        if is_new or client not in used[view].followers:
+            limit = sys.maxsize if may_be_proxy(client) else share
+            if not self._tally.add(_part(channel, client), limit):
+                if is_new:
+                    self._tally.remove(channel)
+                detail = f"Streams of this client use {share} different filters, its maximum."
+                raise Problem(429, detail, headers=headers)
         self._used.setdefault(channel, used).setdefault(view, _Use()).followers[client] += 1
 
     def leave(self, channel: str, view: View, client: str) -> None:
@@ -125,8 +134,10 @@ class Filters:
         used[view].followers[client] -= 1
         if not used[view].followers[client]:
             del used[view].followers[client]
+            self._tally.remove(_part(channel, client))
         if not used[view].followers:
             del used[view]
+            self._tally.remove(channel)
         if not used:
             del self._used[channel]
 
@@ -143,6 +154,11 @@ class Filters:
             chosen += some
             start = end
         return chosen
+
+
+def _part(channel: str, client: str) -> str:
+    """Return the name under which the filters of a client of a channel are counted."""
+    return f"{channel}\n{client}"
 
 
 def _slice(view: View, events: Sequence[Event], start: int) -> tuple[list[Event], int, float]:

@@ -19,6 +19,7 @@ from streamlab.auth import PRINCIPAL, client_of
 from streamlab.config import CONFIG, Config, ConfigError, Fault
 from streamlab.events.channel import EVENTS, Events, open_log
 from streamlab.events.log import EventLogError, Retention
+from streamlab.events.views import Filters
 from streamlab.pages import PREFIX, public_path
 from streamlab.problems import ERROR_FORMATS, Problem, error_format_of, from_aiohttp
 from streamlab.scenario import Endpoint, Route
@@ -26,6 +27,7 @@ from streamlab.served_files import FILES, ServedFiles
 from streamlab.streaming.drain import STREAMS, Streams
 from streamlab.streaming.event_stream import open_event_stream
 from streamlab.streaming.stream import SCENARIO, STREAM, HeadersOnly, Stream, open_stream
+from streamlab.tally import SHARED, Shared
 from streamlab.tasks import TASKS
 from streamlab.threads import Threads
 from streamlab.ticks import tick
@@ -55,7 +57,7 @@ from .registry import Plugin, Registry
 from .reload import reload_requests, reloading
 from .service import Service
 from .sessions import SESSIONS, Sessions
-from .shared_limits import SharedBuckets, SharedTally
+from .shared_limits import SharedBuckets, SharedByWorkers, SharedTally
 from .sign_in import SignIn, denied_page
 from .site import OWN, REGISTRY, ROUTES, STARTED_AT, Site, is_degraded
 from .validation import read_authorized
@@ -97,7 +99,8 @@ def create_app(config: Config, worker: Worker | None = None) -> web.Application:
         on_end=registry.on_stream_end,
         **({} if worker is None else _shared_streams(worker)),
     )
-    events = _events(config)
+    shared = Shared() if worker is None else SharedByWorkers(worker)
+    events = _events(config, shared)
     metrics = Metrics(streams, events, worker)
     registry.add("streamlab:metrics", metrics)
     registry.add("streamlab:access-log", AccessLog())
@@ -107,7 +110,7 @@ def create_app(config: Config, worker: Worker | None = None) -> web.Application:
         app[WORKER] = worker
         app.cleanup_ctx.append(_report_trouble)
     app[CONFIG], app[REGISTRY], app[STREAMS], app[METRICS] = config, registry, streams, metrics
-    app[EVENTS], app[TASKS], app[FILES] = events, registry.tasks(), ServedFiles()
+    app[EVENTS], app[TASKS], app[FILES], app[SHARED] = events, registry.tasks(), ServedFiles(), shared
     app[TRUSTED] = Proxies(config.server.trusted_proxies)
     app[RATE] = RequestRate(
         config.limits.requests_per_minute, buckets=None if worker is None else SharedBuckets(worker)
@@ -451,12 +454,13 @@ async def _complete_headers(request: web.Request, response: web.StreamResponse) 
 # -- lifecycle
 
 
-def _events(config: Config) -> Events:
+def _events(config: Config, shared: Shared) -> Events:
     settings = config.events
     retention = Retention(settings.keep_events, settings.keep_seconds)
     try:
         engine = open_log(settings.url, synced=settings.durability == "machine")
-        return Events(engine, retention=retention, max_filters=settings.max_filters)
+        filters = Filters(settings.max_filters, shared.tally("filters"))
+        return Events(engine, retention=retention, filters=filters)
     except EventLogError as error:
         raise ConfigError([config.fault(("events", "url"), str(error))]) from None
 

@@ -6,10 +6,10 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 
-from streamlab.tally import Tally
+from streamlab.tally import Shared, Tally
 
 from .limits import Buckets
 from .worker import Worker
@@ -68,6 +68,8 @@ class SharedTally(Tally):
     4096 places, some are counted by each worker for itself.)
     """
 
+    is_shared = True
+
     def __init__(self, worker: Worker, what: str) -> None:
         super().__init__()
         self._worker, self._what = worker, what
@@ -80,24 +82,28 @@ class SharedTally(Tally):
     def _open(self, number: int) -> _Table:
         return _Table(self._worker.folder / f"{self._what}-{number}", _COUNT.size)
 
-    def add(self, client: str, limit: int) -> bool:
-        """Count one more of a client, unless it has `limit` in all workers together."""
-        if not super().add(client, limit):
+    def add(self, client: str, limit: int, count: int = 1) -> bool:
+        """Count more of a client, unless it would have more than `limit` in all workers together."""
+        if not super().add(client, limit, count):
             return False
         digest = _digest(client)
         self._publish(client, digest)
         if self._counts[client] + sum(self._elsewhere(digest)) <= limit:
             return True
-        self.remove(client)
+        self.remove(client, count)
         return False
 
-    def remove(self, client: str) -> None:
-        """Count one less of a client."""
-        super().remove(client)
+    def remove(self, client: str, count: int = 1) -> None:
+        """Count less of a client."""
+        super().remove(client, count)
         self._publish(client, _digest(client))
 
+    def total(self, client: str) -> int:
+        """Return the number of a client in all workers together."""
+        return super().total(client) + sum(self._elsewhere(_digest(client)))
+
     def _publish(self, client: str, digest: bytes) -> None:
-        count, memory = self._counts[client], self._own.memory
+        count, memory = super().total(client), self._own.memory
         place = self._own.find(digest)
         if place is None:
             for entry in self._own.entries(digest):
@@ -118,6 +124,18 @@ class SharedTally(Tally):
                 place = table.find(digest)
                 if place is not None:
                     yield _COUNT.unpack_from(table.memory, place)[0]
+
+
+class SharedByWorkers(Shared):
+    """What a worker shares with the others."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.folder = worker.folder
+
+    def tally(self, what: str) -> Tally:
+        """Return counts of all workers together."""
+        return SharedTally(self._worker, f"tally-{sha256(what.encode()).hexdigest()[:16]}")
 
 
 _BUCKET = struct.Struct("=dd")

@@ -17,10 +17,12 @@ import aiohttp
 import pytest
 
 from streamlab.config import Config, Source
+from streamlab.events.views import Filters, View
 from streamlab.problems import Problem
 from streamlab.server.limits import RequestRate
-from streamlab.server.shared_limits import SharedBuckets, SharedTally
+from streamlab.server.shared_limits import SharedBuckets, SharedByWorkers, SharedTally
 from streamlab.server.worker import Assignment, Worker
+from streamlab.slots import Slots
 from tests.support.chaos import TICKER, Follower
 from tests.support.connections import EventStream, read_until
 from tests.support.servers import Running, begin, ended_at_exit, run_streamlab, without, write_plugins
@@ -118,6 +120,72 @@ def test_a_client_is_counted_in_all_workers_that_live(pair: list[Worker]) -> Non
     again = SharedTally(pair[1], "streams")  # as its successor begins
     assert not again.add("a", 3)
     assert again.add("a", 4)
+
+
+async def test_slots_their_queue_and_the_part_of_a_client_are_those_of_all_workers(pair: list[Worker]) -> None:
+    one, two = (Slots(2, 2, what="exports", tally=SharedByWorkers(worker).tally("exports")) for worker in pair)
+    release, started = asyncio.Event(), list[str]()
+
+    async def use(slots: Slots, client: str) -> None:
+        async with slots.held(client=client):
+            started.append(client)
+            await release.wait()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(use(*use_of)) for use_of in ((one, "10.0.0.1"), (two, "10.0.0.2"))]
+        await asyncio.sleep(0)
+        assert (started, one.in_use, two.in_use) == (["10.0.0.1", "10.0.0.2"], 2, 2)
+        tasks.append(group.create_task(use(two, "10.0.0.1")))  # waits
+        await asyncio.sleep(0)
+        with pytest.raises(Problem, match="this client has 2 of the 2 that one may have"):
+            await use(one, "10.0.0.1")
+        tasks.append(group.create_task(use(one, "10.0.0.3")))
+        await asyncio.sleep(0)
+        with pytest.raises(Problem, match="2 of 2 in progress, 2 waiting"):
+            await use(two, "10.0.0.4")
+        release.set()
+    assert sorted(started[2:]) == ["10.0.0.1", "10.0.0.3"]
+    assert (one.in_use, two.in_use) == (0, 0)
+    async with asyncio.timeout(20), one.held(2), asyncio.TaskGroup() as group:
+        waits = group.create_task(use(one, "10.0.0.5"))
+        await asyncio.sleep(0)
+        pair[1].row.set("none")
+        waits.cancel()
+    async with one.held(2):
+        pass
+
+
+async def test_a_worker_takes_the_slots_that_one_had_which_has_died(pair: list[Worker]) -> None:
+    one, two = (Slots(1, 1, tally=SharedByWorkers(worker).tally("exports")) for worker in pair)
+    async with asyncio.timeout(20), two.held(client="10.0.0.1"), asyncio.TaskGroup() as group:
+
+        async def use() -> None:
+            async with one.held(client="10.0.0.2"):
+                assert one.in_use == 1
+
+        waits = group.create_task(use())
+        await asyncio.sleep(0)
+        assert not waits.done()
+        pair[1].row.set("none")
+        await waits
+
+
+async def test_filters_of_a_channel_are_counted_in_all_workers(pair: list[Worker]) -> None:
+    one, two = (Filters(2, SharedByWorkers(worker).tally("filters")) for worker in pair)
+    views = [View(accepts=accepts) for accepts in (bool, callable, lambda _: True)]
+    one.admit("c", views[0], "10.0.0.1")
+    one.admit("c", views[0], "10.0.0.1")
+    with pytest.raises(Problem, match="this client use 1 different filters"):
+        two.admit("c", views[1], "10.0.0.1")
+    two.admit("c", views[1], "10.0.0.2")
+    two.admit("d", views[1], "10.0.0.1")
+    with pytest.raises(Problem, match="use 2 different filters, the maximum"):
+        one.admit("c", views[2], "10.0.0.3")
+    one.leave("c", views[0], "10.0.0.1")
+    with pytest.raises(Problem, match="use 2 different filters, the maximum"):
+        two.admit("c", views[2], "10.0.0.3")
+    one.leave("c", views[0], "10.0.0.1")
+    two.admit("c", views[2], "10.0.0.3")
 
 
 def test_more_clients_than_a_table_has_places_for_are_counted_all_the_same(
