@@ -105,11 +105,13 @@ class Principal:
 
     def has(self, scope: Scope) -> bool:
         """Return whether its scopes include another."""
-        return any(own.allows(scope.scenario, scope.action, scope.resource or "") for own in self.scopes)
+        return self is EVERYBODY or any(
+            own.allows(scope.scenario, scope.action, scope.resource or "") for own in self.scopes
+        )
 
     def may(self, scenario: str, action: Action, resource: str = "") -> bool:
         """Return whether it may do an action on a resource; on all of them, without one."""
-        return self.has(Scope(scenario, action, resource or None))
+        return self is EVERYBODY or self.has(Scope(scenario, action, resource or None))
 
     def may_below(self, scenario: str, action: Action, prefix: str) -> bool:
         """Return whether it may do an action on a resource whose name begins with a prefix, as that of a folder."""

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 from pydantic import BaseModel, Field
 
-from streamlab.auth import EVERYBODY, PRINCIPAL
+from streamlab.auth import PRINCIPAL
 from streamlab.events.channel import EVENTS
 from streamlab.pages import account_link, public_path
 from streamlab.problems import Problem
@@ -119,7 +119,7 @@ class Site(Scenario):
             workers = {"worker": worker.row.number, "workers": worker.states()}
         status = "draining" if draining else "degraded" if degraded else "ok"
         report: dict[str, Any] = {"status": status}
-        if principal is EVERYBODY or principal.may(self.name, "read"):
+        if principal.may(self.name, "read"):
             report |= {
                 "version": version(),
                 "seconds_up": round(time.monotonic() - app[STARTED_AT], 3),

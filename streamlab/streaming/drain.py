@@ -110,8 +110,8 @@ class Streams:
         return tuple(self._requests.values())
 
     async def wait_until_used(self) -> None:
-        """Wait until a request is in progress."""
-        while not self._requests:
+        """Wait until a request begins, if none is in progress: the first of many short ones wakes the caller."""
+        if not self._requests:
             self._used.clear()
             await self._used.wait()
 
