@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.connections import EventStream, Received
+from tests.support.connections import EventStream, Received, read_all
 from tests.support.node import FOLDER, node_command
 from tests.support.servers import Running, free_port, starting_in
 from tests.support.tokens import bearer, table
@@ -284,14 +285,14 @@ def test_a_killed_server_loses_nothing_that_it_acknowledged(engine: str, tmp_pat
         other("PUT", "chaos", JSON)
         killed, producers, count = threading.Event(), 4, 60
 
-        def produce(number: int) -> None:
+        def produce(number: int, first: Client) -> None:
             for seq in range(count):
                 given = {**JSON, "Producer-Id": f"p{number}", "Producer-Epoch": "0", "Producer-Seq": str(seq)}
                 body = json.dumps({"producer": number, "seq": seq}).encode()
                 # What got no response is sent again, to the other server: it may have been stored.
                 with suppress(OSError, http.client.HTTPException):
-                    if not killed.is_set() and doomed("POST", "chaos", given, body).status == 200:
-                        if number == seq == 1:
+                    if not killed.is_set() and first("POST", "chaos", given, body).status in (200, 204):
+                        if number == 1 and seq == count // 2:
                             doomed.server.process.kill()
                             killed.set()
                         continue
@@ -308,10 +309,12 @@ def test_a_killed_server_loses_nothing_that_it_acknowledged(engine: str, tmp_pat
                         break
             return received
 
-        with ThreadPoolExecutor(producers + 4) as threads:
+        with ThreadPoolExecutor(producers + 5) as threads:
             followers = [threads.submit(follow, number) for number in range(4)]
             try:
-                [*threads.map(produce, range(producers))]
+                # Of the last producer there are two, which send the same to both servers at the same time.
+                numbers = [*range(producers), producers - 1]
+                [*threads.map(produce, numbers, [doomed] * producers + [other])]
             finally:
                 assert other("POST", "chaos", {"Stream-Closed": "true"}).status == 204
             for follower in followers:
@@ -343,6 +346,25 @@ def test_the_official_client_continues_after_its_server_was_killed(tmp_path: Pat
             received = {line["live"]: line["received"] for line in (next(lines), next(lines))}
             assert next(lines) == {"failed": []}
     assert received == {"sse": [*range(200)], "long-poll": [*range(200)]}
+
+
+def test_a_long_poll_does_not_delay_the_end_of_the_server(tmp_path: Path) -> None:
+    with starting_in(tmp_path) as start:
+        client = Client(
+            server := start("[server]\ndrain_seconds = 60\n[scenarios.streams]\nlong_poll_seconds = 300\n"), {}
+        )
+        created = client("PUT", "quiet", TEXT)
+        poll = server.connect(timeout=20)
+        target = f"/v1/stream/quiet?offset={created.next}&live=long-poll"
+        poll.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        with client.events("quiet") as events:  # a later connection, which is served later
+            events.take(1)
+            server.process.send_signal(signal.SIGTERM)
+            assert [event.event for event in events] == ["stop"]
+        response = read_all(poll)
+        assert response.startswith(b"HTTP/1.1 204 ")
+        assert f"Stream-Next-Offset: {created.next}\r\n".encode() in response
+        assert server.process.wait(20) == 0
 
 
 def test_a_scope_is_for_the_streams_whose_paths_it_names(tmp_path: Path) -> None:
