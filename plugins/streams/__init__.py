@@ -22,12 +22,13 @@ TYPES = ("application/json", "text/plain", "application/octet-stream")
 """Examples of media types; a stream may have any."""
 
 
+StreamName = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
 class StreamPath(BaseModel):
     """The path of a stream."""
 
-    path: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00-\x1f\x7f]+$")] = Field(
-        description="The name of the stream; it may have slashes.", examples=["demo"]
-    )
+    path: StreamName = Field(description="The name of the stream; it may have slashes.", examples=["demo"])
 
 
 class ReadQuery(BaseModel):
@@ -79,6 +80,9 @@ class Streams(Scenario):
     max_producers: int = Field(1000, ge=1, le=100_000)
     """Maximum number of idempotent producers of a stream; one more gets 429."""
 
+    channels: dict[StreamName, str] = Field({}, max_length=1000)
+    """Channels of the event log that can be read as streams, by the path of the stream."""
+
     _store: Store = PrivateAttr()
     _writer: Writer = PrivateAttr()
     _reader: Reader = PrivateAttr()
@@ -98,8 +102,8 @@ class Streams(Scenario):
     @asynccontextmanager
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
         """Open the streams of the event log."""
-        limits = Limits(self.max_streams, self.max_stream_bytes, self.max_message_bytes, self.max_producers)
-        self._store = Store(app[EVENTS], limits)
+        limits = Limits(self.max_streams, self.max_stream_bytes, self.max_producers)
+        self._store = Store(app[EVENTS], limits, self.channels)
         self._writer = Writer(self._store)
         self._reader = Reader(self._store, long_poll_seconds=self.long_poll_seconds, sse_seconds=self.sse_seconds)
         yield
@@ -112,6 +116,7 @@ class Streams(Scenario):
         takes=TYPES,
         responses={
             201: "The stream is created.",
+            405: "The stream is a channel, which can only be read.",
             409: "It exists with another configuration.",
             429: "There are too many streams.",
         },
@@ -123,6 +128,7 @@ class Streams(Scenario):
         The body, if any, is its first content. `Stream-TTL` or `Stream-Expires-At` limit its life, `Stream-Closed`
         creates it complete, `Stream-Forked-From` as a copy of another.
         """
+        self._store.require_writable(path.path)
         wanted = read_creation(request, f"{self.path}/")
         if wanted.fork is not None:
             require(request, Scope(self.name, "read", wanted.fork.source))
@@ -154,6 +160,7 @@ class Streams(Scenario):
         It is stored when the response comes; with `Producer-Id`, `Producer-Epoch` and `Producer-Seq`, it is stored
         once, however often it is sent.
         """
+        self._store.require_writable(path.path)
         return await self._writer.append(path.path, read_append(request, await _body(request)))
 
     @endpoint(
@@ -190,6 +197,7 @@ class Streams(Scenario):
     )
     async def delete(self, request: web.Request, path: StreamPath) -> web.StreamResponse:
         """Delete a stream; its forks remain."""
+        self._store.require_writable(path.path)
         await self._store.delete(path.path)
         return web.Response(status=204)
 

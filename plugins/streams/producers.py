@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from streamlab import EncodedEvent, Problem
 
 from .content import InvalidContent
-from .protocol import (
-    CLOSED as CLOSED_FIELD,
-)
+from .protocol import CLOSED as CLOSED_FIELD
 from .protocol import (
     EXPECTED_SEQ,
     PRODUCER_EPOCH,

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -77,6 +77,10 @@ class Config(msgspec.Struct, frozen=True, omit_defaults=True):
         return Retention(FOREVER.events, FOREVER.seconds, self.ttl, expires_at)
 
 
+PUBLISHED = Config("application/json")
+"""The configuration of a channel of another publisher."""
+
+
 @lru_cache(maxsize=1000)
 def decode_config(text: str) -> Config:
     """Return the configuration in a checkpoint."""
@@ -89,7 +93,6 @@ class Limits:
 
     streams: int
     stream_bytes: int
-    message_bytes: int
     producers: int
 
 
@@ -111,9 +114,11 @@ class Stream:
 class Store:
     """The streams of all processes that share the event log."""
 
-    def __init__(self, events: Events, limits: Limits) -> None:
+    def __init__(self, events: Events, limits: Limits, channels: Mapping[str, str]) -> None:
         self.limits = limits
         self._events = events
+        self._channels = channels
+        """The channels of other publishers that can be read as streams, by path."""
         self._count, self._counted_at = 0, float("-inf")
         self._extended: OrderedDict[str, float] = OrderedDict()
         """When each stream with a time to live was extended by a read of this process."""
@@ -129,6 +134,9 @@ class Store:
 
         Raises Problem 404 where there is none, and 410 for one that was deleted but has forks.
         """
+        if (name := self._channels.get(path)) is not None:
+            published = self._events.channel(name)
+            return Stream(path, published, PUBLISHED, await published.look(after, size=size, limit=limit))
         batch = await self.channel(path).look(after, (CONFIG, CLOSED, *names), size=size, limit=limit)
         if (text := batch.checkpoints.get(CONFIG)) is None:
             raise Problem(404, "There is no such stream; PUT creates it.")
@@ -136,6 +144,12 @@ class Store:
         if config.deleted:
             await self._reject_deleted(path)
         return Stream(path, self.channel(path, config), config, batch)
+
+    def require_writable(self, path: str) -> None:
+        """Raise Problem 405 for a stream that is the channel of another publisher."""
+        if path in self._channels:
+            detail = "This stream is a channel of the server, which can only be read."
+            raise Problem(405, detail, headers={"Allow": "GET, HEAD"})
 
     async def extend(self, stream: Stream) -> None:
         """Let a stream with a time to live begin it again, because it is read: up to a hundredth later than exactly."""

@@ -274,6 +274,27 @@ def test_a_fork_continues_at_the_offsets_of_its_source(client: Client) -> None:
     assert client("HEAD", "source").status == 404
 
 
+def test_a_channel_of_another_publisher_is_read_as_a_stream_and_only_read(tmp_path: Path) -> None:
+    config = '[scenarios.ticker]\nsource = "push"\n[scenarios.streams]\nchannels = {"market/prices" = "ticker"}\n'
+    with starting_in(tmp_path) as start:
+        client = Client(server := start(config), {})
+        empty = client("GET", "market/prices")
+        assert (empty.status, empty.body) == (200, b"[]")
+        with client.events("market/prices", empty.next) as events:
+            events.take(1)
+            for price in (1, 2):
+                body = json.dumps({"symbol": "A", "price": price}).encode()
+                assert server.get("/stream/stock-ticker", JSON, method="POST", body=body)[0] == 202
+                data, control = map(fields, events.take(2))
+                assert [each["price"] for each in data[2]] == [price]
+        read = client("GET", "market/prices")
+        assert [each["price"] for each in json.loads(read.body)] == [1, 2]
+        assert read.next == control[1] == client("HEAD", "market/prices").next
+        for method in ("PUT", "POST", "DELETE"):
+            rejected = client(method, "market/prices", JSON, b"1")
+            assert (rejected.status, rejected.headers["allow"]) == (405, "GET, HEAD")
+
+
 # -- several processes, and their death
 
 
