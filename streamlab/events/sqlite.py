@@ -7,9 +7,11 @@ import sqlite3
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -466,8 +468,25 @@ class SqliteLog:
         return now, results
 
     def _commit_once(self, appends: Sequence[Append], now: int) -> list[Position | Conflict]:
+        results: list[Position | Conflict] = []
         with self._transaction():
-            return [self._add(append, now) for append in appends]
+            for _, alike in groupby(appends, _kind):
+                results += self._add_alike(list(alike), now)
+        return results
+
+    def _add_alike(self, appends: Sequence[Append], now: int) -> Iterator[Position | Conflict]:
+        """Add appends of one kind as one, which takes a fraction of their time; yield the result of each."""
+        first, counts = appends[0], Counter[str]()
+        if len(appends) > 1:
+            for append in appends:
+                counts.update(append.counts)
+            drafts = [draft for append in appends for draft in append.drafts]
+            first = first._replace(drafts=drafts, counts=counts)
+        last = self._add(first, now)
+        behind = len(first.drafts)
+        for append in appends:
+            behind -= len(append.drafts)
+            yield last._replace(offset=last.offset - behind) if isinstance(last, Position) else last
 
     def _add(self, append: Append, now: int) -> Position | Conflict:
         db, retention = self._db, append.retention
@@ -925,6 +944,13 @@ def _inode(path: Path | None) -> str:
 def _reason(error: Exception) -> str:
     """Return the reason for clients, without a path."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+
+
+def _kind(append: Append) -> object:
+    """Return what is equal for consecutive appends whose order alone matters: none changes what another expects."""
+    if append.checkpoints or append.copy is not None or append.expected.keys() & append.counts.keys():
+        return object()
+    return append.channel, append.retention, append.expected
 
 
 def _expiry(retention: Retention, now: int) -> int | None:

@@ -138,6 +138,35 @@ async def test_channels_do_not_mix(url: str) -> None:
             assert batch.last.offset == 20
 
 
+async def test_each_of_many_appends_at_once_gets_the_position_of_its_last_event(url: str) -> None:
+    """Some expect what is so, some what is not, some change it; an engine may apply those that are alike as one."""
+    appends = []
+    for number in range(60):
+        expected = {"state": None if number < 40 else "changed"} if number % 7 else {"state": "wrong"}
+        drafts = [EncodedEvent(f"{number}.{part}".encode()) for part in range(1 + number % 3)]
+        checkpoints = {"state": "changed"} if number == 39 else {}
+        channel = "other" if number in (20, 21) else "c"
+        appends.append(Append(channel, drafts, KEEP, checkpoints, expected, {"total": number}))
+    async with opened(url) as log:
+        await log.append(Append("other", (), KEEP))
+        await log.append(Append("c", (), KEEP))
+        results = await asyncio.gather(*(log.append(append) for append in appends), return_exceptions=True)
+        assert {number for number, result in enumerate(results) if isinstance(result, Conflict)} == set(range(0, 60, 7))
+        for channel in ("c", "other"):
+            stored = [
+                (append, result)
+                for append, result in zip(appends, results, strict=True)
+                if append.channel == channel and isinstance(result, Position)
+            ]
+            batch = await log.read(channel, ORIGIN, 1000, names=["total"])
+            assert [event.data for event in batch.events] == [
+                draft.data for append, _ in stored for draft in append.drafts
+            ]
+            last_of = {event.position: event.data for event in batch.events}
+            assert [last_of[result] for _, result in stored] == [append.drafts[-1].data for append, _ in stored]
+            assert batch.checkpoints["total"] == str(sum(append.counts["total"] for append, _ in stored))
+
+
 async def test_events_survive_a_restart(url: str, shared: str) -> None:
     async with opened(shared) as log:
         last = await publish(log, "a", "b")
