@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
@@ -13,6 +13,7 @@ from streamlab import EVENTS, ErrorFormat, Problem, Scenario, Scope, endpoint, h
 
 from .protocol import CLOSED, NEXT_OFFSET, format_offset, read_append, read_creation
 from .reading import Reader
+from .several import MAX_STREAMS, follow_all
 from .store import Limits, Store, Stream
 from .writing import Writer
 
@@ -43,6 +44,16 @@ class ReadQuery(BaseModel):
     )
     live: list[str] | None = Field(None, description="long-poll or sse: wait for more.", examples=[["sse"]])
     cursor: list[str] | None = Field(None, description="The Stream-Cursor of the response before.")
+
+
+class SeveralQuery(BaseModel):
+    """Which streams to follow, and from where."""
+
+    stream: list[StreamName] = Field(
+        min_length=1, max_length=MAX_STREAMS, description="The paths of streams, repeated.", examples=[["demo"]]
+    )
+    offset: str = Field("-1", max_length=4000, description="The id of an event, -1 for the start, or now for the end.")
+    live: Literal["sse"] = Field("sse", description="How they are followed: as events.")
 
 
 class StreamProblem(BaseModel):
@@ -89,11 +100,10 @@ class Streams(Scenario):
 
     def routes(self) -> list[Any]:
         """Return the endpoints below the path, and with the body limit, of this configuration."""
-        prefix = f"{self.path}/"
-        form = ErrorFormat(prefix, "application/problem+json", StreamProblem, _as_protocol)
+        form = ErrorFormat(self.path, "application/problem+json", StreamProblem, _as_protocol)
         routes = []
         for route in super().routes():
-            path = route.endpoint.path.replace(f"{PATH}/", prefix, 1)
+            path = self.path + route.endpoint.path.removeprefix(PATH)
             declared = replace(route.endpoint, path=path, body_limit=self.max_message_bytes)
             routes.append(replace(route, endpoint=declared, error_format=form))
         return routes
@@ -186,6 +196,23 @@ class Streams(Scenario):
         if request.method == "HEAD":
             return await self._reader.metadata(path.path)
         return await self._reader.read(request, path.path, query.model_dump(include={"offset", "live", "cursor"}))
+
+    @endpoint(
+        "GET",
+        "/v1/streams",
+        query=SeveralQuery,
+        resource="stream",
+        sends="text/event-stream",
+        responses={
+            204: "All of the streams are closed, and the client has them.",
+            404: "One of the streams does not exist.",
+            410: "What follows the position in one of them is not stored any more.",
+        },
+        curl="-N {url}",
+    )
+    async def follow(self, request: web.Request, query: SeveralQuery) -> web.StreamResponse:
+        """Follow several streams on one connection; the id of an event resumes all of them."""
+        return await follow_all(request, self._reader, query.stream, query.offset)
 
     @endpoint(
         "DELETE",

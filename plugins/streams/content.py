@@ -19,6 +19,9 @@ class Content(Protocol):
     sse_encoding: str
     """How the data of events is encoded; "" if not at all."""
 
+    member: str
+    """The member with the data, in events of several streams."""
+
     def message(self, body: bytes) -> bytes:
         """Return the message of a body, as it is stored; b"" if there is nothing in it. Raises InvalidContent."""
 
@@ -36,6 +39,7 @@ class JsonContent:
     """JSON values: one level of arrays is flattened, and a message is stored as its values between commas."""
 
     sse_encoding = ""
+    member = "messages"
 
     def message(self, body: bytes) -> bytes:
         """Return the values of a body."""
@@ -64,6 +68,7 @@ class ByteContent:
 
     def __init__(self, sse_encoding: str) -> None:
         self.sse_encoding = sse_encoding
+        self.member = sse_encoding or "text"
 
     def message(self, body: bytes) -> bytes:
         """Return the body."""

@@ -4,8 +4,8 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -112,7 +112,8 @@ class Reader:
     def __init__(self, store: Store, *, long_poll_seconds: float, sse_seconds: float) -> None:
         self._store = store
         self._long_poll_seconds = long_poll_seconds
-        self._sse_seconds = sse_seconds
+        self.sse_seconds = sse_seconds
+        """Time after which an event stream ends, in seconds."""
         self._frames: OrderedDict[object, bytes] = OrderedDict()
 
     async def metadata(self, path: str) -> web.Response:
@@ -132,12 +133,7 @@ class Reader:
         """Return the response to GET."""
         resumed = resume_id(request)
         wanted = read_query(query, resumed)
-        stream = await self._store.find(path, wanted.after or ORIGIN, size=1 if wanted.after is None else PAGE_BYTES)
-        await self._store.extend(stream)
-        if wanted.after is None:
-            page = _end_of(stream)
-        else:
-            page = await self._page(stream, wanted.after)
+        stream, page = await self.begin(path, wanted.after)
         if wanted.live == "sse":
             if page.closed and not page.messages and resumed:
                 return web.Response(status=204, headers={**COMMON, "Cache-Control": "no-store"})
@@ -145,6 +141,15 @@ class Reader:
         if wanted.live == "long-poll":
             return await self._poll(request, stream, page, wanted.cursor)
         return _respond(request, stream, page, {}, cached=wanted.after is not None)
+
+    async def begin(self, path: str, after: Position | None, size: int = PAGE_BYTES) -> tuple[Stream, Page]:
+        """Return a stream with what it has after a position, up to `size` bytes; None for its end.
+
+        Raises Problem 404 or 410 for a stream that does not exist, 400 or 410 for a position that is not in it.
+        """
+        stream = await self._store.find(path, after or ORIGIN, size=1 if after is None else size)
+        await self._store.extend(stream)
+        return stream, _end_of(stream) if after is None else await self._page(stream, after)
 
     async def _page(self, stream: Stream, after: Position) -> Page:
         """Return what was read of a stream after a position; raises Problem 400 or 410 where that is not in it."""
@@ -193,33 +198,30 @@ class Reader:
         headers = {**COMMON, "Cache-Control": "no-cache, no-store, no-transform"}
         if stream.config.content.sse_encoding:
             headers[SSE_ENCODING] = stream.config.content.sse_encoding
+        cursor = next_cursor(cursor)
         async with open_event_stream(request, headers=headers) as events:
             # A stream that is deleted meanwhile ends: the client gets the reason when it reconnects.
             with suppress(TimeoutError, Problem):
-                async with asyncio.timeout(self._sse_seconds), stream.channel.watched(page.next) as wait_past:
-                    await self._follow(events, stream, page, next_cursor(cursor), wait_past)
+                async with asyncio.timeout(self.sse_seconds), aclosing(self.pages(stream, page)) as pages:
+                    async for one in pages:
+                        await self._send(events, stream, one, cursor)
         return events
 
-    async def _follow(
-        self,
-        events: EventStream,
-        stream: Stream,
-        page: Page,
-        cursor: str,
-        wait_past: Callable[[Position], Awaitable[Sequence[Event]]],
-    ) -> None:
-        await self._send(events, stream, page, cursor)
-        while not page.closed:
-            # What came after the end is in memory, unless it was too much.
-            came = await self._wait(stream, page.next, wait_past) if page.at_end else ()
-            if came:
-                messages, closed = [event.data for event in came if event.event != END], came[-1].event == END
-                page = Page(page.content, page.next, messages, came[-1].position, True, closed)
-            else:
-                stream = await self._store.find(stream.path, page.next, size=PAGE_BYTES)
-                page = await self._page(stream, page.next)
-            if page.messages or page.closed:
-                await self._send(events, stream, page, cursor)
+    async def pages(self, stream: Stream, page: Page, size: int = PAGE_BYTES) -> AsyncGenerator[Page, None]:
+        """Yield a page of a stream and what comes after it, in pages of `size` bytes, until the stream is closed."""
+        async with stream.channel.watched(page.next) as wait_past:
+            yield page
+            while not page.closed:
+                # What came after the end is in memory, unless it was too much.
+                came = await self._wait(stream, page.next, wait_past) if page.at_end else ()
+                if came:
+                    messages, closed = [event.data for event in came if event.event != END], came[-1].event == END
+                    page = Page(page.content, page.next, messages, came[-1].position, True, closed)
+                else:
+                    stream = await self._store.find(stream.path, page.next, size=size)
+                    page = await self._page(stream, page.next)
+                if page.messages or page.closed:
+                    yield page
 
     async def _wait(
         self, stream: Stream, after: Position, wait_past: Callable[[Position], Awaitable[Sequence[Event]]]

@@ -224,6 +224,33 @@ def test_a_follower_gets_what_comes_and_resumes_by_the_id_of_its_last_event(clie
         assert events.status == 204
 
 
+def test_several_streams_on_one_connection_are_resumed_together(client: Client) -> None:
+    client("PUT", "several/a", JSON, b"[1,2]")
+    client("PUT", "several/b", TEXT, b"x")
+    path = "/v1/streams?stream=several/a&stream=several/b&offset="
+
+    def seen(event: Received) -> tuple[str, Any]:
+        return event.json["stream"], event.json.get("messages", event.json.get("text"))
+
+    with EventStream(client.server, f"{path}-1") as events:
+        first = events.take(2)
+        assert sorted(map(seen, first)) == [("several/a", [1, 2]), ("several/b", "x")]
+    client("POST", "several/a", {**JSON, "Stream-Closed": "true"}, b"3")
+    last = first[1].id
+    with EventStream(client.server, f"{path}-1", last) as events:
+        (third,) = (event for event in events.take(2) if event.json["stream"] == "several/a")
+        assert seen(third) == ("several/a", [3])
+        assert third.json["streamClosed"] is True
+        client("POST", "several/b", {**TEXT, "Stream-Closed": "true"}, b"y")
+        (fourth,) = events  # and all are closed
+        assert seen(fourth) == ("several/b", "y")
+    with EventStream(client.server, f"{path}-1", fourth.id) as events:
+        assert events.status == 204
+    for target, status in ((f"{path}1-1", 400), (f"{path}{last}~0-0", 400), ("/v1/streams?stream=none", 404)):
+        with EventStream(client.server, target) as events:
+            assert events.status == status
+
+
 def test_closing_without_a_message_wakes_those_who_wait(client: Client) -> None:
     created = client("PUT", "closing", TEXT, b"a")
     with ThreadPoolExecutor(1) as thread, client.events("closing") as events:

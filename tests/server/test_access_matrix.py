@@ -76,6 +76,7 @@ ROWS = {
     "PUT /v1/stream/{path}": Row("streams:write", "/v1/stream/new", 201, headers={"Content-Type": "application/json"}),
     "POST /v1/stream/{path}": Row("streams:write", "/v1/stream/new", 204, body={}),
     "GET /v1/stream/{path}": Row("streams:read", "/v1/stream/new"),
+    "GET /v1/streams": Row("streams:read", "/v1/streams?stream=new"),
     "DELETE /v1/stream/{path}": Row("streams:write", "/v1/stream/new", 204),
     "GET /stream/stock-ticker": Row("ticker:read", "/stream/stock-ticker"),
     "POST /stream/stock-ticker": Row("ticker:write", "/stream/stock-ticker", 202, body={"symbol": "ACME", "price": 1}),
@@ -260,7 +261,7 @@ def test_without_the_scope_every_route_is_rejected_and_nothing_runs(served: Serv
                 assert given == status, (method, route, credentials, problem)
                 assert re.fullmatch(f'Bearer realm="streamlab"{challenge}', headers["www-authenticate"]), route
                 if problem is not None:
-                    is_openai = "/v1/" in route and "/v1/stream/" not in route
+                    is_openai = "/v1/" in route and "/v1/stream" not in route
                     assert "error" in problem if is_openai else problem["status"] == status
                 expected[scenario, str(status)] = expected.get((scenario, str(status)), 0) + 1
     assert served.done() == before

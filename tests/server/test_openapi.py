@@ -198,7 +198,7 @@ async def test_every_operation_has_a_unique_id_a_summary_and_its_error_responses
     assert len(ids) == len(set(ids))
     for path, _, operation in operations(api):
         assert operation["summary"], path
-        is_openai = path.startswith("/v1/") and not path.startswith("/v1/stream/")
+        is_openai = path.startswith("/v1/") and not path.startswith("/v1/stream")
         media_type = "application/json" if is_openai else "application/problem+json"
         assert list(operation["responses"]["default"]["content"]) == [media_type]
 
