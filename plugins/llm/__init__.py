@@ -43,8 +43,9 @@ from .completion_request import ChatCompletionRequest, LimitField
 from .embedded import MODEL, missing
 from .gateway import Gateway
 from .generations import Generations, generation_of
-from .models import LIMITS, ConfiguredModel, ExtraFields, ModelSettings, Name, Url
+from .models import CHAT, LIMITS, ConfiguredModel, ExtraFields, ModelSettings, Name, Path, Url
 from .openai import ErrorResponse, OpenAIError, openai_errors
+from .text_request import CompletionRequest, EmbeddingRequest
 
 BODY_BYTES = 256 * 1024
 """Maximum request body, in bytes."""
@@ -265,9 +266,11 @@ class Llm(Scenario):
             return self._gateway.trouble
         return None if all(settings.url for settings in self.model_settings) else missing()
 
-    def _complete(self, request: web.Request, body: Mapping[str, Any]) -> AbstractAsyncContextManager[Completion]:
+    def _complete(
+        self, request: web.Request, body: Mapping[str, Any], path: Path = CHAT
+    ) -> AbstractAsyncContextManager[Completion]:
         assert self._gateway is not None, "the server has not started"
-        return self._gateway.complete(body, client_of(request))
+        return self._gateway.complete(body, client_of(request), path)
 
     # -- text
 
@@ -418,8 +421,40 @@ class Llm(Scenario):
         Unknown fields are rejected with 400; docs/openai.md lists the known ones.
         """
         settings = self._require_model(request, body.model)
-        async with self._complete(request, settings.rules.upstream_body(body)) as completion:
-            if not body.stream:
+        return await self._respond(request, settings.rules.upstream_body(body), CHAT)
+
+    @endpoint(
+        "POST",
+        "/v1/completions",
+        body=CompletionRequest,
+        resource=ANY,
+        body_limit=BODY_BYTES,
+        sends=("application/json", "text/event-stream"),
+        responses={429: "Too many generations are running and waiting; see Retry-After."},
+    )
+    async def text_completions(self, request: web.Request, body: CompletionRequest) -> web.StreamResponse:
+        """Continue a text, as the OpenAI API does, streaming or not, where the model's upstream can."""
+        settings = self._require_model(request, body.model)
+        return await self._respond(request, body.upstream_body(settings.rules), "/completions")
+
+    @endpoint(
+        "POST",
+        "/v1/embeddings",
+        body=EmbeddingRequest,
+        resource=ANY,
+        body_limit=BODY_BYTES,
+        sends="application/json",
+        responses={429: "Too many requests are running and waiting; see Retry-After."},
+    )
+    async def embeddings(self, request: web.Request, body: EmbeddingRequest) -> web.StreamResponse:
+        """Return the embeddings of texts, as the OpenAI API does, where the model's upstream has them."""
+        settings = self._require_model(request, body.model)
+        return await self._respond(request, body.upstream_body(settings.rules), "/embeddings")
+
+    async def _respond(self, request: web.Request, body: Mapping[str, Any], path: Path) -> web.StreamResponse:
+        """Send what the model responds, unchanged; where that is a stream, as it arrives."""
+        async with self._complete(request, body, path) as completion:
+            if not body.get("stream"):
                 return web.Response(body=await completion.read(), content_type="application/json")
             async with open_event_stream(request) as stream:
                 with openai_errors():

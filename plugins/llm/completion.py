@@ -83,7 +83,8 @@ class Completion:
                 self.finish_reason = chunk.finish_reason or self.finish_reason
             if chunk.usage is not None:
                 self.prompt_tokens = chunk.usage.prompt_tokens
-                self.completion_tokens = chunk.usage.completion_tokens
+                if chunk.usage.completion_tokens is not None:
+                    self.completion_tokens = chunk.usage.completion_tokens
 
     @property
     def usage(self) -> dict[str, int]:

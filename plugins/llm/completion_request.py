@@ -41,7 +41,17 @@ UNUSED_WHEN_EMBEDDED = frozenset(
 )  # fmt: skip
 """Fields that the embedded model does not use: accepted, and not sent to it."""
 
-PROMPT_FIELDS = ("messages", "tools", "functions", "tool_choice", "function_call", "response_format")
+PROMPT_FIELDS = (
+    "messages",
+    "prompt",
+    "suffix",
+    "input",
+    "tools",
+    "functions",
+    "tool_choice",
+    "function_call",
+    "response_format",
+)
 """Fields whose content an upstream makes part of the prompt."""
 
 LIMITS = re.compile(r"(max|num|n|t_max)_.*|.*_(tokens|last_n|ctx)|best_of|use_beam_search|ignore_eos|options|samplers")
@@ -215,6 +225,10 @@ class ChatCompletionRequest(BaseModel):
     store: StrictBool | None = None
     metadata: dict[ShortText, ShortText] | None = Field(None, max_length=16)
 
+    def upstream_body(self, rules: "Rules") -> dict[str, Any]:
+        """Return the body to send to the model; raises OpenAIError, which names the field, for an invalid request."""
+        return rules.upstream_body(self)
+
 
 def check_extra_field(name: str) -> str:
     """Return the name of a field that an operator allows; raises ValueError where it cannot be allowed."""
@@ -254,20 +268,24 @@ class Rules:
                 body["seed"] %= 2**31  # llama.cpp's range
         return body
 
-    def _check(self, request: ChatCompletionRequest) -> None:
+    def check_fields(self, request: BaseModel) -> None:
+        """Raise OpenAIError for a field that is neither known nor allowed by the operator."""
         for name in request.model_extra or {}:
             if name not in self.extra_fields:
-                raise _rejected(name[:100], f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter")
+                raise rejected(name[:100], f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter")
+
+    def _check(self, request: ChatCompletionRequest) -> None:
+        self.check_fields(request)
         for name in ("max_tokens", "max_completion_tokens"):
             if (getattr(request, name) or 0) > self.max_tokens:
-                raise _rejected(name, f"{name} must be at most {self.max_tokens}.")
+                raise rejected(name, f"{name} must be at most {self.max_tokens}.")
         if (request.n or 1) > self.max_choices:
-            raise _rejected("n", f"n must be at most {self.max_choices}.")
+            raise rejected("n", f"n must be at most {self.max_choices}.")
         if request.top_logprobs is not None and not request.logprobs:
-            raise _rejected("top_logprobs", "top_logprobs needs logprobs to be true.")
+            raise rejected("top_logprobs", "top_logprobs needs logprobs to be true.")
         for number, message in enumerate(request.messages):
             if not message.content and message.role in ("system", "developer", "user"):
-                raise _rejected(f"messages[{number}].content", f"messages[{number}].content must not be empty.")
+                raise rejected(f"messages[{number}].content", f"messages[{number}].content must not be empty.")
         if self.embedded:
             _check_embedded(request)
 
@@ -278,18 +296,18 @@ def _check_embedded(request: ChatCompletionRequest) -> None:
         for part in message.content if isinstance(message.content, list) else ():
             if part["type"] != "text":
                 detail = f"This model accepts only text, not a part of type {part['type'][:100]!r}."
-                raise _rejected(f"messages[{number}].content", detail)
+                raise rejected(f"messages[{number}].content", detail)
     for name in ("tool_choice", "function_call"):
         if getattr(request, name) not in (None, "none", "auto"):
-            raise _rejected(name, f"This model has no tools: {name} can only be 'none' or 'auto'.")
+            raise rejected(name, f"This model has no tools: {name} can only be 'none' or 'auto'.")
     if (form := request.response_format) and form.type == "json_schema":
         named = form.json_schema
         if named is None or named.json_schema is None:
-            raise _rejected("response_format", "response_format of type json_schema needs json_schema.schema.")
+            raise rejected("response_format", "response_format of type json_schema needs json_schema.schema.")
         try:
             check_schema(named.json_schema)
         except ValueError as error:
-            raise _rejected("response_format", f"response_format.json_schema.schema: {error}") from None
+            raise rejected("response_format", f"response_format.json_schema.schema: {error}") from None
 
 
 def _plain(messages: Iterable[ChatMessage]) -> Iterator[dict[str, str]]:
@@ -301,7 +319,8 @@ def _plain(messages: Iterable[ChatMessage]) -> Iterator[dict[str, str]]:
         yield {"role": message.role, "content": content}
 
 
-def _rejected(param: str, detail: str, *, code: str | None = None) -> OpenAIError:
+def rejected(param: str, detail: str, *, code: str | None = None) -> OpenAIError:
+    """Return the 400 that names a field of the request."""
     return OpenAIError(400, detail, param=param, code=code)
 
 

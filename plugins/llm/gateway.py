@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 from streamlab import Problem, Shared
 
 from .completion import Completion
-from .models import Model, ModelSettings
+from .models import CHAT, Model, ModelSettings, Path
 from .openai import Failure
 from .upstream import REJECTED
 
@@ -49,7 +49,7 @@ class Gateway:
         return None
 
     @asynccontextmanager
-    async def complete(self, body: Mapping[str, Any], client: str) -> AsyncIterator[Completion]:
+    async def complete(self, body: Mapping[str, Any], client: str, path: Path = CHAT) -> AsyncIterator[Completion]:
         """Call the model that `body` names, and yield the completion; leaving the block stops the work.
 
         Where the model fails before the first token, its fallbacks are called in turn; nothing of a failed response has
@@ -57,14 +57,14 @@ class Gateway:
         Failure where no slot becomes free, the prompt is too long, or the last model rejects the request or fails.
         """
         async with AsyncExitStack() as stack:
-            yield await self._begin(stack, body, client)
+            yield await self._begin(stack, body, client, path)
 
-    async def _begin(self, stack: AsyncExitStack, body: Mapping[str, Any], client: str) -> Completion:
+    async def _begin(self, stack: AsyncExitStack, body: Mapping[str, Any], client: str, path: Path) -> Completion:
         chosen = self._models[body["model"]]
         chain = [(chosen, body)]
         for name in chosen.settings.fallback:
             try:
-                chain.append((self._models[name], self._models[name].body_from(body)))
+                chain.append((self._models[name], self._models[name].body_from(body, path)))
             except Problem as problem:  # images for a model of text, for example
                 log.debug("%s cannot take over a request: %s", name, problem.detail)
         for number, (model, sent) in enumerate(chain):
@@ -73,7 +73,7 @@ class Gateway:
                 self._fall_back(model, "it has requested a pause")
                 continue
             try:
-                return await stack.enter_async_context(model.complete(sent, client, replaceable=not is_last))
+                return await stack.enter_async_context(model.complete(sent, client, path, replaceable=not is_last))
             except Failure as failure:
                 if is_last or not _is_of_the_model(failure):
                     raise

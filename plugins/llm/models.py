@@ -3,9 +3,9 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -17,7 +17,8 @@ from .completion import Completion
 from .completion_request import ChatCompletionRequest, LimitField, Rules, check_extra_field, prompt_bytes
 from .embedded import EmbeddedModel
 from .openai import Failure
-from .upstream import REJECTED, Upstream
+from .text_request import CompletionRequest, EmbeddingRequest, texts_of
+from .upstream import REJECTED, Response, Upstream
 
 BYTES_PER_TOKEN = 4
 """Bytes assumed per token where the tokenizer is unknown, as an upstream's is."""
@@ -27,6 +28,16 @@ TEMPLATE_TOKENS = 32
 
 STUCK = frozenset({"upstream_stalled", "upstream_timeout"})
 """Failures after which the embedded model is restarted: only a new process ends what occupies the old one."""
+
+Path = Literal["/chat/completions", "/completions", "/embeddings"]
+"""The paths of upstreams that requests are sent to."""
+
+CHAT: Path = "/chat/completions"
+
+REQUESTS: Mapping[Path, type[ChatCompletionRequest | CompletionRequest | EmbeddingRequest]] = {
+    CHAT: ChatCompletionRequest, "/completions": CompletionRequest, "/embeddings": EmbeddingRequest,
+}  # fmt: skip
+"""The requests that each path takes."""
 
 RETRY_SECONDS = 2
 """Retry-After of a request that got no slot, in seconds."""
@@ -159,7 +170,7 @@ class Model:
             wait_seconds=settings.wait_seconds,
             tally=shared.tally(f"model {settings.name}"),
         )
-        self._path = "/chat/completions" if settings.url else "/v1/chat/completions"
+        self._prefix = "" if settings.url else "/v1"
         self._upstream: Upstream
         self._embedded: EmbeddedModel | None = None
         self._resting_until = 0.0
@@ -193,22 +204,27 @@ class Model:
         """Whether the upstream has requested, by Retry-After, not to be called yet."""
         return asyncio.get_running_loop().time() < self._resting_until
 
-    def body_from(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def body_from(self, body: Mapping[str, Any], path: Path) -> dict[str, Any]:
         """Return the body for this model of a request to another; raises Problem where this one cannot do it."""
-        rules = self.settings.rules
-        fields = {name: value for name, value in body.items() if name in ChatCompletionRequest.model_fields}
+        rules, kind = self.settings.rules, REQUESTS[path]
+        fields = {name: value for name, value in body.items() if name in kind.model_fields}
         fields |= {name: body[name] for name in rules.extra_fields if name in body} | {"model": self.settings.name}
         for name in ("max_tokens", "max_completion_tokens"):
             if fields.get(name) is not None:
                 fields[name] = min(fields[name], rules.max_tokens)
         try:
-            return rules.upstream_body(ChatCompletionRequest.model_validate(fields))
+            request = kind.model_validate(fields)
+            return (
+                rules.upstream_body(request)
+                if isinstance(request, ChatCompletionRequest)
+                else request.upstream_body(rules)
+            )
         except ValidationError as error:  # a field of the other model's `extra_fields`, out of its range here
             raise Problem(400, f"The request is invalid for {self.settings.name!r}.") from error
 
     @asynccontextmanager
     async def complete(
-        self, body: Mapping[str, Any], client: str, *, replaceable: bool = False
+        self, body: Mapping[str, Any], client: str, path: Path, *, replaceable: bool = False
     ) -> AsyncIterator[Completion]:
         """Wait for slots of a client, call the upstream, and yield the completion; leaving the block stops the work.
 
@@ -218,11 +234,11 @@ class Model:
         whose Retry-After is at most `retry_seconds` is retried once.
         """
         prompt_tokens = await self._prompt_tokens(body)
-        async with self._slots.held(body.get("n") or 1, client=client):
+        async with self._slots.held((body.get("n") or 1) * len(texts_of(body.get("prompt"))), client=client):
             completion, outcome, code = Completion(prompt_tokens), "failed", None
             try:
                 async with AsyncExitStack() as stack:
-                    await self._begin(stack, completion, body, replaceable=replaceable)
+                    await self._begin(stack, completion, body, path, replaceable=replaceable)
                     yield completion
                 outcome = "finished"
             except (asyncio.CancelledError, ConnectionError):
@@ -237,15 +253,17 @@ class Model:
                 self._account(self.settings.name, completion, outcome, code)
 
     async def _begin(
-        self, stack: AsyncExitStack, completion: Completion, body: Mapping[str, Any], *, replaceable: bool
+        self, stack: AsyncExitStack, completion: Completion, body: Mapping[str, Any], path: Path, *, replaceable: bool
     ) -> None:
         """Call the upstream until its response has begun; the stack ends it."""
         encoded = msgspec.json.encode({**body, "model": self.settings.model})
         events = bool(body.get("stream"))
+
+        def post() -> AbstractAsyncContextManager[Response]:
+            return self._upstream.post(f"{self._prefix}{path}", encoded, events=events, is_optional=path != CHAT)
+
         try:
-            completion.response = await stack.enter_async_context(
-                self._upstream.post(self._path, encoded, events=events)
-            )
+            completion.response = await stack.enter_async_context(post())
         except Failure as failure:
             pause = _retry_after(failure)
             if pause is None:
@@ -254,32 +272,37 @@ class Model:
             if replaceable or pause > self.settings.retry_seconds:
                 raise
             await asyncio.sleep(pause)
-            completion.response = await stack.enter_async_context(
-                self._upstream.post(self._path, encoded, events=events)
-            )
+            completion.response = await stack.enter_async_context(post())
         if replaceable:
             await (completion.wait_for_token(stack) if events else completion.read())
 
     async def _prompt_tokens(self, body: Mapping[str, Any]) -> int:
         """Return the tokens of a prompt, and of all that becomes prompt; raises Failure where they are too many."""
-        messages, limit = body["messages"], self.settings.max_prompt_tokens
+        limit = self.settings.max_prompt_tokens
         size = prompt_bytes(body, self.settings.extra_fields)
         tokens = size // BYTES_PER_TOKEN
         if self._embedded is not None:
             await self._embedded.check()
-            if size + TEMPLATE_TOKENS * (len(messages) + 1) > limit:  # a token has at least one byte
-                others = size - len(msgspec.json.encode(messages))
-                tokens = await self._count_tokens(messages) + others // BYTES_PER_TOKEN
+            if size + TEMPLATE_TOKENS * (len(body.get("messages", ())) + 1) > limit:  # a token has at least one byte
+                tokens = await self._count_tokens(body, size)
         if tokens > limit:
             about = "" if self._embedded else "about "
             detail = f"The prompt has {about}{tokens} tokens; the limit is {limit}."
-            raise Failure(422, "context_length_exceeded", detail, param="messages")
+            param = next(name for name in ("messages", "prompt", "input") if name in body)
+            raise Failure(422, "context_length_exceeded", detail, param=param)
         return tokens
 
-    async def _count_tokens(self, messages: Any) -> int:
-        """Return the number of tokens that the embedded model counts, after its template has been applied."""
-        prompt = await self._call_embedded("/apply-template", {"messages": messages}, "prompt")
-        return len(await self._call_embedded("/tokenize", {"content": prompt, "parse_special": True}, "tokens"))
+    async def _count_tokens(self, body: Mapping[str, Any], size: int) -> int:
+        """Return the tokens that the embedded model counts in a body of which `size` bytes become prompt."""
+        if "messages" not in body:  # of several prompts, each has a slot; the longest has to fit
+            prompts = texts_of(body["prompt"])
+            return max([await self._count_text(one) if isinstance(one, str) else len(one) for one in prompts])
+        prompt = await self._call_embedded("/apply-template", {"messages": body["messages"]}, "prompt")
+        others = size - len(msgspec.json.encode(body["messages"]))
+        return await self._count_text(prompt) + others // BYTES_PER_TOKEN
+
+    async def _count_text(self, text: str) -> int:
+        return len(await self._call_embedded("/tokenize", {"content": text, "parse_special": True}, "tokens"))
 
     async def _call_embedded(self, path: str, body: Any, name: str) -> Any:
         async with self._upstream.post(path, msgspec.json.encode(body)) as response:

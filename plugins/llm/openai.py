@@ -115,6 +115,8 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     index: int = 0
     delta: _Delta | None = None
+    text: str | None = None
+    """Of `text_completion`, which has no delta."""
     finish_reason: str | None = None
 
 
@@ -125,7 +127,8 @@ class Usage(msgspec.Struct):
     """Tokens of a prompt and its completion; a report with absurd numbers is ignored."""
 
     prompt_tokens: Tokens
-    completion_tokens: Tokens
+    completion_tokens: Tokens | None = None
+    """None for embeddings."""
 
 
 class Chunk(msgspec.Struct):
@@ -140,8 +143,12 @@ class Chunk(msgspec.Struct):
         """The text that it adds to the first of the choices."""
         text = ""
         for choice in self.choices:  # nearly always one: no generator and no join
-            if not choice.index and choice.delta is not None and choice.delta.content:
+            if choice.index:
+                continue
+            if choice.delta is not None and choice.delta.content:
                 text += choice.delta.content
+            elif choice.text:
+                text += choice.text
         return text
 
     @property
@@ -230,7 +237,10 @@ def begins(events: bytes) -> bool:
             continue
         try:
             chunk = json.loads(line[5:])
-            deltas = [{**choice.get("delta", {}), "end": choice.get("finish_reason")} for choice in chunk["choices"]]
+            deltas = [
+                {**choice.get("delta", {}), "text": choice.get("text"), "end": choice.get("finish_reason")}
+                for choice in chunk["choices"]
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return True  # `[DONE]`, or nothing that is known
         if not deltas or any(value for delta in deltas for name, value in delta.items() if name != "role"):

@@ -88,12 +88,15 @@ class Upstream:
                 yield
 
     @asynccontextmanager
-    async def post(self, path: str, body: bytes, *, events: bool = False) -> "AsyncIterator[Response]":
+    async def post(
+        self, path: str, body: bytes, *, events: bool = False, is_optional: bool = False
+    ) -> "AsyncIterator[Response]":
         """POST to a path and yield the response, a 200; leaving the block early stops the upstream's work.
 
         With `events` it must be an event stream. A connection that fails before the response begins is retried once.
-        Raises Failure for everything else, also for a response with a content coding: none was accepted, and decoding
-        one would let a small body occupy this server (RFC 9110, 12.5.3).
+        With `is_optional`, an upstream that lacks the path is no trouble. Raises Failure for everything else, also for
+        a response with a content coding: none was accepted, and decoding one would let a small body occupy this server
+        (RFC 9110, 12.5.3).
         """
         deadline = asyncio.get_running_loop().time() + self.max_seconds
         try:
@@ -101,7 +104,8 @@ class Upstream:
                 self.trouble = None
                 yield Response(self, response, deadline)
         except Failure as failure:
-            if failure.code in _TROUBLE or (failure.code == REJECTED and failure.status in (404, 503)):
+            troubling = {503} if is_optional else {404, 503}
+            if failure.code in _TROUBLE or (failure.code == REJECTED and failure.status in troubling):
                 status = f" with {failure.status}" if failure.code == REJECTED else ""
                 self.trouble = f"The last request to the upstream failed: {failure.code}{status}."
             raise

@@ -430,7 +430,9 @@ def test_every_error_under_v1_has_the_form_of_the_openai_api(gateway: Gateway) -
     body = json.dumps({"messages": MESSAGES}).encode()
     cases: list[tuple[int, str, str, dict[str, str], bytes | None]] = [
         (404, "GET", "/v1/nothing", {}, None),
-        (404, "POST", "/v1/embeddings", JSON, b"{}"),
+        (404, "POST", "/v1/audio/speech", JSON, b"{}"),
+        (400, "POST", "/v1/embeddings", JSON, b"{}"),
+        (400, "POST", "/v1/completions", JSON, b"0"),
         (404, "GET", "/v1/models/gpt-x", {}, None),
         (404, "GET", "/v1/models/a/b", {}, None),
         (405, "GET", "/v1/chat/completions", {}, None),
@@ -466,7 +468,7 @@ def test_every_error_under_v1_has_the_form_of_the_openai_api(gateway: Gateway) -
             official.models.retrieve("gpt-x")
         assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
         with pytest.raises(openai.NotFoundError) as unknown:
-            official.embeddings.create(model=MODEL, input="x")
+            official.images.generate(model=MODEL, prompt="x")
         assert "Nothing is served at this path" in unknown.value.message
 
 
@@ -480,7 +482,7 @@ def test_openapi_documents_the_body_and_the_errors_of_v1(gateway: Gateway) -> No
     assert completion["required"] == ["messages"]
     assert completion["additionalProperties"] is False
     assert set(SENT) | set(ACCOUNT) < set(completion["properties"])
-    for path in ("/v1/chat/completions", "/v1/models", "/v1/models/{id}"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/{id}"):
         for described in api["paths"][path].values():
             assert list(described["responses"]["default"]["content"]) == ["application/json"]
     reference = operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"]
@@ -490,18 +492,22 @@ def test_openapi_documents_the_body_and_the_errors_of_v1(gateway: Gateway) -> No
     assert list(elsewhere) == ["application/problem+json"]
 
 
-def test_the_table_of_fields_in_the_documentation_is_complete() -> None:
-    completion = plugin_module("llm", "completion_request")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (REPOSITORY / "docs" / "openai.md").read_text().splitlines()
-        if line.startswith("| `")
-    ]
-    documented = {name.strip("` "): row for row in rows for name in row[0].split(",")}
-    assert set(documented) == set(completion.ChatCompletionRequest.model_fields)
-    dropped = {name for name, row in documented.items() if row[2].startswith("dropped")}
+def test_the_tables_of_fields_in_the_documentation_are_complete() -> None:
+    completion, text = plugin_module("llm", "completion_request"), plugin_module("llm", "text_request")
+    tables: dict[str, dict[str, list[str]]] = {}
+    for line in (REPOSITORY / "docs" / "openai.md").read_text().splitlines():
+        row = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| field"):
+            documented = tables[row[0]] = {}
+        elif line.startswith("| `"):
+            documented |= {name.strip("` "): row for name in row[0].split(",")}
+    chat, completions, embeddings = tables.values()
+    assert set(chat) == set(completion.ChatCompletionRequest.model_fields)
+    assert set(completions) == set(text.CompletionRequest.model_fields)
+    assert set(embeddings) == set(text.EmbeddingRequest.model_fields)
+    dropped = {name for name, row in chat.items() if row[2].startswith("dropped")}
     assert dropped == completion.DROPPED | completion.UNUSED_WHEN_EMBEDDED
-    assert {name for name, row in documented.items() if row[3].startswith("dropped")} == completion.DROPPED
+    assert {name for name, row in chat.items() if row[3].startswith("dropped")} == completion.DROPPED
 
 
 # -- invented ids

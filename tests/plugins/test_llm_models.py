@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -67,6 +68,23 @@ def break_off_later(exchange: Exchange) -> None:
     exchange.send_events(ROLE, TOOL)
 
 
+def continue_text(exchange: Exchange) -> None:
+    """Respond as POST /v1/completions does."""
+    name, usage = exchange.body["model"], {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+    if exchange.body.get("stream"):
+        parts = ({"index": 0, "text": text, "finish_reason": None} for text in (name, "!"))
+        exchange.respond(*(event(choices=[part]) for part in parts), event(choices=[], usage=usage), DONE)
+    else:
+        body = {"choices": [{"index": 0, "text": name}], "usage": usage}
+        exchange.respond_with(200, json.dumps(body).encode(), b"Content-Type: application/json")
+
+
+EMBEDDING = (
+    b'{"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 1e-3]}], "model": "x",'
+    b' "usage": {"prompt_tokens": 7000, "total_tokens": 7000}}'
+)
+
+
 def be_busy_once(exchange: Exchange) -> None:
     """Respond with 429 to every request but the second."""
     seen[exchange.prompt] += 1
@@ -93,6 +111,12 @@ SCRIPTS: dict[str, Script] = {
     "later": fails(break_off_later),
     "400": fails(lambda exchange: exchange.respond_with(400, b'{"error": {"message": "no"}}')),
     "once": be_busy_once,
+    "continue": continue_text,
+    "continue elsewhere": lambda exchange: (
+        exchange.respond_with(500) if exchange.body["model"] == "large-1" else continue_text(exchange)
+    ),
+    "embed": lambda exchange: exchange.respond_with(200, EMBEDDING, b"Content-Type: application/json"),
+    "no route": lambda exchange: exchange.respond_with(404, b'{"error": {"message": "no such route"}}'),
     "for long": lambda exchange: exchange.respond_with(429, b"", b"Retry-After: 7"),
 }
 
@@ -225,6 +249,102 @@ def test_a_model_that_requests_a_pause_is_not_called_until_its_end(server: Runni
     assert models_called(upstream, "pause") == ["large-1", "small", "small", "small"]
 
 
+def post(server: Running, path: str, **fields: Any) -> tuple[int, Any, bytes]:
+    return server.get(path, JSON, method="POST", body=json.dumps(fields).encode())
+
+
+def tokens_of(server: Running, kind: str) -> float:
+    (count,) = re.findall(rf'streamlab_llm_tokens_total{{kind="{kind}"}} (\S+)', server.get("/metrics")[2].decode())
+    return float(count)
+
+
+def test_completions_and_embeddings_are_passed_through_and_metered(server: Running, upstream: FakeUpstream) -> None:
+    complete(server, "so that both counters exist")
+    prompts, completions = tokens_of(server, "prompt"), tokens_of(server, "completion")
+    fields = {"prompt": "continue", "logprobs": 2, "echo": True, "max_tokens": 5, "stop": ["x"]}
+    status, _, body = post(server, "/v1/completions", model="alone", **fields)
+    assert (status, json.loads(body)["choices"][0]["text"]) == (200, "alone")
+    exchange = upstream.exchanges[-1]
+    assert exchange.head.startswith("POST /v1/completions ")
+    assert exchange.body == {**fields, "model": "alone"}
+
+    status, headers, body = post(server, "/v1/completions", prompt="continue", stream=True)
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    texts = [json.loads(line[6:])["choices"] for line in body.split(b"\n") if line.startswith(b"data: {")]
+    assert [choice["text"] for choices in texts for choice in choices] == ["large-1", "!"]
+    assert body.endswith(DONE)
+    assert upstream.exchanges[-1].body["max_tokens"] == 50
+
+    status, headers, body = post(server, "/v1/embeddings", model="small", input="embed", dimensions=2)
+    assert (status, body) == (200, EMBEDDING)
+    exchange = upstream.exchanges[-1]
+    assert exchange.head.startswith("POST /v1/embeddings ")
+    assert exchange.body == {"model": "small", "input": "embed", "dimensions": 2}
+    assert tokens_of(server, "prompt") - prompts == 9000
+    assert tokens_of(server, "completion") - completions == 200
+
+    for stream in (True, False):  # the fallback has limits of its own
+        status, _, body = post(
+            server, "/v1/completions", model="large", prompt="continue elsewhere", stream=stream, max_tokens=50
+        )
+        assert status == 200
+        assert b'"small"' in body
+        assert upstream.exchanges[-1].body["max_tokens"] == 9
+
+
+def test_bad_completions_and_embeddings_are_rejected_by_name(server: Running) -> None:
+    invalid: list[tuple[str, dict[str, Any], str]] = [
+        ("completions", {"prompt": ""}, "prompt"),
+        ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": ["a", 1]}, "prompt"),
+        ("completions", {"prompt": [-1]}, "prompt"),
+        ("completions", {"prompt": ["x"] * 5}, "prompt"),
+        ("completions", {"prompt": "x", "n": 5}, "n"),
+        ("completions", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("completions", {"prompt": "x", "max_tokens": 51}, "max_tokens"),
+        ("completions", {"prompt": "x", "logprobs": 6}, "logprobs"),
+        ("completions", {"prompt": "x" * 5000}, "prompt"),
+        ("embeddings", {}, "input"),
+        ("embeddings", {"input": "x", "encoding_format": "text"}, "encoding_format"),
+        ("embeddings", {"input": "x", "dimensions": 0}, "dimensions"),
+        ("embeddings", {"input": "x" * 5000}, "input"),
+    ]
+    for route, fields, param in invalid:
+        status, _, body = post(server, f"/v1/{route}", **fields)
+        assert (status, json.loads(body)["error"]["param"]) == (400, param), (route, fields)
+    for route in ("completions", "embeddings"):
+        assert post(server, f"/v1/{route}", model="huge", prompt="x", input="x")[0] == 404
+
+
+def test_an_upstream_without_the_route_is_404_and_no_trouble(server: Running) -> None:
+    complete(server, "so that nothing else is a trouble", model="alone")
+    status, _, body = post(server, "/v1/embeddings", model="alone", input="no route")
+    assert (status, json.loads(body)["error"]["message"]) == (404, "no such route")
+    assert b"alone:" not in server.get("/health")[2]
+
+
+def test_tools_formats_images_and_choices_reach_an_upstream_unchanged(server: Running, upstream: FakeUpstream) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x": [None, 1.5]}}}
+    fields = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "what?"}, image]},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "42"},
+        ],
+        "tools": [tool],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"a": []}}},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "n": 2,
+        "max_tokens": 7,
+    }
+    assert post(server, "/v1/chat/completions", model="alone", **fields)[0] == 200
+    assert upstream.exchanges[-1].body == {**fields, "model": "alone"}
+
+
 @needs_model
 def test_the_embedded_model_takes_over_from_an_upstream(start: Callable[..., Running]) -> None:
     with fake_upstream({"default": lambda exchange: exchange.respond_with(500)}) as upstream:
@@ -244,6 +364,17 @@ fallback = ["tiny"]
         body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
         status, _, body = server.get("/v1/chat/completions", JSON, method="POST", body=body)
         assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_failed")
+
+        status, _, body = post(server, "/v1/completions", model="tiny", prompt="Once upon a", max_tokens=2)
+        document = json.loads(body)
+        assert (status, document["object"], document["model"]) == (200, "text_completion", "SmolLM2-135M-Instruct")
+        assert document["usage"]["completion_tokens"] in (1, 2)
+        status, _, body = post(server, "/v1/completions", model="tiny", prompt=["x", "word " * 3000])
+        error = json.loads(body)["error"]
+        assert (status, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
+        status, _, body = post(server, "/v1/embeddings", model="tiny", input="x")
+        error = json.loads(body)["error"]
+        assert (status, error["code"], error["message"]) == (400, "unsupported", "'tiny' has no embeddings.")
 
 
 URL = "http://127.0.0.1:1/v1"

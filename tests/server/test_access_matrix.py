@@ -65,6 +65,8 @@ ROWS = {
     "GET /v1/models": Row("llm:read", "/v1/models"),
     "GET /v1/models/{id}": Row("llm:read", f"/v1/models/{MODEL}"),
     "POST /v1/chat/completions": Row("llm:write", "/v1/chat/completions", body={**CHAT, "stream": True}),
+    "POST /v1/completions": Row("llm:write", "/v1/completions", body={"prompt": "x", "stream": True}),
+    "POST /v1/embeddings": Row("llm:write", "/v1/embeddings", 502, body={"input": "x"}),
     "GET /stream/live-logs": Row("logs:read", "/stream/live-logs"),
     "GET /logs/download": Row("logs:read", "/logs/download"),
     "GET /process/kinds": Row("progress:read", "/process/kinds"),

@@ -46,7 +46,9 @@ class Exchange:
 
     @property
     def prompt(self) -> str:
-        return str(self.body["messages"][-1]["content"])
+        if "messages" in self.body:
+            return str(self.body["messages"][-1]["content"])
+        return str(self.body.get("prompt", self.body.get("input")))
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)

@@ -56,6 +56,10 @@ class TestFile(Conformance):
 OPENAI = "the OpenAI API is another protocol: its events have no ids, it ends with [DONE], and has its own error format"
 
 
+COMPLETIONS = ("POST /v1/chat/completions", "POST /v1/completions")
+EMBEDDINGS = "POST /v1/embeddings"
+
+
 class TestLlm(Conformance):
     plugin = "llm"
     settings = """
@@ -70,10 +74,11 @@ class TestLlm(Conformance):
     large = {"max_tokens": 500}
     # Concurrent generations are computed in one batch, with another order of additions than a single one: tokens may
     # differ. tests/plugins/test_llm_limits.py tests them.
-    nondeterministic = {"GET /ai/chat-stream", "POST /ai/chat-stream", "POST /v1/chat/completions"}
+    nondeterministic = {"GET /ai/chat-stream", "POST /ai/chat-stream", *COMPLETIONS}
     skipped = (
         {
-            (case, "POST /v1/chat/completions"): OPENAI
+            (case, endpoint): OPENAI
+            for endpoint in (*COMPLETIONS, EMBEDDINGS)
             for case in (
                 "invalid_bodies_are_rejected",
                 "events_are_complete",
@@ -89,14 +94,16 @@ class TestLlm(Conformance):
                 "unknown_parameters_are_rejected_by_name",
                 "invalid_values_are_rejected_by_name",
             )
-            for endpoint in ("GET /v1/models", "GET /v1/models/{id}", "POST /v1/chat/completions")
+            for endpoint in ("GET /v1/models", "GET /v1/models/{id}", *COMPLETIONS, EMBEDDINGS)
         }
         | {
-            (
-                "first_byte_arrives_before_the_end",
-                "POST /v1/chat/completions as application/json",
-            ): "one complete document",
-            ("numbers_have_bounds", "POST /v1/chat/completions"): "the configuration bounds max_tokens",
+            ("first_byte_arrives_before_the_end", f"{endpoint} as application/json"): "one complete document"
+            for endpoint in COMPLETIONS
+        }
+        | {("numbers_have_bounds", endpoint): "the configuration bounds max_tokens" for endpoint in COMPLETIONS}
+        | {
+            (case, EMBEDDINGS): "the embedded model has no embeddings"
+            for case in ("responds_as_described", "concurrent_clients_get_the_same_response")
         }
     )
 
@@ -108,7 +115,7 @@ class TestLlm(Conformance):
         while server.port not in cls.loaded:
             if server.request("/ai/chat-stream?prompt=Hello&max_tokens=1").status == 200:
                 cls.loaded.add(server.port)
-        if form.template == "/v1/chat/completions":
+        if form.template in ("/v1/chat/completions", "/v1/completions"):
             return {"stream": form.carries_events}
         if not form.template.startswith("/ai/generations/"):
             return {}
