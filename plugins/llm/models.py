@@ -187,7 +187,9 @@ class Model:
                 self._upstream = Upstream(settings.url, key=settings.key)
             else:
                 context = settings.max_prompt_tokens + settings.max_tokens
-                self._embedded = EmbeddedModel(slots=settings.max_generations, context=context)
+                self._embedded = EmbeddedModel(
+                    slots=settings.max_generations, context=context, folder=self._shared.folder
+                )
                 await stack.enter_async_context(self._embedded.running())
                 self._upstream = Upstream("http://localhost", socket=self._embedded.socket)
             self._upstream.stall_seconds, self._upstream.max_seconds = settings.stall_seconds, settings.max_seconds

@@ -1,8 +1,9 @@
 """The process of the embedded model: llama.cpp's HTTP server on a unix socket.
 
-Run as a program: `python worker.py MODEL SOCKET ALIAS SLOTS CONTEXT`, where CONTEXT is the maximum number of tokens of
-prompt and response in each of the SLOTS. It prints a line `ready` once it serves, and exits as soon as its standard
-input ends: its parent holds the other end, so it never outlives the parent, even if that is killed.
+Run as a program: `python worker.py MODEL SOCKET ALIAS SLOTS CONTEXT PARENT`, where CONTEXT is the maximum number of
+tokens of prompt and response in each of the SLOTS, and PARENT the id of the process that starts it. SOCKET exists once
+it serves, unless its parent has died before. It exits as soon as its standard input ends, of which every process that
+uses it holds the other end: it never outlives them, even if they are killed.
 """
 
 import os
@@ -18,8 +19,8 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
-def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
-    """Load the model, serve it, and print `ready`."""
+def main(model: str, socket: str, alias: str, slots: int, context: int, parent: int) -> None:
+    """Load the model, serve it, and create the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process by its input
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -28,7 +29,8 @@ def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.model_alias = {alias}
-    params.hostnames = [socket]
+    own = f"{socket}.{os.getpid()}.sock"  # the library recognises a socket by the end of its name
+    params.hostnames = [own]
     params.n_parallel = slots
     params.n_ctx = slots * context
     # A prompt is processed in batches of this size, between which the other slots get their turn.
@@ -43,10 +45,12 @@ def main(model: str, socket: str, alias: str, slots: int, context: int) -> None:
     params.verbosity = 1
     server = xllamacpp.Server(params)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    print("ready", flush=True)
+    if os.getppid() != parent:  # another worker supervises the model now, and has started another process
+        os._exit(1)
+    os.rename(own, socket)  # noqa: PTH104 - pathlib is not loaded here
     threading.Event().wait()
     del server
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]))

