@@ -545,6 +545,23 @@ def test_a_small_file_is_read_completely_or_not_at_all(tmp_path: Path, monkeypat
     os.close(folder)
 
 
+async def test_the_end_of_a_file_that_the_kernel_has_not_in_memory_is_read_in_a_thread(
+    client: Client, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def not_cached(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        tried.append(offset)
+        if len(tried) == 1:
+            return len(buffers[0]) - 1
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "preadv", not_cached)
+    for _ in range(2):
+        assert (await get(client))[1] == file.read_bytes()
+    assert len(tried) == 2
+
+
 # -- files that change while they are sent
 
 
