@@ -110,6 +110,7 @@ def client(server: Running) -> Client:
 # -- what others say
 
 
+@pytest.mark.timeout(180)  # seven seconds, on an idle machine
 def test_the_conformance_suite_of_the_protocol_passes(client: Client, tmp_path: Path) -> None:
     """All tests that the suite runs by default: it leaves out those of subscriptions, which are not served here."""
     command = node_command("node_modules/vitest/vitest.mjs", package="@durable-streams/server-conformance-tests")
