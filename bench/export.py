@@ -65,7 +65,7 @@ GOALS = (
     ),
     Goal(
         "CSV rate of plain cells / sqlite3 -csv", SQLITE3, 1, "csv plain rate", ">=", 0.5, floor=0.3,
-        short="the same: of 1.9 microseconds a row, 0.9 are those of sqlite3, 0.7 those of the encoder, and the rest"
+        short="the same: of 1.8 microseconds a row, 0.9 are those of sqlite3, 0.6 those of the encoder, and the rest"
         " the hand-over between threads.",
     ),
     Goal(
@@ -81,7 +81,10 @@ GOALS = (
         "CSV rate without guard / psql", PSQL, 1, "csv million rate", ">=", 0.9, UNGUARDED, floor=0.6,
         short="PostgreSQL checks the size of each cell, which takes it a tenth more time.",
     ),
-    Goal("JSONL rate / psql", PSQL, 1, "jsonl rate", ">=", 0.85, POSTGRES),
+    Goal(
+        "JSONL rate / psql", PSQL, 1, "jsonl rate", ">=", 0.85, POSTGRES, floor=0.5,
+        short="the same: of a tenth more time that PostgreSQL takes, most is for the size of each cell.",
+    ),
     Goal("CSV rate, gzip / plain", STREAMLAB, 1, "csv gzip rate", ">=", 0.8, by="csv rate"),
     Goal("JSONL rate, gzip / plain", STREAMLAB, 1, "jsonl gzip rate", ">=", 0.8, by="jsonl rate"),
     Goal(f"first byte of {SMALL} rows", None, 1, "first", "<=", 10, unit="ms"),

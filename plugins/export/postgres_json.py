@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .postgres_fields import NOT_FINITE, Field
 from .source import quoted
 
+_TEXTS = [b'NaN"', b'Infinity"']
+
 
 class JsonLines:
     """The SQL of an object per row, and what turns its chunks of whole lines into JSON lines.
@@ -19,12 +21,12 @@ class JsonLines:
     def __init__(self, fields: Sequence[Field]) -> None:
         self._fields = fields
         self._marks = any(field.column.type in ("json", "any") for field in fields)
-        names = [_written(field.column.name) for field in fields if field.has_numbers]
-        self._not_finite = None
+        members = [_member(field.column.name) for field in fields if field.has_numbers]
+        self._not_finite = re.compile(b'([{,](?:%b))"(?:NaN|-?Infinity)"' % b"|".join(map(re.escape, members)))
+        self._hints = [member + b'"' for member in members] if len(members) <= len(_TEXTS) else _TEXTS
+        """Bytes to look for in a chunk first, and few of them: each takes 0.06 microseconds a row."""
         if self._marks:
-            self._not_finite = re.compile(b"()" + re.escape(NOT_FINITE))
-        elif names:
-            self._not_finite = re.compile(b'([{,](?:%b):)"(?:NaN|-?Infinity)"' % b"|".join(map(re.escape, names)))
+            self._not_finite, self._hints = re.compile(b"()" + re.escape(NOT_FINITE)), [NOT_FINITE[-1:]]
 
     def sql(self, rows: str) -> str:
         """Return the query of the objects of `rows`, the SQL from FROM on."""
@@ -33,16 +35,12 @@ class JsonLines:
 
     def lines(self, chunk: bytes) -> tuple[int, bytes]:
         """Return the number of numbers that became null, and the lines."""
-        if self._not_finite is None or not any(mark in chunk for mark in _MARKS):
+        if not any(hint in chunk for hint in self._hints):
             return 0, chunk
         chunk, altered = self._not_finite.subn(rb"\1null", chunk)
         return altered, chunk
 
 
-_MARKS = (NOT_FINITE, b'NaN"', b'Infinity"')
-"""Bytes, one of which every number that is not finite has."""
-
-
-def _written(name: str) -> bytes:
+def _member(name: str) -> bytes:
     """Return a name as PostgreSQL writes it in an object. Source: escape_json in src/backend/utils/adt/json.c."""
-    return json.dumps(name, ensure_ascii=False).encode()
+    return json.dumps(name, ensure_ascii=False).encode() + b":"
