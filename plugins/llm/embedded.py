@@ -94,6 +94,9 @@ class _State(NamedTuple):
     """Whether it is known whether the model can be loaded at all."""
 
 
+_LOADING = _State(0, "The model is still being loaded.", is_final=False, is_known=False)
+
+
 class EmbeddedModel:
     """llama.cpp's HTTP server with a small model: `slots` concurrent generations of `context` tokens each.
 
@@ -111,9 +114,11 @@ class EmbeddedModel:
         self._ready = False
         self._loaded = asyncio.Event()
         """Set once it is known whether the model can be loaded at all."""
-        self._state = _State(0, "The model is still being loaded.", is_final=False, is_known=False)
+        self._state = _LOADING
         self._child: subprocess.Popen[bytes] | None = None
         """The process, where this one has started it."""
+        self._is_interrupted = False
+        """Whether it was killed to stop its work, which is no failure."""
 
     @property
     def socket(self) -> str:
@@ -159,6 +164,17 @@ class EmbeddedModel:
             log.error("the embedded model is stuck: killing its process")
             with suppress(ProcessLookupError):
                 os.kill(self._state.process, signal.SIGKILL)
+
+    def interrupt(self) -> None:
+        """Kill its process to stop its work at once; requests wait for the new one as for the first (about a second).
+
+        Has no effect where workers share it, which would not know why it has ended.
+        """
+        if self._ready and self._child is not None and not self._is_shared:
+            self._ready, self._is_interrupted = False, True
+            self._loaded.clear()
+            log.info("the embedded model is restarted, to stop the work on a prompt that nobody waits for")
+            self._child.kill()
 
     @contextmanager
     def _used(self) -> Iterator[None]:
@@ -237,6 +253,9 @@ class EmbeddedModel:
         while True:
             started = time.monotonic()
             reason = await self._run(model)
+            if self._is_interrupted:
+                self._is_interrupted, self._state = False, _LOADING
+                continue
             failures = 0 if time.monotonic() - started >= STABLE_SECONDS else failures + 1
             dies = "The model's process keeps dying; the server's log says why."
             self._report(_State(0, dies if failures > 2 else RESTARTING, is_final=False, is_known=True))

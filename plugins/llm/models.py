@@ -39,6 +39,12 @@ REQUESTS: Mapping[Path, type[ChatCompletionRequest | CompletionRequest | Embeddi
 }  # fmt: skip
 """The requests that each path takes."""
 
+INTERRUPTED_TOKENS = 128
+"""Tokens of an abandoned prompt above which the embedded model is restarted: about a second of its work, as a restart.
+
+llama.cpp cannot cancel the evaluation of a prompt: it notices a closed connection only at the first token.
+"""
+
 RETRY_SECONDS = 2
 """Retry-After of a request that got no slot, in seconds."""
 
@@ -171,6 +177,8 @@ class Model:
             tally=shared.tally(f"model {settings.name}"),
         )
         self._prefix = "" if settings.url else "/v1"
+        self._running = 0
+        """Requests that the upstream works on."""
         self._upstream: Upstream
         self._embedded: EmbeddedModel | None = None
         self._resting_until = 0.0
@@ -238,6 +246,7 @@ class Model:
         prompt_tokens = await self._prompt_tokens(body)
         async with self._slots.held((body.get("n") or 1) * len(texts_of(body.get("prompt"))), client=client):
             completion, outcome, code = Completion(prompt_tokens), "failed", None
+            self._running += 1
             try:
                 async with AsyncExitStack() as stack:
                     await self._begin(stack, completion, body, path, replaceable=replaceable)
@@ -245,6 +254,7 @@ class Model:
                 outcome = "finished"
             except (asyncio.CancelledError, ConnectionError):
                 outcome = "stopped"
+                self._interrupt(completion)
                 raise
             except Failure as failure:
                 code = failure.code
@@ -252,7 +262,14 @@ class Model:
                     self._embedded.restart()
                 raise
             finally:
+                self._running -= 1
                 self._account(self.settings.name, completion, outcome, code)
+
+    def _interrupt(self, completion: Completion) -> None:
+        """Stop the embedded model where it evaluates a long prompt that nobody waits for, and does nothing else."""
+        in_prompt = completion.first is None and completion.prompt_tokens > INTERRUPTED_TOKENS
+        if self._embedded is not None and in_prompt and self._running == 1:
+            self._embedded.interrupt()
 
     async def _begin(
         self, stack: AsyncExitStack, completion: Completion, body: Mapping[str, Any], path: Path, *, replaceable: bool

@@ -119,6 +119,43 @@ def child_of(server: Running) -> int | None:
 # -- the embedded model
 
 
+def cpu_seconds(process: int) -> float:
+    """Return the processor time that a process has taken; raises OSError once it has ended."""
+    return time.clock_gettime(~process << 3 | 2)
+
+
+@needs_model
+def test_a_long_prompt_is_abandoned_with_its_client(start: Start) -> None:
+    """llama.cpp cannot cancel the evaluation of a prompt, so its process ends, and another takes over."""
+    server = ready(start(EMBEDDED))
+    child = child_of(server)
+    assert child is not None
+    body = json.dumps({"messages": messages_of("Tell me. " * 300), "stream": True, "max_tokens": 5}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+    before = cpu_seconds(child)
+    with server.connect() as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: cpu_seconds(child) > before + 0.2, seconds=60)  # it is at work; all of it takes seconds
+
+    def has_ended() -> bool:
+        try:
+            cpu_seconds(child)
+        except OSError:
+            return True
+        return False
+
+    wait_until(has_ended)
+    assert (
+        client(server)
+        .chat.completions.create(model="SmolLM2-135M-Instruct", messages=messages_of("Hi"), max_tokens=2)
+        .choices
+    )
+    assert child_of(server) != child
+    log = server.log
+    assert "to stop the work on a prompt" in log
+    assert "process ended" not in log
+
+
 @needs_model
 def test_tokens_of_a_real_model_arrive_one_by_one(start: Start) -> None:
     import openai
