@@ -272,6 +272,16 @@ class Llm(Scenario):
         assert self._gateway is not None, "the server has not started"
         return self._gateway.complete(body, client_of(request), path)
 
+    def _requested_model(self, request: web.Request, name: str | None) -> ModelSettings:
+        """Return the model that a request to /v1 names; it need not where there is only one.
+
+        Raises Problem as `_require_model` does, and 400 where the name is missing.
+        """
+        if name is None and len(self.model_settings) > 1:
+            detail = "model is missing, and this server has several: GET /v1/models lists them."
+            raise OpenAIError(400, detail, param="model")
+        return self._require_model(request, name)
+
     # -- text
 
     def _require_model(self, request: web.Request, name: str | None = None) -> ModelSettings:
@@ -420,7 +430,7 @@ class Llm(Scenario):
 
         Unknown fields are rejected with 400; docs/openai.md lists the known ones.
         """
-        settings = self._require_model(request, body.model)
+        settings = self._requested_model(request, body.model)
         return await self._respond(request, settings.rules.upstream_body(body), CHAT)
 
     @endpoint(
@@ -434,7 +444,7 @@ class Llm(Scenario):
     )
     async def text_completions(self, request: web.Request, body: CompletionRequest) -> web.StreamResponse:
         """Continue a text, as the OpenAI API does, streaming or not, where the model's upstream can."""
-        settings = self._require_model(request, body.model)
+        settings = self._requested_model(request, body.model)
         return await self._respond(request, body.upstream_body(settings.rules), "/completions")
 
     @endpoint(
@@ -448,7 +458,7 @@ class Llm(Scenario):
     )
     async def embeddings(self, request: web.Request, body: EmbeddingRequest) -> web.StreamResponse:
         """Return the embeddings of texts, as the OpenAI API does, where the model's upstream has them."""
-        settings = self._require_model(request, body.model)
+        settings = self._requested_model(request, body.model)
         return await self._respond(request, body.upstream_body(settings.rules), "/embeddings")
 
     async def _respond(self, request: web.Request, body: Mapping[str, Any], path: Path) -> web.StreamResponse:

@@ -3,6 +3,8 @@
 import http.client
 import json
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 from tests.support.fake_upstream import (
     DONE,
     FINISH,
+    USAGE,
     USED,
     Exchange,
     FakeUpstream,
@@ -179,7 +182,8 @@ def test_the_model_of_a_request_chooses_the_upstream_and_its_limits(server: Runn
     for name, upstreams_name in sent.items():
         assert text_of(complete(server, f"to {name}", model=name)[2]) == upstreams_name
         assert text_of(complete(server, f"to {name}", model=name, stream=True)[2]) == upstreams_name
-    assert text_of(complete(server, "to the default")[2]) == "large-1"
+    status, _, body = complete(server, "to none")
+    assert (status, json.loads(body)["error"]["param"]) == (400, "model")
     assert server.get("/ai/chat-stream?prompt=x")[2] == b"large-1"
 
     limits = {exchange.prompt: exchange.body for exchange in upstream.exchanges}
@@ -259,7 +263,7 @@ def tokens_of(server: Running, kind: str) -> float:
 
 
 def test_completions_and_embeddings_are_passed_through_and_metered(server: Running, upstream: FakeUpstream) -> None:
-    complete(server, "so that both counters exist")
+    complete(server, "so that both counters exist", model="alone")
     prompts, completions = tokens_of(server, "prompt"), tokens_of(server, "completion")
     fields = {"prompt": "continue", "logprobs": 2, "echo": True, "max_tokens": 5, "stop": ["x"]}
     status, _, body = post(server, "/v1/completions", model="alone", **fields)
@@ -268,7 +272,7 @@ def test_completions_and_embeddings_are_passed_through_and_metered(server: Runni
     assert exchange.head.startswith("POST /v1/completions ")
     assert exchange.body == {**fields, "model": "alone"}
 
-    status, headers, body = post(server, "/v1/completions", prompt="continue", stream=True)
+    status, headers, body = post(server, "/v1/completions", model="large", prompt="continue", stream=True)
     assert (status, headers["content-type"]) == (200, "text/event-stream")
     texts = [json.loads(line[6:])["choices"] for line in body.split(b"\n") if line.startswith(b"data: {")]
     assert [choice["text"] for choices in texts for choice in choices] == ["large-1", "!"]
@@ -310,7 +314,7 @@ def test_bad_completions_and_embeddings_are_rejected_by_name(server: Running) ->
         ("embeddings", {"input": "x" * 5000}, "input"),
     ]
     for route, fields, param in invalid:
-        status, _, body = post(server, f"/v1/{route}", **fields)
+        status, _, body = post(server, f"/v1/{route}", **{"model": "large", **fields})
         assert (status, json.loads(body)["error"]["param"]) == (400, param), (route, fields)
     for route in ("completions", "embeddings"):
         assert post(server, f"/v1/{route}", model="huge", prompt="x", input="x")[0] == 404
@@ -345,6 +349,39 @@ def test_tools_formats_images_and_choices_reach_an_upstream_unchanged(server: Ru
     assert upstream.exchanges[-1].body == {**fields, "model": "alone"}
 
 
+def be_capable(exchange: Exchange) -> None:
+    """Respond as a model with tools does, completely."""
+    base = {"id": "chatcmpl-1", "created": 1, "model": exchange.body["model"]}
+    if exchange.body.get("stream"):
+        deltas = [({"role": "assistant", "content": ""}, None), ({"content": "ok"}, None), ({}, "stop")]
+        choices = [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None} for delta, reason in deltas]
+        used = [event(**base, choices=[], usage=USAGE)] if exchange.body.get("stream_options") else []
+        exchange.respond(*(event(**base, choices=[choice]) for choice in choices), *used, DONE)
+        return
+    message: dict[str, Any] = {"role": "assistant", "content": "ok", "refusal": None, "annotations": []}
+    if tools := exchange.body.get("tools"):
+        call = {"name": tools[0]["function"]["name"], "arguments": "{}"}
+        message |= {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": call}]}
+    reason = "tool_calls" if tools else "stop"
+    choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+    document = {**base, "object": "chat.completion", "choices": [choice], "usage": USAGE}
+    exchange.respond_with(200, json.dumps(document).encode(), b"Content-Type: application/json")
+
+
+def test_a_compliance_tester_accepts_every_response(start: Callable[..., Running]) -> None:
+    pytest.importorskip("llm_comply", reason="llm-comply is not installed")
+    with fake_upstream({"default": be_capable}) as upstream:
+        tables = "".join(f'[scenarios.llm.models.{name}]\nurl = "{upstream.url}"\n' for name in ("capable", "other"))
+        server = start(f"{OTHERS}[scenarios.llm]\nmax_prompt_tokens = 100000\n{tables}")
+        command = [sys.executable, "-m", "llm_comply.cli", "--json", "--format", "openai-chat", "-m", "capable"]
+        command += ["-k", "none", "-u", f"{server.url}/v1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    summary = json.loads(done.stdout)["summary"]  # one is skipped: its model must be one of OpenAI
+    assert (summary["passed"], summary["failed"], summary["skipped"]) == (8, 0, 1), (
+        done.stdout
+    )  # one needs OpenAI's own
+
+
 @needs_model
 def test_the_embedded_model_takes_over_from_an_upstream(start: Callable[..., Running]) -> None:
     with fake_upstream({"default": lambda exchange: exchange.respond_with(500)}) as upstream:
@@ -357,11 +394,11 @@ fallback = ["tiny"]
 """
         )
         tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-        status, _, body = complete(server, "Hello", tools=[tool], max_tokens=2)
+        status, _, body = complete(server, "Hello", model="large", tools=[tool], max_tokens=2)
         assert status == 200
         assert json.loads(body)["usage"]["completion_tokens"] in (1, 2)
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-        body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
+        body = json.dumps({"model": "large", "messages": [{"role": "user", "content": parts}]}).encode()
         status, _, body = server.get("/v1/chat/completions", JSON, method="POST", body=body)
         assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_failed")
 
