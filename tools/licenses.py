@@ -27,7 +27,6 @@ CONDITIONS = {
     "certifi": "A list of certificates, used unchanged by test and development tools.",
     "docutils": "Public domain, some files BSD. Its only file under the GPL, a mode for Emacs, is not in the wheel.",
     "hypothesis": "A test tool, used unchanged; it is not distributed with streamlab.",
-    "lightningcss": "A library of vitest, used unchanged; it is not distributed with streamlab.",
     "matplotlib": "Permissive, modelled on PSF-2.0. It draws the plots of the benchmarks.",
     "pathspec": "A library of mypy, used unchanged; it is not distributed with streamlab.",
 }
