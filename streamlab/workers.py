@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -62,8 +62,11 @@ class _Process:
     kill_at: float | None = None
     """When it is killed; None unless it stops."""
     beat: int = 0
-    """What its row had when it was last seen to run, and the time of that."""
-    ran_at: float = 0.0
+    """What its row had when it was last seen to run, or to start, and the time of that."""
+    ran_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ran_at = self.started_at
 
     @property
     def is_ready(self) -> bool:
