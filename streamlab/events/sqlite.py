@@ -67,6 +67,9 @@ HOUSEKEEPING_SECONDS = 2.0
 QUIET_TURNS = 10
 """Turns of housekeeping of which one is done although no file was seen to change; it deletes expired events, too."""
 
+RETRY_SECONDS = 0.005
+"""Interval at which it is tried again to use a write-ahead log while another process does the same, in seconds."""
+
 BUSY_SECONDS = 10.0
 """Maximum seconds that a commit waits for one of another process."""
 
@@ -203,7 +206,7 @@ class SqliteLog:
             target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
         )
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_write_ahead_log(connection)
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._synced else 'NORMAL'}")
             # Housekeeping moves the log into the file, so that no commit waits for a disk.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
@@ -917,6 +920,20 @@ def _identity(path: Path) -> _Identity:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Use a write-ahead log; SQLite itself does not wait where several processes begin to use it in the same moment."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_SECONDS)
+        else:
+            return
 
 
 def _sync_folder(folder: Path) -> None:

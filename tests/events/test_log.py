@@ -5,6 +5,7 @@ import os
 import select
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
@@ -1054,3 +1055,16 @@ async def test_redis_may_be_disconnected_at_the_start(valkey: Valkey) -> None:
 def test_invalid_url_of_redis_is_rejected() -> None:
     with pytest.raises(EventLogError, match="is not a valid URL of a Redis server"):
         open_log("redis://localhost:port/0")
+
+
+async def test_processes_that_create_the_same_file_in_one_moment_all_open_it(tmp_path: Path) -> None:
+    for number in range(20):
+        path, together = tmp_path / f"{number}.db", threading.Barrier(4)
+
+        def use(path: Path = path, together: threading.Barrier = together) -> str:
+            together.wait(20)
+            with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+                eventlog_sqlite._use_write_ahead_log(connection)
+                return str(connection.execute("PRAGMA journal_mode").fetchone()[0])
+
+        assert await asyncio.gather(*(asyncio.to_thread(use) for _ in range(4))) == ["wal"] * 4
