@@ -68,7 +68,7 @@ async def follow_all(request: web.Request, reader: Reader, paths: Sequence[str],
                     await came.put((number, one))
         await came.put(None)
 
-    async with open_event_stream(request, headers={**COMMON, "Cache-Control": "no-cache, no-store"}) as events:
+    async with open_event_stream(request, headers=COMMON) as events:
         with suppress(TimeoutError):
             async with asyncio.timeout(reader.sse_seconds), asyncio.TaskGroup() as group:
                 for number, (stream, page) in enumerate(begun):
@@ -79,6 +79,8 @@ async def follow_all(request: web.Request, reader: Reader, paths: Sequence[str],
                         left -= 1
                         continue
                     number, page = one
+                    if page.next == positions[number] and not page.closed:
+                        continue  # nothing new: the client has this id
                     positions[number] = page.next
                     data = {"stream": paths[number], **_members(page)}
                     await events.send(data, id=encode_vector(positions), event="data")

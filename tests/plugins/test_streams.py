@@ -239,7 +239,7 @@ def test_several_streams_on_one_connection_are_resumed_together(client: Client) 
     client("POST", "several/a", {**JSON, "Stream-Closed": "true"}, b"3")
     last = first[1].id
     with EventStream(client.server, f"{path}-1", last) as events:
-        (third,) = (event for event in events.take(2) if event.json["stream"] == "several/a")
+        (third,) = events.take(1)  # nothing is repeated of the other
         assert seen(third) == ("several/a", [3])
         assert third.json["streamClosed"] is True
         client("POST", "several/b", {**TEXT, "Stream-Closed": "true"}, b"y")

@@ -155,8 +155,9 @@ async def test_every_reference_resolves(aiohttp_client: Client, tmp_path: Path) 
     references = {node["$ref"] for node in walk(api) if "$ref" in node}
     bodies = ("ChatBody", "Message", "NewTask", "Order", "Part", "Problem")
     openai = ("ChatCompletionRequest", "ChatMessage", "StreamOptions", "ResponseFormat", "NamedSchema", "JsonValue")
+    texts = ("CompletionRequest", "EmbeddingRequest")
     errors = ("ErrorResponse", "ErrorObject", "StreamProblem")
-    assert references == {f"#/components/schemas/{name}" for name in (*bodies, *openai, *errors)}
+    assert references == {f"#/components/schemas/{name}" for name in (*bodies, *openai, *texts, *errors)}
     for reference in references:
         assert reference.removeprefix("#/components/schemas/") in api["components"]["schemas"]
 

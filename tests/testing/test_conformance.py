@@ -178,13 +178,18 @@ class TestStreams(Conformance):
                 "data and the control event after it have one id, from which both are resumed",
             ),
             ("bad_ids_get_a_gap_event", READ, "an offset that is none is 400"),
+            ("bad_ids_get_a_gap_event", "GET /v1/streams", "an offset that is none is 400"),
+            ("finite_stream_ends_with_end_event", "GET /v1/streams", "each stream ends by itself, `streamClosed`"),
             ("finite_stream_ends_with_end_event", READ, "a closed stream ends with a control event, `streamClosed`"),
         )
     }
 
     @classmethod
     def prepare(cls, server: Server, form: EndpointForm) -> Mapping[str, Any]:
-        path = f"made/{uuid.uuid4().hex}"
+        path, other = f"made/{uuid.uuid4().hex}", f"made/{uuid.uuid4().hex}"
         if form.method != "PUT":
-            server.request(f"/v1/stream/{path}", method="PUT", body=[{"number": number} for number in range(20)])
+            for made in (path, other) if form.template == "/v1/streams" else (path,):
+                server.request(f"/v1/stream/{made}", method="PUT", body=[{"number": number} for number in range(20)])
+        if form.template == "/v1/streams":
+            return {"stream": [path, other]}
         return {"path": path, **({} if form.carries_events else {"live": []})}
