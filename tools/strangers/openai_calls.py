@@ -194,9 +194,15 @@ def reject_required_tool(client: OpenAI) -> None:
 
 
 def reject_embeddings(client: OpenAI) -> None:
+    """A model without embeddings raises BadRequestError with a message."""
+    with _rejected(openai.BadRequestError):
+        client.embeddings.create(model=_model(client), input="hello")
+
+
+def reject_moderations(client: OpenAI) -> None:
     """An API that is not served raises NotFoundError with a message."""
     with _rejected(openai.NotFoundError):
-        client.embeddings.create(model=_model(client), input="hello")
+        client.moderations.create(input="hello")
 
 
 CALLS: tuple[Callable[[OpenAI], None], ...] = (
@@ -217,4 +223,5 @@ CALLS: tuple[Callable[[OpenAI], None], ...] = (
     reject_image,
     reject_required_tool,
     reject_embeddings,
+    reject_moderations,
 )
