@@ -182,6 +182,8 @@ class TestStreams(Conformance):
             ("bad_ids_get_a_gap_event", READ, "an offset that is none is 400"),
             ("bad_ids_get_a_gap_event", "GET /v1/streams", "an offset that is none is 400"),
             ("finite_stream_ends_with_end_event", "GET /v1/streams", "each stream ends by itself, `streamClosed`"),
+            ("stream_ends_with_its_token", f"{READ} as text/event-stream", "it ends after a second, before or with it"),
+            ("stream_ends_with_its_token", "GET /v1/streams", "it ends after a second, before or with it"),
             ("finite_stream_ends_with_end_event", READ, "a closed stream ends with a control event, `streamClosed`"),
         )
     }

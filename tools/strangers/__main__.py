@@ -21,10 +21,15 @@ CONFIG = """
 interval = 0.05
 [scenarios.export]
 sample_rows = 2000
+[scenarios.llm]
+max_tokens = 200
+[scenarios.streams]
+long_poll_seconds = 0.2
+sse_seconds = 1.0
 [scenarios.logs.sources.app]
 path = "var/app.log"
 """
-"""Like `make run`, with faster streams, and a log that does not grow."""
+"""Like `make run`, with faster and shorter streams, and a log that does not grow."""
 
 PUSH_CONFIG = """
 [scenarios.ticker]
