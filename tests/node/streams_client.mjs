@@ -18,19 +18,20 @@ async function persistent(...request) {
   }
 }
 
-// An event stream that breaks ends with an error: it is resumed at the offset that the client has reached.
+// An event stream that breaks ends with an error: it is resumed behind the last batch that was received.
 async function follow(live) {
   const received = []
   let [offset, closed] = ["-1", false]
   while (!closed) {
     const response = await stream({ url, offset, live, backoffOptions })
-    response.subscribeJson(({ items }) => {
+    response.subscribeJson(({ items, offset: reached }) => {
       const before = received.length
       received.push(...items)
+      offset = reached
       if (before < 10 && received.length >= 10) console.log(JSON.stringify({ live, begun: true }))
     })
     await response.closed.catch(() => {})
-    ;[offset, closed] = [response.offset, response.streamClosed]
+    closed = response.streamClosed
   }
   console.log(JSON.stringify({ live, received }))
 }
